@@ -1,0 +1,51 @@
+# `make help` lists what there is; each target sets up what it needs. PYTHON=/path/to/python3.12 picks a Python.
+.DEFAULT_GOAL := help
+.PHONY: help setup lab tour test export stamp run docs readme quarto weights clean distclean
+BIN := .venv/bin
+export PYTHON
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+setup: ## the environment in .venv, made anew only when the requirements change
+	@for p in $(PYTHON) python3 python python2 python3.13 python3.12 python3.11 python3.10; do \
+	  if "$$p" -c "" 2>/dev/null; then exec "$$p" .ci/environment.py; fi; done; \
+	echo "No Python was found: install Python 3.10 to 3.13 and run make again." >&2; exit 1
+
+lab: setup ## the lessons in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+tour: setup ## the whole life of a foundation model in five minutes: runs/tour/tour.html
+	$(BIN)/foundation tour
+
+test: setup ## the export is fresh, every notebook runs, pytest passes
+	$(BIN)/python docs/notebooks.py export --check
+	$(BIN)/python .ci/lessons.py
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 FOUNDATION_SHORT=1 $(BIN)/python -m pytest
+
+export: setup ## write foundation/ from the notebooks
+	$(BIN)/python docs/notebooks.py export
+
+stamp: setup ## badges, Colab cells and sidebar from settings.ini, README.md from nbs/index.ipynb
+	$(BIN)/python docs/notebooks.py stamp
+	$(BIN)/python docs/readme.py
+
+run: setup ## execute stale notebooks in place, so that their outputs are true
+	$(BIN)/python docs/notebooks.py run --stale
+
+docs: setup ## the site in _site/ and README.md, from the notebooks as they stand
+	$(BIN)/python docs/readme.py
+	$(BIN)/python docs/build.py
+
+quarto: setup ## the site through nbdev_docs, for those who have Quarto
+	PYTHONPATH=docs $(BIN)/nbdev_docs
+
+weights: setup ## train the shipped weights again (about an hour on two cores)
+	$(BIN)/python -c "from foundation.pretraining.contrastive import make_weights; make_weights()"
+
+clean: ## remove what was built; the data cache and .venv stay
+	rm -rf _site _proc _docs build dist runs *.egg-info .pytest_cache .hypothesis docs/_static/vendor nbs/_quarto.yml nbs/nbdev.yml
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf .venv
