@@ -75,7 +75,7 @@ def find_python(oldest, newest):
         else:
             return name, found
     raise Trouble("Python %s to %s is needed, but %s. Install one, or name it: make PYTHON=/path/to/python%s"
-                  % (dotted(oldest), dotted(newest), "; ".join(seen) or (named or "none") + " was found", dotted(newest)))
+                  % (dotted(oldest), dotted(newest), "; ".join(seen) or (named + " does not run" if named else "none was found"), dotted(newest)))
 
 
 def wanted(config):

@@ -11,11 +11,11 @@ import vendor
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def build(out):
-    "Run Sphinx; its exit status comes back"
+def build(out, doctrees=ROOT / "build" / "doctrees"):
+    "Run Sphinx, which remembers in `doctrees` what it has read; its exit status comes back"
     out = Path(out).resolve()
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-c", ROOT / "docs",
-               "-d", ROOT / "build" / "doctrees", ROOT / "nbs", out]
+               "-d", doctrees, ROOT / "nbs", out]
     return subprocess.run([str(part) for part in command], cwd=ROOT, env=dict(os.environ, FOUNDATION_STATIC="1")).returncode
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import posixpath
 import re
+import zlib
 from pathlib import Path
 
 import notebooks
@@ -67,19 +68,13 @@ def documentation(cell):
     said = re.sub(r"^---\n", "", said)
     cell.cell_type = "markdown"
     cell.source = re.sub(r"^(#+ )(.*)$", r"\1`\2`", said, count=1, flags=re.M)
-    if cell.pop("brief", False):
-        cell.source = brief(cell.source)
+    said, table = re.split(r"(?=^\| \| Type )|\Z", cell.source, maxsplit=1, flags=re.M)
+    if cell.get("part") == "head":  # above its own source a name needs no signature: the code says it
+        cell.source = "\n\n".join(re.findall(r"^(?:<a class|#+ ).*$", said, re.M))
+    elif cell.get("part") == "table":
+        cell.source = f"::::{{dropdown}} Parameters\n:class-container: parameters\n{table.strip()}\n::::" if table else ""
+    cell.pop("part", None)
     del cell["outputs"], cell["execution_count"]
-
-
-def brief(said):
-    "Above its own source a name needs a heading, the link, and a folded table: the code says the rest"
-    link, heading = re.search(r"^<a class=.*$", said, re.M), re.search(r"^#+ .*$", said, re.M)
-    table = re.search(r"^\| \| Type .*", said, re.M | re.S)
-    parts = [link[0] if link else "", heading[0] if heading else ""]
-    if table:
-        parts.append(f"::::{{dropdown}} Parameters\n:class-container: parameters\n{table[0].strip()}\n::::")
-    return "\n\n".join(p for p in parts if p)
 
 
 def pieces(source, names):
@@ -94,17 +89,19 @@ def pieces(source, names):
 
 
 def tell_exports(cells):
-    "Each definition of an `exports` cell gets its heading right above its code; nbdev puts those of one cell in one heap"
+    "Each definition of an `exports` cell gets its heading above and its parameters below; nbdev heaps those of one cell together"
     docs = {m[1]: c for c in cells if c.get("has_sd") and (m := re.search(r"^show_doc\((.+)\)$", c.source, re.M))}
-    cut = {i: pieces(OPTION.sub("", c.source), docs) for i, c in enumerate(cells) if "exports" in (c.get("directives_") or {})}
+    cut = {i: pieces(OPTION.sub("", c.source), docs) for i, c in enumerate(cells)
+           if "exports" in (c.get("directives_") or {})}
     told, out = {name for parts in cut.values() for name, _ in parts}, []
     for i, cell in enumerate(cells):
         if cell.get("has_sd") and any(cell is docs[name] for name in told):
             continue
         for name, text in cut.get(i, []):
-            out += [NbCell(0, dict(docs[name], brief=True)), NbCell(0, dict(cell, source=text, outputs=[]))]
+            code = dict(cell, source=text, outputs=[])
+            out += [NbCell(0, dict(docs[name], part="head")), NbCell(0, code), NbCell(0, dict(docs[name], part="table"))]
         if cut.get(i):
-            out[-1].outputs = cell.outputs
+            out[-2].outputs = cell.outputs
         else:
             out.append(cell)
     return out
@@ -151,6 +148,8 @@ def convert(text, page):
         head += f"\n\n{{.lead}}\n{front['description']}"
     nb.cells.insert(0, mk_cell(head, "markdown"))
     raise_headings(nb.cells)
+    for i, cell in enumerate(nb.cells):  # one cell may have become several
+        cell.id = f"cell-{i}"
     return nb
 
 
@@ -237,6 +236,7 @@ def redirects(app, error):
 
 
 def setup(app):
+    tools = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))  # other tools: read all pages again
     os.environ.setdefault("IN_TEST", "1")  # as nbdev does when it makes docs
     app.add_config_value("mermaid_js", "", "html")
     app.connect("source-read", source_read)
@@ -244,4 +244,4 @@ def setup(app):
     app.connect("doctree-read", fix_math)
     app.connect("html-page-context", page_context)
     app.connect("build-finished", redirects)
-    return dict(version="1", parallel_read_safe=True, parallel_write_safe=True)
+    return dict(version="1", env_version=zlib.crc32(tools), parallel_read_safe=True, parallel_write_safe=True)

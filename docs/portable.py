@@ -3,7 +3,7 @@
 Only the site needs them (`renderer` and `procs` in settings.ini), so they are no part of the library."""
 import html
 import re
-from inspect import Parameter, formatannotation
+from inspect import Parameter, formatannotation, getsourcelines
 
 from fastcore.docments import MarkdownRenderer, docments
 from nbdev.config import get_config
@@ -47,11 +47,20 @@ def parameters(symbol):
     return "\n".join(["| | Type | Default | Details |", "|---|---|---|---|", *rows])
 
 
+def source_link(name, symbol):
+    "Where the forge shows the source of `symbol`"
+    link = (NbdevLookup().code(name) or "").partition("#")[0]
+    try:
+        return f"{link}#L{getsourcelines(symbol)[1]}" if link else ""
+    except (OSError, TypeError):  # no function or class
+        return link
+
+
 class TableRenderer(MarkdownRenderer):
     "`show_doc` with a link to the source that looks well in every front end, and the table of parameters"
 
     def _repr_markdown_(self):
-        source = NbdevLookup().code(self.fn)
+        source = source_link(self.fn, self.sym)
         link = f'<a class="nb-source" href="{source}" target="_blank" rel="noopener">source</a>' if source else ""
         parts = ["---", link, f"{'#' * self.title_level} {self.nm}", super()._repr_markdown_(), parameters(self.sym)]
         return "\n\n".join(p for p in parts if p)

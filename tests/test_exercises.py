@@ -258,7 +258,7 @@ def loud(x):
     (lambda: 1, "broken", "takes 0 positional arguments"),
     (7, "broken", "an int"),
     (torch.ones(3), "broken", "a Tensor"),
-    (endless, "broken", "still running after 0.5 seconds"),
+    (endless, "broken", "Still running after 0.5 seconds"),
     (loud, "solved", "line 1\nline 2\n"),
 ])
 def test_answers(learner, answer, state, words):
@@ -342,7 +342,7 @@ def entry(path):
 def test_tries_are_counted_and_a_solved_exercise_stays_solved(learner):
     for answer in (todo, lambda x: x, lambda x: 2 * x, lambda x: x):
         exercise().check(answer)
-    assert entry(learner)["tries"] == 3 and re.fullmatch(r"\d{4}-\d\d-\d\d", entry(learner)["solved"])
+    assert entry(learner)["tries"] == 2 and re.fullmatch(r"\d{4}-\d\d-\d\d", entry(learner)["solved"])
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"3", b'{"a": 1}', b'{"a": {"tries": "x", "solved": null}}', b"\xff\xfe\x00", b"[" * 100_000])
@@ -363,7 +363,7 @@ def test_a_place_that_cannot_be_written_is_told_once(learner, monkeypatch):
 
 
 def test_a_full_disk_keeps_the_old_entries(learner, monkeypatch):
-    exercise().check(lambda x: 2 * x)
+    exercise().check(lambda x: x)
     before = learner.read_bytes()
 
     def full(*_, **__):
@@ -374,7 +374,7 @@ def test_a_full_disk_keeps_the_old_entries(learner, monkeypatch):
 
 
 def test_two_notebooks_at_once_lose_nothing(learner):
-    code = "from foundation.core.exercises import _remember\nfor i in range(10): assert not _remember('a', {0!r}, True), 'a note'"
+    code = "from foundation.core.exercises import _remember\nfor i in range(10): assert not _remember('a', {0!r}, False), 'a note'"
     both = [subprocess.Popen([sys.executable, "-c", code.format(f"t{k}")], cwd=ROOT) for k in range(2)]
     assert [p.wait(60) for p in both] == [0, 0]
     assert {k: e["tries"] for k, e in json.loads(learner.read_text()).items()} == {"a#t0": 10, "a#t1": 10}

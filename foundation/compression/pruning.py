@@ -9,7 +9,7 @@ __all__ = ['layer_weights', 'keep_largest', 'magnitude_masks', 'apply_masks', 's
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/09_compression/02_pruning.ipynb #32b8dfaf
+# %% ../../nbs/09_compression/02_pruning.ipynb #77fd41ad
 def layer_weights(
     model: nn.Module,
     skip: tuple[str, ...] = (),  # names of modules to leave alone, such as ("head",)
@@ -18,16 +18,16 @@ def layer_weights(
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     modules = dict(model.named_modules())
     if unknown := set(skip) - set(modules):
-        raise ValueError(f"skip names {sorted(unknown)}, which the model lacks; its parts: {sorted(filter(None, modules))}")
+        raise ValueError(f"skip names {sorted(unknown)}, which the model lacks; it has {sorted(filter(None, modules))}")
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     chosen = {id(module.weight) for name, module in modules.items()
               if isinstance(module, kinds) and not any(f"{name}.".startswith(f"{s}.") for s in skip)}
-    found = {name: weight for name, weight in model.named_parameters() if id(weight) in chosen}  # a shared one counts once
+    found = {name: w for name, w in model.named_parameters() if id(w) in chosen}  # a shared one counts once
     if not found:
         raise ValueError("found no convolution or linear layer to work on; expected at least one outside `skip`")
     for name, weight in found.items():
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{name} holds NaN or infinite values; mend the training run before compressing its result")
+            raise ValueError(f"{name} holds NaN or infinite values; mend the training before compressing its result")
     return found
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #c13254c7
@@ -86,7 +86,7 @@ def sparsity(
     weights = layer_weights(model, skip).values()
     return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / sum(w.numel() for w in weights)
 
-# %% ../../nbs/09_compression/02_pruning.ipynb #6b0d27d4
+# %% ../../nbs/09_compression/02_pruning.ipynb #2227137e
 def cubic_sparsity(
     step: int,  # now
     begin: int,  # pruning starts here
@@ -94,16 +94,16 @@ def cubic_sparsity(
     final: float,  # sparsity at the end, 0 <= final < 1
     initial: float = 0.0,  # sparsity at the beginning
 ) -> float:
-    "Gradual pruning's schedule: fast while there is slack, slow towards the end (Zhu & Gupta 2017, eq. 1, https://arxiv.org/abs/1710.01878)."
+    "Gradual pruning's schedule, equation (1): steep, then flat (Zhu & Gupta 2017, https://arxiv.org/abs/1710.01878)."
     if not begin < end or not 0 <= initial <= final < 1:
         raise ValueError(f"got begin={begin}, end={end}, initial={initial}, final={final}; "
                          "expected begin < end and 0 <= initial <= final < 1")
     progress = min(max((step - begin) / (end - begin), 0.0), 1.0)
     return final + (initial - final) * (1 - progress) ** 3
 
-# %% ../../nbs/09_compression/02_pruning.ipynb #a8afff33
+# %% ../../nbs/09_compression/02_pruning.ipynb #66d7029c
 class Pruner:
-    "Prunes while the model trains: raises the sparsity on schedule, and holds pruned weights at exactly zero in between."
+    "Prunes while the model trains: raises the sparsity on schedule, and holds pruned weights at exactly zero."
 
     def __init__(
         self,
@@ -118,7 +118,8 @@ class Pruner:
     ):
         if every < 1:
             raise ValueError(f"every is {every}; expected at least 1 step between two masks")
-        cubic_sparsity(begin, begin, end, final, initial), layer_weights(model, skip)  # refuse a bad plan now, not at step 500
+        cubic_sparsity(begin, begin, end, final, initial)  # refuse a bad plan now, not at step 500
+        layer_weights(model, skip)
         self.model, self.final, self.begin, self.end, self.every = model, final, begin, end, every
         self.initial, self.scope, self.skip = initial, scope, skip
         self.target, self.masks = 0.0, {}

@@ -40,7 +40,7 @@ def affine_map(
     zero_point = torch.zeros_like(scale) if symmetric else (start - low / scale).round().clamp(start, stop)
     return scale, zero_point.int()
 
-# %% ../../nbs/09_compression/03_quantization.ipynb #49f948ed
+# %% ../../nbs/09_compression/03_quantization.ipynb #153cf034
 def _to_rows(x, axis, group):
     "A matrix (rows, width) in which each row shares a ruler; a last short group is filled up with zeros"
     rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
@@ -69,7 +69,7 @@ def _check_values(x, axis, group):
     if axis is not None and not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis is {axis}; expected None or an axis of a tensor with {x.ndim} dimensions")
     if group is not None and (axis is None or group < 1):
-        raise ValueError(f"group is {group} with axis {axis}; expected a group of at least 1 along rows, so give axis=0")
+        raise ValueError(f"group is {group} with axis {axis}; expected at least 1, and rows to group: give axis=0")
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #76886e38
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def calibrate(
         raise ValueError("the calibration set is empty; expected at least one batch of activations")
     return affine_map(*value_range(torch.cat(seen), percentile), bits, symmetric)
 
-# %% ../../nbs/09_compression/03_quantization.ipynb #e5da9eaf
+# %% ../../nbs/09_compression/03_quantization.ipynb #bd3e4ddb
 def fake_quantize(
     x: Tensor,  # floating, any shape
     bits: int = 8,
@@ -142,7 +142,7 @@ def fake_quantize(
     scale: Tensor | None = None,  # a ruler from `calibrate`, scalar or (rows,); None takes it from x
     zero_point: Tensor | None = None,
 ) -> Tensor:  # the shape of x
-    "Quantise and dequantise, with the gradient passed straight through inside the ruler (Bengio et al. 2013, https://arxiv.org/abs/1308.3432)."
+    "Round to marks; within the ruler the gradient passes straight through (Bengio et al. 2013, https://arxiv.org/abs/1308.3432)."
     _check_values(x, axis, None)
     rows = _to_rows(x.float(), axis, None)
     start, stop = integer_range(bits, symmetric)
@@ -156,7 +156,7 @@ def fake_quantize(
     through = torch.where(inside, rows, rows.detach())
     return _from_rows(through + (read - through).detach(), x.shape, axis, None).to(x.dtype)
 
-# %% ../../nbs/09_compression/03_quantization.ipynb #e788ca5f
+# %% ../../nbs/09_compression/03_quantization.ipynb #fb07a37e
 def quantize_weights(
     model: nn.Module,
     bits: int = 8,
@@ -165,7 +165,7 @@ def quantize_weights(
 ) -> tuple[nn.Module, dict[str, Quantized]]:
     "A copy of the model with the weights of convolutions and linear layers rounded, and the integers by name."
     copy = deepcopy(model)
-    integers = {name: quantize_tensor(weight, bits, axis=0, group=group) for name, weight in layer_weights(copy, skip).items()}
+    integers = {name: quantize_tensor(w, bits, axis=0, group=group) for name, w in layer_weights(copy, skip).items()}
     with torch.no_grad():
         for name, quantized in integers.items():
             copy.get_parameter(name).copy_(quantized.dequantize())

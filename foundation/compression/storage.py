@@ -70,7 +70,7 @@ def _plain(parts, key):
         return parts[key]
     return torch.frombuffer(bytearray(zlib.decompress(parts[key + ":z"].numpy().tobytes())), dtype=torch.uint8)
 
-# %% ../../nbs/09_compression/04_storage.ipynb #3f0483d2
+# %% ../../nbs/09_compression/04_storage.ipynb #fb701ff1
 def encode(
     weight: Tensor,  # floating, at least two dimensions
     numbers: str = "int8",  # "fp32", "fp16", "int2" ... "int8"
@@ -81,7 +81,8 @@ def encode(
     "Take a weight apart into what the file will hold."
     bits, parts = _bits_of(numbers), {}
     if bits <= 8:
-        quantized = quantize_tensor(weight, bits, 0, group=group, scale_dtype=torch.bfloat16 if group else torch.float32)
+        short = torch.bfloat16 if group else torch.float32  # many scales should be short, few may be exact
+        quantized = quantize_tensor(weight, bits, axis=0, group=group, scale_dtype=short)
         body, parts[":scale"] = quantized.values, quantized.scale
     else:
         body = _narrow(weight, DTYPES[numbers])
@@ -135,7 +136,7 @@ def _checksum(tensors, layout):
         crc = zlib.crc32(payload.tobytes(), zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
 
-# %% ../../nbs/09_compression/04_storage.ipynb #2007bbf7
+# %% ../../nbs/09_compression/04_storage.ipynb #5e54a7bc
 def save_model(
     model: nn.Module | dict[str, Tensor],  # a model, or its state dict
     path: str | Path,
@@ -164,7 +165,7 @@ def save_model(
 def load_model(
     path: str | Path,  # a file of `save_model`, or any safetensors file
 ) -> dict[str, Tensor]:  # a state dict; floating tensors are float32
-    "Read a model back. Raises `ValueError` when the file was cut short or changed, `FileNotFoundError` when there is none."
+    "Read a model back. Raises `ValueError` for a file cut short or changed, `FileNotFoundError` when there is none."
     tensors, layout = _read(Path(path))
     shapes = layout.get("shapes", {})
     state = {}

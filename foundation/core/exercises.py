@@ -40,7 +40,7 @@ class Refused(Exception):
         super().__init__(claim, found)
         self.claim, self.found = claim, found
 
-# %% ../../nbs/00_core/04_exercises.ipynb #f208d572
+# %% ../../nbs/00_core/04_exercises.ipynb #cb800e14
 _held = []  # the claims that held in the running check, in order
 
 
@@ -52,7 +52,8 @@ def _code(text):
 def _kinds(returns):
     "`a Tensor`, or `a Tensor or a float`"
     options = returns if isinstance(returns, tuple) else (returns,)
-    return " or ".join(("an " if re.match("[aeiou]|nd", name, re.I) else "a ") + name for name in (kind.__name__ for kind in options))
+    names = [kind.__name__ for kind in options]
+    return " or ".join(("an " if re.match("[aeiou]|nd", name, re.I) else "a ") + name for name in names)
 
 
 def _kind(value):
@@ -144,10 +145,10 @@ def _same(before, after):
         return before.shape == after.shape and bool(((before == after) | (before != before)).all())
     return not isinstance(before, list) or len(before) == len(after) and all(a is b for a, b in zip(before, after))
 
-# %% ../../nbs/00_core/04_exercises.ipynb #fffca696
+# %% ../../nbs/00_core/04_exercises.ipynb #cfbd5597
 @contextmanager
 def _clock(seconds):
-    "Stop a block that takes too long, where the system has an alarm clock (Windows has none: interrupt the kernel there)"
+    "Stop a block that takes too long, where the system has an alarm clock (on Windows: interrupt the kernel)"
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -255,20 +256,21 @@ def _alone(path):
                 msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
         yield
 
-# %% ../../nbs/00_core/04_exercises.ipynb #f6105100
+# %% ../../nbs/00_core/04_exercises.ipynb #afef1eb6
 _told = set()  # files that could not be written: say so once
 
 
 def _remember(lesson, title, solved):
-    "Count a try, keep the day of the first success; what the learner should know comes back as a note"
+    "Count the tries up to the first success, and keep its day; what the learner should know comes back as a note"
     path = progress_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path):
             entries, note = _load(path)
             entry = entries.setdefault(f"{lesson}#{title}", dict(tries=0, solved=None))
-            entry["tries"] += 1
-            entry["solved"] = entry["solved"] or (date.today().isoformat() if solved else None)
+            if entry["solved"]:
+                return note
+            entry |= dict(tries=entry["tries"] + 1, solved=date.today().isoformat() if solved else None)
             with atomic_write(path, "w") as file:
                 json.dump(entries, file, indent=1, ensure_ascii=False)
         return note
@@ -306,7 +308,28 @@ def _folded(hints, number=1):
     inner = f"{hints[0]}\n\n{_folded(hints[1:], number + 1)}".strip()
     return f"<details><summary>Hint {number}</summary>\n\n{inner}\n\n</details>"
 
-# %% ../../nbs/00_core/04_exercises.ipynb #7c37d705
+# %% ../../nbs/00_core/04_exercises.ipynb #0059b190
+def _attempt(exercise, answer):
+    "Run the check of `exercise` on an answer, whatever the answer does"
+    state, reason, printed = "solved", "", _Printed()
+    _held.clear()
+    try:
+        with _same_luck(), redirect_stdout(printed), _clock(exercise.seconds):
+            if answer is None or answer is ...:
+                raise _Unfinished("The cell above is still to be filled in: write your answer, run it, then run this cell.")
+            exercise.claims(_watched(answer, exercise.returns))
+    except Refused as no:
+        state, reason = "refused", f"✗ {no.claim}\n\n{no.found}".strip()
+    except _Unfinished as no:
+        state, reason = "unfinished", str(no)
+    except _TooSlow:
+        state, reason = "broken", f"Still running after {exercise.seconds:g} seconds: is there a loop that never ends?"
+    except (Exception, SystemExit) as error:
+        state, reason = _fault(error, answer, exercise.claims)
+    notes = ["Your code printed:\n\n" + _code(printed.getvalue())] if printed.tell() else []
+    return Verdict(state, reason, list(_held), notes, exercise.hints)
+
+# %% ../../nbs/00_core/04_exercises.ipynb #8d43c155
 class Exercise:
     "A check that looks after its learner, with hints, and with `prove` for its author."
 
@@ -321,12 +344,12 @@ class Exercise:
     ):
         if isinstance(hints, str) or len(hints) < 2:
             raise ValueError(f"exercise {title!r} has hints={hints!r}; expected a list of two or more")
-        self.lesson, self.title, self.hints, self.returns, self.seconds = lesson, title, tuple(hints), returns, seconds
-        self._check = check
+        self.lesson, self.title, self.claims, self.hints = lesson, title, check, tuple(hints)
+        self.returns, self.seconds = returns, seconds
 
     def check(self, answer: Any) -> Verdict:
         "Try an answer, remember how it went, and say what holds and what does not."
-        verdict = self._try(answer)
+        verdict = _attempt(self, answer)
         if verdict.state != "unfinished" and not _is_static():
             verdict.notes.append(_remember(self.lesson, self.title, bool(verdict)))
         return verdict
@@ -345,40 +368,24 @@ class Exercise:
         if _is_static():  # elsewhere the stub may by now be a learner's good answer
             trials.append(("the stub", stub, ["unfinished", "refused"]))
         for name, answer, allowed in trials:
-            verdict = self._try(answer)
+            verdict = _attempt(self, answer)
             if verdict.state not in allowed:
-                raise AssertionError(f"{self.title}: {name} came out as {verdict.state}, expected {' or '.join(allowed)}\n\n{verdict!r}")
+                wanted = " or ".join(allowed)
+                told = f"{name} came out as {verdict.state}, expected {wanted}"
+                raise AssertionError(f"{self.title}: {told}\n\n{verdict!r}")
 
-    def _try(self, answer):
-        state, reason, printed = "solved", "", _Printed()
-        _held.clear()
-        try:
-            with _same_luck(), redirect_stdout(printed), _clock(self.seconds):
-                if answer is None or answer is ...:
-                    raise _Unfinished("The cell above is still to be filled in: write your answer, run that cell, then this one.")
-                self._check(_watched(answer, self.returns))
-        except Refused as no:
-            state, reason = "refused", f"✗ {no.claim}\n\n{no.found}".strip()
-        except _Unfinished as no:
-            state, reason = "unfinished", str(no)
-        except _TooSlow:
-            state, reason = "broken", f"It was still running after {self.seconds:g} seconds: is there a loop that never ends?"
-        except (Exception, SystemExit) as error:
-            state, reason = _fault(error, answer, self._check)
-        notes = ["Your code printed:\n\n" + _code(printed.getvalue())] if printed.tell() else []
-        return Verdict(state, reason, list(_held), notes, self.hints)
-
-# %% ../../nbs/00_core/04_exercises.ipynb #51fd8cc7
-CALLOUT = re.compile(r"^> \*\*Exercise:\*\* (?P<title>.+?) · (?P<level>easy|medium|hard) · (?P<minutes>\d+) minutes$", re.M)
+# %% ../../nbs/00_core/04_exercises.ipynb #f858e70d
+CALLOUT = re.compile(
+    r"^> \*\*Exercise:\*\* (?P<title>.+?) · (?P<level>easy|medium|hard) · (?P<minutes>\d+) minutes$", re.M)
 
 
 def _lessons_folder():
     "The folder of notebooks around us, if there is one"
     import foundation
 
-    here, mark = Path.cwd(), "00_core/04_exercises.ipynb"
-    tries = [*(folder / sub for folder in (here, *here.parents) for sub in ("", "nbs")), Path(foundation.__file__).parents[1] / "nbs"]
-    return next((folder for folder in tries if (folder / mark).exists()), None)
+    here, repository = Path.cwd(), Path(foundation.__file__).parents[1]
+    places = [folder / sub for folder in (here, *here.parents, repository) for sub in ("", "nbs")]
+    return next((folder for folder in places if (folder / "00_core/04_exercises.ipynb").exists()), None)
 
 
 def list_exercises(

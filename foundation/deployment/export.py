@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core.basics import _cpu_flags, atomic_write, measure
 
-# %% ../../nbs/10_deployment/02_export.ipynb #16e91795
+# %% ../../nbs/10_deployment/02_export.ipynb #afe13ec8
 def _need(name):
     "Import an optional package, or say how to get it"
     try:
@@ -58,8 +58,13 @@ def _evaluating(model):
             part.training = mode
 
 
+def _first_line(error):
+    "The part of a long message that a reader needs"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _overflows():
-    "Do 8-bit products overflow here? x86 CPUs without VNNI add them up in 16 bits; ONNX Runtime then has a slower, exact way"
+    "Do 8-bit products overflow? x86 without VNNI adds them up in 16 bits; ONNX Runtime then has a slower, exact way"
     return platform.machine().lower() in ("x86_64", "amd64") and not any("vnni" in flag for flag in _cpu_flags())
 
 
@@ -73,7 +78,7 @@ def _torch_threads(count):
     finally:
         torch.set_num_threads(before)
 
-# %% ../../nbs/10_deployment/02_export.ipynb #2195b59d
+# %% ../../nbs/10_deployment/02_export.ipynb #f9757d8e
 class OnnxModel:
     "An ONNX file as a function of tensors, run by ONNX Runtime on the CPU."
 
@@ -84,7 +89,7 @@ class OnnxModel:
     ):
         runtime = _need("onnxruntime")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.x64quantprecision", str(int(_overflows())))
         if not isinstance(path, bytes) and not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}; expected one that export_onnx wrote")
@@ -93,7 +98,7 @@ class OnnxModel:
             self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             name = "these bytes" if isinstance(path, bytes) else path
-            raise ValueError(f"{name} cannot be opened as an ONNX model: {str(error).strip().splitlines()[0]}") from None
+            raise ValueError(f"{name} cannot be opened as an ONNX model: {_first_line(error)}") from None
         self.input = self.session.get_inputs()[0]
 
     def __call__(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, k)
@@ -104,7 +109,7 @@ class OnnxModel:
         array = x.detach().to("cpu", torch.float32).contiguous().numpy()
         return torch.from_numpy(self.session.run(None, {self.input.name: array})[0])
 
-# %% ../../nbs/10_deployment/02_export.ipynb #90f8741f
+# %% ../../nbs/10_deployment/02_export.ipynb #3068f1a5
 def export_onnx(
     model: nn.Module,
     example: Tensor,  # a batch as the model takes it, (b, c, h, w)
@@ -113,7 +118,7 @@ def export_onnx(
     tolerance: float = 1e-4,  # largest difference from PyTorch's output that is accepted
     opset: int = 17,  # version of ONNX's set of operations
 ) -> Path:
-    "Write `model` as an ONNX graph. Raises `ValueError`, naming the gap, when ONNX Runtime does not give the same outputs."
+    "Write `model` as an ONNX graph. Raises `ValueError`, naming the gap, when ONNX Runtime's outputs differ."
     _need("onnx"), _need("onnxruntime")
     free = {"input": {0: "batch"}, "output": {0: "batch"}} if dynamic_batch else None
     content, wide = BytesIO(), torch.cat([example, example]) if dynamic_batch else example
@@ -123,7 +128,7 @@ def export_onnx(
         try:
             gap = (OnnxModel(content.getvalue())(wide) - model(wide).cpu()).abs().max().item()
         except Exception as error:
-            raise ValueError(f"model or graph fails on a batch of {len(wide)}: {str(error).strip().splitlines()[0]}") from None
+            raise ValueError(f"model or graph fails on a batch of {len(wide)}: {_first_line(error)}") from None
     if not gap <= tolerance:
         raise ValueError(f"ONNX Runtime differs from PyTorch by {gap:.2g}, more than {tolerance:.2g}")
     with atomic_write(path) as file:
@@ -156,7 +161,7 @@ def quantize_onnx_weights(
         file.write(model.SerializeToString())
     return Path(target)
 
-# %% ../../nbs/10_deployment/02_export.ipynb #667abf6e
+# %% ../../nbs/10_deployment/02_export.ipynb #b301b42b
 def _is_plain_gemm(node):
     "A Gemm whose weight is (in, out); PyTorch's linear layers are stored (out, in), transposed at work"
     return node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
@@ -166,8 +171,9 @@ def _integer_nodes(onnx, tensor, bits, axis):
     "Integers and scales of one weight, and the two nodes Cast and Mul that turn them back into it"
     weight, top = onnx.numpy_helper.to_array(tensor), 2 ** (bits - 1) - 1
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = np.maximum(np.abs(weight).max(axis=others, keepdims=True) / top, np.finfo(np.float32).tiny).astype(np.float32)
-    marks = np.rint(weight / scale).clip(-top, top).astype(np.int8)
+    reach = np.abs(weight).max(axis=others, keepdims=True)
+    scale = np.maximum(reach / top, np.finfo(np.float32).tiny).astype(np.float32)
+    marks = np.rint(weight * (1 / scale)).clip(-top, top).astype(np.int8)
     name, kind = tensor.name, onnx.TensorProto.INT8 if bits == 8 else onnx.TensorProto.INT4
     if bits == 4:  # two neighbours a byte, the first in the low half
         nibbles = np.append(marks.reshape(-1), [0] * (marks.size % 2)).astype(np.uint8) & 15
@@ -220,25 +226,26 @@ def _reader(tools, name, batches):
 
     return Reader()
 
-# %% ../../nbs/10_deployment/02_export.ipynb #f2a32b42
+# %% ../../nbs/10_deployment/02_export.ipynb #2f805ebe
 def compare_latency(
     predicts: dict,  # name -> model or function of a batch
     example: Tensor,  # (b, c, h, w); repeated to fill a batch
     batch_sizes: tuple[int, int] = (1, 256),  # for the latency, for the throughput
-    rounds: int = 5,  # candidates take turns so many times
-    calls: tuple[int, int] = (40, 2),  # timed calls in a round, for each batch size
+    rounds: int = 9,  # candidates take turns so many times
+    calls: tuple[int, int] = (30, 1),  # timed calls in a round, for each batch size
     threads: int = 1,  # inside PyTorch; `OnnxModel` has its own
 ) -> dict[str, dict[str, float]]:  # name -> latency_ms and images_per_second
     "Latency of one batch and throughput of another: the median over rounds in which the candidates take turns."
     small, large = (torch.cat([example] * -(-size // len(example)))[:size] for size in batch_sizes)
     seconds = {name: ([], []) for name in predicts}
     with _torch_threads(threads):
-        for _ in range(rounds):
+        for turn in range(rounds):
             for name, predict in predicts.items():
                 with _evaluating(predict):
                     seconds[name][0].append(measure(lambda: predict(small), calls[0], warmup=5).median)
-                    seconds[name][1].append(measure(lambda: predict(large), calls[1], warmup=1).median)
-    return {name: {"latency_ms": statistics.median(one) * 1e3, "images_per_second": len(large) / statistics.median(many)}
+                    seconds[name][1].append(measure(lambda: predict(large), calls[1], warmup=int(turn == 0)).median)
+    middle = statistics.median
+    return {name: {"latency_ms": middle(one) * 1e3, "images_per_second": len(large) / middle(many)}
             for name, (one, many) in seconds.items()}
 
 

@@ -10,81 +10,87 @@ import torch
 from torch import Tensor
 from .likelihood import _expect_floats, _expect_same, _may_look, _precise, _refuse_nan, log_softmax
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #2359d489
+# %% ../../nbs/01_objectives/02_divergence.ipynb #1ffdc6d7
 def _expect_temperature(temperature):
     "Refuse a temperature that is not a number above zero; a tensor (one that is learnt) passes"
-    if isinstance(temperature, Tensor): return
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < float('inf'):
-        raise ValueError(f'temperature is {temperature!r}, expected a finite number above 0.')
+    if isinstance(temperature, Tensor):
+        return
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature!r}, expected a finite number above 0.")
 
-def _expect_distribution(p, name:str):
+
+def _expect_distribution(p, name: str):
     "Refuse rows that are not probabilities: none negative, each row summing to one"
     _expect_floats(p, name)
-    if not _may_look(p): return
+    if not _may_look(p):
+        return
     if not (p >= 0).all():
-        raise ValueError(f'{name} holds negative entries or NaN, expected probabilities; softmax(logits) makes them.')
+        raise ValueError(f"{name} holds negative entries or NaN, expected probabilities; softmax(logits) makes them.")
     slack = 1e-3 if p.dtype in (torch.float32, torch.float64) else 3e-2
     worst = (_precise(p).sum(-1) - 1).abs().max()
     if not worst <= slack:
-        raise ValueError(f'{name} has a row whose sum is {worst:.3g} away from 1, expected probabilities '
-                         'along the last dimension; softmax(logits) makes them.')
+        raise ValueError(f"{name} has a row whose sum is {worst:.3g} away from 1, expected probabilities "
+                         "along the last dimension; softmax(logits) makes them.")
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #9e74b14a
+# %% ../../nbs/01_objectives/02_divergence.ipynb #a6fcaf7a
 def softmax(
-    logits:Tensor, # scores, (..., k)
-    temperature:float=1., # above 1 flattens the distribution, below 1 sharpens it
-) -> Tensor: # probabilities, (..., k)
-    "Scores to probabilities: `exp(z / T)`, divided by its sum over the last dimension"
-    _expect_floats(logits, 'logits')
+    logits: Tensor,  # scores, (..., k)
+    temperature: float = 1.0,  # above 1 flattens the distribution, below 1 sharpens it
+) -> Tensor:  # probabilities, (..., k)
+    "Scores to probabilities: `exp(z / T)` divided by its sum over the last dimension. Raises ValueError unless T > 0."
+    _expect_floats(logits, "logits")
     _expect_temperature(temperature)
     p = log_softmax(logits / temperature).exp()
     _refuse_nan(p, logits=logits)
     return p
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #15f2f862
+# %% ../../nbs/01_objectives/02_divergence.ipynb #ff3dfe93
 def entropy(
-    p:Tensor, # probabilities, (..., k)
-) -> Tensor: # nats, (...)
-    "How uncertain `p` is: `-Σ p log p`, from 0 (sure) to log k (no idea)"
-    _expect_distribution(p, 'p')
+    p: Tensor,  # probabilities, (..., k)
+) -> Tensor:  # nats, (...)
+    "How uncertain `p` is: `-Σ p log p`, from 0 (sure) to log k (no idea). Raises ValueError for rows that don't sum to 1."
+    _expect_distribution(p, "p")
     return -torch.xlogy(p, p).sum(-1)
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #e2f154e0
+# %% ../../nbs/01_objectives/02_divergence.ipynb #959b4f06
 def kl(
-    p:Tensor, # the distribution that the average is taken over, (..., k)
-    q:Tensor, # the distribution it is compared with, (..., k)
-) -> Tensor: # nats, (...); infinite where q is 0 and p is not
-    "Kullback-Leibler divergence `Σ p log(p / q)`: what believing q costs in a world that follows p"
-    _expect_distribution(p, 'p')
-    _expect_distribution(q, 'q')
-    _expect_same(q, 'q', p.shape, p, 'p')
+    p: Tensor,  # the distribution over which the average is taken, (..., k)
+    q: Tensor,  # the distribution that is believed, (..., k)
+) -> Tensor:  # nats, (...); infinite where q is 0 and p is not
+    """Kullback-Leibler divergence `Σ p log(p / q)`: what believing q costs in a world that follows p.
+
+    Raises TypeError or ValueError when shapes differ or rows are not probabilities. Kullback & Leibler 1951."""
+    _expect_distribution(p, "p")
+    _expect_distribution(q, "q")
+    _expect_same(q, "q", p.shape, p, "p")
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #27864e7e
+# %% ../../nbs/01_objectives/02_divergence.ipynb #dd4f4b5b
 def js(
-    p:Tensor, # probabilities, (..., k)
-    q:Tensor, # probabilities, (..., k)
-) -> Tensor: # nats, (...), from 0 to log 2
-    "Jensen-Shannon divergence: the mean KL of both to their midpoint; symmetric and finite (Lin 1991)"
-    _expect_distribution(p, 'p')
-    _expect_distribution(q, 'q')
-    _expect_same(q, 'q', p.shape, p, 'p')
+    p: Tensor,  # probabilities, (..., k)
+    q: Tensor,  # probabilities, (..., k)
+) -> Tensor:  # nats, (...), from 0 to log 2
+    """Jensen-Shannon divergence: the mean KL of both to their midpoint, symmetric and finite.
+
+    Raises TypeError or ValueError when shapes differ or rows are not probabilities. Lin 1991."""
+    _expect_distribution(p, "p")
+    _expect_distribution(q, "q")
+    _expect_same(q, "q", p.shape, p, "p")
     middle = (p + q) / 2
     return (kl(p, middle) + kl(q, middle)) / 2
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #2f0297f7
+# %% ../../nbs/01_objectives/02_divergence.ipynb #c1ff7d94
 def distillation_loss(
-    student_logits:Tensor, # (..., k), gradients flow here
-    teacher_logits:Tensor, # (..., k), no gradient flows here
-    temperature:float=4., # softens both sides
-) -> Tensor: # T² · mean KL(teacher || student) in nats, ()
-    """Pull the student's softened distribution towards the teacher's.
+    student_logits: Tensor,  # (..., k), gradients flow here
+    teacher_logits: Tensor,  # (..., k), no gradient flows here
+    temperature: float = 4.0,  # softens both sides
+) -> Tensor:  # T² · mean KL(teacher || student) in nats, ()
+    """Pull the student's softened distribution towards the teacher's; T² keeps the size of the gradient.
 
-    The factor T² keeps the size of the gradient when T changes.
     Raises TypeError or ValueError when shapes differ, T is not above 0, or logits hold NaN. Hinton et al. 2015, section 2."""
-    _expect_floats(student_logits, 'student_logits')
-    _expect_floats(teacher_logits, 'teacher_logits')
-    _expect_same(teacher_logits, 'teacher_logits', student_logits.shape, student_logits, 'student_logits')
+    _expect_floats(student_logits, "student_logits")
+    _expect_floats(teacher_logits, "teacher_logits")
+    _expect_same(teacher_logits, "teacher_logits", student_logits.shape, student_logits, "student_logits")
     _expect_temperature(temperature)
     log_student = log_softmax(_precise(student_logits) / temperature)
     teacher = softmax(_precise(teacher_logits).detach(), temperature)

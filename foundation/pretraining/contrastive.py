@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPOCHS', 'BATCH', 'two_views', 'ContrastiveModel', 'match_views', 'Pretraining', 'pretrain', 'judge', 'make_weights']
 
-# %% ../../nbs/07_pretraining/03_contrastive.ipynb #ff8e361e
+# %% ../../nbs/07_pretraining/03_contrastive.ipynb #0f97f599
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.basics import pick_device, seed_everything
 from ..core.sources import cache_folder
 from ..data.augment import Augment
-from ..data.batches import endless
+from ..data.batches import augmented
 from ..data.images import ImageSet, few_labels, load_images
 from ..evaluation.probes import encode_all, knn_accuracy, linear_probe
 from ..models.convnets import ResNet
@@ -27,7 +27,7 @@ from ..training.checkpoint import load_checkpoint, save_checkpoint
 from ..training.loop import Objective, Step, adamw, progress, train
 from ..training.schedules import warmup_cosine
 
-# %% ../../nbs/07_pretraining/03_contrastive.ipynb #3b2c84b0
+# %% ../../nbs/07_pretraining/03_contrastive.ipynb #a20385de
 def two_views(
     images: Tensor,  # (n, c, h, w) uint8, on the device where the views shall be made
     augment: Augment,
@@ -36,10 +36,8 @@ def two_views(
     start: int = 0,  # first step
 ) -> Iterator[Tensor]:  # (2b, c, h, w): rows i and b + i are views of the same picture
     "Endless pairs of views."
-    generator = torch.Generator(images.device)
-    for step, (batch,) in enumerate(endless(images, batch_size=batch_size, seed=seed, start=start), start):
-        generator.manual_seed((seed * 1_000_003 + step) % 2**63)
-        yield torch.cat([augment(batch, generator), augment(batch, generator)]).contiguous(memory_format=torch.channels_last)
+    for (views,) in augmented(images, augment=augment, batch_size=batch_size, seed=seed, start=start, views=2):
+        yield views
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #6bdfe0b8
 class ContrastiveModel(nn.Module):

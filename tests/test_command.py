@@ -1,0 +1,163 @@
+"The console command as it is typed: real processes, exit codes, one sentence when something is wrong."
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from foundation import command
+from foundation.command import Finding, check_software, check_weights, doctor, main
+
+
+def typed(*arguments, **variables):
+    "What `foundation …` says in a process of its own."
+    return subprocess.run([sys.executable, "-c", "import sys; from foundation.command import main; sys.exit(main())", *arguments],
+                          env={**os.environ, **variables}, capture_output=True, text=True, timeout=120)
+
+
+def one_sentence(text):
+    return text.count("\n") == 1 and "Traceback" not in text and text.strip()
+
+
+def test_version_is_quick_and_imports_no_torch():
+    best = 9.0
+    for _ in range(5):
+        start = time.perf_counter()
+        done = typed("--version")
+        best = min(best, time.perf_counter() - start)
+        assert done.stdout == f"foundation {command.__version__}\n" and done.returncode == 0
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", ""])
+    assert best - (time.perf_counter() - start) < 0.5
+    code = "import sys; from foundation.command import main; main(['--version']); print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("[]\n")
+
+
+def test_the_entry_point_is_main():
+    from importlib.metadata import entry_points
+    (entry,) = [e for e in entry_points(group="console_scripts") if e.name == "foundation"]
+    assert entry.value == "foundation.command:main"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("data",), ("data", "--help"), ("tour", "--help"), ("doctor", "--help")])
+def test_help_is_help(arguments, capsys):
+    assert main(list(arguments)) == 0
+    assert "usage: foundation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["tours"], "tours"), (["--nonsense"], "--nonsense"), (["data", "fetch"], "NAME"), (["data", "fetch", "mnist"], "fashion_mnist"),
+    (["tour", "--out"], "--out"), (["doctor", "--jsno"], "--jsno")])
+def test_misunderstood_is_one_sentence_and_2(arguments, word, capsys):
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert one_sentence(told.err) and word in told.err and not told.out
+
+
+def test_data_list_and_fetch(tmp_path):
+    place = dict(FOUNDATION_DATA=str(tmp_path), FOUNDATION_OFFLINE="1")
+    listed = typed("data", "list", **place)
+    assert listed.returncode == 0 and listed.stdout.count("not fetched yet") == 4
+    fetched = typed("data", "fetch", "digits", "digits", **place)
+    assert fetched.returncode == 0 and fetched.stdout.count("digits is ready") == 1 and not fetched.stderr
+    assert typed("data", "list", **place).stdout.count(" ready ") == 1
+
+
+def test_one_set_that_fails_keeps_no_other_back(tmp_path):
+    done = typed("data", "fetch", "reviews", "digits", FOUNDATION_DATA=str(tmp_path), FOUNDATION_OFFLINE="1")
+    assert done.returncode == 1 and "digits is ready" in done.stdout
+    assert "By hand" in done.stderr and "FOUNDATION_OFFLINE" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_unwritable_data_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = typed("data", "fetch", "digits", FOUNDATION_DATA=str(tmp_path / "file" / "data"))
+    assert done.returncode == 1 and one_sentence(done.stderr) and "Nothing can be written" in done.stderr
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (KeyboardInterrupt(), 130, "Stopped."), (ValueError("the set is empty; give it a picture"), 1, "the set is empty"),
+    (OSError(28, "No space left on device"), 1, "No space left"), (RuntimeError("a\n  b"), 1, "RuntimeError: a b"),
+    (ModuleNotFoundError("No module named 'foundation.tour'"), 1, "foundation.tour"), (MemoryError(), 1, "MemoryError")])
+def test_every_ending_is_a_sentence(monkeypatch, capsys, error, code, words):
+    def fail(*_):
+        raise error
+    monkeypatch.delenv("FOUNDATION_DEBUG", raising=False)
+    monkeypatch.setattr(command, "tour", fail)
+    assert main(["tour"]) == code
+    told = capsys.readouterr().err
+    assert one_sentence(told) and words in told
+
+
+def test_debug_shows_where(monkeypatch):
+    monkeypatch.setenv("FOUNDATION_DEBUG", "1")
+    monkeypatch.setattr(command, "tour", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["tour"])
+
+
+def test_tour_gets_its_options(monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "tour", lambda *args: asked.append(args) or 0)
+    assert main(["tour"]) == main(["tour", "--short", "--out", "there"]) == 0
+    assert asked == [("runs/tour", False), ("there", True)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such pipes there")
+def test_a_closed_pipe_is_no_error():
+    line = f"{sys.executable} -c 'from foundation.command import main; raise SystemExit(main([\"data\", \"list\"]))' | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+
+
+# The doctor -------------------------------------------------------------------------------------------------------------
+
+def test_doctor_json_and_text_agree():
+    done = typed("doctor", "--json")
+    told = json.loads(done.stdout)
+    names = {f["name"] for f in told["findings"]}
+    assert {"python", "torch", "foundation", "device", "bf16", "threads", "memory", "disk", "data fashion_mnist", "jupyterlab",
+            "onnxruntime", "browser"} <= names
+    assert done.returncode == (0 if told["can_run_tour"] else 1) and not done.stderr
+    assert told["can_run_tour"] == all(f["ok"] for f in told["findings"] if f["needed"])
+    assert all(f["remedy"] for f in told["findings"] if not f["ok"])
+    assert typed("doctor").returncode == done.returncode
+
+
+@pytest.mark.parametrize("needed, code, mark", [(True, 1, "FAIL"), (False, 0, "gap")])
+def test_only_what_the_tour_needs_decides(capsys, needed, code, mark):
+    assert doctor(checks=[lambda: [Finding("thing", "missing", False, "get one", needed)]]) == code
+    told = capsys.readouterr().out
+    assert mark in told and "→ get one" in told
+
+
+def test_doctor_notices_a_missing_or_old_requirement(monkeypatch):
+    monkeypatch.setattr(command, "_requirements", lambda: ["torch>=99", "numpy", "no-such-package>=1"])
+    bad = {f.name: f for f in check_software() if not f.ok}
+    assert set(bad) == {"torch", "no-such-package"} and all(f.needed for f in bad.values())
+    assert bad["torch"].remedy == 'pip install "torch>=99"'
+
+
+def test_doctor_notices_sick_weights(tmp_path):
+    (none,) = check_weights(tmp_path)
+    assert not none.ok and none.needed
+    (tmp_path / "a.safetensors").write_bytes(b"cut off")
+    (tmp_path / "b.safetensors").write_bytes(b"cut off")
+    (tmp_path / "b.json").write_text(json.dumps({"sha256": "0", "architecture": "ResNet", "config": {}}))
+    (tmp_path / "c.json").write_text("{half")
+    found = list(check_weights(tmp_path))
+    assert [f.name for f in found] == ["weights a", "weights b", "weights c"] and not any(f.ok for f in found)
+
+
+def test_doctor_lives_with_a_wrong_device_name():
+    done = typed("doctor", FOUNDATION_DEVICE="abacus")
+    assert done.returncode == 1 and "abacus" in done.stdout and not done.stderr
+
+
+def test_doctor_tells_a_damaged_set(tmp_path):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "digits.csv").write_text("1,2,3")
+    done = typed("doctor", FOUNDATION_DATA=str(tmp_path))
+    assert "damaged: digits.csv" in done.stdout and "foundation data fetch digits" in done.stdout
