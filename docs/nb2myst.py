@@ -6,6 +6,7 @@ import os
 import posixpath
 import re
 import zlib
+from functools import cache
 from pathlib import Path
 
 import notebooks
@@ -88,23 +89,27 @@ def pieces(source, names):
     return [(name, "".join(lines[a:b]).strip()) for a, b, (_, name) in zip(starts, ends, cuts)]
 
 
-def tell_exports(cells):
-    "Each definition of an `exports` cell gets its heading above and its parameters below; nbdev heaps those of one cell together"
+def tell_exports(cells, module):
+    """Each definition of an `exports` cell gets its heading above and its parameters below; nbdev heaps those of one cell together.
+    What the lesson does not show is told at the end of the page, so that the story goes on"""
     docs = {m[1]: c for c in cells if c.get("has_sd") and (m := re.search(r"^show_doc\((.+)\)$", c.source, re.M))}
-    cut = {i: pieces(OPTION.sub("", c.source), docs) for i, c in enumerate(cells)
-           if "exports" in (c.get("directives_") or {})}
+    cut = {i: pieces(OPTION.sub("", c.source), docs) for i, c in enumerate(cells) if "exports" in (c.get("directives_") or {})}
     told, out = {name for parts in cut.values() for name, _ in parts}, []
     for i, cell in enumerate(cells):
-        if cell.get("has_sd") and any(cell is docs[name] for name in told):
-            continue
         for name, text in cut.get(i, []):
             code = dict(cell, source=text, outputs=[])
             out += [NbCell(0, dict(docs[name], part="head")), NbCell(0, code), NbCell(0, dict(docs[name], part="table"))]
         if cut.get(i):
             out[-2].outputs = cell.outputs
-        else:
+        elif not cell.get("has_sd"):
             out.append(cell)
-    return out
+    rest = sorted((c for name, c in docs.items() if name not in told), key=source_line)
+    return out + ([mk_cell(f"## Also in `{module}`", "markdown")] if rest else []) + rest
+
+
+def source_line(cell):
+    found = re.search(r"#L(\d+)", json.dumps(cell.outputs))
+    return int(found[1]) if found else 0
 
 
 def admonition(kind, title, body):
@@ -112,16 +117,32 @@ def admonition(kind, title, body):
     return f"::::{head}\n{body}\n::::\n"
 
 
+@cache
+def headings(notebook):
+    "The names with a heading of their own, as anchors: nbdev links to private and hidden ones, too"
+    cells = notebooks.code_cells(notebooks.load(get_config().nbs_path / notebook))
+    shown = [notebooks.source(c) for c in cells if re.match(r"#\|\s*exports?\b(?!.*^#\|\s*hide)", notebooks.source(c), re.M | re.S)]
+    return {slug(name) for code in shown for name in re.findall(r"^(?:def|class|async def) ([A-Za-z]\w*)", code, re.M)}
+
+
 def markdown_cell(cell, page, pages, base):
     "Mermaid, call-outs, and links to pages of the published site, which become links between notebooks"
     def link(m):
-        notebook = pages.get(m[1])
-        return f"]({posixpath.relpath(notebook, posixpath.dirname(page) or '.')}{m[2] or ''})" if notebook else m[0]
+        if not (notebook := pages.get(m[1])):
+            return m[0]
+        name = (m[2] or "")[1:].partition(".")[0]  # a method stands below its class
+        anchor = "#" + name if name in headings(notebook) else ""
+        return f"]({posixpath.relpath(notebook, posixpath.dirname(page) or '.')}{anchor})"
     text = notebooks.BADGE.sub("", cell.source)
     text = re.sub(r"^```mermaid\n(.*?)^```", lambda m: f'<pre class="mermaid">\n{html.escape(m[1]).strip()}\n</pre>', text,
                   flags=re.M | re.S)
     text = re.sub(r"\]\(" + re.escape(base) + r"([^)#\s]+)(#[^)\s]*)?\)", link, text)
     cell.source = callouts(lower_anchors(text), admonition)
+
+
+def module_name(raw):
+    found = (re.search(r"^#\|\s*default_exp\s+(\S+)", notebooks.source(c), re.M) for c in notebooks.code_cells(raw))
+    return next((m[1] for m in found if m), "")
 
 
 def convert(text, page):
@@ -133,7 +154,7 @@ def convert(text, page):
     nb["path_"] = page
     SphinxFilter()(nb)
     nb.metadata.pop("widgets", None)
-    nb.cells = tell_exports(nb.cells)
+    nb.cells = tell_exports(nb.cells, f"{config.lib_name}.{module_name(raw)}")
     for cell in nb.cells:
         if cell.get("id") in map_ids:
             cell.cell_type, cell.source = "markdown", cards()

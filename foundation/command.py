@@ -6,9 +6,8 @@
 __all__ = ['CHECKS', 'Finding', 'check_software', 'check_hardware', 'check_data', 'check_weights', 'check_extras', 'doctor',
            'tour', 'list_data', 'fetch_data', 'main']
 
-# %% ../nbs/01_command.ipynb #4e412578
+# %% ../nbs/01_command.ipynb #4c900f1a
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -45,20 +44,22 @@ def check_software() -> Iterator[Finding]:
         if name == "torch" or not enough:
             yield Finding(name, found or "missing", enough, f'pip install "{line}"', needed=True)
 
-# %% ../nbs/01_command.ipynb #9887f148
+# %% ../nbs/01_command.ipynb #1214cee8
 def _requirements():
     "What the installed library says it needs, extras left out; PyTorch at least, if it was not installed but copied"
+    from importlib.metadata import PackageNotFoundError, requires
     try:
-        lines = importlib.metadata.requires("foundation") or []
-    except importlib.metadata.PackageNotFoundError:
+        lines = requires("foundation") or []
+    except PackageNotFoundError:
         lines = []
     return [line.split(";")[0].strip() for line in lines if "extra ==" not in line] or ["torch>=2.8"]
 
 
 def _version(package):
+    from importlib.metadata import PackageNotFoundError, version
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return ""
 
 
@@ -132,10 +133,10 @@ def check_weights(
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             yield Finding(f"weights {name}", _one_line(error), False, remedy, needed=True)
 
-# %% ../nbs/01_command.ipynb #d28a18d2
+# %% ../nbs/01_command.ipynb #36096e4b
 def check_extras() -> Iterator[Finding]:
     "Pieces that only some lessons or tests use."
-    for package, extra, use in (("jupyterlab", "lab", "opens the lessons"), ("onnxruntime", "deploy", "a fast runtime")):
+    for package, extra, use in (("jupyterlab", "lab", "opens lessons"), ("onnxruntime", "deploy", "a fast runtime")):
         found = _version(package)
         yield Finding(package, found or f"missing ({use})", bool(found), f"pip install 'foundation[{extra}]'")
     browsers = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
@@ -197,7 +198,7 @@ def fetch_data(
             failed = 1
     return failed
 
-# %% ../nbs/01_command.ipynb #5db6e46d
+# %% ../nbs/01_command.ipynb #a0c7026b
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         print(f"{self.prog}: {message}. `{self.prog} --help` tells more.", file=sys.stderr)
@@ -210,7 +211,7 @@ def _parser():
     parser.set_defaults(run=lambda args: parser.print_help() or 0)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     tours = commands.add_parser("tour", help="the whole life of a foundation model, in five minutes")
-    tours.add_argument("--out", default="runs/tour", help="folder for tour.html and metrics.json (default: %(default)s)")
+    tours.add_argument("--out", default="runs/tour", help="folder for the report and its figures (default: %(default)s)")
     tours.add_argument("--short", action="store_true", help="fewer steps: see it work, with lower scores")
     tours.set_defaults(run=lambda args: tour(args.out, args.short))
     health = commands.add_parser("doctor", help="what is there, what is missing, what to do about it")
@@ -225,14 +226,18 @@ def _add_data(parser):
     actions = parser.add_subparsers(title="commands", metavar="COMMAND")
     actions.add_parser("list", help="how each data set stands").set_defaults(run=lambda args: list_data())
     fetching = actions.add_parser("fetch", help="fetch data sets now")
-    fetching.add_argument("names", nargs="+", metavar="NAME", choices=[*SOURCES, "all"], help=f"{', '.join(SOURCES)} or all")
+    names = [*SOURCES, "all"]
+    fetching.add_argument("names", nargs="+", metavar="NAME", choices=names, help=", ".join(names))
     fetching.set_defaults(run=lambda args: fetch_data(args.names))
 
-# %% ../nbs/01_command.ipynb #4f49eec3
+# %% ../nbs/01_command.ipynb #739916d7
 def main(
     arguments: Sequence[str] | None = None,  # None: those of the command line
 ) -> int:  # exit code
     "The command `foundation`."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show "→" is no reason to fail
     try:
         args = _parser().parse_args(arguments)
         if args.version:

@@ -8,7 +8,7 @@ __all__ = ['SHORT', 'Plan', 'choose_plan', 'load_data', 'Live', 'pretrain_live',
            'pixel_scores', 'Distilled', 'learn_from_teacher', 'train_for_use', 'account', 'Table', 'stage_table',
            'gains', 'not_faster', 'run', 'collect', 'check_claims', 'report']
 
-# %% ../nbs/00_tour.ipynb #91fcfb70
+# %% ../nbs/00_tour.ipynb #da8b0211
 import copy
 import html
 import json
@@ -34,12 +34,12 @@ from .deployment.export import OnnxModel, compare_latency, export_onnx, quantize
 from .evaluation.comparison import Comparison
 from .evaluation.probes import encode_all, fit_linear, knn_accuracy
 from .evaluation.scores import accuracy, predict, wilson_interval
-from .finetuning.loop import finetune
+from .finetuning.loop import finetune, fit_head
 from .models.convnets import ConvNet, ResNet
 from .models.pretrained import load_weights, read_card
 from .pretraining.contrastive import pretrain, two_views
 
-# %% ../nbs/00_tour.ipynb #f98f2436
+# %% ../nbs/00_tour.ipynb #99675c10
 @dataclass(frozen=True)
 class Plan:
     "How long the parts of the tour run, in steps and never in seconds, so that every machine does the same work."
@@ -47,7 +47,8 @@ class Plan:
     looks: int = 4  # measurements on the way
     labels: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)  # each arm of the comparison picks its learning rate among these
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # learning rates from which the network from scratch picks
+    gentle_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)  # as many for the pretrained one
     finetune: int = 100
     distil: int = 600
     teacher: int = 600
@@ -58,7 +59,7 @@ class Plan:
     checked: bool = True  # a short tour is too short for its accuracies to mean anything
 
 
-SHORT = Plan(pretrain=6, looks=2, seeds=(0, 1), rates=(1e-3,), finetune=6, distil=8, teacher=8, student=12, recover=10,
+SHORT = Plan(pretrain=6, looks=2, seeds=(0, 1), rates=(1e-3,), gentle_rates=(1e-3,), finetune=6, distil=8, teacher=8, student=12, recover=10,
              pictures=4096, tests=1000, checked=False)
 
 
@@ -133,7 +134,7 @@ def embedding(encoder: nn.Module, data: ImageSet, count: int = 600) -> Tensor:  
     features = nn.functional.normalize(encode_all(encoder, data.test_images[:count], transform=data.floats), dim=1)
     return torch.from_numpy(TSNE(random_state=0, init="pca", perplexity=30).fit_transform(features.numpy()))
 
-# %% ../nbs/00_tour.ipynb #dd5a9929
+# %% ../nbs/00_tour.ipynb #29d78cbb
 class Few(NamedTuple):
     "What comes of learning from few labels."
     comparison: Comparison  # arms: pixels, from scratch, pretrained
@@ -145,9 +146,9 @@ class Few(NamedTuple):
 def few_label_model(data: ImageSet, plan: Plan, pretrained: bool, index: Tensor, rate: float, seed: int) -> nn.Module:
     "One run: a model fine-tuned on the pictures `index`."
     seed_everything(seed)
-    model = shipped_encoder() if pretrained else fresh_encoder(data)
-    finetune(model, data.train_images[index], data.train_labels[index], gentle(data), steps=plan.finetune, lr=rate,
-             head_lr=10 * rate if pretrained else rate, seed=seed)
+    model, images, labels = shipped_encoder() if pretrained else fresh_encoder(data), data.train_images[index], data.train_labels[index]
+    fit_head(model, data.floats(images), labels)
+    finetune(model, images, labels, gentle(data), steps=plan.finetune, lr=rate, head_lr=rate, seed=seed)
     return model
 
 
@@ -159,7 +160,8 @@ def learn_from_few(data: ImageSet, plan: Plan) -> Few:
     run = lambda arm, seed, rate: few_label_model(data, plan, arm == "pretrained", draw(seed), rate, seed)
     scores, rates, teachers = {"pixels": pixel_scores(data, [draw(s) for s in plan.seeds], draw(100), dev)}, {}, []
     for arm in ("from scratch", "pretrained"):
-        rates[arm] = max(plan.rates, key=lambda rate: score(run(arm, 100, rate), data.train_images[dev], data.train_labels[dev], data))
+        choice = plan.gentle_rates if arm == "pretrained" else plan.rates
+        rates[arm] = max(choice, key=lambda rate: score(run(arm, 100, rate), data.train_images[dev], data.train_labels[dev], data))
         models = [run(arm, seed, rates[arm]) for seed in plan.seeds]
         scores[arm] = [score(model, data.test_images, data.test_labels, data) for model in models]
         teachers = models

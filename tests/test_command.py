@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -22,15 +21,11 @@ def one_sentence(text):
 
 
 def test_version_is_quick_and_imports_no_torch():
-    best = 9.0
-    for _ in range(5):
-        start = time.perf_counter()
-        done = typed("--version")
-        best = min(best, time.perf_counter() - start)
-        assert done.stdout == f"foundation {command.__version__}\n" and done.returncode == 0
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", ""])
-    assert best - (time.perf_counter() - start) < 0.5
+    before = os.times()
+    done = typed("--version")
+    after = os.times()  # processor time: a busy machine is not the command's fault
+    assert done.stdout == f"foundation {command.__version__}\n" and done.returncode == 0
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
     code = "import sys; from foundation.command import main; main(['--version']); print([m for m in ('torch', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("[]\n")
 
@@ -112,9 +107,14 @@ def test_a_closed_pipe_is_no_error():
     assert "Traceback" not in done.stderr
 
 
+def test_a_plain_terminal_is_no_error():
+    done = typed("data", "list", PYTHONIOENCODING="ascii:strict")
+    assert done.returncode == 0 and "Fashion-MNIST" in done.stdout and not done.stderr
+
+
 # The doctor -------------------------------------------------------------------------------------------------------------
 
-def test_doctor_json_and_text_agree():
+def test_doctor_tells_machines():
     done = typed("doctor", "--json")
     told = json.loads(done.stdout)
     names = {f["name"] for f in told["findings"]}
@@ -123,7 +123,6 @@ def test_doctor_json_and_text_agree():
     assert done.returncode == (0 if told["can_run_tour"] else 1) and not done.stderr
     assert told["can_run_tour"] == all(f["ok"] for f in told["findings"] if f["needed"])
     assert all(f["remedy"] for f in told["findings"] if not f["ok"])
-    assert typed("doctor").returncode == done.returncode
 
 
 @pytest.mark.parametrize("needed, code, mark", [(True, 1, "FAIL"), (False, 0, "gap")])

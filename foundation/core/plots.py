@@ -110,7 +110,7 @@ def render(
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
-# %% ../../nbs/00_core/02_plots.ipynb #e950ce90
+# %% ../../nbs/00_core/02_plots.ipynb #b6e4aaba
 def draw(
     paint: Callable,                         # called with the axes (a list of them when panels > 1)
     *,
@@ -118,6 +118,7 @@ def draw(
     title: str | None = None,                # above the picture
     size: tuple[float, float] = (6.6, 3.2),  # inches; the page shows 96 pixels for each
     panels: int = 1,                         # axes side by side
+    colours: int = 32,                       # more for pictures with many shades
     **labels,                                # any property of the axes: xlabel, ylabel, ylim, xscale...
 ) -> Picture:
     "A picture of whatever `paint` draws, in the look of the course. Raises `ValueError` for an empty `alt`."
@@ -130,7 +131,7 @@ def draw(
         for ax in axes: ax.set(**{k: v for k, v in labels.items() if v is not None})
         if title: figure.suptitle(title, x=.01, ha="left", fontweight="bold")
         paint(axes[0] if panels == 1 else list(axes))
-        return Picture(render(figure), alt)
+        return Picture(render(figure), alt, colours=colours)
 
 # %% ../../nbs/00_core/02_plots.ipynb #a9a9d4a8
 PALETTE = {
@@ -199,7 +200,7 @@ def band(
         return tuple(np.quantile(values[draws].mean(1), [.025, .975], axis=0))
     raise ValueError(f'interval is {interval!r}: expected "sd" or "bootstrap"')
 
-# %% ../../nbs/00_core/02_plots.ipynb #899569fa
+# %% ../../nbs/00_core/02_plots.ipynb #e499bf17
 def plot_curves(
     curves,                        # name -> (n,) or (seeds, n); or one such array alone
     *,
@@ -211,7 +212,7 @@ def plot_curves(
     ylabel: str | None = None,
     **look,                        # size, and properties of the axes: xscale="log", ylim=(0, 1)...
 ) -> Picture:
-    "Lines, with a band over seeds. Raises `ValueError` for empty, infinite or ill-shaped values and for an empty `alt`."
+    "Lines, with a band over seeds. Raises `ValueError` for empty, infinite or ill-shaped values or an empty `alt`."
     series = [(name, *_curve(name, y, x, interval)) for name, y in _named(curves, len(PALETTE)).items()]
 
     def paint(ax):
@@ -220,7 +221,7 @@ def plot_curves(
             ax.plot(at, mean, color=colour, linestyle=dash, marker=marker, markevery=every, label=name)
             if edges: ax.fill_between(at, *edges, color=colour, alpha=.18, linewidth=0)
         if series[0][0]:
-            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, handlelength=3.2, borderaxespad=.2)
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, handlelength=3.2)
 
     return draw(paint, alt=alt, title=title, xlabel=xlabel, ylabel=ylabel, **look)
 
@@ -296,7 +297,7 @@ def _edges(
             raise ValueError(f"the interval of {name!r} is {pair.tolist()}: expected (low, high) round its {mean:.4g}")
     return pairs
 
-# %% ../../nbs/00_core/02_plots.ipynb #30534278
+# %% ../../nbs/00_core/02_plots.ipynb #2fef16ed
 def plot_matrix(
     matrix,                                      # (r, c)
     *,
@@ -320,14 +321,16 @@ def plot_matrix(
     def paint(ax):
         image = ax.imshow(matrix, **_shades(matrix, limits))
         ax.grid(False)
+        for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(integer=True)
         if not form: ax.figure.colorbar(image, ax=ax)
         leaning = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
         if columns: ax.set_xticks(range(c), columns, **(leaning if max(map(len, columns)) > 4 else {}))
         if rows: ax.set_yticks(range(r), rows)
         for (i, j), value in np.ndenumerate(matrix if form else np.empty((0, 0))):
-            ax.text(j, i, form.format(value), ha="center", va="center", fontsize=8, color=_on(image.to_rgba(value)))
+            text, ink = form.format(round(value, 6) + 0.), _on(image.to_rgba(value))
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
 
-    return draw(paint, alt=alt, title=title, xlabel=xlabel, ylabel=ylabel, **look)
+    return draw(paint, alt=alt, title=title, colours=96, xlabel=xlabel, ylabel=ylabel, **look)
 
 # %% ../../nbs/00_core/02_plots.ipynb #09451c59
 def _shades(
@@ -439,12 +442,12 @@ def show_images(
         page[y + head:y + head + h * zoom, x:x + w * zoom] = tile
     return Picture(page, alt, colours=96)
 
-# %% ../../nbs/00_core/02_plots.ipynb #9707d653
+# %% ../../nbs/00_core/02_plots.ipynb #f9c85f01
 def _tiles(
     images,  # (n, c, h, w) or (n, h, w)
 ) -> np.ndarray:  # (n, h, w, 3) uint8
     "Images as bytes in three colours."
-    if len(images) > 256: raise ValueError(f"got {len(images)} images, at most 256 fit: choose some, for example images[:8]")
+    if len(images) > 256: raise ValueError(f"got {len(images)} images, at most 256 fit: choose some, say images[:8]")
     array = _numbers(images, "images", (3, 4))
     if array.ndim == 3: array = array[:, None]
     if array.shape[1] not in (1, 3):

@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'File', 'Place', 'Source', 'DataUnavailable', 'cache_folder', 'tilde', 'intact', 'folder', 'installed',
            'apt_archive', 'pip_archive', 'npm_archive', 'web', 'alone', 'fetch', 'Status', 'where']
 
-# %% ../../nbs/00_core/05_sources.ipynb #d454692d
+# %% ../../nbs/00_core/05_sources.ipynb #d27f72d8
 import errno
 import gzip
 import hashlib
@@ -20,7 +20,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import urllib.request
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -304,7 +303,7 @@ class __legacy__:
         return "{0}-{1}.dist-info"
 '''
 
-# %% ../../nbs/00_core/05_sources.ipynb #d33892be
+# %% ../../nbs/00_core/05_sources.ipynb #e04568c0
 def npm_archive(
     package: str,  # name@version
 ) -> Place:
@@ -329,7 +328,8 @@ def web(
 
 
 def _download(address, path):
-    with urllib.request.urlopen(address, timeout=30) as reply, open(path, "wb") as out:
+    from urllib.request import urlopen
+    with urlopen(address, timeout=30) as reply, open(path, "wb") as out:
         with _bar(path.name, int(reply.headers.get("Content-Length") or 0) or None) as bar:
             while block := reply.read(1 << 16):
                 out.write(block)

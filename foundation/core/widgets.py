@@ -88,7 +88,7 @@ def _figure_picture(figure, alt, at):
     if "matplotlib.pyplot" in sys.modules: sys.modules["matplotlib.pyplot"].close(figure)
     return picture
 
-# %% ../../nbs/00_core/03_widgets.ipynb #9cfc9898
+# %% ../../nbs/00_core/03_widgets.ipynb #fdc20647
 def as_frame(
     result,          # what the function returned
     alt: str = "",   # words for a figure, which has none of its own
@@ -97,20 +97,20 @@ def as_frame(
     "What to show for `result`. Raises `ValueError` for None, and for a figure without words."
     if isinstance(result, Picture): return result
     if hasattr(result, "savefig"): return _figure_picture(result, alt, at)
-    if result is None: raise ValueError("the function returned None: let it return a picture, a figure, text or a number")
+    if result is None: raise ValueError("the function returned None: let it return a picture, text or a number")
     if hasattr(result, "_repr_html_") and (shown := result._repr_html_()): return shown
     if hasattr(result, "item") and getattr(result, "ndim", 1) == 0: result = result.item()
     text = f"{result:.6g}" if isinstance(result, float) else str(result)
     return f'<pre style="margin:0;white-space:pre-wrap">{html.escape(text)}</pre>'
 
-# %% ../../nbs/00_core/03_widgets.ipynb #2196c03f
+# %% ../../nbs/00_core/03_widgets.ipynb #98d02b56
 def overlay(
     base: np.ndarray,   # (h, w, 3) uint8
     other: np.ndarray,  # (h, w, 3) uint8
 ) -> bytes:             # a PNG, transparent where the two agree
     "What has to be laid over `base` to see `other`."
     changed = (base != other).any(-1)
-    for axis in (0, 1):  # and a rim of 2 pixels, or edges of the old picture shine through when a browser scales the two
+    for axis in (0, 1):  # and a rim of 2 pixels, or old edges shine through when a browser scales the two
         changed = np.any([np.roll(changed, by, axis) for by in range(-2, 3)], axis=0)
     return encode(np.where(changed[..., None], other, 255).astype(np.uint8), keep=changed)
 
@@ -123,7 +123,7 @@ def padded(
     h, w = np.max([p.shape[:2] for p in pixels], axis=0)
     return [np.pad(p, ((0, h - p.shape[0]), (0, w - p.shape[1]), (0, 0)), constant_values=255) for p in pixels]
 
-# %% ../../nbs/00_core/03_widgets.ipynb #c20a6357
+# %% ../../nbs/00_core/03_widgets.ipynb #6ac67a95
 _STYLE = """.explore{color:inherit;margin:.3em 0}.explore-title{font-weight:600;margin-bottom:.3em}
 .explore-dials{display:flex;flex-wrap:wrap;gap:.4em 1.6em;margin-bottom:.5em}
 .explore-dials label{display:inline-flex;align-items:center;gap:.6em;margin:0}
@@ -144,7 +144,7 @@ for (const root of document.querySelectorAll(".explore-NAME:not([data-ready])"))
   root.dataset.ready = "";
   const box = root.querySelector(".explore-dials"), stage = root.querySelector(".explore-stage");
   const base = stage.querySelector("img"), cover = data.pictures && stage.appendChild(document.createElement("img"));
-  if (cover) { cover.alt = ""; cover.style.cssText = "display:none;margin:0;padding:0;background:none;pointer-events:none"; }
+  if (cover) { cover.alt = ""; cover.style.cssText = "display:none;margin:0;padding:0;background:none"; }
   const place = data.dials.map(dial => dial.start);
   const show = () => {
     const frame = data.frames[data.order[place.reduce((sum, at, i) => sum * data.dials[i].labels.length + at, 0)]];
@@ -156,7 +156,7 @@ for (const root of document.querySelectorAll(".explore-NAME:not([data-ready])"))
     const label = box.appendChild(document.createElement("label")), last = dial.labels.length - 1;
     const input = document.createElement(dial.kind === "select" ? "select" : "input");
     label.append(dial.name + " ", input);
-    input.setAttribute("data-lm-suppress-shortcuts", "true"); // or JupyterLab takes the arrow keys to walk between cells
+    input.setAttribute("data-lm-suppress-shortcuts", "true"); // or JupyterLab takes the arrow keys
     if (dial.kind === "select") dial.labels.forEach((text, at) => input.add(new Option(text, at)));
     else input.type = dial.kind === "check" ? "checkbox" : "range";
     if (dial.kind === "range") { input.min = 0; input.max = last; input.step = 1; }
@@ -177,7 +177,7 @@ for (const root of document.querySelectorAll(".explore-NAME:not([data-ready])"))
 }
 })();"""
 
-# %% ../../nbs/00_core/03_widgets.ipynb #6ed2596f
+# %% ../../nbs/00_core/03_widgets.ipynb #ff552f0e
 def _stills(
     frames: list,  # Picture or HTML, one for each way to set the dials
     start: int,    # the frame to begin with
@@ -204,7 +204,8 @@ def _page(
     shown = [{"name": d.name, "kind": d.kind, "labels": d.labels, "start": d.start} for d in dials]
     for d, entry in zip(dials, shown):
         if d.kind == "check": entry["values"] = d.values
-    data = {"pictures": isinstance(kept[0], tuple), "frames": kept, "order": [kept.index(f) for f in frames], "dials": shown}
+    order = [kept.index(f) for f in frames]
+    data = {"pictures": isinstance(kept[0], tuple), "frames": kept, "order": order, "dials": shown}
     data = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     name = hashlib.sha256((title + data + first).encode()).hexdigest()[:10]
     return _TEMPLATE.format(name=name, title=html.escape(title), style=_STYLE, first=first,
@@ -234,7 +235,7 @@ def debounced(
 
     return call
 
-# %% ../../nbs/00_core/03_widgets.ipynb #5bad8927
+# %% ../../nbs/00_core/03_widgets.ipynb #f9e46c96
 @dataclass(frozen=True, eq=False, repr=False)
 class Explorer:
     "A function with dials; shows itself as the last value of a cell. Made by `explore`."
@@ -271,7 +272,7 @@ class Explorer:
         frames = [self.frame(*places) for places in ways]
         page = _page(self.title, self.dials, frames, ways.index(tuple(d.start for d in self.dials)))
         if (size := len(page.encode()) / 1000) > self.max_kb:
-            raise ValueError(f"{len(frames)} frames take {size:.0f} kB, at most {self.max_kb} kB are allowed: give a dial "
+            raise ValueError(f"{len(frames)} frames take {size:.0f} kB, at most {self.max_kb} are allowed: give a dial "
                              "fewer values, keep the axes fixed (xlim, ylim), draw smaller (size), or raise max_kb")
         return page
 
@@ -313,7 +314,7 @@ def live() -> bool:
     front = "JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in getattr(shell, "user_ns", {})
     return (front or bool(sys.modules.get("google.colab"))) and hasattr(shell, "kernel")
 
-# %% ../../nbs/00_core/03_widgets.ipynb #65806f6f
+# %% ../../nbs/00_core/03_widgets.ipynb #b1891549
 def explore(
     fn: Callable,              # takes one value of each dial; returns a picture, figure, text, number or table
     *,
@@ -324,10 +325,10 @@ def explore(
     max_kb: int = 60,          # how large the saved page may be
     **dials,                   # a list of values, (low, high[, step]), True or False, or label -> value
 ) -> Explorer:
-    "Give `fn` dials. Raises `ValueError` for dials that cannot turn or do not fit, `RuntimeError` when `fn` fails in a page."
+    "Give `fn` dials. Raises `ValueError` for dials that do not fit, `RuntimeError` when `fn` fails in a page."
     start = start or {}
     if not dials or set(start) - set(dials):
-        raise ValueError(f"got the dials {list(dials)} and a start for {list(start)}: a start needs its dial, and one dial at least")
+        raise ValueError(f"got the dials {list(dials)} and a start for {list(start)}: a start needs its dial")
     made = [make_dial(name, spec, start.get(name)) for name, spec in dials.items()]
     explorer = Explorer(fn, made, title or _listed(dials), alt, max_kb)
     try: inspect.signature(fn).bind(**explorer.at())
@@ -335,6 +336,6 @@ def explore(
     ways = math.prod(len(d.values) for d in made)
     if ways > limit:
         product = " × ".join(str(len(d.values)) for d in made)
-        raise ValueError(f"{product} = {ways} combinations are more than {limit}: give the dials fewer values, or raise limit")
+        raise ValueError(f"{product} = {ways} combinations are more than {limit}: give fewer values, or raise limit")
     if not live(): explorer.page  # so that a function that fails stops a test here
     return explorer

@@ -35,7 +35,7 @@ class Gloss:
     definition: str
     examples: tuple[str, ...]  # of use; often none
 
-# %% ../../nbs/02_data/02_text.ipynb #8eb2b1b9
+# %% ../../nbs/02_data/02_text.ipynb #93775003
 def read_glosses(
     path: str | Path,  # one of WordNet's data files
 ) -> list[Gloss]:
@@ -44,7 +44,8 @@ def read_glosses(
     try:
         return [_gloss(line) for line in lines if line and not line.startswith("  ")]
     except (ValueError, IndexError):
-        raise ValueError(f"{Path(path).name} is not a data file of WordNet; expected one that `fetch('glosses')` gives") from None
+        raise ValueError(f"{Path(path).name} is not a data file of WordNet; "
+                         "expected one that `fetch('glosses')` gives") from None
 
 
 def _gloss(line):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.plots import PALETTE, Picture, draw
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #3c5dfcf1
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #2755c13a
 def _values(
     values: Sequence[float] | Tensor,  # (n,)
     name: str = "values",  # how a message calls them
@@ -31,10 +31,8 @@ def _values(
         raise ValueError(f"{name} hold NaN or infinity: {x.tolist()[:10]}; expected finite numbers")
     return x
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #e8368dd3
-def _check_level(
-    level: float,  # the share of experiments in which an interval should hold the truth
-) -> None:
+
+def _check_level(level: float) -> None:
     "Raises `ValueError` unless 0 < level < 1."
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; expected a number between 0 and 1, such as 0.95")
@@ -144,7 +142,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         return _html(_table(self))
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #07f2f124
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #bce472e7
 _INTERVALS = {"t": t_interval, "bootstrap": bootstrap_interval}
 
 
@@ -169,7 +167,7 @@ def _tries(comparison, tries: int | None) -> int:
         raise ValueError(f"tries is {tries}; expected 1 or more")
     return tries
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #e67d9f19
+
 def _signed(x: float) -> str:
     return f"{x:+.3g}".replace("-", "−")
 
@@ -188,7 +186,7 @@ def _sentence(comparison, a: str, b: str, tries: int) -> str:
     found += f", interval {_span(gap.low, gap.high)} from {n} seeds" + (f" and {tries} tries" if tries > 1 else "")
     return f"No winner: {found} holds zero." if name is None else f"{name} wins: {found}."
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #f3efc84d
+
 def _table(comparison) -> list[list[str]]:
     "Cells: arm, mean with its interval, difference from the control with its interval, verdict; the first row is the head."
     control, percent = next(iter(comparison.scores)), f"{comparison.level * 100:g} %"
@@ -210,7 +208,7 @@ def _html(rows: list[list[str]]) -> str:
     head, *body = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in body)}</tbody></table>"
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #72b780cc
+
 def _plot(comparison, alt: str, title: str | None) -> Picture:
     "Two panels: the scores, each seed's joined by a line, and the differences from the control."
     arms = list(comparison.scores)

@@ -5,34 +5,42 @@
 # %% auto #0
 __all__ = ['info_nce', 'nt_xent', 'alignment', 'uniformity']
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #7c00169f
+# %% ../../nbs/01_objectives/03_contrast.ipynb #a99ffc7e
 import math
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from .likelihood import _expect_floats, _expect_same, _precise, _refuse_nan, cross_entropy, log_sum_exp
 from .divergence import _expect_temperature
+from .likelihood import _expect_floats, _expect_same, _precise, _refuse_nan, cross_entropy, log_sum_exp
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #5f807035
+# %% ../../nbs/01_objectives/03_contrast.ipynb #d0cb424e
 def info_nce(
-    scores:Tensor, # (b, m), m >= b: how well candidate j fits question i; the right one of row i is column i
-) -> Tensor: # mean -log of the chance of picking the right one, in nats, ()
+    scores: Tensor,  # (b, m) with m >= b: how well candidate j fits question i; the right one of row i is column i
+) -> Tensor:  # mean of -log(chance of picking the right one) in nats, ()
     """Pick the right one of m: cross-entropy whose label is the diagonal; columns beyond b are extra negatives.
 
-    Raises TypeError or ValueError when scores are not a float table with at least as many columns as rows, or hold NaN.
-    van den Oord et al. 2018, equation 4."""
-    _expect_floats(scores, 'scores', '(b, m)')
+    Raises TypeError or ValueError when scores are not a float table with m >= b, or hold NaN. van den Oord et al. 2018, equation 4."""
+    _expect_floats(scores, "scores", "(b, m)")
     b, m = scores.shape
     if m < b:
-        raise ValueError(f'scores have shape ({b}, {m}), expected m >= b: each row needs its right one at column i.')
+        raise ValueError(f"scores have shape ({b}, {m}), expected m >= b: the right one of row i stands at column i.")
     return cross_entropy(scores, torch.arange(b, device=scores.device))
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #b7b5ad08
+# %% ../../nbs/01_objectives/03_contrast.ipynb #fd73045f
+def _expect_views(a, b, least: int = 2):
+    "Refuse two views that are not float tables of the same shape with at least `least` rows"
+    _expect_floats(a, "a", "(b, d)")
+    _expect_floats(b, "b", "(b, d)")
+    _expect_same(b, "b", a.shape, a, "a")
+    if len(a) < least:
+        raise ValueError(f"got {len(a)} pair, expected at least {least}: with one pair there is nothing to pick from.")
+
+# %% ../../nbs/01_objectives/03_contrast.ipynb #fd2d61d9
 def nt_xent(
-    a:Tensor, # first views, (b, d), of any length: they are normalised here
-    b:Tensor, # second views, (b, d); row i belongs to row i of `a`
-    temperature:float=0.5, # small: only the hardest negatives count
-) -> Tensor: # mean loss over the 2b views in nats, ()
+    a: Tensor,  # first views, (b, d), of any length: they are normalised here
+    b: Tensor,  # second views, (b, d); row i belongs to row i of `a`
+    temperature: float = 0.5,  # small: only the hardest negatives count
+) -> Tensor:  # mean loss over the 2b views in nats, ()
     """Each of the 2b views picks its partner among the 2b - 1 others, never itself.
 
     Raises TypeError or ValueError when shapes differ, b < 2, the temperature is not above 0, or a view holds NaN.
@@ -40,44 +48,41 @@ def nt_xent(
     _expect_views(a, b)
     _expect_temperature(temperature)
     n = len(a)
-    with torch.autocast(a.device.type, enabled=False):  # bfloat16 would round the similarities to 2-3 digits
+    with torch.autocast(a.device.type, enabled=False):  # bfloat16 would round cosines to two or three digits
         z = normalize(torch.cat([_precise(a), _precise(b)]), dim=1)
         scores = (z @ z.T / temperature).fill_diagonal_(-math.inf)
     partner = torch.arange(2 * n, device=a.device).roll(n)
     _refuse_nan(z.sum(), a=a, b=b)
     return cross_entropy(scores, partner)
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #c30e6043
+# %% ../../nbs/01_objectives/03_contrast.ipynb #27df7194
 def alignment(
-    a:Tensor, # first views, (b, d), normalised here
-    b:Tensor, # second views, (b, d)
-) -> Tensor: # from 0 (partners agree) to 4 (opposite), ()
-    "Mean squared distance of partners on the unit sphere; lower is better (Wang & Isola 2020, equation 4)"
+    a: Tensor,  # first views, (b, d), normalised here
+    b: Tensor,  # second views, (b, d)
+) -> Tensor:  # from 0 (partners agree) to 4 (opposite), ()
+    """Mean squared distance of partners on the unit sphere; lower is better (Wang & Isola 2020, equation 4).
+
+    Raises TypeError or ValueError when shapes differ or a view holds NaN."""
     _expect_views(a, b, least=1)
     distance = (normalize(_precise(a), dim=1) - normalize(_precise(b), dim=1)).square().sum(1).mean()
     _refuse_nan(distance, a=a, b=b)
     return distance
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #0973f511
+# %% ../../nbs/01_objectives/03_contrast.ipynb #d3e46727
 def uniformity(
-    z:Tensor, # features, (n, d), normalised here
-    t:float=2., # how fast the repulsion falls with distance
-) -> Tensor: # from -4t (two opposite points) to 0 (all the same), ()
-    "Log of the mean of `exp(-t · distance²)` over all pairs; lower is better (Wang & Isola 2020, equation 5)"
-    _expect_floats(z, 'z', '(n, d)')
+    z: Tensor,  # features, (n, d), normalised here
+    t: float = 2.0,  # how fast the push falls with distance
+) -> Tensor:  # from -4t (two opposite points) to 0 (all on one spot), ()
+    """Log of the mean of `exp(-t * distance²)` over all pairs; lower is better (Wang & Isola 2020, equation 5).
+
+    Raises TypeError or ValueError when z is not a float table of two rows or more, t is not above 0, or z holds NaN."""
+    _expect_floats(z, "z", "(n, d)")
     if len(z) < 2:
-        raise ValueError(f'z has {len(z)} row, expected at least 2: uniformity is about pairs.')
+        raise ValueError(f"z has {len(z)} row, expected at least 2: uniformity is about pairs.")
+    if not 0 < t < math.inf:
+        raise ValueError(f"t is {t!r}, expected a finite number above 0.")
     z = normalize(_precise(z), dim=1)
-    closeness = (-2 * t * (1 - z @ z.T)).fill_diagonal_(-math.inf)
+    closeness = (2 * t * (z @ z.T - 1)).fill_diagonal_(-math.inf)
     result = log_sum_exp(closeness.flatten()) - math.log(len(z) * (len(z) - 1))
     _refuse_nan(result, z=z)
     return result
-
-# %% ../../nbs/01_objectives/03_contrast.ipynb #80b44888
-def _expect_views(a, b, least:int=2):
-    "Refuse two views that are not float tables of the same shape with at least `least` rows"
-    _expect_floats(a, 'a', '(b, d)')
-    _expect_floats(b, 'b', '(b, d)')
-    _expect_same(b, 'b', a.shape, a, 'a')
-    if len(a) < least:
-        raise ValueError(f'got {len(a)} pair, expected at least {least}: with one pair there is nothing to pick from.')

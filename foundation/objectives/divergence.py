@@ -79,7 +79,7 @@ def js(
     middle = (p + q) / 2
     return (kl(p, middle) + kl(q, middle)) / 2
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #c1ff7d94
+# %% ../../nbs/01_objectives/02_divergence.ipynb #31c8594a
 def distillation_loss(
     student_logits: Tensor,  # (..., k), gradients flow here
     teacher_logits: Tensor,  # (..., k), no gradient flows here
@@ -93,7 +93,7 @@ def distillation_loss(
     _expect_same(teacher_logits, "teacher_logits", student_logits.shape, student_logits, "student_logits")
     _expect_temperature(temperature)
     log_student = log_softmax(_precise(student_logits) / temperature)
-    teacher = softmax(_precise(teacher_logits).detach(), temperature)
+    teacher = log_softmax(_precise(teacher_logits).detach() / temperature).exp()
     loss = temperature**2 * (torch.xlogy(teacher, teacher) - teacher * log_student).sum(-1).mean()
     _refuse_nan(loss, student_logits=student_logits, teacher_logits=teacher_logits)
     return loss

@@ -1,0 +1,282 @@
+"What the notebooks of 06_evaluation cannot say: properties over many inputs, interrupts, odd devices and modules."
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from foundation.evaluation import probes, scores
+from foundation.evaluation.comparison import Comparison, bootstrap_interval, compare, t_interval
+
+few = settings(max_examples=40, deadline=None)
+finite = st.floats(-1e3, 1e3, allow_nan=False)
+rows = st.lists(finite, min_size=2, max_size=12)
+
+
+@pytest.fixture
+def table():
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(40, 5, generator=rng), torch.randint(5, (40,), generator=rng)
+
+
+# scores -------------------------------------------------------------------------------------------
+
+@few
+@given(st.integers(1, 10**6), st.floats(0, 1), st.floats(0.01, 0.999))
+def test_wilson_lies_in_0_1_holds_the_estimate_and_is_symmetric(total, share, level):
+    correct = round(share * total)
+    low, high = scores.wilson_interval(correct, total, level)
+    assert 0 <= low <= correct / total <= high <= 1
+    mirror = scores.wilson_interval(total - correct, total, level)
+    torch.testing.assert_close((1 - high, 1 - low), mirror, atol=1e-9, rtol=0)
+
+
+@few
+@given(st.integers(1, 60), st.integers(2, 6), st.integers(1, 20), st.integers(0, 10**6))
+def test_scores_agree_with_each_other(n, k, bins, seed):
+    rng = torch.Generator().manual_seed(seed)
+    logits, labels = torch.randn(n, k, generator=rng), torch.randint(k, (n,), generator=rng)
+    table, seen = scores.confusion(logits, labels), scores.reliability(logits, labels, bins)
+    assert table.sum() == seen.count.sum() == n and 0 <= seen.gap <= 1 and 0 <= scores.macro_f1(logits, labels) <= 1
+    right = scores.accuracy(logits, labels)
+    torch.testing.assert_close(table.diag().sum().item() / n, right)
+    torch.testing.assert_close((seen.accuracy * seen.count).nansum().item() / n, right)
+    torch.testing.assert_close(scores.perplexity(torch.zeros(n, k), labels), float(k))
+
+
+def test_predict_takes_any_batch_size_and_restores_each_module(table):
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4).eval(), nn.Dropout(0.5), nn.Linear(4, 3))
+    modes = [m.training for m in net.modules()]
+    one, many = (scores.predict(net, table[0], batch_size=size) for size in (7, 10**6))
+    torch.testing.assert_close(one, many)
+    assert one.dtype == torch.float32 and not one.requires_grad and modes == [m.training for m in net.modules()]
+    torch.testing.assert_close(scores.predict(net, table[0], precision="bf16"), one, atol=0.1, rtol=0.1)
+
+
+def test_predict_restores_the_modes_after_an_error(table):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Dropout())
+    with pytest.raises(RuntimeError):
+        scores.predict(net, table[0])
+    assert net.training and net[1].training and torch.is_grad_enabled()
+
+
+def test_predict_works_for_a_model_without_parameters(table):
+    torch.testing.assert_close(scores.predict(nn.Identity(), table[0]), table[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_go_to_the_device_of_the_model(table):
+    net = nn.Linear(5, 3)
+    here = scores.predict(net, table[0])
+    torch.testing.assert_close(scores.predict(net.cuda(), table[0]), here)
+
+
+@pytest.mark.parametrize("change, error, says", [
+    (dict(labels=torch.full((40,), 5)), ValueError, "0 to 4"),
+    (dict(labels=torch.full((40,), -1)), ValueError, "0 to 4"),
+    (dict(labels=torch.rand(40)), TypeError, "whole numbers"),
+    (dict(labels=[0] * 40), TypeError, "tensors"),
+    (dict(labels=torch.zeros(40, 1, dtype=torch.long)), ValueError, "expected"),
+    (dict(logits=torch.randn(40)), ValueError, "(n, k)"),
+    (dict(logits=torch.ones(40, 5, dtype=torch.long)), TypeError, "floats"),
+    (dict(logits=torch.full((40, 5), math.nan)), ValueError, "NaN"),
+    (dict(logits=torch.zeros(0, 5), labels=torch.zeros(0, dtype=torch.long)), ValueError, "n, k > 0"),
+])
+@pytest.mark.parametrize("fn", [scores.accuracy, scores.confusion, scores.macro_f1, scores.reliability, scores.perplexity])
+def test_bad_scores_are_refused_in_a_sentence(table, fn, change, error, says):
+    given = dict(zip(("logits", "labels"), table)) | change
+    if fn is scores.perplexity and not isinstance(given["labels"], torch.Tensor):
+        pytest.skip("perplexity takes a loss alone")
+    with pytest.raises((error, ValueError) if fn is scores.perplexity else error) as caught:
+        fn(**given)
+    assert fn is scores.perplexity or says in str(caught.value)
+
+
+@pytest.mark.parametrize("args", [(3, 2), (-1, 5), (0, 0)])
+def test_impossible_counts_are_refused(args):
+    with pytest.raises(ValueError):
+        scores.wilson_interval(*args)
+
+
+@pytest.mark.parametrize("level", [0, 1, 1.5, -1, math.nan])
+def test_impossible_levels_are_refused(level):
+    for make in (lambda: scores.wilson_interval(1, 2, level), lambda: t_interval([1, 2], level),
+                 lambda: bootstrap_interval([1, 2], level), lambda: Comparison.from_scores({"a": [1, 2]}, level=level)):
+        with pytest.raises(ValueError, match="level"):
+            make()
+
+
+# probes -------------------------------------------------------------------------------------------
+
+class Encoder(nn.Linear):
+    def encode(self, x):
+        return self(x).relu()
+
+
+def test_encode_all_is_encode(table):
+    net = Encoder(5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(probes.encode_all(net, table[0], batch_size=3), net.encode(table[0]))
+
+
+@few
+@given(st.integers(1, 40), st.integers(0, 10**6))
+def test_votes_are_a_sum_over_neighbours(k, seed):
+    rng = torch.Generator().manual_seed(seed)
+    bank, labels, rows = torch.randn(40, 3, generator=rng), torch.randint(4, (40,), generator=rng), torch.randn(9, 3, generator=rng)
+    votes = probes.knn_votes(bank, labels, rows, k, temperature=None)
+    torch.testing.assert_close(votes.sum(1), torch.full((9,), float(k)))
+    if k == 40:
+        torch.testing.assert_close(votes, labels.bincount(minlength=votes.shape[1]).float().expand(9, -1))
+    weighted = probes.knn_votes(bank, labels, rows, k)
+    assert (weighted <= votes + 1e-5).all() and (weighted.sum(1) > 0).all()
+
+
+def test_votes_stay_finite_at_a_small_temperature(table):
+    assert probes.knn_votes(*table, table[0], k=5, temperature=1e-3).isfinite().all()
+
+
+def test_a_linear_probe_separates_what_a_plane_separates():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 6, generator=rng)
+    x[:, 5] = 7.0  # a feature that never changes
+    y = (x @ torch.tensor([1.0, -2, 0.5, 0, 0, 0]) > 0).long()
+    assert probes.linear_probe(x, y, x, y, l2=1e-6) == 1.0
+    assert probes.fit_linear(x, y, l2=1e6).weight.abs().max() < 1e-3
+
+
+@few
+@given(st.integers(2, 30), st.integers(1, 6), st.integers(0, 10**6))
+def test_pca_keeps_the_spread_and_orders_it(n, d, seed):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    y = probes.pca(x, d)
+    torch.testing.assert_close(torch.cdist(y, y), torch.cdist(x, x), atol=2e-3, rtol=1e-3)
+    assert (y.var(0).diff() <= 1e-4).all() and y.mean(0).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("change, error", [
+    (dict(train_features=torch.randn(40)), TypeError), (dict(train_features=torch.ones(40, 5, dtype=torch.long)), TypeError),
+    (dict(train_features=torch.full((40, 5), math.nan)), ValueError), (dict(train_features=torch.randn(40, 4)), ValueError),
+    (dict(train_features=torch.randn(0, 5)), ValueError), (dict(train_labels=torch.zeros(39, dtype=torch.long)), ValueError),
+    (dict(train_labels=torch.full((40,), -1)), ValueError), (dict(train_labels=torch.rand(40)), TypeError),
+    (dict(test_features=torch.full((40, 5), math.inf)), ValueError), (dict(test_labels=torch.zeros(3, dtype=torch.long)), ValueError),
+])
+@pytest.mark.parametrize("fn", [probes.knn_accuracy, probes.linear_probe])
+def test_bad_features_are_refused(table, fn, change, error):
+    good = dict(train_features=table[0], train_labels=table[1], test_features=table[0], test_labels=table[1])
+    with pytest.raises(error) as caught:
+        fn(**good | change)
+    assert "expected" in str(caught.value) or "hold" in str(caught.value)
+
+
+def test_bad_settings_of_probes_are_refused(table):
+    for call in (lambda: probes.knn_votes(*table, table[0], k=41), lambda: probes.knn_votes(*table, table[0], k=0),
+                 lambda: probes.knn_votes(*table, table[0], k=2, temperature=0), lambda: probes.fit_linear(*table, l2=-1),
+                 lambda: probes.pca(table[0], 6), lambda: probes.pca(table[0], 0)):
+        with pytest.raises(ValueError):
+            call()
+
+
+# comparison ---------------------------------------------------------------------------------------
+
+@few
+@given(rows, st.floats(0.5, 0.99), st.floats(-100, 100))
+def test_intervals_hold_the_mean_and_move_with_the_values(values, level, shift):
+    x = torch.tensor(values, dtype=torch.double)
+    for make in (t_interval, lambda v, l: bootstrap_interval(v, l, resamples=200)):
+        low, high = make(x, level)
+        assert low - 1e-6 <= x.mean() <= high + 1e-6 or make is not t_interval
+        torch.testing.assert_close(make(x + shift, level), (low + shift, high + shift), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(make(x * 2, level), (low * 2, high * 2), atol=1e-6, rtol=1e-6)
+    wide, narrow = t_interval(x, 0.999), t_interval(x, level)
+    assert wide[0] <= narrow[0] and narrow[1] <= wide[1]
+
+
+@few
+@given(st.lists(st.tuples(finite, finite), min_size=1, max_size=8), st.booleans())
+def test_a_comparison_has_no_favourite(pairs, lower):
+    a, b = zip(*pairs)
+    one = Comparison.from_scores({"a": a, "b": b}, lower_is_better=lower)
+    two = Comparison.from_scores({"b": b, "a": a}, lower_is_better=not lower)
+    there, back = one.difference("a", "b"), one.difference("b", "a")
+    torch.testing.assert_close((-back.mean, -back.high, -back.low), tuple(there))
+    assert one.winner("a", "b") == one.winner("b", "a")
+    swapped = {None: None, "a": "b", "b": "a"}
+    assert two.winner("a", "b") == swapped[one.winner("a", "b")]
+    assert len(pairs) > 1 or one.winner("a", "b") is None
+    assert repr(one) and one._repr_html_() and one.verdict("a", "b")
+
+
+def test_more_rivals_make_it_harder_to_win():
+    gaps = [0.010, 0.014, 0.011]
+    arms = {"control": [0.5, 0.6, 0.7], "idea": [0.5 + gaps[0], 0.6 + gaps[1], 0.7 + gaps[2]]}
+    assert Comparison.from_scores(arms).winner("idea", "control") == "idea"
+    crowd = Comparison.from_scores(arms | {f"other {i}": [0.5, 0.61, 0.69] for i in range(20)})
+    assert crowd.winner("idea", "control") is None and crowd.winner("idea", "control", tries=1) == "idea"
+    assert "20" not in crowd.verdict("idea", "control", tries=1) and "21 tries" in crowd.verdict("idea", "control")
+
+
+def test_arms_that_ignore_the_seed_have_no_winner():
+    runs = compare({"a": lambda seed: 0.7, "b": lambda seed: 0.9}, range(5), progress=False)
+    assert runs.winner("b", "a") is None and "copies" in runs.verdict("b", "a")
+
+
+def test_each_arm_runs_once_with_each_seed():
+    seen = []
+    runs = compare({"a": lambda s: seen.append(("a", s)) or s, "b": lambda s: seen.append(("b", s)) or torch.tensor(2.0 * s)}, [3, 1, 4], progress=False)
+    assert seen == [(arm, s) for s in (3, 1, 4) for arm in "ab"] and runs.seeds == (3, 1, 4)
+    assert runs["b"].tolist() == [6, 2, 8] and runs.mean("a") == pytest.approx(8 / 3)
+
+
+def test_an_interrupt_keeps_complete_pairs():
+    def arm(seed):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return float(seed)
+
+    with pytest.warns(UserWarning, match="2 of 5 seeds"):
+        runs = compare({"a": lambda s: s + 0.5, "b": arm}, range(5), progress=False)
+    assert runs.seeds == (0, 1) and len(runs["a"]) == 2
+    with pytest.raises(KeyboardInterrupt):
+        compare({"b": arm}, [2], progress=False)
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: Comparison.from_scores({"a": [1, 2], "b": [1]}), "paired"), (lambda: Comparison.from_scores({}), "no arms"),
+    (lambda: Comparison.from_scores({"a": [1, math.nan]}), "'a'"), (lambda: Comparison.from_scores({"a": []}), "'a'"),
+    (lambda: Comparison.from_scores({"a": [1, 2]}, seeds=[4, 4]), "different"), (lambda: Comparison.from_scores({"a": [1, 2]}, seeds=[1]), "1 seeds"),
+    (lambda: Comparison.from_scores({"a": [1, 2]}, method="guess"), "bootstrap"), (lambda: Comparison.from_scores({"a": [[1, 2]]}), "row"),
+    (lambda: compare({"a": lambda s: math.inf}, [7], progress=False), "seed 7"), (lambda: compare({}, [1]), "0 arms"),
+    (lambda: compare({"a": float}, []), "0 seeds"), (lambda: bootstrap_interval([1.0, 2.0], resamples=0), "resamples"),
+    (lambda: Comparison.from_scores({"a": [1, 2], "b": [2, 3]}).winner("a", "b", tries=0), "tries"), (lambda: t_interval([]), "row"),
+])
+def test_what_cannot_be_compared_is_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_an_arm_that_is_not_there_is_named():
+    with pytest.raises(KeyError, match="'c'.*a, b"):
+        Comparison.from_scores({"a": [1, 2], "b": [2, 4]}).difference("a", "c")
+
+
+def test_names_of_arms_are_escaped_and_the_picture_describes_itself():
+    runs = Comparison.from_scores({"<b>": [1.0, 2, 3], "x": [4.0, 6, 6.5]})
+    assert "&lt;b&gt;" in runs._repr_html_() and "<b>" not in runs._repr_html_()
+    assert "x wins" in runs.plot().alt and runs.plot(alt="mine").alt == "mine"
+    assert Comparison.from_scores({"only": [1.0]}).plot().alt
+
+
+def test_the_bootstrap_of_many_values_agrees_with_t():
+    x = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    torch.testing.assert_close(bootstrap_interval(x), t_interval(x), atol=0.01, rtol=0.05)
+    assert bootstrap_interval(x) == bootstrap_interval(x) != bootstrap_interval(x, seed=1)
+
+
+def test_coverage_is_what_the_level_says():
+    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+    for level in (0.5, 0.95):
+        held = sum(low <= 0 <= high for low, high in (t_interval(row, level) for row in x)) / len(x)
+        assert abs(held - level) < 4 * math.sqrt(level * (1 - level) / len(x))

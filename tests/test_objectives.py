@@ -1,0 +1,209 @@
+"Objectives against loops, PyTorch and lightly, on inputs that hypothesis draws; and bad input, one sentence each"
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from foundation.objectives.contrast import alignment, info_nce, nt_xent, uniformity
+from foundation.objectives.divergence import distillation_loss, entropy, js, kl, softmax
+from foundation.objectives.likelihood import binary_cross_entropy, cross_entropy, log_softmax, log_sum_exp, masked_likelihood
+
+few = settings(max_examples=25, deadline=None)
+sizes, seeds, scales = st.integers(1, 9), st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 30.0, 1e4])
+temperatures = st.floats(0.05, 50)
+
+
+def draw(seed, *shape, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(seed, k, *shape):
+    return torch.randint(k, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@few
+@given(seeds, sizes, sizes, scales, st.integers(-1, 1))
+def test_log_sum_exp_and_log_softmax_are_pytorchs(seed, b, k, scale, dim):
+    x = draw(seed, b, k, scale=scale)
+    assert_close(log_sum_exp(x, dim), x.logsumexp(dim))
+    assert_close(log_softmax(x, dim), x.log_softmax(dim), rtol=1e-5, atol=1e-5 * max(1, scale))
+
+
+def test_log_sum_exp_of_minus_infinity():
+    x = torch.tensor([[-math.inf, -math.inf], [-math.inf, 3.0]])
+    assert_close(log_sum_exp(x), x.logsumexp(1))
+
+
+@few
+@given(seeds, sizes, sizes, st.integers(2, 9), scales, st.sampled_from([0.0, 0.1, 1.0]), st.booleans())
+def test_cross_entropy_is_pytorchs(seed, b, n, k, scale, smoothing, ignore):
+    z, y = draw(seed, b, n, k, scale=scale).requires_grad_(), labels(seed, k, b, n)
+    if ignore and b * n > 1:
+        y.view(-1)[0] = -100
+    ours = cross_entropy(z, y, smoothing, -100)
+    theirs = F.cross_entropy(z.movedim(-1, 1), y, label_smoothing=smoothing)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * max(1, scale))
+    assert_close(torch.autograd.grad(ours, z)[0], torch.autograd.grad(theirs, z)[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    z, y = draw(0, 64, 1000).to(dtype), labels(0, 1000, 64)
+    assert_close(cross_entropy(z, y), F.cross_entropy(z.float(), y))
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = draw(1, 2, 32, 16)
+        assert_close(nt_xent(a, b, 0.05), nt_xent(a.double(), b.double(), 0.05).float(), rtol=1e-4, atol=1e-4)
+
+
+@few
+@given(seeds, sizes, sizes, scales)
+def test_binary_cross_entropy_is_pytorchs(seed, b, k, scale):
+    z, y = draw(seed, b, k, scale=scale), draw(seed + 1, b, k).sigmoid()
+    assert_close(binary_cross_entropy(z, y), F.binary_cross_entropy_with_logits(z, y))
+
+
+@few
+@given(seeds, sizes, st.integers(2, 9), st.integers(2, 9))
+def test_masked_likelihood_sees_masked_places_alone(seed, b, n, v):
+    z, words, visible = draw(seed, b, n, v), labels(seed, v, b, n), draw(seed + 1, b, n) > 0
+    visible[0, 0] = False
+    loss = masked_likelihood(z, words, visible)
+    assert_close(loss, F.cross_entropy(z[~visible], words[~visible]))
+    assert_close(loss, masked_likelihood(z + visible[..., None] * draw(seed + 2, b, n, v), words, visible))
+
+
+@few
+@given(seeds, sizes, st.integers(1, 9), scales, temperatures)
+def test_softmax_and_entropy(seed, b, k, scale, T):
+    z = draw(seed, b, k, scale=scale)
+    p = softmax(z, T)
+    assert_close(p, (z / T).softmax(-1), rtol=1e-4, atol=1e-5)
+    assert ((entropy(p) >= -1e-6) & (entropy(p) <= math.log(k) + 1e-5)).all()
+    assert (entropy(softmax(z, 2 * T)) >= entropy(p) - 1e-4).all()
+
+
+@few
+@given(seeds, sizes, st.integers(2, 9), temperatures)
+def test_divergences(seed, b, k, T):
+    p, q = softmax(draw(seed, b, k), T), softmax(draw(seed + 1, b, k), T)
+    assert_close(kl(p, q), F.kl_div(q.log(), p, reduction="none").sum(-1), rtol=1e-4, atol=1e-5)
+    assert (kl(p, q) >= -1e-5).all() and kl(p, p).abs().max() < 1e-6
+    assert_close(js(p, q), js(q, p))
+    assert (js(p, q) <= math.log(2) + 1e-6).all()
+
+
+def test_divergence_of_certainties():
+    p, q = torch.eye(2)
+    assert kl(p, q) == math.inf and kl(p, p) == 0 and entropy(p) == 0
+    assert_close(js(p, q), torch.tensor(math.log(2)))
+
+
+@few
+@given(seeds, sizes, st.integers(2, 9), temperatures)
+def test_distillation_is_pytorchs(seed, b, k, T):
+    s, t = draw(seed, b, k).requires_grad_(), draw(seed + 1, b, k).requires_grad_()
+    ours = distillation_loss(s, t, T)
+    theirs = T**2 * F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="batchmean")
+    assert_close(ours, theirs, rtol=1e-3, atol=1e-6 * T**2)
+    grad, teachers = torch.autograd.grad(ours, [s, t], allow_unused=True)
+    assert teachers is None
+    assert_close(grad, T * ((s / T).softmax(1) - (t / T).softmax(1)) / b, rtol=1e-3, atol=1e-6 * T)
+
+
+@few
+@given(seeds, st.integers(2, 8), sizes, st.floats(0.05, 10))
+def test_nt_xent_is_a_loop(seed, n, d, T):
+    a, b = draw(seed, n, d), draw(seed + 1, n, d)
+    z, slow = torch.cat([a, b]), 0.0
+    for i in range(2 * n):
+        cosine = F.cosine_similarity(z[i : i + 1], z) / T
+        slow += cosine[torch.arange(2 * n) != i].logsumexp(0) - cosine[(i + n) % (2 * n)]
+    assert_close(nt_xent(a, b, T), slow / (2 * n), rtol=1e-4, atol=1e-4)
+
+
+def test_nt_xent_is_lightlys():
+    loss = pytest.importorskip("lightly.loss", reason="lightly is not installed (pip install -e '.[bench]')")
+    for n, d, T in [(2, 3, 0.5), (64, 32, 0.1), (256, 128, 0.5)]:
+        a, b = draw(n, n, d), draw(d, n, d)
+        assert_close(nt_xent(a, b, T), loss.NTXentLoss(temperature=T)(a, b), rtol=1e-4, atol=1e-4)
+
+
+@few
+@given(seeds, st.integers(2, 8), st.integers(1, 9), st.integers(0, 5))
+def test_info_nce_picks_the_diagonal(seed, b, d, extra):
+    scores = draw(seed, b, b + extra)
+    assert_close(info_nce(scores), -scores.log_softmax(1).diagonal().mean())
+
+
+@few
+@given(seeds, st.integers(2, 9), sizes)
+def test_alignment_and_uniformity(seed, n, d):
+    a, b = draw(seed, n, d), draw(seed + 1, n, d)
+    unit = F.normalize(a)
+    assert_close(uniformity(a, 3.0), torch.pdist(unit).square().mul(-3).exp().mean().log(), rtol=1e-3, atol=1e-3)
+    assert_close(alignment(a, b), (2 - 2 * F.cosine_similarity(a, b)).mean(), rtol=1e-4, atol=1e-4)
+    assert -1e-6 <= alignment(a, a) < 1e-6 and uniformity(a) < 1e-5
+
+
+def test_gradients_by_finite_differences():
+    a, b = (draw(i, 3, 4).double().requires_grad_() for i in (0, 1))
+    for f in (nt_xent, alignment, lambda a, b: uniformity(torch.cat([a, b])), lambda a, b: kl(softmax(a), softmax(b)),
+              lambda a, b: js(softmax(a), softmax(b)), lambda a, b: binary_cross_entropy(a, b.sigmoid())):
+        assert torch.autograd.gradcheck(f, (a, b))
+    assert torch.autograd.gradcheck(lambda s: distillation_loss(s, b, 3.0), (a,))
+
+
+Z, Y, P = draw(0, 4, 3), torch.tensor([0, 1, 2, 0]), torch.full((4, 3), 1 / 3)
+W, SEEN = draw(0, 2, 4, 3), torch.tensor([[True, False, True, True]] * 2)
+NAN = Z.masked_fill(Z > 0, math.nan)
+BAD = {
+    "a list": (lambda: cross_entropy([[1.0]], Y), TypeError, "list"),
+    "whole numbers": (lambda: log_sum_exp(Y), TypeError, "float"),
+    "a number": (lambda: log_sum_exp(torch.tensor(1.0)), ValueError, "shape"),
+    "float labels": (lambda: cross_entropy(Z, Y.float()), TypeError, "long"),
+    "too few labels": (lambda: cross_entropy(Z, Y[:3]), ValueError, "fit"),
+    "label too high": (lambda: cross_entropy(Z, Y + 1), ValueError, "0 to 2"),
+    "label below 0": (lambda: cross_entropy(Z, Y - 1), ValueError, "0 to 2"),
+    "NaN logits": (lambda: cross_entropy(NAN, Y), ValueError, "NaN"),
+    "infinite logits": (lambda: cross_entropy(Z + math.inf, Y), ValueError, "infinite"),
+    "empty logits": (lambda: cross_entropy(Z[:0], Y[:0]), ValueError, "empty"),
+    "nothing left": (lambda: cross_entropy(Z, Y * 0 - 100, ignore_index=-100), ValueError, "nothing is left"),
+    "smoothing of 2": (lambda: cross_entropy(Z, Y, label_smoothing=2.0), ValueError, "0 to 1"),
+    "another device": (lambda: cross_entropy(Z, Y.to("meta")), ValueError, "meta"),
+    "targets above 1": (lambda: binary_cross_entropy(Z, Z + 9), ValueError, "0 to 1"),
+    "targets of another shape": (lambda: binary_cross_entropy(Z, Z[:, :1]), ValueError, "fit"),
+    "NaN targets": (lambda: binary_cross_entropy(Z, NAN), ValueError, "0 to 1"),
+    "NaN in BCE": (lambda: binary_cross_entropy(NAN, P), ValueError, "NaN"),
+    "whole-number mask": (lambda: masked_likelihood(W, torch.zeros(2, 4).long(), SEEN.long()), TypeError, "bool"),
+    "nothing masked": (lambda: masked_likelihood(W, torch.zeros(2, 4).long(), SEEN | True), ValueError, "masked"),
+    "flat logits": (lambda: masked_likelihood(Z, Y, SEEN), ValueError, "(b, n, v)"),
+    "temperature 0": (lambda: softmax(Z, 0.0), ValueError, "above 0"),
+    "temperature NaN": (lambda: softmax(Z, math.nan), ValueError, "above 0"),
+    "temperature text": (lambda: distillation_loss(Z, Z, "2"), ValueError, "above 0"),
+    "NaN softmax": (lambda: softmax(NAN), ValueError, "NaN"),
+    "logits as chances": (lambda: entropy(Z), ValueError, "softmax"),
+    "halves as chances": (lambda: kl(P / 2, P), ValueError, "sum"),
+    "NaN chances": (lambda: js(NAN, P), ValueError, "NaN"),
+    "fewer rows": (lambda: kl(P, P[:2]), ValueError, "fit"),
+    "other teacher": (lambda: distillation_loss(Z, Z[:, :2]), ValueError, "fit"),
+    "NaN teacher": (lambda: distillation_loss(Z, NAN), ValueError, "teacher_logits"),
+    "tall scores": (lambda: info_nce(Z), ValueError, "m >= b"),
+    "one pair": (lambda: nt_xent(Z[:1], Z[:1]), ValueError, "at least 2"),
+    "views differ": (lambda: nt_xent(Z, Z[:, :2]), ValueError, "fit"),
+    "NaN view": (lambda: nt_xent(Z, NAN), ValueError, "b holds"),
+    "NaN aligned": (lambda: alignment(NAN, Z), ValueError, "a holds"),
+    "cold views": (lambda: nt_xent(Z, Z, -1.0), ValueError, "above 0"),
+    "one point": (lambda: uniformity(Z[:1]), ValueError, "at least 2"),
+    "t of 0": (lambda: uniformity(Z, 0.0), ValueError, "above 0"),
+}
+
+
+@pytest.mark.parametrize("call, kind, word", BAD.values(), ids=BAD)
+def test_bad_input_is_refused_in_one_sentence(call, kind, word):
+    with pytest.raises(kind) as error:
+        call()
+    assert word in str(error.value) and len(str(error.value)) < 250
