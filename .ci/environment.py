@@ -1,5 +1,7 @@
-"""Set up .venv for this project. It is left alone while nothing has changed, goes on after an interruption, and is made anew when
-it is broken, has been moved, or has an unfit Python. Any Python from 2.7 on may run this file: it looks for a fit one itself.
+"""Set up .venv for this project.
+
+It is left alone while nothing has changed, goes on after an interruption, and is made anew when it is broken, has been
+moved, or has an unfit Python. Any Python from 2.7 on may run this file: it looks for a fit one itself.
 """
 from __future__ import print_function
 
@@ -19,9 +21,10 @@ EXTRAS = "lab,dev,docs,deploy"
 NEWEST = (3, 13)
 SPACE = 8  # GB for all of it; torch alone takes 5.4
 
-UNREACHABLE = re.compile(r"Failed to establish a new connection|name resolution|Name or service not known|nodename nor servname|"
-                         r"Network is unreachable|ConnectTimeout|timed out|ProxyError|getaddrinfo failed|Connection refused|"
-                         r"Could not fetch URL|Connection reset|RemoteDisconnected", re.I)
+UNREACHABLE = re.compile(r"Failed to establish a new connection|name resolution|Name or service not known|"
+                         r"nodename nor servname|Network is unreachable|ConnectTimeout|timed out|ProxyError|"
+                         r"getaddrinfo failed|Connection refused|Could not fetch URL|Connection reset|"
+                         r"RemoteDisconnected", re.I)
 
 
 class Trouble(Exception):
@@ -51,7 +54,8 @@ def dotted(numbers):
 def ask(python, code):
     "What `python` prints for `code`, or None when it does not run"
     try:
-        job = subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE)
+        pipe = subprocess.PIPE
+        job = subprocess.Popen([python, "-c", code], stdout=pipe, stderr=pipe, stdin=pipe)
         out = job.communicate()[0]
     except OSError:
         return None
@@ -62,7 +66,7 @@ def find_python(oldest, newest):
     "The newest fit Python: the one that PYTHON names, or one on the path or from pyenv"
     named = os.environ.get("PYTHON")
     names = ["python3.%d" % minor for minor in range(newest[1], oldest[1] - 1, -1)]
-    pyenv = sorted(glob.glob(os.path.join(os.path.expanduser("~/.pyenv/versions"), "3.*", "bin", "python")), reverse=True)
+    pyenv = sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python")), reverse=True)
     seen = []
     for name in [named] if named else names + ["python3", "python"] + pyenv:
         found = ask(name, "import sys; print('%d.%d' % sys.version_info[:2])")
@@ -74,8 +78,9 @@ def find_python(oldest, newest):
             seen.append("%s has no venv module (on Debian: apt-get install python%s-venv)" % (name, found))
         else:
             return name, found
+    why = "; ".join(seen) or (named + " does not run" if named else "none was found")
     raise Trouble("Python %s to %s is needed, but %s. Install one, or name it: make PYTHON=/path/to/python%s"
-                  % (dotted(oldest), dotted(newest), "; ".join(seen) or (named + " does not run" if named else "none was found"), dotted(newest)))
+                  % (dotted(oldest), dotted(newest), why, dotted(newest)))
 
 
 def wanted(config):
@@ -124,8 +129,8 @@ def forget_unfinished():
 
 def pip(*args):
     "Run pip, pass on what it says, and put its commonest troubles into one sentence"
-    job = subprocess.Popen([BIN, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"] + list(args), cwd=ROOT,
-                           stderr=subprocess.PIPE)
+    command = [BIN, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"] + list(args)
+    job = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     said = []
     for line in iter(job.stderr.readline, b""):
         said.append(line.decode("utf-8", "replace"))
@@ -134,9 +139,10 @@ def pip(*args):
         return
     text = "".join(said)
     if "No space left" in text:
-        raise Trouble("The disk is full: make room (about %d GB in all, and 3 GB for temporary files) and run make again" % SPACE)
+        raise Trouble("The disk is full: make room (%d GB, and 3 GB for temporary files) and run make again" % SPACE)
     if UNREACHABLE.search(text):
-        raise Trouble("pip cannot reach its package registry: check the network or the proxy and run make again; what is there is kept")
+        raise Trouble("pip cannot reach its package registry: check the network or the proxy and run make again; "
+                      "what is there is kept")
     raise Trouble("pip could not install the requirements of settings.ini; its own words stand above")
 
 

@@ -1,4 +1,5 @@
 "Sphinx's settings; all names come from settings.ini"
+
 import os
 import sys
 from pathlib import Path
@@ -21,10 +22,23 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}
-nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None), ("html", "text/html", 0),
-                              ("html", "text/markdown", 5)]
-myst_enable_extensions = ["alert", "amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath", "html_image",
-                          "strikethrough", "tasklist"]
+nb_mime_priority_overrides = [
+    ("html", "application/vnd.jupyter.widget-view+json", None),
+    ("html", "text/html", 0),
+    ("html", "text/markdown", 5),
+]
+myst_enable_extensions = [
+    "alert",
+    "amsmath",
+    "attrs_block",
+    "attrs_inline",
+    "colon_fence",
+    "deflist",
+    "dollarmath",
+    "html_image",
+    "strikethrough",
+    "tasklist",
+]
 myst_heading_anchors = 4
 myst_heading_slug_func = "nb2myst.slug"
 myst_dmath_double_inline = True
@@ -44,8 +58,19 @@ html_static_path = [str(here / "_static")]
 html_css_files = ["custom.css"]
 html_copy_source = False
 html_theme_options = dict(
-    repository_url=config.git_url, repository_branch=config.branch, path_to_docs=config.nbs_path.name,
-    use_repository_button=True, use_source_button=True, use_edit_page_button=False, use_download_button=False,
-    home_page_in_toc=True, navbar_persistent=[], show_navbar_depth=1, show_toc_level=2, navigation_with_keys=True,
+    repository_url=config.git_url,
+    repository_branch=config.branch,
+    path_to_docs=config.nbs_path.name,
+    use_repository_button=True,
+    use_source_button=True,
+    use_edit_page_button=False,
+    use_download_button=False,
+    home_page_in_toc=True,
+    navbar_persistent=[],
+    show_navbar_depth=1,
+    show_toc_level=2,
+    navigation_with_keys=True,
     launch_buttons=dict(colab_url="https://colab.research.google.com", notebook_interface="jupyterlab"),
-    pygments_light_style="github-light", pygments_dark_style="github-dark")
+    pygments_light_style="github-light",
+    pygments_dark_style="github-dark",
+)

@@ -1,4 +1,5 @@
 "A Sphinx extension: each notebook goes through nbdev's own processors, then Quarto's idioms become MyST's"
+
 import ast
 import html
 import json
@@ -19,8 +20,13 @@ from nbdev.showdoc import showdoc_nm
 from portable import ShowDocs, callouts, lower_anchors
 
 OPTION = re.compile(r"^#\|\s*([\w-]+):\s*(.*?)\s*$\n?", re.M)
-TAGS = {("echo", "false"): "remove-input", ("output", "false"): "remove-output", ("include", "false"): "remove-cell",
-        ("warning", "false"): "remove-stderr", ("code-fold", "true"): "hide-input"}
+TAGS = {
+    ("echo", "false"): "remove-input",
+    ("output", "false"): "remove-output",
+    ("include", "false"): "remove-cell",
+    ("warning", "false"): "remove-stderr",
+    ("code-fold", "true"): "hide-input",
+}
 
 
 def slug(title):
@@ -43,6 +49,7 @@ def site_pages():
 
 
 # Cells ----------------------------------------------------------------------------------------------------------------
+
 
 def code_cell(cell):
     "Quarto's cell options become myst-nb's tags, the output of `show_doc` becomes a Markdown cell"
@@ -73,7 +80,9 @@ def documentation(cell):
     if cell.get("part") == "head":  # above its own source a name needs no signature: the code says it
         cell.source = "\n\n".join(re.findall(r"^(?:<a class|#+ ).*$", said, re.M))
     elif cell.get("part") == "table":
-        cell.source = f"::::{{dropdown}} Parameters\n:class-container: parameters\n{table.strip()}\n::::" if table else ""
+        cell.source = (
+            f"::::{{dropdown}} Parameters\n:class-container: parameters\n{table.strip()}\n::::" if table else ""
+        )
     cell.pop("part", None)
     del cell["outputs"], cell["execution_count"]
 
@@ -90,15 +99,23 @@ def pieces(source, names):
 
 
 def tell_exports(cells, module):
-    """Each definition of an `exports` cell gets its heading above and its parameters below; nbdev heaps those of one cell together.
+    """Each definition of an `exports` cell gets its heading above and its parameters below; nbdev heaps them together.
     What the lesson does not show is told at the end of the page, so that the story goes on"""
     docs = {m[1]: c for c in cells if c.get("has_sd") and (m := re.search(r"^show_doc\((.+)\)$", c.source, re.M))}
-    cut = {i: pieces(OPTION.sub("", c.source), docs) for i, c in enumerate(cells) if "exports" in (c.get("directives_") or {})}
+    cut = {
+        i: pieces(OPTION.sub("", c.source), docs)
+        for i, c in enumerate(cells)
+        if "exports" in (c.get("directives_") or {})
+    }
     told, out = {name for parts in cut.values() for name, _ in parts}, []
     for i, cell in enumerate(cells):
         for name, text in cut.get(i, []):
             code = dict(cell, source=text, outputs=[])
-            out += [NbCell(0, dict(docs[name], part="head")), NbCell(0, code), NbCell(0, dict(docs[name], part="table"))]
+            out += [
+                NbCell(0, dict(docs[name], part="head")),
+                NbCell(0, code),
+                NbCell(0, dict(docs[name], part="table")),
+            ]
         if cut.get(i):
             out[-2].outputs = cell.outputs
         elif not cell.get("has_sd"):
@@ -121,21 +138,31 @@ def admonition(kind, title, body):
 def headings(notebook):
     "The names with a heading of their own, as anchors: nbdev links to private and hidden ones, too"
     cells = notebooks.code_cells(notebooks.load(get_config().nbs_path / notebook))
-    shown = [notebooks.source(c) for c in cells if re.match(r"#\|\s*exports?\b(?!.*^#\|\s*hide)", notebooks.source(c), re.M | re.S)]
+    shown = [
+        notebooks.source(c)
+        for c in cells
+        if re.match(r"#\|\s*exports?\b(?!.*^#\|\s*hide)", notebooks.source(c), re.M | re.S)
+    ]
     return {slug(name) for code in shown for name in re.findall(r"^(?:def|class|async def) ([A-Za-z]\w*)", code, re.M)}
 
 
 def markdown_cell(cell, page, pages, base):
     "Mermaid, call-outs, and links to pages of the published site, which become links between notebooks"
+
     def link(m):
         if not (notebook := pages.get(m[1])):
             return m[0]
         name = (m[2] or "")[1:].partition(".")[0]  # a method stands below its class
         anchor = "#" + name if name in headings(notebook) else ""
         return f"]({posixpath.relpath(notebook, posixpath.dirname(page) or '.')}{anchor})"
+
     text = notebooks.BADGE.sub("", cell.source)
-    text = re.sub(r"^```mermaid\n(.*?)^```", lambda m: f'<pre class="mermaid">\n{html.escape(m[1]).strip()}\n</pre>', text,
-                  flags=re.M | re.S)
+    text = re.sub(
+        r"^```mermaid\n(.*?)^```",
+        lambda m: f'<pre class="mermaid">\n{html.escape(m[1]).strip()}\n</pre>',
+        text,
+        flags=re.M | re.S,
+    )
     text = re.sub(r"\]\(" + re.escape(base) + r"([^)#\s]+)(#[^)\s]*)?\)", link, text)
     cell.source = callouts(lower_anchors(text), admonition)
 
@@ -185,6 +212,7 @@ def raise_headings(cells):
 
 # The map --------------------------------------------------------------------------------------------------------------
 
+
 def chapters():
     "Folder → its lessons as (page, number, title, promise), in reading order, without `index`"
     nbs, found = get_config().nbs_path, {}
@@ -201,7 +229,9 @@ def cards():
     made = ["::::::{grid} 1 1 2 2", ":gutter: 3", ":margin: 0", ":padding: 0", ":class-container: lesson-map"]
     for folder, lessons in chapters().items():
         made += ["", f":::::{{grid-item-card}} {notebooks.readable(folder) or 'Start here'}"]
-        made += [f"- [{number} {title}]({page}.ipynb)<br>[{promise}]{{.promise}}" for page, number, title, promise in lessons] + [":::::"]
+        made += [
+            f"- [{number} {title}]({page}.ipynb)<br>[{promise}]{{.promise}}" for page, number, title, promise in lessons
+        ] + [":::::"]
     return "\n".join([*made, "::::::"])
 
 
@@ -210,11 +240,20 @@ def toctrees():
     made = []
     for folder, lessons in chapters().items():
         entries = [f"{number} {title} <{page}>".strip() for page, number, title, _ in lessons]
-        made += ["```{toctree}", ":hidden:", f":caption: {notebooks.readable(folder) or 'Start here'}", "", *entries, "```", ""]
+        made += [
+            "```{toctree}",
+            ":hidden:",
+            f":caption: {notebooks.readable(folder) or 'Start here'}",
+            "",
+            *entries,
+            "```",
+            "",
+        ]
     return "\n".join(made)
 
 
 # Sphinx ---------------------------------------------------------------------------------------------------------------
+
 
 def source_read(app, docname, source):
     path = Path(app.env.doc2path(docname))
@@ -252,12 +291,17 @@ def redirects(app, error):
     for page, notebook in site_pages().items():
         place, target = Path(app.outdir) / page, Path(notebook).with_suffix(".html").name
         if target != place.name:
-            place.write_text(f'<!doctype html><meta charset="utf-8"><title>moved</title><meta http-equiv="refresh" content="0; url={target}">'
-                             f'<script>location.replace("{target}" + location.hash)</script><a href="{target}">moved</a>\n')
+            place.write_text(
+                f'<!doctype html><meta charset="utf-8"><title>moved</title>'
+                f'<meta http-equiv="refresh" content="0; url={target}">'
+                f'<script>location.replace("{target}" + location.hash)</script><a href="{target}">moved</a>\n'
+            )
 
 
 def setup(app):
-    tools = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))  # other tools: read all pages again
+    tools = b"".join(
+        p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))
+    )  # other tools: read all pages again
     os.environ.setdefault("IN_TEST", "1")  # as nbdev does when it makes docs
     app.add_config_value("mermaid_js", "", "html")
     app.connect("source-read", source_read)

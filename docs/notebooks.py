@@ -1,10 +1,11 @@
 """Look after the notebooks: run them as a reader would, stamp what follows from settings.ini, tell what is stale.
 
-    python docs/notebooks.py run nbs/00_core/01_basics.ipynb    stamp, execute in place, clean
-    python docs/notebooks.py stamp                              badges, Colab cells, sidebar.yml (--check only tells)
-    python docs/notebooks.py export                             write the package (--check only tells what differs)
-    python docs/notebooks.py check                              executed as they stand, no errors, no private paths, small
+python docs/notebooks.py run nbs/00_core/01_basics.ipynb    stamp, execute in place, clean
+python docs/notebooks.py stamp                              badges, Colab cells, sidebar.yml (--check only tells)
+python docs/notebooks.py export                             write the package (--check only tells what differs)
+python docs/notebooks.py check                              executed as they stand, no errors, no private paths, small
 """
+
 import argparse
 import hashlib
 import json
@@ -21,12 +22,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 200_000  # bytes of outputs that one notebook may hold
 BADGE = re.compile(r"\n*\[!\[[^\]]*\]\([^)]*colab-badge\.svg\)\]\([^)]*\)")
-PRIVATE = re.compile(r"(?<![\w.%/-])(?:/(?:home|root|Users|work|tmp|mnt|private|work\w*)/[\w.@+-]+|[A-Z]:\\+Users\\+\w+)")
+PRIVATE = re.compile(
+    r"(?<![\w.%/-])(?:/(?:home|root|Users|work|tmp|mnt|private|work\w*)/[\w.@+-]+|[A-Z]:\\+Users\\+\w+)"
+)
 EMBEDDED = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=\s\\n]+")
-SKIPPED = re.compile(r"^#\|\s*eval:\s*false|nbdev_export\(\)", re.M)
+SKIPPED = re.compile(r"^#\|\s*eval:\s*false", re.M)
 
 
 # Settings, files ------------------------------------------------------------------------------------------------------
+
 
 def settings(root=ROOT):
     "The one place that a fork changes"
@@ -39,7 +43,9 @@ def lessons(root=ROOT):
     "All notebooks in reading order, `index` first"
     nbs = Path(root) / settings(root)["nbs_path"]
     paths = [p for p in nbs.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(nbs).parts)]
-    return sorted(paths, key=lambda p: (len(p.relative_to(nbs).parts) > 1, p.stem != "index", p.relative_to(nbs).as_posix()))
+    return sorted(
+        paths, key=lambda p: (len(p.relative_to(nbs).parts) > 1, p.stem != "index", p.relative_to(nbs).as_posix())
+    )
 
 
 def load(path):
@@ -77,6 +83,7 @@ def code_cells(nb):
 
 # Stamping -------------------------------------------------------------------------------------------------------------
 
+
 def badge(path, cfg, root=ROOT):
     "The Colab button of the notebook at `path`"
     place = Path(path).resolve().relative_to(Path(root).resolve()).as_posix()
@@ -88,10 +95,22 @@ def colab_cell(cfg):
     "Installs the library on Colab and nowhere else. Colab's torch fits its driver, so it stays as it is"
     rest = [r for r in cfg["requirements"].split() if not re.match(r"torch(vision)?\b", r)]
     url = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
-    lines = ["#| hide", "# @title On Colab: install the library; elsewhere this cell does nothing", "import sys",
-             'if "google.colab" in sys.modules:', f'    %pip install -q {" ".join(map(quoted, rest))}', f"    %pip install -q --no-deps {url}"]
-    return dict(cell_type="code", execution_count=None, id="colab", outputs=[],
-                metadata={"cellView": "form", "jupyter": {"source_hidden": True}}, source="\n".join(lines).splitlines(True))
+    lines = [
+        "#| hide",
+        "# @title On Colab: install the library; elsewhere this cell does nothing",
+        "import sys",
+        'if "google.colab" in sys.modules:',
+        f'    %pip install -q {" ".join(map(quoted, rest))}',
+        f"    %pip install -q --no-deps {url}",
+    ]
+    return dict(
+        cell_type="code",
+        execution_count=None,
+        id="colab",
+        outputs=[],
+        metadata={"cellView": "form", "jupyter": {"source_hidden": True}},
+        source="\n".join(lines).splitlines(True),
+    )
 
 
 def quoted(requirement):
@@ -99,7 +118,7 @@ def quoted(requirement):
 
 
 def is_colab(cell):
-    return cell["cell_type"] == "code" and '"google.colab" in sys.modules' in source(cell)
+    return cell["cell_type"] == "code" and source(cell).startswith("#| hide\n# @title On Colab")
 
 
 def stamped(nb, path, cfg, root=ROOT):
@@ -140,7 +159,12 @@ def sidebar(root=ROOT):
     nbs, folders = Path(root) / settings(root)["nbs_path"], {}
     for path in lessons(root):
         folders.setdefault(path.parent.relative_to(nbs).as_posix(), []).append(path.relative_to(nbs).as_posix())
-    lines = ["# Made from the folder list by docs/notebooks.py stamp: do not edit", "website:", "  sidebar:", "    contents:"]
+    lines = [
+        "# Made from the folder list by docs/notebooks.py stamp: do not edit",
+        "website:",
+        "  sidebar:",
+        "    contents:",
+    ]
     for folder, paths in folders.items():
         indent = "    "
         if folder != ".":
@@ -157,12 +181,18 @@ def stamp(paths, check=False, root=ROOT):
     if set(paths) >= set(lessons(root)):
         new[Path(root) / cfg["nbs_path"] / "sidebar.yml"] = sidebar(root)
     for path, text in new.items():
-        if check and not (path.exists() and path.read_text(encoding="utf-8") == text) or not check and write(path, text):
+        if (
+            check
+            and not (path.exists() and path.read_text(encoding="utf-8") == text)
+            or not check
+            and write(path, text)
+        ):
             stale.append(path)
     return stale
 
 
 # Running --------------------------------------------------------------------------------------------------------------
+
 
 def digest(nb):
     "What the outputs were made from: the code of all cells, in order"
@@ -205,7 +235,7 @@ def tidy(outputs):
 
 
 def execute(path, timeout=900, root=ROOT):
-    "Run the notebook at `path` in place, top to bottom, in a fresh kernel; cells that nbdev_test skips stay as they are"
+    "Run a notebook in place, top to bottom, in a fresh kernel; cells that nbdev_test skips stay as they are"
     import nbformat
     from nbclient import NotebookClient
     from nbdev.clean import clean_nb
@@ -217,8 +247,13 @@ def execute(path, timeout=900, root=ROOT):
 
     cfg = settings(root)
     nb = nbformat.reads(text_of(stamped(load(path), path, cfg, root)), 4)
-    Client(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-           extra_arguments=["--log-level=40"]).execute()
+    Client(
+        nb,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--log-level=40"],
+    ).execute()
     for cell in nb.cells:
         if "outputs" in cell:
             cell.outputs = tidy(cell.outputs)
@@ -226,8 +261,11 @@ def execute(path, timeout=900, root=ROOT):
     nb.metadata.kernelspec = {"display_name": "python3", "language": "python", "name": "python3"}
     nb.metadata.foundation = {"executed": digest(nb)}
     raw = json.loads(nbformat.writes(nb))
-    clean_nb(raw, allowed_metadata_keys=cfg["allowed_metadata_keys"].split(),
-             allowed_cell_metadata_keys=cfg["allowed_cell_metadata_keys"].split())
+    clean_nb(
+        raw,
+        allowed_metadata_keys=cfg["allowed_metadata_keys"].split(),
+        allowed_cell_metadata_keys=cfg["allowed_cell_metadata_keys"].split(),
+    )
     write(path, text_of(raw))
 
 
@@ -248,6 +286,7 @@ def run(paths, root=ROOT):
 
 # Exporting ------------------------------------------------------------------------------------------------------------
 
+
 def exported(root=ROOT):
     "The modules that the notebooks export, path → text, made in a folder of their own"
     cfg, root = settings(root), Path(root)
@@ -265,7 +304,7 @@ def exported(root=ROOT):
 
 
 def export(check=False, root=ROOT):
-    "Make the package what the notebooks say; what differed comes back. Works without git and beside uncommitted changes"
+    "Make the package what the notebooks say; what differed comes back. Needs no git and minds no uncommitted change"
     lib, new = Path(root) / settings(root)["lib_path"], exported(root)
     old = {p.relative_to(lib).as_posix(): p.read_text(encoding="utf-8") for p in lib.rglob("*.py")}
     differ = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
@@ -276,6 +315,7 @@ def export(check=False, root=ROOT):
 
 
 # Checking -------------------------------------------------------------------------------------------------------------
+
 
 def outputs_size(nb):
     return sum(len(json.dumps(c.get("outputs", []), ensure_ascii=False).encode()) for c in nb["cells"])
@@ -295,9 +335,11 @@ def problems(nb):
     if not re.match(r"# \S.*\n\n> \S.*(\n\n|$)", head):
         found.append("the first cell must be '# Title', an empty line, '> promise'")
     elif re.sub(r"^# .*\n\n> .*$", "", BADGE.sub("", head), count=1, flags=re.M).strip():
-        found.append("the first cell must hold nothing but the title, the promise and the badge: the site does not show the rest")
-    if not any("nbdev_export()" in source(c) for c in code_cells(nb)[-1:]):
-        found.append("the last code cell must be '#| hide', 'import nbdev; nbdev.nbdev_export()'")
+        found.append(
+            "the first cell must hold nothing but the title, the promise and the badge: the site does not show the rest"
+        )
+    if any("nbdev_export()" in source(c) for c in code_cells(nb)):
+        found.append("a cell calls nbdev_export: learners need no nbdev, and authors have `make export`")
     if is_stale(nb):
         found.append("the code has changed since the outputs were made: python docs/notebooks.py run it")
     for i, cell in enumerate(cells):
@@ -305,7 +347,7 @@ def problems(nb):
         if any(o["output_type"] == "error" for o in outputs):
             found.append(f"cell {i} shows an error")
         for text in [source(cell), *texts(outputs)]:
-            if (m := PRIVATE.search(text)):
+            if m := PRIVATE.search(text):
                 found.append(f"cell {i} holds a path of somebody's machine: {m[0]}")
     if outputs_size(nb) > LIMIT:
         found.append(f"outputs take {outputs_size(nb):,} bytes, at most {LIMIT:,} are allowed")
@@ -321,7 +363,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "stamp", "export", "check"])
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks or folders (all when left out)")
-    parser.add_argument("--check", action="store_true", help="stamp, export: change nothing, fail when something is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="stamp, export: change nothing, fail when something is stale"
+    )
     parser.add_argument("--stale", action="store_true", help="run: only those whose code has changed since they ran")
     args = parser.parse_args(argv)
     given = [p.resolve() for p in args.paths]

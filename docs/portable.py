@@ -1,6 +1,7 @@
 """Helpers of the site: `show_doc` with parameter tables, and portable Markdown made into Quarto's own.
 
 Only the site needs them (`renderer` and `procs` in settings.ini), so they are no part of the library."""
+
 import html
 import re
 from inspect import Parameter, formatannotation, getsourcelines
@@ -10,8 +11,8 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.processors import exec_show_docs
 
-
 # `show_doc` -----------------------------------------------------------------------------------------------------------
+
 
 def _given(o):
     return o is not None and o is not Parameter.empty
@@ -67,7 +68,7 @@ class TableRenderer(MarkdownRenderer):
 
 
 class ShowDocs(exec_show_docs):
-    "Runs the `show_doc` cells against the exported module. nbdev's own runs the lesson's definitions and imports once more, too"
+    "Runs the `show_doc` cells against the exported module; nbdev's own runs the lesson's imports and definitions again"
 
     def begin(self):
         super().begin()
@@ -82,7 +83,9 @@ class ShowDocs(exec_show_docs):
         if cell.cell_type == "code" and re.search(r"^show_doc\(", cell.source, re.M):
             self.k.cell(cell)
             if self.k.exc:
-                raise ValueError(f"{self.nb.path_}: {cell.source} failed; is the package what the notebooks export?") from self.k.exc
+                raise ValueError(
+                    f"{self.nb.path_}: {cell.source} failed; is the package what the notebooks export?"
+                ) from self.k.exc
             for output in cell.outputs:
                 if "text/markdown" in output.get("data", {}):
                     output["data"]["text/markdown"] = [self.links.link_line(s) for s in output["data"]["text/markdown"]]
@@ -94,14 +97,18 @@ class ShowDocs(exec_show_docs):
 # Portable Markdown ----------------------------------------------------------------------------------------------------
 
 KINDS = {"note", "tip", "important", "warning", "caution"}
-CALLOUT = re.compile(r"^> \*\*(Note|Tip|Important|Warning|Caution|Exercise|Key idea)[:.]\*\*[ ]?((?:.*)(?:\n>.*)*)", re.M)
+CALLOUT = re.compile(
+    r"^> \*\*(Note|Tip|Important|Warning|Caution|Exercise|Key idea)[:.]\*\*[ ]?((?:.*)(?:\n>.*)*)", re.M
+)
 
 
 def callouts(text, made):
     "Block quotes that begin with `**Note:**` and the like become what `made(kind, title, body)` returns"
+
     def replace(m):
         kind = m[1].lower()
         return made(kind if kind in KINDS else None, m[1], re.sub(r"^> ?", "", m[2], flags=re.M))
+
     return CALLOUT.sub(replace, text)
 
 
@@ -118,4 +125,6 @@ def _quarto_callout(kind, title, body):
 def to_quarto(cell):
     "Processor for `nbdev_docs`"
     if cell.cell_type == "markdown" and cell.source:
-        cell.source = re.sub(r"^```mermaid$", "```{mermaid}", lower_anchors(callouts(cell.source, _quarto_callout)), flags=re.M)
+        cell.source = re.sub(
+            r"^```mermaid$", "```{mermaid}", lower_anchors(callouts(cell.source, _quarto_callout)), flags=re.M
+        )

@@ -1,4 +1,5 @@
-"""Fetch the scripts that the site needs to work offline, through npm. Without npm or network the site takes them from a CDN."""
+"Fetch the scripts that the site needs to work offline, through npm; without npm or network a CDN gives them"
+
 import json
 import shutil
 import subprocess
@@ -9,7 +10,10 @@ from pathlib import Path
 
 PLACE = Path(__file__).resolve().parent / "_static" / "vendor"
 STAMP = PLACE / "versions.json"
-SCRIPTS = {"tex-svg.js": ("mathjax", "3.2.2", "es5/tex-svg.js"), "mermaid.min.js": ("mermaid", "12.3.0", "dist/mermaid.min.js")}
+SCRIPTS = {
+    "tex-svg.js": ("mathjax", "3.2.2", "es5/tex-svg.js"),
+    "mermaid.min.js": ("mermaid", "12.3.0", "dist/mermaid.min.js"),
+}
 
 
 def cdn(name):
@@ -31,8 +35,14 @@ def ready():
 
 def unpack(folder, package, version, path):
     "The bytes of one file of an npm package"
-    done = subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=folder, timeout=300,
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        ["npm", "pack", "--silent", f"{package}@{version}"],
+        cwd=folder,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise OSError((done.stderr.strip().splitlines() or ["npm failed"])[-1])
     with tarfile.open(next(Path(folder).glob(f"{package}-*.tgz"))) as archive:

@@ -39,7 +39,7 @@ from .models.convnets import ConvNet, ResNet
 from .models.pretrained import load_weights, read_card
 from .pretraining.contrastive import pretrain, two_views
 
-# %% ../nbs/00_tour.ipynb #99675c10
+# %% ../nbs/00_tour.ipynb #1d366467
 @dataclass(frozen=True)
 class Plan:
     "How long the parts of the tour run, in steps and never in seconds, so that every machine does the same work."
@@ -48,7 +48,7 @@ class Plan:
     labels: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # learning rates from which the network from scratch picks
-    gentle_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)  # as many for the pretrained one
+    gentle_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)  # as many for the pretrained one
     finetune: int = 100
     distil: int = 600
     teacher: int = 600

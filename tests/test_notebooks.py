@@ -1,4 +1,5 @@
 "The notebooks as files: executed as they stand, stamped, small, with nobody's paths, each in its place"
+
 import json
 import re
 import subprocess
@@ -25,8 +26,13 @@ def test_stamps_follow_settings():
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_nbdev_clean_would_change_nothing(path):
     from nbdev.clean import clean_nb
+
     cfg, nb = notebooks.settings(), notebooks.load(path)
-    clean_nb(nb, allowed_metadata_keys=cfg["allowed_metadata_keys"].split(), allowed_cell_metadata_keys=cfg["allowed_cell_metadata_keys"].split())
+    clean_nb(
+        nb,
+        allowed_metadata_keys=cfg["allowed_metadata_keys"].split(),
+        allowed_cell_metadata_keys=cfg["allowed_cell_metadata_keys"].split(),
+    )
     assert notebooks.text_of(nb) == path.read_text(encoding="utf-8")
 
 
@@ -34,7 +40,9 @@ def test_every_lesson_is_in_the_sidebar_and_on_the_map():
     sidebar = (ROOT / "nbs/sidebar.yml").read_text()
     assert re.findall(r"- (\S+\.ipynb)$", sidebar, re.M) == NAMES
     index = notebooks.load(ROOT / "nbs/index.ipynb")
-    shown = "".join("".join(o["data"].get("text/markdown", "")) for c in index["cells"] for o in c.get("outputs", []) if "data" in o)
+    shown = "".join(
+        "".join(o["data"].get("text/markdown", "")) for c in index["cells"] for o in c.get("outputs", []) if "data" in o
+    )
     assert set(re.findall(r"\]\(([^)]+\.ipynb)\)", shown)) == set(NAMES) - {"index.ipynb"}
 
 
@@ -42,12 +50,20 @@ def test_modules_are_named_after_their_notebooks_and_only_once():
     exports = {}
     for path, name in zip(PATHS, NAMES):
         code = "\n".join(notebooks.source(c) for c in notebooks.code_cells(notebooks.load(path)))
-        if (found := re.search(r"^#\| *default_exp +(\S+)", code, re.M)):
+        if found := re.search(r"^#\| *default_exp +(\S+)", code, re.M):
             exports[name] = found[1]
     plain = {name: re.sub(r"(^|/)\d+_", r"\1", name).removesuffix(".ipynb").replace("/", ".") for name in exports}
     assert {name: (exports[name], plain[name]) for name in exports if exports[name] != plain[name]} == {}
-    twice = [what for values in (exports.values(), (re.match(r"(.*/)?\d*", n)[0] for n in NAMES), (notebooks.title(p)[0] for p in PATHS))
-             for what, count in Counter(values).items() if count > 1]
+    twice = [
+        what
+        for values in (
+            exports.values(),
+            (re.match(r"(.*/)?\d*", n)[0] for n in NAMES),
+            (notebooks.title(p)[0] for p in PATHS),
+        )
+        for what, count in Counter(values).items()
+        if count > 1
+    ]
     assert twice == []
 
 
@@ -64,12 +80,14 @@ def test_links_between_notebooks_lead_somewhere():
 
 # The checks themselves ------------------------------------------------------------------------------------------------
 
+
 def notebook(*code, outputs=()):
     "A small sound notebook, unstamped"
     head = dict(cell_type="markdown", id="head", metadata={}, source=["# A lesson\n", "\n", "> What it promises"])
-    last = "#| hide\nimport nbdev; nbdev.nbdev_export()"
-    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=text.splitlines(True))
-             for i, text in enumerate([*code, last])]
+    cells = [
+        dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=text.splitlines(True))
+        for i, text in enumerate(code)
+    ]
     cells[0]["outputs"] = list(outputs)
     nb = dict(cells=[head, *cells], metadata={}, nbformat=4, nbformat_minor=5)
     nb["metadata"]["foundation"] = {"executed": notebooks.digest(nb)}
@@ -81,33 +99,49 @@ def shows(**data):
 
 
 def test_a_sound_notebook_has_no_problems():
-    nb = notebook("1 + 1", outputs=[shows(**{"text/plain": "2 in [0, 1/home] of https://x.org/home/page, /usr/share/datasets"})])
+    nb = notebook(
+        "1 + 1", outputs=[shows(**{"text/plain": "2 in [0, 1/home] of https://x.org/home/page, /usr/share/datasets"})]
+    )
     assert notebooks.problems(nb) == []
 
 
-@pytest.mark.parametrize("output, words", [
-    (dict(output_type="error", ename="E", evalue="", traceback=[]), "shows an error"),
-    (dict(output_type="stream", name="stdout", text=["saved in /home/ada/model.pt"]), "/home/ada"),
-    (shows(**{"text/html": '<img src="/root/x.png">'}), "/root/x.png"),
-    (shows(**{"text/plain": r"'C:\\Users\\ada'"}), "Users"),
-    (shows(**{"text/plain": "x" * 250_000}), "are allowed"),
-])
+@pytest.mark.parametrize(
+    "output, words",
+    [
+        (dict(output_type="error", ename="E", evalue="", traceback=[]), "shows an error"),
+        (dict(output_type="stream", name="stdout", text=["saved in /home/ada/model.pt"]), "/home/ada"),
+        (shows(**{"text/html": '<img src="/root/x.png">'}), "/root/x.png"),
+        (shows(**{"text/plain": r"'C:\\Users\\ada'"}), "Users"),
+        (shows(**{"text/plain": "x" * 250_000}), "are allowed"),
+    ],
+)
 def test_bad_outputs_are_caught(output, words):
     assert any(words in problem for problem in notebooks.problems(notebook("1 + 1", outputs=[output])))
 
 
 def test_pictures_are_not_searched_for_paths():
-    assert notebooks.problems(notebook("1", outputs=[shows(**{"text/html": '<img src="data:image/png;base64,iVBO/root/abc=">'})])) == []
+    assert (
+        notebooks.problems(
+            notebook("1", outputs=[shows(**{"text/html": '<img src="data:image/png;base64,iVBO/root/abc=">'})])
+        )
+        == []
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda nb: nb["cells"][1].update(source=["1 + 2"]), "code has changed"),
-    (lambda nb: nb["cells"].reverse(), "first cell"),
-    (lambda nb: nb["cells"][0].update(source=["# A lesson\n", "no promise"]), "first cell"),
-    (lambda nb: nb["cells"][0]["source"].append("\n\nmore words that the site would not show"), "nothing but the title"),
-    (lambda nb: nb["cells"].pop(), "last code cell"),
-    (lambda nb: nb["cells"][1].update(source=["open('/home/ada/x')"]), "/home/ada"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda nb: nb["cells"][1].update(source=["1 + 2"]), "code has changed"),
+        (lambda nb: nb["cells"].reverse(), "first cell"),
+        (lambda nb: nb["cells"][0].update(source=["# A lesson\n", "no promise"]), "first cell"),
+        (
+            lambda nb: nb["cells"][0]["source"].append("\n\nmore words that the site would not show"),
+            "nothing but the title",
+        ),
+        (lambda nb: nb["cells"][1].update(source=["import nbdev; nbdev.nbdev_export()"]), "calls nbdev_export"),
+        (lambda nb: nb["cells"][1].update(source=["open('/home/ada/x')"]), "/home/ada"),
+    ],
+)
 def test_broken_notebooks_are_caught(change, words):
     nb = notebook("1 + 1", "2 + 2")
     change(nb)
@@ -148,9 +182,16 @@ def test_a_notebook_without_title_is_refused():
 def test_outputs_are_tidied_like_a_terminal():
     stream = lambda text, name="stdout": dict(output_type="stream", name=name, text=text)
     bar = "\r 50%|█████     | 1/2 [00:01<00:01]\r100%|██████████| 2/2 [00:02<00:00]\n"
-    out = notebooks.tidy([stream("one\n"), stream("old\rnew\n"), stream(bar, "stderr"), stream("three\n"),
-                          shows(**{"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider()"}),
-                          shows(**{"application/vnd.jupyter.widget-view+json": {}, "text/html": "<b>static</b>", "text/plain": "x"})])
+    out = notebooks.tidy(
+        [
+            stream("one\n"),
+            stream("old\rnew\n"),
+            stream(bar, "stderr"),
+            stream("three\n"),
+            shows(**{"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider()"}),
+            shows(**{"application/vnd.jupyter.widget-view+json": {}, "text/html": "<b>static</b>", "text/plain": "x"}),
+        ]
+    )
     assert [o.get("text") for o in out] == ["one\nnew\n", "three\n", None]
     assert out[-1]["data"] == {"text/html": "<b>static</b>", "text/plain": "x"}
 
@@ -188,8 +229,12 @@ def test_export_finds_and_mends_every_difference(project):
 
 def test_running_gives_true_outputs_and_the_same_file_twice(project):
     path = project / "nbs/01_a/01_first.ipynb"
-    nb = notebook("import os, sys", "print('x'); print(object()); print('err', file=sys.stderr)", "os.environ['FOUNDATION_STATIC']",
-                  "#| eval: false\n1/0")
+    nb = notebook(
+        "import os, sys",
+        "print('x'); print(object()); print('err', file=sys.stderr)",
+        "os.environ['FOUNDATION_STATIC']",
+        "#| eval: false\n1/0",
+    )
     path.write_text(notebooks.text_of(nb))
     assert notebooks.run([path], root=project) == []
     ran = path.read_text()
@@ -206,5 +251,7 @@ def test_a_failing_notebook_is_told_and_left_alone(project, capsys):
 
 
 def test_unknown_paths_are_refused():
-    done = subprocess.run([sys.executable, ROOT / "docs/notebooks.py", "run", "nowhere.ipynb"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/notebooks.py", "run", "nowhere.ipynb"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "no notebook at nowhere.ipynb" in done.stderr

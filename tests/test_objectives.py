@@ -207,3 +207,10 @@ def test_bad_input_is_refused_in_one_sentence(call, kind, word):
     with pytest.raises(kind) as error:
         call()
     assert word in str(error.value) and len(str(error.value)) < 250
+
+
+def test_nan_passes_while_training():
+    "The loop stops on a NaN loss and tells step and learning rate, so the losses let it through there"
+    z = NAN.clone().requires_grad_()
+    for loss in (cross_entropy(z, Y), binary_cross_entropy(z, P), distillation_loss(z, Z), nt_xent(z, Z)):
+        assert loss.isnan()

@@ -1,4 +1,5 @@
 "The package stands on its own: each module imports alone, with the core dependencies, also from a wheel"
+
 import email
 import json
 import os
@@ -13,10 +14,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in (ROOT / "foundation").rglob("*.py")
-                 if p.stem not in ("__init__", "_modidx"))
-FRONT_ENDS = {"IPython", "ipykernel", "ipywidgets", "jupyter_client", "jupyter_core", "jupyterlab", "nbclient", "nbformat", "nbdev", "execnb",
-              "fastcore", "ghapi"}  # ipywidgets is a dependency, but only the widgets' functions import it
+MODULES = sorted(
+    p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for p in (ROOT / "foundation").rglob("*.py")
+    if p.stem not in ("__init__", "_modidx")
+)
+FRONT_ENDS = {
+    "IPython",
+    "ipykernel",
+    "ipywidgets",
+    "jupyter_client",
+    "jupyter_core",
+    "jupyterlab",
+    "nbclient",
+    "nbformat",
+    "nbdev",
+    "execnb",
+    "fastcore",
+    "ghapi",
+}  # ipywidgets is a dependency, but only the widgets' functions import it
 
 # One process imports torch, then forks for each module: as good as fresh, without torch's seconds for each
 FORKS = """
@@ -43,7 +59,9 @@ print(json.dumps(result))
 
 def run(code, *args, cwd, **env):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | env
-    return subprocess.run([sys.executable, "-c", code, *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def imported(names, folder, first="torch"):
@@ -69,8 +87,11 @@ def closure(names):
 def strangers():
     "Top-level names of installed packages that the core dependencies do not bring, and the front ends"
     core = closure([r for r in metadata.requires("foundation") if "extra ==" not in r])
-    return {name for name, owners in metadata.packages_distributions().items()
-            if not {o.lower().replace("_", "-") for o in owners} & (core | {"foundation"})} | FRONT_ENDS
+    return {
+        name
+        for name, owners in metadata.packages_distributions().items()
+        if not {o.lower().replace("_", "-") for o in owners} & (core | {"foundation"})
+    } | FRONT_ENDS
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -95,7 +116,7 @@ def test_what_does_not_import_is_caught(tmp_path):
 
 
 def test_the_bare_import_is_light(tmp_path):
-    code = "import time; t = time.perf_counter(); import foundation; s = time.perf_counter() - t; import sys; print(s, 'torch' in sys.modules)"
+    code = "import sys, time; t = time.perf_counter(); import foundation; print(time.perf_counter() - t, 'torch' in sys.modules)"
     runs = [run(code, cwd=tmp_path).stdout.split() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in runs) < 0.2  # beyond what torch takes
     assert runs[0][1] == "False"
@@ -103,6 +124,7 @@ def test_the_bare_import_is_light(tmp_path):
 
 def test_versions_and_pins_agree():
     import foundation
+
     assert foundation.__version__ == metadata.version("foundation")
     assert "pkg_resources" not in (ROOT / "setup.py").read_text()
 
@@ -114,7 +136,19 @@ def wheel(tmp_path_factory):
     for name in ["setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"]:
         shutil.copy(ROOT / name, place)
     shutil.copytree(ROOT / "foundation", place / "foundation", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", "dist", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        "dist",
+        ".",
+    ]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return next((place / "dist").glob("foundation-*.whl"))
@@ -122,7 +156,11 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    have = {p.relative_to(ROOT).as_posix() for p in (ROOT / "foundation").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    have = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "foundation").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     assert have <= names
     assert {n.split("/")[0] for n in names} == {"foundation", wheel.name.split("-py3")[0] + ".dist-info"}
     assert wheel.stat().st_size < 10e6
@@ -130,8 +168,10 @@ def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
 
 def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = ("import foundation, foundation.core.basics, pathlib; here = pathlib.Path(foundation.__file__).parent; "
-            "print(here, foundation.__version__, len(list(here.glob('weights/*.safetensors'))))")
+    code = (
+        "import foundation, foundation.core.basics, pathlib; here = pathlib.Path(foundation.__file__).parent; "
+        "print(here, foundation.__version__, len(list(here.glob('weights/*.safetensors'))))"
+    )
     place, version, weights = run(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).stdout.split()
     assert Path(place) == tmp_path / "site" / "foundation"
     assert version == metadata.version("foundation")

@@ -1,4 +1,5 @@
 "Setting up the environment: one clear sentence for each trouble, and nothing done twice"
+
 import importlib.util
 import os
 import re
@@ -20,7 +21,9 @@ def env(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    for name, value in dict(ROOT=tmp_path, VENV=tmp_path / ".venv", BIN=tmp_path / ".venv/bin/python", STAMP=tmp_path / ".venv/ready").items():
+    for name, value in dict(
+        ROOT=tmp_path, VENV=tmp_path / ".venv", BIN=tmp_path / ".venv/bin/python", STAMP=tmp_path / ".venv/ready"
+    ).items():
         monkeypatch.setattr(module, name, str(value))
     monkeypatch.delenv("PYTHON", raising=False)
     return module
@@ -30,15 +33,20 @@ def fake_python(folder, name, version, good=True):
     "A command that answers as a Python of that version would"
     path = folder / name
     folder.mkdir(exist_ok=True)
-    path.write_text(f'#!/bin/sh\ncase "$2" in *version_info*) echo {version};; *ensurepip*) {"true" if good else "false"};; esac\n')
+    path.write_text(
+        f'#!/bin/sh\ncase "$2" in *version_info*) echo {version};; *ensurepip*) {"true" if good else "false"};; esac\n'
+    )
     path.chmod(0o755)
     return path
 
 
 def test_settings_are_read_as_configparser_reads_them(env):
     import notebooks
+
     mine, theirs = env.settings(), notebooks.settings()
-    assert {k: mine[k] for k in mine if k.endswith("requirements")} == {k: theirs[k] for k in theirs if k.endswith("requirements")}
+    assert {k: mine[k] for k in mine if k.endswith("requirements")} == {
+        k: theirs[k] for k in theirs if k.endswith("requirements")
+    }
     assert env.version(mine["min_python"]) == (3, 10)
 
 
@@ -51,7 +59,15 @@ def test_the_newest_fit_python_is_found(env, tmp_path, monkeypatch):
     assert env.find_python((3, 10), (3, 13)) == ("python3.13", "3.13")
 
 
-@pytest.mark.parametrize("version, good, words", [("3.8", True, "is 3.8"), ("3.14", True, "is 3.14"), ("3.12", False, "no venv module"), (None, True, "none was found")])
+@pytest.mark.parametrize(
+    "version, good, words",
+    [
+        ("3.8", True, "is 3.8"),
+        ("3.14", True, "is 3.14"),
+        ("3.12", False, "no venv module"),
+        (None, True, "none was found"),
+    ],
+)
 def test_unfit_pythons_are_told(env, tmp_path, monkeypatch, version, good, words):
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -66,13 +82,21 @@ def test_unfit_pythons_are_told(env, tmp_path, monkeypatch, version, good, words
 
 
 def test_an_old_python_can_run_the_script_and_is_refused_in_one_sentence(tmp_path):
-    old = [p for v in ("2.7", "3.6", "3.8") for p in Path.home().glob(f".pyenv/versions/{v}.*/bin/python")][:1] or [sys.executable]
+    old = [p for v in ("2.7", "3.6", "3.8") for p in Path.home().glob(f".pyenv/versions/{v}.*/bin/python")][:1] or [
+        sys.executable
+    ]
     (tmp_path / ".ci").mkdir()
     shutil.copy(SCRIPT, tmp_path / ".ci")
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    done = subprocess.run([old[0], tmp_path / ".ci" / SCRIPT.name], capture_output=True, text=True,
-                          env=dict(os.environ, PYTHON="/nowhere/python", PYTHONDONTWRITEBYTECODE="1", HOME=str(tmp_path)))
-    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "/nowhere/python was found" not in done.stderr
+    done = subprocess.run(
+        [old[0], tmp_path / ".ci" / SCRIPT.name],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHON="/nowhere/python", PYTHONDONTWRITEBYTECODE="1", HOME=str(tmp_path)),
+    )
+    assert (
+        done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "/nowhere/python was found" not in done.stderr
+    )
     assert "Python 3.10 to 3.13 is needed, but /nowhere/python does not run" in done.stderr
     assert not (tmp_path / ".venv").exists()
 
@@ -84,11 +108,17 @@ def test_a_full_disk_is_told_before_anything_is_made(env, monkeypatch):
     assert not os.path.exists(env.VENV)
 
 
-@pytest.mark.parametrize("said, words", [
-    ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
-    ("WARNING: Retrying: Failed to establish a new connection: [Errno -2] Name or service not known", "cannot reach"),
-    ("ERROR: No matching distribution found for torch>=99", "could not install the requirements"),
-])
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
+        (
+            "WARNING: Retrying: Failed to establish a new connection: [Errno -2] Name or service not known",
+            "cannot reach",
+        ),
+        ("ERROR: No matching distribution found for torch>=99", "could not install the requirements"),
+    ],
+)
 def test_what_pip_says_becomes_one_sentence(env, tmp_path, monkeypatch, said, words):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")

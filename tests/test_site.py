@@ -1,4 +1,5 @@
-"README.md and the site are made from what is there; the site is whole, needs no network, and each name leads to its source"
+"README.md and the site are made from what is there; the site is whole and needs no network"
+
 import importlib.util
 import json
 import os
@@ -15,13 +16,17 @@ import vendor
 
 ROOT = notebooks.ROOT
 PAGES = {p.relative_to(ROOT / "nbs").with_suffix("").as_posix(): p for p in notebooks.lessons()}
-needs_sphinx = pytest.mark.skipif(importlib.util.find_spec("sphinx") is None, reason="Sphinx 9 needs Python 3.11 or newer")
+needs_sphinx = pytest.mark.skipif(
+    importlib.util.find_spec("sphinx") is None, reason="Sphinx 9 needs Python 3.11 or newer"
+)
 
 
 # README.md ------------------------------------------------------------------------------------------------------------
 
+
 def test_readme_is_up_to_date():
     import readme
+
     assert sorted(readme.stale()) == []
 
 
@@ -34,43 +39,55 @@ def test_readme_links_lead_somewhere():
 
 def test_pictures_of_the_readme_become_files_with_their_alt_text():
     import readme
+
     pictures = {}
     html = '<div><img alt="a curve" width="3" src="data:image/png;base64,aGVsbG8="></div><script>alert(1)</script>'
     shown = readme.shown(dict(output_type="display_data", data={"text/html": [html]}), pictures, "images")
     assert shown == '<div><img alt="a curve" width="3" src="images/readme-0.png"></div>'
     assert pictures == {"images/readme-0.png": b"hello"}
     assert readme.below("nbs", shown).count("nbs/images/readme-0.png") == 1
-    assert readme.below("nbs", "[a](01_x/y.ipynb) [b](https://x.org) [c](#d)") == "[a](nbs/01_x/y.ipynb) [b](https://x.org) [c](#d)"
+    assert (
+        readme.below("nbs", "[a](01_x/y.ipynb) [b](https://x.org) [c](#d)")
+        == "[a](nbs/01_x/y.ipynb) [b](https://x.org) [c](#d)"
+    )
 
 
 # Portable Markdown ----------------------------------------------------------------------------------------------------
 
+
 def test_call_outs_become_those_of_quarto():
     import portable
-    cell = SimpleNamespace(cell_type="markdown", source="> **Key idea:** one\n> two\n\n> **Note:** three\n\n> plain\n\n```mermaid\nA\n```\n[x](a.ipynb#Big)")
+
+    cell = SimpleNamespace(
+        cell_type="markdown",
+        source="> **Key idea:** one\n> two\n\n> **Note:** three\n\n> plain\n\n```mermaid\nA\n```\n[x](a.ipynb#Big)",
+    )
     portable.to_quarto(cell)
-    assert '::: {.callout-note title="Key idea"}\none\ntwo\n:::' in cell.source and "::: {.callout-note}\nthree\n:::" in cell.source
+    assert (
+        '::: {.callout-note title="Key idea"}\none\ntwo\n:::' in cell.source
+        and "::: {.callout-note}\nthree\n:::" in cell.source
+    )
     assert "> plain" in cell.source and "```{mermaid}" in cell.source and "a.ipynb#big" in cell.source
 
 
 def test_the_table_of_parameters_survives_a_pipe():
     import portable
 
-    def fn(
-        x: "int | None" = None,  # a number | or none
-        y=3,
-    ) -> "torch.Tensor":  # the result
+    def fn(x: "int | None" = None, y=3) -> "torch.Tensor":  # a number | or none  # the result
         "Docs"
 
     rows = portable.parameters(fn).splitlines()
     assert len(rows) == 5 and all(row.count("|") == 5 for row in rows[2:])
-    assert "<code>int &#124; None</code>" in rows[2] and "<code>3</code>" in rows[3] and "<code>Tensor</code>" in rows[4]
+    assert (
+        "<code>int &#124; None</code>" in rows[2] and "<code>3</code>" in rows[3] and "<code>Tensor</code>" in rows[4]
+    )
     assert portable.parameters(len) == "" and portable.parameters(lambda x: x) == ""
 
 
 @needs_sphinx
 def test_each_definition_gets_its_own_heading():
     import nb2myst
+
     source = "import x\n\ndef a():\n    return 1\n\nY = 2\n\n@patch\ndef b(self:A):\n    return 2\n\nZ = 3\n"
     parts = nb2myst.pieces(source, {"a", "A.b"})
     assert [name for name, _ in parts] == ["a", "A.b"]
@@ -78,6 +95,7 @@ def test_each_definition_gets_its_own_heading():
 
 
 # Scripts from elsewhere -----------------------------------------------------------------------------------------------
+
 
 def test_scripts_have_a_stamp_and_a_fallback(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vendor, "PLACE", tmp_path / "vendor")
@@ -98,6 +116,7 @@ def test_scripts_have_a_stamp_and_a_fallback(tmp_path, monkeypatch, capsys):
 
 # The site -------------------------------------------------------------------------------------------------------------
 
+
 class Page(HTMLParser):
     "What a page refers to"
 
@@ -112,7 +131,12 @@ class Page(HTMLParser):
         self.ids.add(a.get("id"))
         if tag == "a" and a.get("href"):
             self.links.append(a["href"])
-        if tag in ("script", "img", "iframe") and a.get("src") or tag == "link" and a.get("rel") in ("stylesheet", "preload"):
+        if (
+            tag in ("script", "img", "iframe")
+            and a.get("src")
+            or tag == "link"
+            and a.get("rel") in ("stylesheet", "preload")
+        ):
             self.loads.append(a.get("src") or a["href"])
         if tag == "img" and not a.get("alt"):
             self.bare.append(a.get("src", "")[:80])
@@ -121,6 +145,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     import build
+
     out = tmp_path_factory.mktemp("site")
     assert build.build(out / "html", out / "doctrees") == 0, "sphinx -W failed: its words stand above"
     return out / "html"
@@ -133,7 +158,9 @@ def pages(site):
 
 @needs_sphinx
 def test_each_lesson_is_a_page_that_can_be_searched(site, pages):
-    assert [name for name, path in PAGES.items() if notebooks.title(path)[0].split("`")[0] not in pages[name].text] == []
+    assert [
+        name for name, path in PAGES.items() if notebooks.title(path)[0].split("`")[0] not in pages[name].text
+    ] == []
     index = json.loads(re.search(r"setIndex\((.*)\)", (site / "searchindex.js").read_text(encoding="utf-8"), re.S)[1])
     assert set(PAGES) <= set(index["docnames"])
 
@@ -141,8 +168,12 @@ def test_each_lesson_is_a_page_that_can_be_searched(site, pages):
 @needs_sphinx
 def test_each_page_has_its_way_on_its_colab_button_and_dark_mode(pages):
     lessons = [name for name in PAGES if name != "index"]
-    assert [n for n in lessons if f"/blob/{notebooks.settings()['branch']}/nbs/{n}.ipynb" not in pages[n].text
-            or "colab.research.google.com" not in pages[n].text] == []
+    assert [
+        n
+        for n in lessons
+        if f"/blob/{notebooks.settings()['branch']}/nbs/{n}.ipynb" not in pages[n].text
+        or "colab.research.google.com" not in pages[n].text
+    ] == []
     assert [n for n in lessons[1:-1] if "prev-next-area" not in pages[n].text] == []
     assert [n for n in PAGES if "theme-switch" not in pages[n].text] == []
 
@@ -185,6 +216,7 @@ def test_names_lead_to_their_source(pages):
 
 # Quarto ---------------------------------------------------------------------------------------------------------------
 
+
 def test_nbdev_can_prepare_the_notebooks_for_quarto(tmp_path):
     "`nbdev_docs` needs Quarto; all that comes before Quarto runs here"
     lesson = [path for path in notebooks.lessons() if path.parent.name == "01_objectives"][0]
@@ -192,9 +224,17 @@ def test_nbdev_can_prepare_the_notebooks_for_quarto(tmp_path):
         place = tmp_path / path.relative_to(ROOT)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
-    code = "import nbdev.serve, nbdev.quarto; nbdev.quarto.refresh_quarto_yml(); print(nbdev.serve.proc_nbs(n_workers=0))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(ROOT / "docs")})
+    code = (
+        "import nbdev.serve, nbdev.quarto; nbdev.quarto.refresh_quarto_yml(); print(nbdev.serve.proc_nbs(n_workers=0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "docs")},
+    )
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "_proc" / lesson.relative_to(ROOT / "nbs")).read_text()
     assert "title: " in text and "colab-badge" not in text and "<code>" in text and "show_doc" in text

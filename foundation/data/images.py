@@ -6,7 +6,7 @@
 __all__ = ['FASHION', 'ImageSet', 'check_images', 'to_float', 'read_idx', 'load_images', 'few_labels', 'split', 'duplicates',
            'ImageDataset']
 
-# %% ../../nbs/02_data/01_images.ipynb #b379e754
+# %% ../../nbs/02_data/01_images.ipynb #d43bcbbd
 import gzip
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core.sources import DataUnavailable, fetch
+from ..core.sources import DataUnavailable, fetch, where
 
 # %% ../../nbs/02_data/01_images.ipynb #8bbc156f
 @dataclass(frozen=True)
@@ -120,11 +120,11 @@ def load_images(
     pixels = tensors[0].float() / 255
     return ImageSet(*tensors, classes, name, source, round(pixels.mean().item(), 4), round(pixels.std().item(), 4))
 
-# %% ../../nbs/02_data/01_images.ipynb #542e247d
+# %% ../../nbs/02_data/01_images.ipynb #f31cebda
 def _fashion_mnist():
     files = fetch("fashion_mnist")
     x, y, test_x, test_y = (read_idx(files[k]) for k in ("train_images", "train_labels", "test_images", "test_labels"))
-    return (x[:, None], y.astype(np.int64), test_x[:, None], test_y.astype(np.int64)), FASHION, "fashion_mnist files"
+    return (x[:, None], y.astype(np.int64), test_x[:, None], test_y.astype(np.int64)), FASHION, where("fashion_mnist").place or "cache"
 
 
 def _digits():

@@ -83,7 +83,7 @@ class Difference(NamedTuple):
     def holds_zero(self) -> bool:
         return self.low <= 0 <= self.high
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #72799874
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #a38af00a
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     "Scores of several arms on the same seeds; the first arm is the control. `compare` and `from_scores` make one."
@@ -94,8 +94,13 @@ class Comparison:
     lower_is_better: bool = False  # True for losses and perplexities
 
     @classmethod
-    def from_scores(cls, scores: Mapping[str, Sequence[float]], seeds: Sequence[int] | None = None, **options) -> "Comparison":
-        "A comparison of scores that are there already: arm -> one score for each seed. Raises `ValueError`."
+    def from_scores(
+        cls,
+        scores: Mapping[str, Sequence[float]],  # arm -> one score for each seed; the first is the control
+        seeds: Sequence[int] | None = None,  # 0, 1, 2 … by default
+        **options,  # `level`, `method`, `lower_is_better`
+    ) -> "Comparison":
+        "A comparison of scores that are there already. Raises `ValueError` when they cannot be paired."
         return cls(*_paired(scores, seeds), **options)
 
     def __post_init__(self):
@@ -134,7 +139,8 @@ class Comparison:
 
     def plot(self, *, alt: str | None = None, title: str | None = None) -> Picture:
         "Scores and differences from the control, one dot a seed. Without `alt` the verdicts describe the picture."
-        return _plot(self, alt or " ".join(self.verdict(arm, next(iter(self.scores))) for arm in list(self.scores)[1:]), title)
+        control, *rivals = self.scores
+        return _plot(self, alt or " ".join(self.verdict(arm, control) for arm in rivals), title)
 
     def __repr__(self) -> str:
         return _text(_table(self))
@@ -142,7 +148,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         return _html(_table(self))
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #bce472e7
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #48ceff8b
 _INTERVALS = {"t": t_interval, "bootstrap": bootstrap_interval}
 
 
@@ -168,22 +174,23 @@ def _tries(comparison, tries: int | None) -> int:
     return tries
 
 
-def _signed(x: float) -> str:
-    return f"{x:+.3g}".replace("-", "−")
-
-
-def _span(low: float, high: float, show=_signed) -> str:
-    return f"{show(low)} to {show(high)}" if math.isfinite(low) else "no interval"
+def _shown(mean: float, low: float, high: float, sign: str = "") -> tuple[str, str]:
+    "The mean and its interval in text, with as many places as the interval deserves: about two digits of its half."
+    half = (high - low) / 2
+    form = f"{sign}.{max(0, 1 - math.floor(math.log10(half / 2)))}f" if 0 < half < math.inf else f"{sign}.4g"
+    mean, low, high = (format(x, form).replace("-", "−") for x in (mean, low, high))
+    return mean, f"{low} to {high}" if half < math.inf else "no interval"
 
 
 def _sentence(comparison, a: str, b: str, tries: int) -> str:
     "What may be said of a and b, and why."
     gap, name, n = comparison.difference(a, b, tries), comparison.winner(a, b, tries), len(comparison.seeds)
-    found = f"{a} − {b} = {_signed(gap.mean)}"
+    mean, span = _shown(*gap, sign="+")
+    found = f"{a} − {b} = {mean}"
     if not math.isfinite(gap.low):
         why = "one seed shows no spread" if n == 1 else "the seed changes neither score, so the runs are copies of one"
         return f"No winner: {found}, but {why}."
-    found += f", interval {_span(gap.low, gap.high)} from {n} seeds" + (f" and {tries} tries" if tries > 1 else "")
+    found += f" ({span}, {n} seeds{f', {tries} tries' if tries > 1 else ''})"
     return f"No winner: {found} holds zero." if name is None else f"{name} wins: {found}."
 
 
@@ -194,9 +201,12 @@ def _table(comparison) -> list[list[str]]:
     for arm in comparison.scores:
         gap, name = comparison.difference(arm, control), comparison.winner(arm, control)
         word = "no winner" if name is None else "better" if name == arm else "worse"
-        versus = ["", "", "control"] if arm == control else [_signed(gap.mean), _span(gap.low, gap.high), word]
-        rows.append([arm, f"{comparison.mean(arm):.4g}", _span(*comparison.interval(arm), "{:.4g}".format), *versus])
+        versus = ["", "", "control"] if arm == control else [*_shown(*gap, sign="+"), word]
+        rows.append([arm, *_shown(comparison.mean(arm), *comparison.interval(arm)), *versus])
     return rows
+
+
+_CELL = "white-space:nowrap;text-align:left;padding:.1em .5em .1em 0"
 
 
 def _text(rows: list[list[str]]) -> str:
@@ -205,8 +215,9 @@ def _text(rows: list[list[str]]) -> str:
 
 
 def _html(rows: list[list[str]]) -> str:
-    head, *body = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in body)}</tbody></table>"
+    line = lambda tag, row: "".join(f'<{tag} style="{_CELL}">{html.escape(cell)}</{tag}>' for cell in row)
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows[1:])
+    return f"<table><thead><tr>{line('th', rows[0])}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _plot(comparison, alt: str, title: str | None) -> Picture:

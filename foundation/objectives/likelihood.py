@@ -9,7 +9,7 @@ __all__ = ['log_sum_exp', 'log_softmax', 'cross_entropy', 'binary_cross_entropy'
 import torch
 from torch import Tensor
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #0850b266
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #a765d9c0
 def _expect_floats(
     x,  # what the caller handed in
     name: str,  # its name in the message
@@ -42,8 +42,10 @@ def _may_look(x: Tensor) -> bool:  # whether reading values is free
 
 
 def _refuse_nan(result: Tensor, **inputs):
-    "Look for the culprit only when the result is NaN, so that a healthy call pays nothing"
-    if not _may_look(result) or not result.isnan().any():
+    """Look for the culprit only when the result is NaN, so that a healthy call pays nothing.
+
+    While a gradient is recorded NaN passes: the training loop stops on it, and knows the step and the learning rate."""
+    if result.requires_grad or not _may_look(result) or not result.isnan().any():
         return
     for name, x in inputs.items():
         if x.isnan().any():
@@ -93,7 +95,7 @@ def _expect_labels(labels, logits: Tensor, ignore_index: int | None):
     if low < 0 or high >= k:
         raise ValueError(f"labels run from {low} to {high}, expected 0 to {k - 1} for logits with {k} classes.")
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #ce25a5f9
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #1ee45e81
 def cross_entropy(
     logits: Tensor,  # scores, (..., k): the classes come last
     labels: Tensor,  # class numbers, (...)
@@ -102,8 +104,8 @@ def cross_entropy(
 ) -> Tensor:  # mean negative log-likelihood in nats, ()
     """Mean over the labels of `-log softmax(logits)[label]`, computed in float32 at least.
 
-    Raises TypeError or ValueError when shapes, dtypes, devices or labels do not fit, or logits hold NaN.
-    Smoothing: Szegedy et al. 2016, section 7."""
+    Raises TypeError or ValueError when shapes, dtypes, devices or labels do not fit, or logits hold NaN
+    (while training NaN passes: the loop stops on it and tells the step). Smoothing: Szegedy et al. 2016, section 7."""
     _expect_floats(logits, "logits")
     _expect_labels(labels, logits, ignore_index)
     if not 0 <= label_smoothing <= 1:
