@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['info_nce', 'nt_xent', 'alignment', 'uniformity']
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #a99ffc7e
+# %% ../../nbs/01_objectives/03_contrast.ipynb #3ed15816
 import math
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from .divergence import _expect_temperature
-from .likelihood import _expect_floats, _expect_same, _precise, _refuse_nan, cross_entropy, log_sum_exp
+from .likelihood import _expect_floats, _expect_same, _precise, _refuse_nan
+from .likelihood import cross_entropy, log_sum_exp
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #d0cb424e
+# %% ../../nbs/01_objectives/03_contrast.ipynb #2b23ec72
 def info_nce(
-    scores: Tensor,  # (b, m) with m >= b: how well candidate j fits question i; the right one of row i is column i
+    scores: Tensor,  # (b, m), m >= b: question i against candidate j; the right one of row i is i
 ) -> Tensor:  # mean of -log(chance of picking the right one) in nats, ()
-    """Pick the right one of m: cross-entropy whose label is the diagonal; columns beyond b are extra negatives.
+    """Pick the right one of m: the label is the diagonal; columns beyond b are extra negatives.
 
-    Raises TypeError or ValueError when scores are not a float table with m >= b, or hold NaN. van den Oord et al. 2018, equation 4."""
+    Raises TypeError or ValueError when scores are not a float table with m >= b, or hold NaN.
+    van den Oord et al. 2018, equation 4."""
     _expect_floats(scores, "scores", "(b, m)")
     b, m = scores.shape
     if m < b:
-        raise ValueError(f"scores have shape ({b}, {m}), expected m >= b: the right one of row i stands at column i.")
+        raise ValueError(f"scores have shape ({b}, {m}), expected m >= b: row i needs its column i.")
     return cross_entropy(scores, torch.arange(b, device=scores.device))
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #fd73045f
@@ -35,7 +37,7 @@ def _expect_views(a, b, least: int = 2):
     if len(a) < least:
         raise ValueError(f"got {len(a)} pair, expected at least {least}: with one pair there is nothing to pick from.")
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #fd2d61d9
+# %% ../../nbs/01_objectives/03_contrast.ipynb #d28868a6
 def nt_xent(
     a: Tensor,  # first views, (b, d), of any length: they are normalised here
     b: Tensor,  # second views, (b, d); row i belongs to row i of `a`
@@ -43,39 +45,41 @@ def nt_xent(
 ) -> Tensor:  # mean loss over the 2b views in nats, ()
     """Each of the 2b views picks its partner among the 2b - 1 others, never itself.
 
-    Raises TypeError or ValueError when shapes differ, b < 2, the temperature is not above 0, or a view holds NaN.
+    Raises TypeError or ValueError when shapes differ, b < 2, T is not above 0, or a view holds NaN.
     Chen et al. 2020, equation 1."""
     _expect_views(a, b)
     _expect_temperature(temperature)
     n = len(a)
-    with torch.autocast(a.device.type, enabled=False):  # bfloat16 would round cosines to two or three digits
+    with torch.autocast(a.device.type, enabled=False):  # bfloat16 has two or three digits only
         z = normalize(torch.cat([_precise(a), _precise(b)]), dim=1)
         scores = (z @ z.T / temperature).fill_diagonal_(-math.inf)
     partner = torch.arange(2 * n, device=a.device).roll(n)
     _refuse_nan(z.sum(), a=a, b=b)
     return cross_entropy(scores, partner)
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #27df7194
+# %% ../../nbs/01_objectives/03_contrast.ipynb #395af8c2
 def alignment(
     a: Tensor,  # first views, (b, d), normalised here
     b: Tensor,  # second views, (b, d)
 ) -> Tensor:  # from 0 (partners agree) to 4 (opposite), ()
-    """Mean squared distance of partners on the unit sphere; lower is better (Wang & Isola 2020, equation 4).
+    """Mean squared distance of partners on the unit sphere; lower is better.
 
-    Raises TypeError or ValueError when shapes differ or a view holds NaN."""
+    Raises TypeError or ValueError when shapes differ or a view holds NaN.
+    Wang & Isola 2020, equation 4."""
     _expect_views(a, b, least=1)
     distance = (normalize(_precise(a), dim=1) - normalize(_precise(b), dim=1)).square().sum(1).mean()
     _refuse_nan(distance, a=a, b=b)
     return distance
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #d3e46727
+# %% ../../nbs/01_objectives/03_contrast.ipynb #acfcf0bf
 def uniformity(
     z: Tensor,  # features, (n, d), normalised here
     t: float = 2.0,  # how fast the push falls with distance
 ) -> Tensor:  # from -4t (two opposite points) to 0 (all on one spot), ()
-    """Log of the mean of `exp(-t * distance²)` over all pairs; lower is better (Wang & Isola 2020, equation 5).
+    """Log of the mean of `exp(-t * distance²)` over all pairs; lower is better.
 
-    Raises TypeError or ValueError when z is not a float table of two rows or more, t is not above 0, or z holds NaN."""
+    Raises TypeError or ValueError when z is not a float table of two rows or more, t is not
+    above 0, or z holds NaN. Wang & Isola 2020, equation 5."""
     _expect_floats(z, "z", "(n, d)")
     if len(z) < 2:
         raise ValueError(f"z has {len(z)} row, expected at least 2: uniformity is about pairs.")

@@ -32,34 +32,39 @@ def _expect_distribution(p, name: str):
         raise ValueError(f"{name} has a row whose sum is {worst:.3g} away from 1, expected probabilities "
                          "along the last dimension; softmax(logits) makes them.")
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #a6fcaf7a
+# %% ../../nbs/01_objectives/02_divergence.ipynb #4665b50e
 def softmax(
     logits: Tensor,  # scores, (..., k)
     temperature: float = 1.0,  # above 1 flattens the distribution, below 1 sharpens it
 ) -> Tensor:  # probabilities, (..., k)
-    "Scores to probabilities: `exp(z / T)` divided by its sum over the last dimension. Raises ValueError unless T > 0."
+    """Scores to probabilities: `exp(z / T)` divided by its sum over the last dimension.
+
+    Raises TypeError or ValueError for logits that are no floats or hold NaN, or unless T > 0."""
     _expect_floats(logits, "logits")
     _expect_temperature(temperature)
     p = log_softmax(logits / temperature).exp()
     _refuse_nan(p, logits=logits)
     return p
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #ff3dfe93
+# %% ../../nbs/01_objectives/02_divergence.ipynb #1f5df3c6
 def entropy(
     p: Tensor,  # probabilities, (..., k)
 ) -> Tensor:  # nats, (...)
-    "How uncertain `p` is: `-Σ p log p`, from 0 (sure) to log k (no idea). Raises ValueError for rows that don't sum to 1."
+    """How uncertain `p` is: `-Σ p log p`, from 0 (sure) to log k (no idea).
+
+    Raises TypeError or ValueError when rows are not probabilities. Shannon 1948."""
     _expect_distribution(p, "p")
     return -torch.xlogy(p, p).sum(-1)
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #959b4f06
+# %% ../../nbs/01_objectives/02_divergence.ipynb #c7bf5fc5
 def kl(
     p: Tensor,  # the distribution over which the average is taken, (..., k)
     q: Tensor,  # the distribution that is believed, (..., k)
 ) -> Tensor:  # nats, (...); infinite where q is 0 and p is not
-    """Kullback-Leibler divergence `Σ p log(p / q)`: what believing q costs in a world that follows p.
+    """Kullback-Leibler divergence `Σ p log(p / q)`: the cost of believing q where p is true.
 
-    Raises TypeError or ValueError when shapes differ or rows are not probabilities. Kullback & Leibler 1951."""
+    Raises TypeError or ValueError when shapes differ or rows are not probabilities.
+    Kullback & Leibler 1951."""
     _expect_distribution(p, "p")
     _expect_distribution(q, "q")
     _expect_same(q, "q", p.shape, p, "p")
@@ -79,18 +84,20 @@ def js(
     middle = (p + q) / 2
     return (kl(p, middle) + kl(q, middle)) / 2
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #31c8594a
+# %% ../../nbs/01_objectives/02_divergence.ipynb #0ccd784b
 def distillation_loss(
     student_logits: Tensor,  # (..., k), gradients flow here
     teacher_logits: Tensor,  # (..., k), no gradient flows here
     temperature: float = 4.0,  # softens both sides
 ) -> Tensor:  # T² · mean KL(teacher || student) in nats, ()
-    """Pull the student's softened distribution towards the teacher's; T² keeps the size of the gradient.
+    """Pull the student's softened distribution towards the teacher's; T² keeps the gradient's size.
 
-    Raises TypeError or ValueError when shapes differ, T is not above 0, or logits hold NaN. Hinton et al. 2015, section 2."""
+    Raises TypeError or ValueError when shapes differ, T is not above 0, or logits hold NaN.
+    Hinton et al. 2015, section 2."""
     _expect_floats(student_logits, "student_logits")
     _expect_floats(teacher_logits, "teacher_logits")
-    _expect_same(teacher_logits, "teacher_logits", student_logits.shape, student_logits, "student_logits")
+    shape = student_logits.shape
+    _expect_same(teacher_logits, "teacher_logits", shape, student_logits, "student_logits")
     _expect_temperature(temperature)
     log_student = log_softmax(_precise(student_logits) / temperature)
     teacher = log_softmax(_precise(teacher_logits).detach() / temperature).exp()

@@ -79,10 +79,11 @@ def log_softmax(
     _expect_floats(logits, "logits")
     return logits - log_sum_exp(logits, dim).unsqueeze(dim)
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #059f79b4
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #66de47c8
 def _expect_labels(labels, logits: Tensor, ignore_index: int | None):
     "Refuse labels that are not whole numbers from 0 to k - 1, one for each row of logits"
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+    whole = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if not isinstance(labels, Tensor) or labels.dtype not in whole:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels are {kind}, expected class numbers as an int64 tensor; labels.long() makes them.")
     _expect_same(labels, "labels", logits.shape[:-1], logits, "logits")
@@ -95,17 +96,18 @@ def _expect_labels(labels, logits: Tensor, ignore_index: int | None):
     if low < 0 or high >= k:
         raise ValueError(f"labels run from {low} to {high}, expected 0 to {k - 1} for logits with {k} classes.")
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #1ee45e81
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #c499d57c
 def cross_entropy(
     logits: Tensor,  # scores, (..., k): the classes come last
     labels: Tensor,  # class numbers, (...)
-    label_smoothing: float = 0.0,  # share of the target that is spread evenly over all classes, 0 to 1
+    label_smoothing: float = 0.0,  # share of the target given to all classes alike, 0 to 1
     ignore_index: int | None = None,  # places with this label do not count
 ) -> Tensor:  # mean negative log-likelihood in nats, ()
     """Mean over the labels of `-log softmax(logits)[label]`, computed in float32 at least.
 
-    Raises TypeError or ValueError when shapes, dtypes, devices or labels do not fit, or logits hold NaN
-    (while training NaN passes: the loop stops on it and tells the step). Smoothing: Szegedy et al. 2016, section 7."""
+    Raises TypeError or ValueError when shapes, dtypes, devices or labels do not fit, or logits
+    hold NaN (while training, NaN passes: the loop stops on it and tells the step).
+    Smoothing: Szegedy et al. 2016, section 7."""
     _expect_floats(logits, "logits")
     _expect_labels(labels, logits, ignore_index)
     if not 0 <= label_smoothing <= 1:
@@ -119,14 +121,15 @@ def cross_entropy(
     _refuse_nan(loss, logits=logits)
     return loss
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #6608a7d8
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #80b34740
 def binary_cross_entropy(
     logits: Tensor,  # one score for each yes-or-no question, any shape
     targets: Tensor,  # the answers, 0 to 1, the same shape
 ) -> Tensor:  # mean negative log-likelihood in nats, ()
-    """Mean of `-y log sigmoid(z) - (1 - y) log(1 - sigmoid(z))`, for one output or independent labels.
+    """Mean of `-y log sigmoid(z) - (1 - y) log(1 - sigmoid(z))`, for independent answers.
 
-    Raises TypeError or ValueError when shapes, dtypes or devices differ, targets leave 0 to 1, or logits hold NaN."""
+    Raises TypeError or ValueError when shapes, dtypes or devices differ, targets leave 0 to 1,
+    or logits hold NaN."""
     _expect_floats(logits, "logits")
     _expect_floats(targets, "targets")
     _expect_same(targets, "targets", logits.shape, logits, "logits")
@@ -137,7 +140,7 @@ def binary_cross_entropy(
     _refuse_nan(loss, logits=logits, targets=targets)
     return loss
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #6d344c93
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #34e3feb3
 def masked_likelihood(
     logits: Tensor,  # a score for each word of the vocabulary at each place, (b, n, v)
     targets: Tensor,  # the words that stood there, (b, n)
@@ -150,7 +153,7 @@ def masked_likelihood(
     _expect_floats(logits, "logits", "(b, n, v)")
     if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
         kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
-        raise TypeError(f"visible is {kind}, expected a bool tensor: True where the model saw the word.")
+        raise TypeError(f"visible is {kind}, expected bool: True where the model saw the word.")
     _expect_same(visible, "visible", logits.shape[:-1], logits, "logits")
     _expect_labels(targets, logits, None)
     if _may_look(visible) and visible.all():
