@@ -209,7 +209,7 @@ def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Distilled:
         scores["no teacher"].append(score(alone, data.test_images, data.test_labels, data))
     return Distilled(few.comparison["pretrained"].tolist(), Comparison.from_scores(scores, plan.seeds))
 
-# %% ../nbs/00_tour.ipynb #7c6821df
+# %% ../nbs/00_tour.ipynb #d00d1540
 def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     "A teacher fine-tuned on all labels, its student, and both of them pruned with recovery."
     seed_everything(0)
@@ -218,8 +218,9 @@ def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     finetune(teacher, x, y, augment, steps=plan.teacher, lr=1e-3, batch_size=256, title="teacher, all labels")
     answers = predict(teacher, x, precision=_fast(), transform=data.floats)
     student = fresh_student(data)
-    teach = dict(labels=y, hard=0.3, augment=augment)
-    distil(student, x, answers, steps=plan.student, lr=1e-2, title="student", **teach)
+    mirror = Augment(area=(1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std)  # the answers are for whole pictures
+    teach = dict(labels=y, hard=0.5, augment=mirror)
+    distil(student, x, answers, steps=plan.student, lr=5e-3, title="student", **teach)
     return {
         "teacher": teacher,
         "teacher, 90 % pruned": _pruned(teacher, 0.9, plan, lambda model, each: finetune(

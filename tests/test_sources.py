@@ -285,8 +285,17 @@ def test_an_interrupted_fetch_ends_its_tool_and_clears_up(tmp_path):
               "time.sleep(60)', cwd=scratch)\n"
               f"fetch(Source('tiny', '', '', '', .1, {{'a': File('a', ('0',))}}, (Place('slow', get),)), Path({str(tmp_path)!r}))")
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: any(p.read_text() for p in tmp_path.rglob("pid")))
-    tool = int(next(tmp_path.rglob("pid")).read_text())
+    tools = []
+
+    def started():
+        try:  # folders come and go while we look
+            tools[:] = [p.read_text() for p in tmp_path.rglob("pid")]
+        except FileNotFoundError:
+            return False
+        return any(tools)
+
+    wait_for(started)
+    tool = int(next(filter(None, tools)))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     wait_for(lambda: not Path(f"/proc/{tool}").exists() if Path("/proc").exists() else True)
