@@ -140,7 +140,7 @@ def test_tour_runs_and_its_dial_turns(lab, page):
     open_notebook(page, lab, "00_tour.ipynb")
     run_all(page, lab, "00_tour.ipynb", 300)
     dial = show(page, page.locator(".jp-OutputArea-output .widget-dropdown select"))
-    picture = page.locator(".jp-OutputArea-output", has=dial).locator("img").first
+    picture = page.locator(".jp-OutputArea-output", has=page.locator(".widget-dropdown select")).locator("img").first
     picture.wait_for(timeout=30_000)
     before = picture.get_attribute("alt")
     shot(page, "tour-before")
