@@ -17,7 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 STAMP = os.path.join(VENV, "ready")
 BIN = os.path.join(VENV, "bin", "python")
-EXTRAS = "lab,dev,docs,deploy"
+EXTRAS = "lab,dev,docs,deploy,bench"
 NEWEST = (3, 13)
 SPACE = 8  # GB for all of it; torch alone takes 5.4
 

@@ -123,7 +123,7 @@ def padded(
     h, w = np.max([p.shape[:2] for p in pixels], axis=0)
     return [np.pad(p, ((0, h - p.shape[0]), (0, w - p.shape[1]), (0, 0)), constant_values=255) for p in pixels]
 
-# %% ../../nbs/00_core/03_widgets.ipynb #6ac67a95
+# %% ../../nbs/00_core/03_widgets.ipynb #4c56c6a2
 _STYLE = """.explore{color:inherit;margin:.3em 0}.explore-title{font-weight:600;margin-bottom:.3em}
 .explore-dials{display:flex;flex-wrap:wrap;gap:.4em 1.6em;margin-bottom:.5em}
 .explore-dials label{display:inline-flex;align-items:center;gap:.6em;margin:0}
@@ -138,6 +138,7 @@ _TEMPLATE = """<div class="explore explore-{name}" role="group" aria-label="{tit
 <p class="explore-note">Run this cell, or open the page on the website, to move {dials}.</p>
 <script>{script}</script></div>"""
 
+# %% ../../nbs/00_core/03_widgets.ipynb #b9fb8945
 _SCRIPT = """(() => {
 const data = DATA;
 for (const root of document.querySelectorAll(".explore-NAME:not([data-ready])")) {
@@ -294,7 +295,7 @@ class Explorer:
         if not live(): return {"text/html": self.page} | text
         return self.panel._repr_mimebundle_() | {"text/html": self.panel.children[-1].value} | text
 
-# %% ../../nbs/00_core/03_widgets.ipynb #96b79534
+# %% ../../nbs/00_core/03_widgets.ipynb #19e782e0
 def _control(
     dial: Dial,
 ):  # an ipywidget
@@ -302,9 +303,9 @@ def _control(
     import ipywidgets
     if dial.kind == "check":
         return ipywidgets.Checkbox(value=dial.values[dial.start], description=dial.name, indent=False)
-    make = ipywidgets.SelectionSlider if dial.kind == "range" else ipywidgets.Dropdown
-    return make(options=[(label, i) for i, label in enumerate(dial.labels)], value=dial.start, description=dial.name,
-                style={"description_width": "initial"})
+    options = [(label, i) for i, label in enumerate(dial.labels)]  # a drop-down would lose the arrow keys to JupyterLab
+    return ipywidgets.SelectionSlider(options=options, value=dial.start, description=dial.name,
+                                      style={"description_width": "initial"}, layout={"width": "34em", "max_width": "100%"})
 
 
 def live() -> bool:
