@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['OnnxModel', 'export_onnx', 'quantize_onnx_weights', 'quantize_onnx', 'compare_latency', 'measure_latency']
 
-# %% ../../nbs/10_deployment/02_export.ipynb #9997d0d7
+# %% ../../nbs/10_deployment/02_export.ipynb #9b84275a
 import logging
 import platform
 import statistics
 import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import _cpu_flags, atomic_write, measure
+from ..evaluation.scores import evaluating
 
-# %% ../../nbs/10_deployment/02_export.ipynb #afe13ec8
+# %% ../../nbs/10_deployment/02_export.ipynb #23e2ef35
 def _need(name):
     "Import an optional package, or say how to get it"
     try:
@@ -42,20 +43,6 @@ def _quiet():
             yield
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def _evaluating(model):
-    "Eval mode, no gradients; afterwards each part is in the mode it had"
-    modes = {part: part.training for part in model.modules()} if isinstance(model, nn.Module) else {}
-    try:
-        if modes:
-            model.eval()
-        with torch.inference_mode():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def _first_line(error):
@@ -109,7 +96,7 @@ class OnnxModel:
         array = x.detach().to("cpu", torch.float32).contiguous().numpy()
         return torch.from_numpy(self.session.run(None, {self.input.name: array})[0])
 
-# %% ../../nbs/10_deployment/02_export.ipynb #3068f1a5
+# %% ../../nbs/10_deployment/02_export.ipynb #66b94f50
 def export_onnx(
     model: nn.Module,
     example: Tensor,  # a batch as the model takes it, (b, c, h, w)
@@ -122,7 +109,7 @@ def export_onnx(
     _need("onnx"), _need("onnxruntime")
     free = {"input": {0: "batch"}, "output": {0: "batch"}} if dynamic_batch else None
     content, wide = BytesIO(), torch.cat([example, example]) if dynamic_batch else example
-    with _quiet(), _evaluating(model):
+    with _quiet(), evaluating(model):
         torch.onnx.export(model, (example,), content, dynamo=False, opset_version=opset,
                           input_names=["input"], output_names=["output"], dynamic_axes=free)
         try:
@@ -226,7 +213,7 @@ def _reader(tools, name, batches):
 
     return Reader()
 
-# %% ../../nbs/10_deployment/02_export.ipynb #2f805ebe
+# %% ../../nbs/10_deployment/02_export.ipynb #2d30c4ec
 def compare_latency(
     predicts: dict,  # name -> model or function of a batch
     example: Tensor,  # (b, c, h, w); repeated to fill a batch
@@ -238,10 +225,10 @@ def compare_latency(
     "Latency of one batch and throughput of another: the median over rounds in which the candidates take turns."
     small, large = (torch.cat([example] * -(-size // len(example)))[:size] for size in batch_sizes)
     seconds = {name: ([], []) for name in predicts}
-    with _torch_threads(threads):
+    with _torch_threads(threads), torch.inference_mode():
         for turn in range(rounds):
             for name, predict in predicts.items():
-                with _evaluating(predict):
+                with evaluating(predict) if isinstance(predict, nn.Module) else nullcontext():
                     seconds[name][0].append(measure(lambda: predict(small), calls[0], warmup=5).median)
                     seconds[name][1].append(measure(lambda: predict(large), calls[1], warmup=int(turn == 0)).median)
     middle = statistics.median

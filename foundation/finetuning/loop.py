@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['train_epoch', 'evaluate', 'finetune', 'fit_head']
 
-# %% ../../nbs/08_finetuning/01_loop.ipynb #d639bd20
-from collections.abc import Callable, Sequence
+# %% ../../nbs/08_finetuning/01_loop.ipynb #5134cd62
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
