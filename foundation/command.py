@@ -165,7 +165,7 @@ def doctor(
     print("\nThe tour can run: foundation tour" if can_run else "\nThe tour cannot run before each FAIL is mended.")
     return 0 if can_run else 1
 
-# %% ../nbs/01_command.ipynb #3386ce24
+# %% ../nbs/01_command.ipynb #71927ec4
 def tour(
     out: str | Path = "runs/tour",  # the folder for tour.html and metrics.json
     short: bool = False,  # fewer steps, to see it work
@@ -180,7 +180,7 @@ def list_data() -> int:
     "Print how each data set stands."
     print(f"Data in {tilde(cache_folder())}:")
     for name, source in SOURCES.items():
-        print(f"  {name:14} {source.mb:5g} MB  {where(name).note:16}  {source.description} · {source.licence}")
+        print(f"  {name:18} {source.mb:5g} MB  {where(name).note:16}  {source.description} · {source.licence}")
     return 0
 
 

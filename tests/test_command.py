@@ -8,6 +8,7 @@ import pytest
 
 from foundation import command
 from foundation.command import Finding, check_software, check_weights, doctor, main
+from foundation.core.sources import SOURCES
 
 
 def typed(*arguments, **variables):
@@ -54,7 +55,7 @@ def test_misunderstood_is_one_sentence_and_2(arguments, word, capsys):
 def test_data_list_and_fetch(tmp_path):
     place = dict(FOUNDATION_DATA=str(tmp_path), FOUNDATION_OFFLINE="1")
     listed = typed("data", "list", **place)
-    assert listed.returncode == 0 and listed.stdout.count("not fetched yet") == 4
+    assert listed.returncode == 0 and listed.stdout.count("not fetched yet") == len(SOURCES)
     fetched = typed("data", "fetch", "digits", "digits", **place)
     assert fetched.returncode == 0 and fetched.stdout.count("digits is ready") == 1 and not fetched.stderr
     assert typed("data", "list", **place).stdout.count(" ready ") == 1

@@ -257,6 +257,63 @@ def test_what_cannot_be_compared_is_refused(make, says):
         make()
 
 
+@pytest.mark.parametrize("make, says", [
+    (lambda ran: compare({"a": ran}, 3), "seeds are 3"), (lambda ran: compare([ran], [1]), "name -> function"),
+    (lambda ran: compare({"a": 0.7}, [1]), "name -> function"), (lambda ran: compare({"a": ran}, [1], lvl=0.9), "lvl"),
+    (lambda ran: t_interval("12"), "row of numbers"), (lambda ran: bootstrap_interval(None), "row of numbers"),
+    (lambda ran: Comparison.from_scores({"a": ["x", 1]}), "'a'.*row of numbers"),
+])
+def test_what_is_no_number_is_refused(make, says):
+    with pytest.raises(TypeError, match=says):
+        make(lambda seed: pytest.fail("an arm ran"))
+
+
+@pytest.mark.parametrize("seeds, options", [([1, 1], {}), (range(2), dict(level=95)), (range(2), dict(level="95")), (range(2), dict(method="guess"))])
+def test_a_bad_plan_is_refused_before_the_first_run(seeds, options):
+    with pytest.raises(ValueError):
+        compare({"a": lambda seed: pytest.fail("an arm ran")}, seeds, progress=False, **options)
+
+
+@pytest.mark.parametrize("score", [None, "good", torch.ones(2)])
+def test_an_arm_that_gives_no_number_is_named(score):
+    with pytest.raises(TypeError, match="'b'.*seed 4.*return"):
+        compare({"a": lambda seed: 1.0, "b": lambda seed: score}, [4], progress=False)
+
+
+def test_scores_that_still_carry_a_gradient_are_taken_as_numbers():
+    a = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+    runs = Comparison.from_scores({"a": a, "b": a * 2})
+    assert not runs["a"].requires_grad and runs.plot().alt
+    assert t_interval(a) == t_interval(a.detach())
+
+
+def test_a_level_is_shared_by_all_tries():
+    arms = {"control": [0.5, 0.6, 0.7], "one": [0.52, 0.61, 0.74], "two": [0.4, 0.63, 0.7]}
+    gaps = [one - control for one, control in zip(arms["one"], arms["control"])]
+    runs = Comparison.from_scores(arms, level=0.9)
+    torch.testing.assert_close(tuple(runs.difference("one", "control"))[1:], t_interval(gaps, 0.95))  # two rivals: 10 % / 2
+    torch.testing.assert_close(tuple(runs.difference("one", "control", tries=1))[1:], t_interval(gaps, 0.9))
+    torch.testing.assert_close(runs.interval("one"), t_interval(arms["one"], 0.9))
+
+
+def test_an_arm_that_ignores_the_seed_may_be_beaten_by_one_that_does_not():
+    runs = Comparison.from_scores({"constant": [0.5, 0.5, 0.5], "trained": [0.70, 0.71, 0.72]})
+    assert runs.winner("trained", "constant") == "trained"
+    assert Comparison.from_scores(dict(runs.scores), method="bootstrap").winner("trained", "constant") == "trained"
+
+
+def test_the_interval_of_students_table():
+    torch.testing.assert_close(t_interval([1.0, 2.0, 3.0]), (2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), rtol=1e-6, atol=0)
+
+
+def test_for_losses_the_lower_wins_and_equal_arms_have_no_winner():
+    arms = {"a": [1.0, 1.1, 1.3], "b": [0.5, 0.61, 0.79], "same": [0.5, 0.61, 0.79]}
+    for lower, best in ((True, "b"), (False, "a")):
+        runs = Comparison.from_scores(arms, lower_is_better=lower)
+        assert runs.winner("a", "b") == runs.winner("b", "a") == best and f"{best} wins" in runs.verdict("b", "a")
+        assert runs.winner("b", "same") is None and tuple(runs.difference("b", "same")) == (0, 0, 0)
+
+
 def test_an_arm_that_is_not_there_is_named():
     with pytest.raises(KeyError, match="'c'.*a, b"):
         Comparison.from_scores({"a": [1, 2], "b": [2, 4]}).difference("a", "c")

@@ -1,5 +1,6 @@
 "The notebooks as files: executed as they stand, stamped, small, with nobody's paths, each in its place"
 
+import ast
 import json
 import re
 import subprocess
@@ -96,6 +97,20 @@ def notebook(*code, outputs=()):
 
 def shows(**data):
     return dict(output_type="execute_result", execution_count=None, metadata={}, data=data)
+
+
+def _swallowed(code):
+    "Lines where `assert_close(...) and check` stands: the first gives back None, so the second never runs"
+    code = re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.M)
+    calls = lambda node: isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("assert_close", "test_eq", "test_close"))
+    return [node.lineno for node in ast.walk(ast.parse(code)) if isinstance(node, ast.BoolOp) and any(map(calls, node.values))]
+
+
+def test_no_check_stands_behind_one_that_gives_back_nothing():
+    assert _swallowed("assert_close(a, b) and c == 1") and not _swallowed("assert_close(a, b)\nassert c == 1")
+    cells = ((name, notebooks.source(c)) for path, name in zip(PATHS, NAMES) for c in notebooks.code_cells(notebooks.load(path)))
+    files = ((p.name, p.read_text()) for p in (ROOT / "tests").glob("*.py"))
+    assert [(name, lines) for name, code in (*cells, *files) if (lines := _swallowed(code))] == []
 
 
 def test_a_sound_notebook_has_no_problems():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['match_teacher', 'match_answers', 'distil']
 
-# %% ../../nbs/09_compression/01_distillation.ipynb #36d87504
+# %% ../../nbs/09_compression/01_distillation.ipynb #d284bf12
 from collections.abc import Callable
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..data.augment import Augment
 from ..data.batches import augmented
 from ..objectives.divergence import distillation_loss
-from ..training.loop import Objective, Step, fit
+from ..training.checkpoint import resumable
+from ..training.loop import Objective, Step, adamw
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #b1891dfc
@@ -58,7 +59,7 @@ def _soft_and_hard(logits, answers, labels, temperature, hard):
         raise ValueError(f"hard is {hard} but the batch has no labels; give (inputs, labels) or hard=0")
     return (1 - hard) * soft + hard * nn.functional.cross_entropy(logits.float(), labels), {"soft": soft.detach()}
 
-# %% ../../nbs/09_compression/01_distillation.ipynb #01cd8f2f
+# %% ../../nbs/09_compression/01_distillation.ipynb #a2dbbc88
 def distil(
     student: nn.Module,  # trained in place
     images: Tensor,  # (n, c, h, w) uint8; no labels needed
@@ -79,5 +80,6 @@ def distil(
     device = next(student.parameters()).device
     tensors = [t.to(device) for t in (images, answers, labels) if t is not None]
     batches = augmented(*tensors, augment=augment, batch_size=min(batch_size, len(images)), seed=seed)
-    return fit(student, batches, match_answers(temperature, hard), steps=steps, lr=lr, title=title, each=each,
-               schedule=warmup_cosine(steps, steps // 10))
+    run = resumable(student, lambda start: batches, match_answers(temperature, hard), adamw(student, lr), steps=steps,
+                    schedule=warmup_cosine(steps, steps // 10), precision="auto", clip=1.0, title=title, each=each)
+    return run.losses

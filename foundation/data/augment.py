@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['sample_boxes', 'Augment']
 
-# %% ../../nbs/02_data/04_augment.ipynb #fcf56a76
+# %% ../../nbs/02_data/04_augment.ipynb #223f3ee8
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/02_data/04_augment.ipynb #da260e9a
+# %% ../../nbs/02_data/04_augment.ipynb #b98acd66
 def sample_boxes(
     images: Tensor,  # (b, c, h, w) float
     centers: Tensor,  # (b, 2): x, y from -1 to 1
@@ -20,13 +21,28 @@ def sample_boxes(
     size: int | None = None,  # side of the result; None keeps h and w
 ) -> Tensor:  # (b, c, size, size) float
     "Read one box out of each image, bilinearly; outside of the image there are zeros."
+    _expect_images(images)
+    if not centers.shape == halves.shape == (len(images), 2):
+        raise ValueError(f"centers have shape {tuple(centers.shape)} and halves {tuple(halves.shape)}; "
+                         f"expected ({len(images)}, 2) for both, one box for each image")
+    if size is not None and size < 1:
+        raise ValueError(f"size is {size}; expected 1 or more pixels")
     matrix = torch.diag_embed(halves)
     matrix = torch.cat([matrix, centers[:, :, None]], 2)
     b, c, h, w = images.shape
     grid = F.affine_grid(matrix, [b, c, size or h, size or w], align_corners=False)
     return F.grid_sample(images, grid.to(images.dtype), align_corners=False)
 
-# %% ../../nbs/02_data/04_augment.ipynb #13712869
+# %% ../../nbs/02_data/04_augment.ipynb #b847f628
+def _expect_images(images, floats=True):
+    "Refuse what is no batch of images; bytes are welcome where `floats` is not asked for"
+    if not isinstance(images, Tensor) or not (images.is_floating_point() or images.dtype == torch.uint8 and not floats):
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images are {got}; expected floats{'' if floats else ' from 0 to 1, or uint8'} (divide bytes by 255)")
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (b, c, h, w), none of them 0")
+
+# %% ../../nbs/02_data/04_augment.ipynb #bea29c51
 @dataclass(frozen=True)
 class Augment:
     "Random crop, flip, light and erasing for a batch of images, each image with its own numbers."
@@ -43,8 +59,11 @@ class Augment:
         low, high = self.area
         if not 0 < low <= high <= 1:
             raise ValueError(f"area is {self.area}; expected 0 < low <= high <= 1")
-        if self.aspect < 1 or not 0 <= self.flip <= 1 or not 0 <= self.erase <= 1 or self.std <= 0:
-            raise ValueError(f"got {self}; expected aspect >= 1, flip and erase from 0 to 1, std > 0")
+        shares = (self.flip, self.erase, self.contrast, self.brightness)
+        sound = 1 <= self.aspect < math.inf and 0 < self.std < math.inf and math.isfinite(self.mean)
+        if not (sound and all(0 <= share <= 1 for share in shares)):
+            raise ValueError(f"got {self}; expected aspect >= 1, std > 0, "
+                             "and flip, erase, contrast and brightness from 0 to 1")
 
     @torch.no_grad()
     def __call__(
@@ -52,25 +71,45 @@ class Augment:
         images: Tensor,  # (b, c, h, w) uint8 from 0 to 255, or float from 0 to 1
         generator: torch.Generator | None = None,  # for a repeatable draw, on the images' device
     ) -> Tensor:  # (b, c, h, w) float32, standardised
-        if images.ndim != 4 or len(images) == 0:
-            raise ValueError(f"images have shape {tuple(images.shape)}; expected (b, c, h, w) with b >= 1")
-        x = images.float() / 255 if images.dtype == torch.uint8 else images
-        b, device = len(x), x.device
-        u = torch.rand(8, b, device=device, generator=generator)  # one row for each choice
-        area = self.area[0] + (self.area[1] - self.area[0]) * u[0]
-        ratio = torch.exp((2 * u[1] - 1) * torch.log(torch.tensor(self.aspect)).item() / 2)
-        halves = torch.stack([(area.sqrt() * ratio).clamp(max=1), (area.sqrt() / ratio).clamp(max=1)], 1)
-        centers = (2 * u[2:4].T - 1) * (1 - halves)
-        mirror = 1 - 2 * (u[4] < self.flip).float()
-        x = sample_boxes(x, centers, halves * torch.stack([mirror, torch.ones_like(mirror)], 1))
-        light = 1 + self.brightness * (2 * u[5] - 1)
-        gain = 1 + self.contrast * (2 * u[6] - 1)
-        x = x * light[:, None, None, None]
-        middle = x.mean((1, 2, 3), keepdim=True)
-        x = ((x - middle) * gain[:, None, None, None] + middle).clamp_(0, 1)
+        x = _as_floats(images, generator)
+        u = torch.rand(8, len(x), device=x.device, generator=generator)  # one row for each choice
+        x = _relight(self, _crop(self, x, u), u)
         if self.erase:
             x = x * _erase_mask(x, u[7] < self.erase, generator)
         return (x - self.mean) / self.std
+
+# %% ../../nbs/02_data/04_augment.ipynb #3d6570e0
+def _crop(ranges: Augment, x: Tensor, u: Tensor) -> Tensor:  # (b, c, h, w), (8, b) -> (b, c, h, w)
+    "One random box out of each picture, mirrored or not, at the size of the picture."
+    area = ranges.area[0] + (ranges.area[1] - ranges.area[0]) * u[0]
+    ratio = torch.exp((2 * u[1] - 1) * torch.log(torch.tensor(ranges.aspect)).item() / 2)
+    halves = torch.stack([(area.sqrt() * ratio).clamp(max=1), (area.sqrt() / ratio).clamp(max=1)], 1)
+    centers = (2 * u[2:4].T - 1) * (1 - halves)
+    mirror = 1 - 2 * (u[4] < ranges.flip).float()
+    return sample_boxes(x, centers, halves * torch.stack([mirror, torch.ones_like(mirror)], 1))
+
+
+def _relight(ranges: Augment, x: Tensor, u: Tensor) -> Tensor:  # (b, c, h, w), (8, b) -> (b, c, h, w)
+    "Brighter or darker, then away from the picture's mean or towards it."
+    light = 1 + ranges.brightness * (2 * u[5] - 1)
+    gain = 1 + ranges.contrast * (2 * u[6] - 1)
+    x = x * light[:, None, None, None]
+    middle = x.mean((1, 2, 3), keepdim=True)
+    return ((x - middle) * gain[:, None, None, None] + middle).clamp_(0, 1)
+
+# %% ../../nbs/02_data/04_augment.ipynb #61ab8f3b
+def _as_floats(images, generator):
+    "Floats from 0 to 1 on the generator's device, or a sentence why not"
+    _expect_images(images, floats=False)
+    if generator is not None and generator.device.type != images.device.type:
+        raise ValueError(f"the generator is on {generator.device}, the images are on {images.device}; "
+                         f"make it with torch.Generator({str(images.device)!r})")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not (images.min() >= 0 and images.max() <= 1):  # NaN is refused too
+        raise ValueError(f"images run from {images.min():.3g} to {images.max():.3g}; expected floats from 0 to 1: "
+                         "augment first, standardise last")
+    return images
 
 # %% ../../nbs/02_data/04_augment.ipynb #498167ab
 def _erase_mask(x: Tensor, chosen: Tensor, generator) -> Tensor:

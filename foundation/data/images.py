@@ -6,8 +6,10 @@
 __all__ = ['FASHION', 'ImageSet', 'check_images', 'to_float', 'read_idx', 'load_images', 'few_labels', 'split', 'duplicates',
            'ImageDataset']
 
-# %% ../../nbs/02_data/01_images.ipynb #d43bcbbd
+# %% ../../nbs/02_data/01_images.ipynb #c6d82391
 import gzip
+import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,33 +72,43 @@ def check_images(
     if classes is not None and not 0 <= low <= high < classes:
         raise ValueError(f"labels run from {low} to {high}; expected 0 to {classes - 1} for {classes} classes")
 
-# %% ../../nbs/02_data/01_images.ipynb #e879cf6a
+# %% ../../nbs/02_data/01_images.ipynb #0f2b036d
 def to_float(
     images: Tensor,  # (n, c, h, w) uint8
     mean: float = 0.0,  # of the training pixels / 255
     std: float = 1.0,
 ) -> Tensor:  # (n, c, h, w) float32
     "Bytes to floats: divide by 255, subtract the mean, divide by the standard deviation."
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images are {images.dtype}; expected torch.uint8, so that no one standardises twice")
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images are {got}; expected torch.uint8, so that no one standardises twice")
+    if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
+        raise ValueError(f"mean is {mean}, std is {std}; expected finite numbers, and std above 0")
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
-# %% ../../nbs/02_data/01_images.ipynb #248e1654
+# %% ../../nbs/02_data/01_images.ipynb #d826450f
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 def read_idx(path: str | Path) -> np.ndarray:  # uint8, as many axes as the file says
     "Read an IDX file (plain or gzipped): two zero bytes, the type, the number of axes, each size, then the data."
-    raw = Path(path).read_bytes()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is not there; `fetch` brings the files of a known set, "
+                                "and says where it looked")
+    raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
-        raw = gzip.decompress(raw)
-    if raw[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{Path(path).name} is not an IDX file of bytes: it begins with {raw[:3].hex(' ') or 'nothing'}")
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path.name} cannot be unpacked ({error}); delete it and fetch it anew") from None
+    if raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(f"{path.name} is not an IDX file of bytes: it begins with {raw[:3].hex(' ') or 'nothing'}")
     axes = raw[3]
     shape = np.frombuffer(raw, ">i4", axes, 4)
     start, need = 4 + 4 * axes, int(np.prod(shape))
     if len(raw) - start != need:
-        raise ValueError(f"{Path(path).name} holds {len(raw) - start:,} bytes of data; its header promises {need:,}")
+        raise ValueError(f"{path.name} holds {len(raw) - start:,} bytes of data; its header promises {need:,}")
     return np.frombuffer(raw, np.uint8, need, start).reshape(shape)
 
 # %% ../../nbs/02_data/01_images.ipynb #b1975544
@@ -139,13 +151,16 @@ def _digits():
 
 _loaders = dict(fashion_mnist=_fashion_mnist, digits=_digits)
 
-# %% ../../nbs/02_data/01_images.ipynb #067abd86
+# %% ../../nbs/02_data/01_images.ipynb #11c597a4
 def few_labels(
     labels: Tensor,  # (n,) labels of the whole training set
     count: int,  # how many examples to draw in all
     seed: int = 0,
 ) -> Tensor:  # (count,) indices, the same number from each class (one more for some if it does not divide)
     "Indices of a balanced, seeded draw. A larger draw with the same seed holds the smaller one, class by class."
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or not len(labels):
+        got = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels are {got}; expected a tensor (n,) of whole numbers, n >= 1")
     classes = torch.unique(labels)
     if not len(classes) <= count <= len(labels):
         raise ValueError(f"asked for {count} labels; expected {len(classes)} (one a class) to {len(labels)} (all)")
@@ -160,9 +175,16 @@ def split(
     count: int,  # number of examples
     parts: tuple[float, ...] = (0.9, 0.1),  # shares that add up to 1
     seed: int = 0,
+    groups: Tensor | None = None,  # (count,) whole numbers: examples of one group (a patient, a scene) stay together
 ) -> list[Tensor]:  # disjoint index tensors that cover 0 … count-1
-    "A seeded split into disjoint parts."
-    if min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
+    "A seeded split into disjoint parts. With groups, the shares are of the groups."
+    if groups is not None:
+        if not isinstance(groups, Tensor) or groups.shape != (count,):
+            raise ValueError(f"groups are {getattr(groups, 'shape', groups)!r}; expected a tensor ({count},), "
+                             "one number for each example")
+        names, group = groups.unique(return_inverse=True)
+        return [torch.isin(group, side).nonzero()[:, 0] for side in split(len(names), parts, seed)]
+    if not parts or not min(parts) > 0 or abs(sum(parts) - 1) > 1e-6:
         raise ValueError(f"the parts are {parts}; expected positive shares that add up to 1")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     ends = [round(count * sum(parts[: i + 1])) for i in range(len(parts))]
@@ -171,16 +193,20 @@ def split(
         raise ValueError(f"a part of {parts} of {count} examples is empty; use larger shares or more examples")
     return pieces
 
-# %% ../../nbs/02_data/01_images.ipynb #9fecd8fb
+# %% ../../nbs/02_data/01_images.ipynb #bb5b34fb
 def duplicates(
     images: Tensor,  # (n, c, h, w) uint8
     others: Tensor,  # (m, c, h, w) uint8
 ) -> Tensor:  # indices of `images` that also stand, byte for byte, in `others`
     "Find leaks: images that are in both sets."
+    for name, part in (("images", images), ("others", others)):
+        if not isinstance(part, Tensor) or part.dtype != torch.uint8 or part.shape[1:] != images.shape[1:]:
+            got = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"{name} are {got}; expected uint8 tensors of one size, or no picture could be in both")
     seen = {row.tobytes() for row in others.numpy()}
     return torch.tensor([i for i, row in enumerate(images.numpy()) if row.tobytes() in seen], dtype=torch.int64)
 
-# %% ../../nbs/02_data/01_images.ipynb #2b00517f
+# %% ../../nbs/02_data/01_images.ipynb #0fc10a87
 class ImageDataset(Dataset):
     "Images and labels as a map-style dataset of dictionaries `image`, `label` (the article's §5.2)."
 
@@ -194,6 +220,8 @@ class ImageDataset(Dataset):
             raise ValueError(f"got {len(images)} images and {len(labels)} labels; expected as many of one as of the other")
         if len(images) == 0:
             raise ValueError("the data set is empty; expected at least one image")
+        if transform is not None and not callable(transform):
+            raise TypeError(f"transform is a {type(transform).__name__}; expected a function of one image")
         self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self):

@@ -35,17 +35,26 @@ class Gloss:
     definition: str
     examples: tuple[str, ...]  # of use; often none
 
-# %% ../../nbs/02_data/02_text.ipynb #93775003
+# %% ../../nbs/02_data/02_text.ipynb #b0ffd108
 def read_glosses(
     path: str | Path,  # one of WordNet's data files
 ) -> list[Gloss]:
     "Read the meanings in a WordNet data file (its licence, indented by two blanks, is passed over)."
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
     try:
-        return [_gloss(line) for line in lines if line and not line.startswith("  ")]
+        glosses = [_gloss(line) for line in _lines(path, "glosses") if line and not line.startswith("  ")]
+        if not glosses:
+            raise ValueError
+        return glosses
     except (ValueError, IndexError):
         raise ValueError(f"{Path(path).name} is not a data file of WordNet; "
                          "expected one that `fetch('glosses')` gives") from None
+
+
+def _lines(path, name):
+    "The lines of a text file, or a sentence instead of an errno"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{Path(path).name} is not there; fetch({name!r}) brings it, and says where it looked")
+    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 def _gloss(line):
@@ -56,7 +65,7 @@ def _gloss(line):
     examples = tuple(re.findall(r'[;:,]\s*"([^"]*)"', gloss))
     return Gloss(words, FIELDS[int(field_number)], definition.strip(" ;:,"), examples)
 
-# %% ../../nbs/02_data/02_text.ipynb #9710448a
+# %% ../../nbs/02_data/02_text.ipynb #3d02eb93
 @dataclass(frozen=True)
 class TextSet:
     "Texts with labels. Texts of one group (sentences of one article, say) belong on the same side of a split."
@@ -68,6 +77,9 @@ class TextSet:
     licence: str = ""
 
     def __post_init__(self):
+        if not isinstance(self.labels, Tensor) or self.labels.dtype != torch.int64 or self.labels.ndim != 1:
+            got = f"{tuple(self.labels.shape)} {self.labels.dtype}" if isinstance(self.labels, Tensor) else type(self.labels).__name__
+            raise TypeError(f"labels are {got}; expected a tensor (n,) of torch.int64")
         if not len(self.texts) == len(self.labels) == len(self.groups) > 0:
             raise ValueError(f"{len(self.texts)} texts, {len(self.labels)} labels and {len(self.groups)} groups; "
                              "expected the same number of each, and at least one")
@@ -83,7 +95,12 @@ class TextSet:
 
     def take(self, indices: Sequence[int] | Tensor) -> "TextSet":
         "The set of the texts with these indices."
-        indices = torch.as_tensor(indices, dtype=torch.int64)
+        indices = torch.as_tensor(indices)
+        if indices.ndim != 1 or len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool):
+            raise TypeError(f"indices are {tuple(indices.shape)} {indices.dtype}; expected whole numbers (mask.nonzero()[:, 0] for a mask)")
+        indices = indices.long()
+        if len(indices) and not -len(self) <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise IndexError(f"indices run from {int(indices.min())} to {int(indices.max())} in a set of {len(self)} texts")
         pick = lambda values: tuple(values[i] for i in indices.tolist())
         return TextSet(self.name, pick(self.texts), self.labels[indices], self.classes, pick(self.groups), self.licence)
 
@@ -123,7 +140,7 @@ def glosses(
     rows = ((gloss.definition, gloss.field, None) for gloss in meanings)
     return _collect(f"glosses ({', '.join(parts)})", rows, classes, SOURCES["glosses"].licence)
 
-# %% ../../nbs/02_data/02_text.ipynb #f7301cd1
+# %% ../../nbs/02_data/02_text.ipynb #6be3897d
 @dataclass(frozen=True)
 class Snippet:
     "One rated piece of text."
@@ -137,13 +154,15 @@ def read_snippets(
 ) -> list[Snippet]:
     "Read a file of rated snippets."
     snippets = []
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(_lines(path, "reviews") or [""], 1):
         try:
             number, valence, text = line.split("\t")
             document = number.split("_")[0] if "_" in number else None
+            if not -4 <= float(valence) <= 4:
+                raise ValueError
             snippets.append(Snippet(html.unescape(text).strip(), float(valence), document))
         except ValueError:
-            raise ValueError(f"{Path(path).name}, line {i}: expected number, rating and text with tabs between, "
+            raise ValueError(f"{Path(path).name}, line {i}: expected number, rating from -4 to 4 and text with tabs between, "
                              f"got {line[:60]!r}") from None
     return snippets
 
@@ -168,13 +187,15 @@ def reviews(
     named = ((row.text, label(row, part), row.document and f"{part} {row.document}") for row, part in rows)
     return _collect(f"reviews ({task}: {', '.join(parts)})", named, classes, SOURCES["reviews"].licence)
 
-# %% ../../nbs/02_data/02_text.ipynb #c5d10080
+# %% ../../nbs/02_data/02_text.ipynb #d2e37ddb
 def split_texts(
     data: TextSet,
     test: float = 0.2,  # share of the groups that go to the test side, about
     seed: int = 0,  # another seed deals anew
 ) -> tuple[TextSet, TextSet]:  # training side, test side
     "Split by groups, the same way on every machine."
+    if not isinstance(data, TextSet):
+        raise TypeError(f"data are a {type(data).__name__}; expected a TextSet, as glosses() gives")
     if not 0 < test < 1:
         raise ValueError(f"test is {test}; expected a share between 0 and 1")
     lots = {group: _lot(f"{seed} {group}") for group in data.groups}

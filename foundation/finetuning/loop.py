@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train_epoch', 'evaluate', 'finetune', 'fit_head']
 
-# %% ../../nbs/08_finetuning/01_loop.ipynb #5134cd62
+# %% ../../nbs/08_finetuning/01_loop.ipynb #1357b8d6
 from collections.abc import Callable
 
 import torch
@@ -17,7 +17,8 @@ from ..data.augment import Augment
 from ..data.batches import augmented
 from ..evaluation.probes import encode_all, fit_linear
 from ..evaluation.scores import evaluating
-from ..training.loop import Step, classify, progress, train
+from ..training.checkpoint import resumable
+from ..training.loop import Step, classify, train
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #66cd1775
@@ -49,7 +50,7 @@ def evaluate(
             right += int((model(batch["image"].to(device)).argmax(1).cpu() == batch["label"]).sum())
     return right / len(dataset)
 
-# %% ../../nbs/08_finetuning/01_loop.ipynb #2a0bf0d5
+# %% ../../nbs/08_finetuning/01_loop.ipynb #fd06c277
 def finetune(
     model: nn.Module,  # trained in place; has `body` and `head`
     images: Tensor,  # (n, c, h, w) uint8
@@ -85,15 +86,9 @@ def finetune(
         x, y = batch
         return nn.functional.cross_entropy(model(x).float(), y, label_smoothing=smoothing), {}
 
-    losses = []
-    with progress(steps, title) as bar:
-        for step in train(model, batches, objective, opt, steps=steps, precision="auto", clip=1.0,
-                          schedule=warmup_cosine(steps, steps // 10)):
-            losses.append(step.loss)
-            bar(step)
-            if each:
-                each(step)
-    return torch.stack(losses).cpu()
+    run = resumable(model, lambda start: batches, objective, opt, steps=steps, schedule=warmup_cosine(steps, steps // 10),
+                    precision="auto", clip=1.0, title=title, each=each)
+    return run.losses
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #ac6f9622
 def fit_head(

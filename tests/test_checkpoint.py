@@ -1,0 +1,398 @@
+"A run that is killed at any moment and resumed ends in the same bytes, and whatever lies there in the end can be told."
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import suppress
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from foundation.core.basics import seed_everything
+from foundation.data.batches import endless
+from foundation.training.checkpoint import BadCheckpoint, load_checkpoint, save_checkpoint
+from foundation.training.loop import adamw, classify, train
+
+# Killed ----------------------------------------------------------------------------------------------------------------
+
+RUNS = '''
+import os, random, signal, sys
+from contextlib import contextmanager
+from pathlib import Path
+import numpy as np
+import torch
+from torch import nn
+from foundation.core.basics import seed_everything
+from foundation.data.batches import endless
+from foundation.training import checkpoint
+from foundation.training.loop import adamw, classify, train
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def learn(path, each=lambda n: None):
+    seed_everything(0)
+    x = torch.randn(96, 8)
+    y = x[:, :3].argmax(1)
+    net = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, 3))
+    opt = adamw(net, 1e-2)
+
+    def noisy(model, batch):
+        "An objective that draws from every generator there is"
+        shift = torch.tensor(random.random() + np.random.randn())
+        return classify(model, (batch[0] + 0.01 * shift.float(), batch[1]))
+
+    start, notes = checkpoint.load_checkpoint(path, net, opt)
+    losses = notes.get("losses", [])
+    for step in train(net, endless(x, y, batch_size=16, start=start), noisy, opt, steps=9, start=start):
+        losses.append(float(step.loss))
+        each(step.n)
+        checkpoint.save_checkpoint(path, net, opt, step.n + 1, dict(losses=losses))
+
+
+def child(*args, before=lambda: None):
+    "Learn in a process of its own; how it ended"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            before()
+            learn(*args)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+
+def count_operations(limit=None):
+    "Count what touches files of the folder; die before number `limit`"
+    seen = [0]
+
+    def hook(event, args):
+        if event in ("open", "os.rename", "os.chmod", "os.remove", "os.truncate") and str(folder) in str(args[0]):
+            if seen[0] == limit:
+                die()
+            seen[0] += 1
+
+    sys.addaudithook(hook)
+    return seen
+
+
+def half_written(number):
+    "Die when half of the bytes of save number `number` are written"
+    whole, calls = checkpoint.atomic_write, iter(range(1000))
+
+    @contextmanager
+    def write(path):
+        with whole(path) as file:
+            class Half:
+                def write(self, data):
+                    if next(calls) == number:
+                        file.write(data[: len(data) // 2])
+                        file.flush()
+                        die()
+                    file.write(data)
+            yield Half()
+
+    checkpoint.atomic_write = write
+
+
+def killed_and_resumed(name, *args, before=lambda: None):
+    path = folder / name
+    assert child(path, *args, before=before) == signal.SIGKILL, f"{name}: not killed"
+    assert child(path) == 0, f"{name}: not resumed"
+    return path.read_bytes()
+
+
+learn(folder / "warm")  # so that no child has to import what PyTorch imports late
+assert child(folder / "straight") == 0
+want = (folder / "straight").read_bytes()
+for step in range(9):
+    got = killed_and_resumed(f"step-{step}", lambda n: die() if n == step else None)
+    assert got == want, f"killed at step {step}"
+for number in (0, 1, 4, 8):
+    assert killed_and_resumed(f"half-{number}", before=lambda: half_written(number)) == want, f"killed in the midst of write {number}"
+reader, writer = os.pipe()
+if os.fork() == 0:
+    seen = count_operations()
+    learn(folder / "count")
+    os.write(writer, str(seen[0]).encode())
+    os._exit(0)
+total = int(os.read(reader, 100))
+assert total > 9 * 4, total
+for number in [*range(8), *range(8, total, 5)]:
+    assert killed_and_resumed(f"operation-{number}", before=lambda: count_operations(number)) == want, f"killed before operation {number}"
+assert not [p for p in folder.iterdir() if p.name.startswith(".half-0.")], "the rest of a killed write is still there"
+print("all", 9 + 4 + total // 5 + 8)
+'''
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be split here")
+def test_killed_at_any_step_and_in_any_write_it_ends_in_the_same_bytes(tmp_path):
+    env = dict(os.environ, OMP_NUM_THREADS="1", TQDM_DISABLE="1")
+    job = subprocess.run([sys.executable, "-c", RUNS, tmp_path], capture_output=True, text=True, env=env, timeout=300)
+    assert job.returncode == 0, job.stderr[-2000:]
+    assert job.stdout.startswith("all")
+
+
+# Parts of the state ----------------------------------------------------------------------------------------------------
+
+def fresh(seed=0, kind=adamw, **options):
+    seed_everything(seed)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+    return net, kind(net, 1e-2) if kind is adamw else kind(net.parameters(), lr=1e-2, **options)
+
+
+def go(net, opt, start, steps=12, stop=None):
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    for step in train(net, endless(x, x[:, :3].argmax(1), batch_size=10, start=start), classify, opt, steps=steps, start=start):
+        if step.n + 1 == stop:
+            break
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("kind, options", [
+    (adamw, {}), (torch.optim.SGD, {}), (torch.optim.SGD, dict(momentum=0.9, nesterov=True)), (torch.optim.Adam, dict(amsgrad=True)),
+    (torch.optim.RMSprop, dict(centered=True, momentum=0.5)), (torch.optim.Adagrad, {}), (torch.optim.NAdam, {}),
+    (torch.optim.Adafactor, {}), (torch.optim.Rprop, {}),
+])
+@pytest.mark.parametrize("at", [1, 5])
+def test_every_optimizer_goes_on_to_the_last_bit(tmp_path, kind, options, at):
+    straight = go(*fresh(0, kind, **options), 0)
+    net, opt = fresh(0, kind, **options)
+    go(net, opt, 0, stop=at)
+    save_checkpoint(tmp_path / "run", net, opt, at, dict(seconds=1.5))
+    net, opt = fresh(1, kind, **options)
+    assert load_checkpoint(tmp_path / "run", net, opt) == (at, dict(seconds=1.5))
+    assert torch.equal(go(net, opt, at), straight)
+
+
+@given(seed=st.integers(0, 2**32 - 1), draws=st.integers(0, 7))
+@settings(max_examples=20, deadline=None)
+def test_all_random_states_come_back(tmp_path_factory, seed, draws):
+    path, (net, opt) = tmp_path_factory.mktemp("c") / "run", fresh()
+    seed_everything(seed)
+    draw = lambda: (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.randn(3).tolist())
+    for _ in range(draws):  # an odd number leaves a Gaussian in store
+        random.gauss(0, 1), np.random.randn(), torch.randn(1)
+    save_checkpoint(path, net, opt, 1)
+    want = draw()
+    seed_everything(0)
+    load_checkpoint(path, net, opt)
+    assert draw() == want
+
+
+def test_gpu_states_are_kept_where_there_are_gpus(tmp_path, monkeypatch):
+    "No GPU is needed: the calls are watched"
+    states, put = [torch.arange(16, dtype=torch.uint8), torch.full((16,), 7, dtype=torch.uint8)], {}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    net, opt = fresh(kind=torch.optim.SGD)
+    save_checkpoint(tmp_path / "run", net, opt, 1)
+    assert load_checkpoint(tmp_path / "run", net, opt)[0] == 1  # on a machine without any it is passed over
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # one fewer than there was
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put.update({device: state}))
+    load_checkpoint(tmp_path / "run", net, opt)
+    assert list(put) == [0] and torch.equal(put[0], states[0])
+
+
+def test_numbers_of_every_kind_come_back(tmp_path):
+    class Kinds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 2).t())  # not in order in memory
+            for kind in (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool):
+                self.register_buffer(f"as_{kind}"[-6:].replace(".", "_"), torch.tensor([0, 1, 1]).to(kind))
+            self.register_buffer("empty", torch.empty(0, 4))
+            self.register_buffer("single", torch.tensor(-float("inf")))
+
+    a, b = Kinds(), Kinds()
+    save_checkpoint(tmp_path / "run", a, torch.optim.SGD(a.parameters(), lr=1), 3)
+    load_checkpoint(tmp_path / "run", b, torch.optim.SGD(b.parameters(), lr=1))
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values()):
+        assert x.dtype == y.dtype and torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_moments_come_back_in_the_layout_of_the_weights(tmp_path, fused):
+    "In another layout a fused optimizer silently gives each weight the moments of another one"
+    def make():
+        torch.manual_seed(0)
+        net = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        return net, torch.optim.AdamW(net.parameters(), lr=0.1, fused=fused)
+
+    def steps(net, opt):
+        for i in range(3):
+            opt.zero_grad()
+            net(torch.ones(2, 3, 5, 5) * (1 + torch.arange(5))).square().mean().backward()
+            opt.step()
+        return net.weight.detach().clone()
+
+    net, opt = make()
+    steps(net, opt)
+    save_checkpoint(tmp_path / "run", net, opt, 3)
+    want = steps(net, opt)
+    net, opt = make()
+    load_checkpoint(tmp_path / "run", net, opt)
+    assert opt.state[net.weight]["exp_avg"].stride() == net.weight.stride()
+    assert torch.equal(steps(net, opt), want)
+
+
+# Damage ----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    "Steps 10 and 20 of a run"
+    path, (net, opt) = tmp_path_factory.mktemp("two") / "run", fresh()
+    go(net, opt, 0)
+    for step in (10, 20):
+        save_checkpoint(path, net, opt, step)
+    return path, path.read_bytes()
+
+
+def everything(net, opt):
+    return [v.clone() for v in net.state_dict().values()], json.dumps(opt.state_dict(), default=str), torch.get_rng_state()
+
+
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+@settings(max_examples=150, deadline=None)
+@pytest.mark.filterwarnings("ignore:.*Going on from")
+def test_one_wrong_bit_or_a_cut_anywhere_is_noticed(two, place, bit, cut):
+    path, data = two
+    hurt = bytearray(data)
+    if cut:
+        hurt = hurt[: int(place * len(data))]
+    else:
+        hurt[int(place * len(data))] ^= 1 << bit
+    path.write_bytes(hurt)
+    assert load_checkpoint(path, *fresh())[0] == 10
+
+
+def test_the_older_one_is_announced(two):
+    path, data = two
+    path.write_bytes(data[:-1])
+    with pytest.warns(UserWarning, match=r"run: .*Going on from run.old, step 10"):
+        load_checkpoint(path, *fresh())
+    path.unlink()
+    assert load_checkpoint(path, *fresh())[0] == 10  # nothing was damaged: killed between two renames by an earlier version
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\x00" * 100, b"\xff" * 100, b"PK\x03\x04", json.dumps({"a": 1}).encode()])
+def test_no_file_at_all_is_usable_and_nothing_is_changed(tmp_path, data):
+    for name in ("run", "run.old", "run.new"):
+        (tmp_path / name).write_bytes(data)
+    net, opt = fresh()
+    before = everything(net, opt)
+    with pytest.raises(BadCheckpoint, match="no checkpoint at run can be used .*run.new: .*run: .*run.old: .*delete"):
+        load_checkpoint(tmp_path / "run", net, opt)
+    after = everything(net, opt)
+    assert all(map(torch.equal, before[0], after[0])) and before[1] == after[1] and torch.equal(before[2], after[2])
+
+
+def test_weights_alone_are_no_checkpoint(tmp_path):
+    net, opt = fresh()
+    save_file(net.state_dict(), tmp_path / "run")
+    with pytest.raises(BadCheckpoint, match="a safetensors file, but not a checkpoint"):
+        load_checkpoint(tmp_path / "run", net, opt)
+
+
+@pytest.mark.parametrize("other, words", [
+    (lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 3)), r"0.bias is \(8,\) torch.float32 there and \(9,\)"),
+    (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU()), "3.bias is .* there and missing here"),
+    (lambda: fresh()[0].double(), "torch.float32 there and .*torch.float64 here"),
+])
+def test_another_model_is_refused_and_left_alone(two, tmp_path, other, words):
+    (tmp_path / "run").write_bytes(two[1])
+    net = other()
+    before = [v.clone() for v in net.state_dict().values()]
+    with pytest.raises(BadCheckpoint, match=words):
+        load_checkpoint(tmp_path / "run", net, adamw(net, 1e-2))
+    assert all(map(torch.equal, before, net.state_dict().values()))
+
+
+@pytest.mark.parametrize("make", [lambda net: torch.optim.SGD(net.parameters(), lr=1), lambda net: torch.optim.AdamW(net.parameters())])
+def test_another_optimizer_is_refused(two, tmp_path, make):
+    (tmp_path / "run").write_bytes(two[1])
+    net = fresh()[0]
+    before = [v.clone() for v in net.state_dict().values()]
+    with pytest.raises(BadCheckpoint, match="run is of another optimizer: AdamW of .* there"):
+        load_checkpoint(tmp_path / "run", net, make(net))
+    assert all(map(torch.equal, before, net.state_dict().values()))
+
+
+class Unplugged(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.filterwarnings("ignore:.*Going on from")
+def test_a_damaged_file_never_pushes_the_good_one_out(tmp_path, number):
+    "Damage, then a save that is cut short, twice"
+    path, (net, opt) = tmp_path / "run", fresh()
+    for step in (1, 2):
+        save_checkpoint(path, net, opt, step)
+    path.write_bytes(b"damaged")
+    for step in (3, 4):
+        left, rename = iter(range(number)), os.replace
+
+        def replace(a, b):
+            if next(left, None) is None:
+                raise Unplugged
+            rename(a, b)
+
+        with patch("os.replace", replace), suppress(Unplugged):
+            save_checkpoint(path, net, opt, step)
+        assert load_checkpoint(path, net, opt)[0] == (1 if number == 0 else step)
+
+
+# Bad input -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, error, words", [
+    (dict(model={}), TypeError, "got a dict and a AdamW; expected a model and its optimizer"),
+    (dict(opt=None), TypeError, "expected a model and its optimizer"),
+    (dict(step=-1), ValueError, "step is -1; expected"), (dict(step=1.5), ValueError, "step is 1.5"),
+    (dict(step=True), ValueError, "step is True"), (dict(notes=[1]), TypeError, "notes are a list; expected a dictionary"),
+    (dict(notes=dict(loss=torch.zeros(1))), TypeError, "what JSON can hold"),
+])
+def test_what_cannot_be_saved_is_refused(tmp_path, change, error, words):
+    net, opt = fresh()
+    save_checkpoint(tmp_path / "run", net, opt, 5)
+    with pytest.raises(error, match=words):
+        save_checkpoint(**dict(path=tmp_path / "run", model=net, opt=opt, step=6, notes=None) | change)
+    assert load_checkpoint(tmp_path / "run", net, opt)[0] == 5 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_weights_do_not_push_a_good_checkpoint_out(tmp_path, bad):
+    net, opt = fresh()
+    save_checkpoint(tmp_path / "run", net, opt, 5)
+    with torch.no_grad():
+        net[0].weight[1, 2] = bad
+    with pytest.raises(ValueError, match="0.weight holds NaN or infinite numbers after step 6"):
+        save_checkpoint(tmp_path / "run", net, opt, 6)
+    assert load_checkpoint(tmp_path / "run", *fresh())[0] == 5
+
+
+def test_there_need_not_be_one_yet(tmp_path):
+    assert load_checkpoint(tmp_path / "no" / "such" / "run", *fresh()) == (0, {})
+    save_checkpoint(tmp_path / "a" / "folder" / "run", *fresh(), 1)  # folders are made
+    assert load_checkpoint(str(tmp_path / "a/folder/run"), *fresh())[0] == 1
+
+
+def test_what_killed_saves_left_is_swept_up(tmp_path):
+    (tmp_path / ".run.new.abc.tmp").write_bytes(b"half")
+    (tmp_path / ".other.new.abc.tmp").write_bytes(b"half")
+    save_checkpoint(tmp_path / "run", *fresh(), 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.new.abc.tmp", "run"]

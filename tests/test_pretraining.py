@@ -1,0 +1,122 @@
+"Pretraining and fine-tuning beyond what their lessons show: interrupted recipes, small sets, bad input."
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import foundation.pretraining.contrastive as contrastive
+import foundation.training.checkpoint as checkpoint
+from foundation.data.augment import Augment
+from foundation.data.images import few_labels, load_images
+from foundation.evaluation.probes import encode_all, fit_linear
+from foundation.evaluation.scores import predict
+from foundation.finetuning.loop import finetune, fit_head
+from foundation.models.convnets import ResNet
+from foundation.models.pretrained import load_weights
+
+STAGES = dict(epochs=2, lr=1e-3, temperature=0.2), dict(epochs=2, lr=1e-3, temperature=0.5)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images("digits")
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return ResNet(widths=(8, 16), depths=(1, 1))
+
+
+class Stopped(Exception):
+    "The plug was pulled"
+
+
+def test_a_stopped_recipe_goes_on_to_the_same_weights(digits, tmp_path, monkeypatch):
+    few = replace(digits, train_images=digits.train_images[:640], train_labels=digits.train_labels[:640])
+    monkeypatch.setattr(contrastive, "load_images", lambda: few)
+    monkeypatch.setattr(contrastive, "ResNet", small)
+
+    def recipe(name, stop=None):
+        monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / name))
+        plain = checkpoint.train
+
+        def train(*args, **kwargs):
+            for step in plain(*args, **kwargs):
+                yield step
+                if step.n == stop:
+                    raise Stopped
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "train", train)
+            return contrastive.make_weights("net", STAGES, batch_size=64, folder=tmp_path)
+
+    straight = json.loads(recipe("straight").with_suffix(".json").read_text())
+    with pytest.raises(Stopped):
+        recipe("stopped", stop=19)  # the last step of the first stage, which has been saved
+    resumed = json.loads(recipe("stopped").with_suffix(".json").read_text())
+    assert resumed["sha256"] == straight["sha256"] and resumed["steps"] == 40 and resumed["epochs"] == 4
+    assert len(straight["metrics"]["linear_probe_100_labels"]) == 5
+    load_weights("net", folder=tmp_path)
+
+
+def test_channels_last_momentum_survives_a_stop(digits, tmp_path):
+    "Momentum saved in one memory layout and read back in another is silently shuffled by a fused optimizer."
+    augment, images = Augment(), digits.train_images[:256]
+
+    def run(path=None, stop=None):
+        def each(step):
+            if step.n == stop:
+                raise Stopped
+        return contrastive.pretrain(small(), images, augment, steps=8, batch_size=32, checkpoint=path, save_every=3, title="", each=each)
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", stop=4)
+    torch.testing.assert_close(run(tmp_path / "run").losses, run().losses, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(digits, tmp_path):
+    run = lambda steps: contrastive.pretrain(small(), digits.train_images[:64], Augment(), steps=steps, batch_size=16,
+                                             checkpoint=tmp_path / "run", title="")
+    run(2)
+    with pytest.raises(ValueError, match="delete the file or name another"):
+        run(4)
+
+
+@pytest.mark.parametrize("batch_size, words", [(1, "at least 2"), (65, "64")])
+def test_batches_that_cannot_be_are_refused(digits, batch_size, words):
+    with pytest.raises(ValueError, match=words):
+        contrastive.pretrain(small(), digits.train_images[:64], Augment(), steps=1, batch_size=batch_size, title="")
+
+
+def test_a_fitted_head_says_what_the_probe_says(digits):
+    model, x, y = small(), digits.floats(digits.train_images[:300]), digits.train_labels[:300]
+    body = {name: v.clone() for name, v in model.body.state_dict().items()}
+    fit_head(model, x, y, l2=0.3)
+    probe = fit_linear(encode_all(model, x), y, 0.3)
+    torch.testing.assert_close(predict(model, x), probe(encode_all(model, x)), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(v, body[name]) for name, v in model.body.state_dict().items()) and model.training
+
+
+def test_a_head_needs_every_class(digits):
+    keep = digits.train_labels[:300] != 3
+    with pytest.raises(ValueError, match="9 classes; the head has 10 outputs"):
+        fit_head(small(), digits.floats(digits.train_images[:300][keep]), digits.train_labels[:300][keep])
+
+
+def test_a_frozen_body_keeps_its_weights_to_the_last_bit(digits):
+    model, i = small(), few_labels(digits.train_labels, 50, 0)
+    before = {name: p.clone() for name, p in model.body.named_parameters()}
+    finetune(model, digits.train_images[i], digits.train_labels[i], Augment(), steps=3, lr=0.0, head_lr=1e-2)
+    assert all(torch.equal(p, before[name]) for name, p in model.body.named_parameters())
+    with pytest.raises(AssertionError):  # and a body that is not frozen does move
+        finetune(model, digits.train_images[i], digits.train_labels[i], Augment(), steps=3, lr=1e-3)
+        assert all(torch.equal(p, before[name]) for name, p in model.body.named_parameters())
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(labels=torch.tensor([0, 1, 2, 10])), "0 to 10"), (dict(labels=torch.tensor([0, -1, 2, 3])), "-1 to 3"),
+    (dict(labels=torch.empty(0, dtype=torch.long)), "none"), (dict(lr=-1.0), "lr=-1.0"), (dict(head_lr=0.0), "head_lr=0.0")])
+def test_fine_tuning_refuses(digits, change, words):
+    good = dict(labels=torch.tensor([0, 1, 2, 3]), steps=1, lr=1e-3)
+    with pytest.raises(ValueError, match=words):
+        finetune(small(), digits.train_images[:4], augment=Augment(), **good | change)

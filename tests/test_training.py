@@ -1,0 +1,530 @@
+"The loop, its speed and its log: against plain loops and PyTorch, killed and interrupted for real, and bad input, one sentence each"
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from foundation.data.batches import endless
+from foundation.training.loop import Step, TrainingDiverged, adamw, classify, fit, progress, train
+from foundation.training.speed import Throughput, kept_for_backward, peak_memory, throughput
+from foundation.training.track import Log, TensorBoard, curve, plot_log, read_log
+
+few = settings(max_examples=20, deadline=None)
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT or SIGKILL to send")
+X = torch.randn(256, 12, generator=torch.Generator().manual_seed(0))
+Y = (X @ torch.randn(12, 4, generator=torch.Generator().manual_seed(1))).argmax(1)
+
+
+def net(seed=0, norm=True):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(12, 16), nn.BatchNorm1d(16) if norm else nn.Identity(), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4)]
+    return nn.Sequential(*layers)
+
+
+def weights(model):
+    return torch.cat([v.flatten().double() for v in model.state_dict().values()])
+
+
+def batches(size=16, start=0):
+    return endless(X, Y, batch_size=size, start=start)
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def steps_of(model, n=3, objective=classify, opt=None, data=None, **options):
+    return list(train(model, batches() if data is None else data, objective, opt or sgd(model), steps=n, **options))
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(st.integers(1, 20), st.sampled_from([None, 0.3, 5.0]), st.integers(1, 3), st.sampled_from(["fp32", "bf16"]), st.booleans())
+def test_train_is_the_plain_loop_to_the_last_bit(n, clip, accum, precision, scheduled):
+    factors = torch.linspace(1, 0, n) if scheduled else None
+    plain, stream = net(), batches()
+    opt = adamw(plain, 0.01)
+    for i in range(n):
+        plain.train()
+        opt.zero_grad()
+        for group in opt.param_groups:
+            group["lr"] = 0.01 * (float(factors[i]) if scheduled else 1.0)
+        for _ in range(accum):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                x, y = next(stream)
+                loss = F.cross_entropy(plain(x).float(), y)
+            (loss / accum).backward()
+        if clip:  # in the order of the optimizer's groups: a sum of floats has an order
+            nn.utils.clip_grad_norm_([p for group in opt.param_groups for p in group["params"]], clip)
+        opt.step()
+    ours = net()
+    steps_of(ours, n, opt=adamw(ours, 0.01), schedule=factors, clip=clip, accum=accum, precision=precision)
+    assert torch.equal(weights(plain), weights(ours))
+
+
+@few
+@given(st.integers(0, 30))
+def test_stopping_and_going_on_changes_nothing(stop):
+    whole = net()
+    steps_of(whole, 30, schedule=torch.linspace(1, 0, 30))
+    parts = net()
+    opt = sgd(parts)
+    go = lambda start: train(parts, batches(start=start), classify, opt, steps=30, schedule=torch.linspace(1, 0, 30), start=start)
+    for step in islice(go(0), stop):
+        random_state = torch.get_rng_state()  # dropout's numbers: a checkpoint saves them too
+    if stop:
+        torch.set_rng_state(random_state)
+    for step in go(stop):
+        pass
+    assert torch.equal(weights(whole), weights(parts))
+
+
+@few
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4))
+def test_accumulation_is_the_large_batch(parts, n):
+    def run(size, accum):
+        model = nn.Linear(12, 4).double()
+        nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+        data = list(zip(X[:64].double().split(size), Y[:64].split(size))) * n
+        seen = steps_of(model, n, data=data, accum=accum, clip=0.5)
+        return weights(model), torch.stack([s.loss for s in seen]), seen[-1].grad_norm
+
+    for got, expected in zip(run(64 // parts, parts), run(64, 1)):
+        assert_close(got, expected)
+
+
+def test_the_mode_is_set_at_every_step():
+    model = net()
+    for step in train(model, batches(), classify, sgd(model), steps=3):
+        assert model.training
+        model.eval()  # somebody measures
+    assert model[1].num_batches_tracked == 3
+
+
+def test_groups_added_on_the_way_follow_the_schedule():
+    model = net()
+    opt = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    for step in train(model, batches(), classify, opt, steps=3, schedule=[1.0, 0.5, 0.25]):
+        if step.n == 0:
+            opt.add_param_group(dict(params=list(model[0].parameters()), lr=0.4))
+    assert [group["lr"] for group in opt.param_groups] == [0.025, 0.1]
+
+
+@pytest.mark.parametrize("form", [list, tuple, namedtuple("Pair", "x y")._make, lambda b: dict(zip("xy", b))])
+def test_batches_keep_their_form(form):
+    seen = []
+
+    def objective(model, batch):
+        seen.append(type(batch))
+        x, y = batch.values() if isinstance(batch, dict) else batch
+        return classify(model, (x, y))
+
+    steps_of(net(), 1, objective, data=[form(next(batches()))])
+    assert seen == [type(form([X, Y]))]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_broken_loss_stops_before_the_weights_are_spoilt(bad):
+    model, before = net(), []
+
+    def objective(model, batch):
+        before.append(batch)
+        loss, extra = classify(model, batch)
+        return (loss * bad if len(before) == 8 else loss), extra
+
+    with pytest.raises(TrainingDiverged, match=r"the loss became (nan|-?inf) at step 7 \(lr 0.1\). Try a lower lr, a warmup, clip"):
+        steps_of(model, 20, objective)
+    assert len(before) == 8 and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_an_infinite_gradient_behind_a_finite_loss_is_seen_when_it_is_clipped():
+    model = net()
+    start = weights(nn.ModuleList([model[0], model[4]]))
+    flat = lambda m, batch: (classify(m, batch)[0] + (0 * m[0].bias.sum()).sqrt(), {})
+    with pytest.raises(TrainingDiverged, match="the gradient norm became nan at step 0"):
+        steps_of(model, 5, flat, clip=1.0)
+    assert torch.equal(start, weights(nn.ModuleList([model[0], model[4]])))
+
+
+def test_on_a_gpu_the_loss_is_looked_at_seldom_and_still_found(monkeypatch):
+    from foundation.training.loop import _Guard
+
+    opt, idle = sgd(nn.Linear(1, 1)), torch.amp.GradScaler("cpu", enabled=False)
+    guard = _Guard(50, 1000, idle)
+    for n in range(60):
+        guard(n, torch.tensor(1.0), None, opt)
+    with pytest.raises(TrainingDiverged, match="between steps 50 and 99"):
+        for n in range(60, 100):
+            guard(n, torch.tensor(math.nan if n == 70 else 1.0), None, opt)
+    last = _Guard(50, 30, idle)
+    with pytest.raises(TrainingDiverged):
+        for n in range(30):
+            last(n, torch.tensor(math.inf if n == 29 else 1.0), None, opt)
+
+
+def test_fp16_scales_leaves_out_and_learns():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    model = net(norm=False)
+    start, moved = model[0].weight.clone(), []
+    for step in train(model, batches(), classify, adamw(model, 0.01), steps=120, precision="fp16", clip=1.0, scaler=scaler):
+        moved.append(not torch.equal(model[0].weight, start))
+    assert not moved[0] and moved[-1] and scaler.get_scale() < 2.0**40
+    plain = net(norm=False)
+    steps_of(plain, 120, opt=adamw(plain, 0.01), clip=1.0)
+    loss = lambda m: F.cross_entropy(m.eval()(X), Y).item()
+    assert loss(model) < 0.7 * math.log(4) and abs(loss(model) - loss(plain)) < 0.25
+
+
+def test_fp16_goes_on_exactly_with_a_saved_scaler():
+    def run(stops):
+        model, scaler, state, done = net(norm=False).eval(), torch.amp.GradScaler("cpu", init_scale=2.0**30), None, 0
+        model[3].p = 0.0
+        opt = adamw(model, 0.01)
+        for stop in stops:
+            for step in train(model, batches(start=done), classify, opt, steps=30, precision="fp16", start=done, scaler=scaler):
+                if step.n + 1 == stop:
+                    break
+            state, done = json.loads(json.dumps(scaler.state_dict())), stop  # as a checkpoint's notes keep it
+            scaler = torch.amp.GradScaler("cpu")
+            scaler.load_state_dict(state)
+        return weights(model)
+
+    assert torch.equal(run([30]), run([9, 30])) and torch.equal(run([30]), run([4, 21, 30]))
+
+
+def test_fp16_that_no_scale_can_save_is_told():
+    flat = lambda m, batch: (classify(m, batch)[0] + (0 * m[0].bias.sum()).sqrt(), {})
+    with pytest.raises(TrainingDiverged, match="no loss scale gives finite fp16 gradients"):
+        steps_of(net(), 60, flat, precision="fp16")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu(precision):
+    model = net().cuda()
+    losses = fit(model, batches(), steps=100, lr=0.01, precision=precision, title="")
+    assert losses.device.type == "cpu" and losses[-10:].mean() < 0.8 * losses[:10].mean()
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (dict(n=300, data=[(X[:8], Y[:8])] * 3), "the batches ran out at step 3 of 300"),
+    (dict(schedule=[1.0]), "1 factors for 3 steps"),
+    (dict(schedule=[1.0, math.nan, 0.0]), "negative or not finite"),
+    (dict(schedule=[1.0, -0.5, 0.0]), "negative or not finite"),
+    (dict(start=4), "0 <= start <= steps"),
+    (dict(accum=0), "accum >= 1"),
+    (dict(check_every=0), "check_every >= 1"),
+    (dict(clip=0.0), "a norm above 0"),
+    (dict(clip=math.nan), "a norm above 0"),
+    (dict(precision="fp8"), "'fp32', 'bf16', 'fp16' or 'auto'"),
+    (dict(scaler=torch.amp.GradScaler("cpu")), "only 'fp16' scales"),
+    (dict(objective=lambda m, b: classify(m, b)[0].detach()), "a pair"),
+    (dict(objective=lambda m, b: (F.cross_entropy(m(b[0]), b[1], reduction="none"), {})), r"shape \(16,\)"),
+    (dict(objective=lambda m, b: (torch.tensor(1.0), {})), "not frozen"),
+])
+def test_train_refuses_in_one_sentence(options, sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence) as told:
+        steps_of(net(), **options)
+    assert len(str(told.value)) < 200 and "\n" not in str(told.value)
+
+
+def test_a_model_without_parameters_and_a_frozen_one():
+    with pytest.raises(ValueError, match="ReLU has no parameters"):
+        steps_of(nn.ReLU(), opt=sgd(net()))
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        fit(net().requires_grad_(False), batches(), steps=3)
+
+
+@pytest.mark.parametrize("lr", [0, -1.0, math.nan, math.inf])
+def test_fit_refuses_a_rate(lr):
+    with pytest.raises(ValueError, match="lr is"):
+        fit(net(), batches(), steps=3, lr=lr)
+
+
+INTERRUPTED = """
+import signal, torch
+from torch import nn
+from foundation.data.batches import endless
+from foundation.training.loop import fit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with Ctrl-C switched off
+torch.manual_seed(0)
+x = torch.randn(400, 10); y = (x @ torch.randn(10, 3)).argmax(1)
+model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 3))
+def each(step):
+    if step.n == 300: print("ready", flush=True)
+losses = fit(model, endless(x, y, batch_size=32), steps=10**7, lr=.01, each=each)
+right = (model(x).argmax(1) == y).float().mean().item()
+print(len(losses), losses.isfinite().all().item(), right, all(p.isfinite().all() for p in model.parameters()), flush=True)
+"""
+
+
+@needs_signals
+def test_ctrl_c_returns_what_has_been_learnt():
+    child = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    said, result = out.splitlines()
+    steps = int(re.fullmatch(r"stopped after (\d+) of 10000000 steps; the model keeps what it has learnt", said)[1])
+    count, finite, right, sound = result.split()
+    assert child.returncode == 0 and "Traceback" not in err
+    assert int(count) == steps > 300 and finite == sound == "True" and float(right) > 0.9
+
+
+def test_the_bar_reads_the_loss_seldom(capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    reads = []
+    with progress(1000, "garments") as bar:
+        for n in range(1000):
+            bar(SimpleNamespace(n=n, loss=SimpleNamespace(__float__=None) if n % 20 else Counted(reads)))
+    assert len(reads) == 50
+
+
+class Counted:
+    "A loss that notes that it was read"
+
+    def __init__(self, reads):
+        self.reads = reads
+
+    def __float__(self):
+        self.reads.append(1)
+        return 0.5
+
+
+# Speed ---------------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 30))
+def test_what_a_layer_keeps_is_known(b, d, k):
+    model = nn.Sequential(nn.Linear(d, k), nn.Sigmoid())
+    with kept_for_backward(model) as kept:
+        model(torch.randn(b, d)).sum().backward()
+    assert (kept.peak, kept.now) == (4 * b * (d + k), 0)
+    with kept_for_backward() as all_of_it:
+        model(torch.randn(b, d, requires_grad=True)).sum()
+    assert all_of_it.peak > kept.peak  # the weight counts when no model is given
+
+
+def test_accumulation_keeps_a_share():
+    def peak(accum):
+        model = nn.Linear(12, 4)
+        data = zip(X.chunk(accum), Y.chunk(accum))
+        with kept_for_backward(model) as kept:
+            steps_of(model, 1, data=data, accum=accum)
+        return kept.peak
+
+    assert peak(4) < 0.3 * peak(1)
+
+
+def test_what_is_still_held_counts_at_its_fullest():
+    layer = nn.Linear(10, 10)
+    with kept_for_backward(layer) as kept:
+        first, second = layer(torch.randn(100, 10)), layer(torch.randn(100, 10))
+        first.sum().backward(), second.sum().backward()
+        layer(torch.randn(100, 10)).sum().backward()
+    assert kept.peak == 2 * 4000 and kept.mb == 0.008
+
+
+def test_throughput_takes_turns():
+    order = []
+    result = throughput({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, items=3, rounds=2, warmup=1)
+    assert "".join(order) == "ababab" and len(result.seconds["a"]) == 2 and result.ratio("a") == 1
+    told = Throughput(10, {"slow": [2.0, 4.0, 8.0], "fast": [1.0, 1.0, 2.0]})
+    assert told.rate("fast") == 10 and told.ratios("fast") == [2, 4, 4] and told.ratio("fast") == 4
+    assert "× 4.00" in repr(told)
+
+
+@pytest.mark.parametrize("options", [dict(ways={}), dict(items=0), dict(rounds=0), dict(warmup=-1)])
+def test_throughput_refuses(options):
+    with pytest.raises(ValueError, match="expected at least one way"):
+        throughput(**{"ways": {"a": int}, "items": 1} | options)
+
+
+def test_peak_memory_sees_a_large_tensor_and_survives_an_error():
+    with peak_memory() as peak:
+        assert math.isnan(peak.mb)
+        large = torch.ones(30_000_000)
+        time.sleep(0.3)
+        del large
+    assert 100 < peak.mb < 400
+    with pytest.raises(ZeroDivisionError), peak_memory():
+        1 / 0
+    with pytest.raises(ValueError, match="expected 'cpu' or 'cuda'"), peak_memory("meta"):
+        pass
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_peak_memory_on_a_gpu():
+    with peak_memory("cuda") as peak:
+        torch.ones(30_000_000, device="cuda")
+    assert 119 < peak.mb < 125
+
+
+# Keeping track -------------------------------------------------------------------------------------------------------
+
+
+def step(number, value=1.0, **extra):
+    return Step(number, torch.tensor(value), 0.1, None, extra)
+
+
+@few
+@given(st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=50), st.integers(1, 60))
+def test_what_was_logged_is_read_back(tmp_path_factory, losses, every):
+    path = tmp_path_factory.mktemp("log") / "deep" / "run.jsonl"
+    with Log(path, every=every) as log:
+        for n, loss in enumerate(losses):
+            log(step(n, loss, noise=torch.tensor([0.5]), image=torch.zeros(3)), accuracy=n)
+    n, values = curve(read_log(path))
+    expected = [loss if math.isfinite(loss) else math.nan for loss in losses]
+    assert_close(values, torch.tensor(expected, dtype=torch.double), rtol=0, atol=0, equal_nan=True)
+    row = read_log(path)[-1]
+    assert n.tolist() == list(range(len(losses))) and row["accuracy"] == len(losses) - 1 and row["noise"] == 0.5
+    assert not {"image", "grad_norm"} & set(row)
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@few
+@given(st.data())
+def test_a_log_cut_anywhere_can_be_read(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("log") / "run.jsonl"
+    with Log(path) as log:
+        for n in range(30):
+            log(step(n))
+    whole = path.read_bytes()
+    cut = int(data.draw(st.floats(0, 1)) * len(whole))
+    path.write_bytes(whole[:cut])
+    rows = read_log(path)
+    assert [row["n"] for row in rows] == list(range(whole[:cut].count(b"\n")))
+    start = data.draw(st.integers(0, 30))
+    with Log(path, start=start) as log:
+        for n in range(start, 32):
+            log(step(n))
+    assert [row["n"] for row in read_log(path)] == [n for n in range(min(start, len(rows)))] + list(range(start, 32))
+
+
+KILLED = """
+import sys, torch
+from foundation.training.loop import Step
+from foundation.training.track import Log
+log = Log(sys.argv[1], every=7)
+for n in range(10**6):
+    log(Step(n, torch.tensor(1.), .1, None, {}))
+    if n == 500: print("ready", flush=True)
+"""
+
+
+@needs_signals
+def test_a_killed_run_leaves_whole_lines(tmp_path):
+    path = tmp_path / "run.jsonl"
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait(30)
+    rows = read_log(path)
+    assert len(rows) >= 497 and [row["n"] for row in rows] == list(range(len(rows)))
+
+
+def test_nothing_is_thrown_away(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for value in (1.0, 2.0):
+        with Log(path) as log:
+            log(step(0, value))
+    old = read_log(tmp_path / "run.jsonl.old")
+    assert old[0]["loss"] == 1.0 and read_log(path)[0]["loss"] == 2.0
+
+
+def test_a_log_holds_no_graph_and_waits_to_read(tmp_path):
+    with Log(tmp_path / "run.jsonl", every=10) as log:
+        log(step(0, seen=torch.ones(1, requires_grad=True) * 2))
+        assert not log.rows[0]["seen"].requires_grad and read_log(tmp_path / "run.jsonl") == []
+    assert read_log(tmp_path / "run.jsonl")[0]["seen"] == 2
+
+
+def test_extras_cannot_pass_for_the_step(tmp_path):
+    with Log(tmp_path / "run.jsonl") as log:
+        log(step(3, 0.5, loss=9.0, n=7, lr=8.0))
+    row = read_log(tmp_path / "run.jsonl")[0]
+    assert (row["n"], row["loss"], row["lr"]) == (3, 0.5, 0.1)
+
+
+def test_tracking_refuses_in_one_sentence(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for options in (dict(every=0), dict(start=-1)):
+        with pytest.raises(ValueError, match="every >= 1"):
+            Log(path, **options)
+    with Log(path) as log:
+        with pytest.raises(TypeError, match="name is str; expected a number"):
+            log(step(0), name="run 7")
+        with pytest.raises(TypeError, match="image is Tensor"):
+            log(step(0), image=torch.zeros(3))
+        log(step(0))
+    with pytest.raises(ValueError, match="no step has 'acuracy'; there are: loss, lr, n, seconds"):
+        curve(read_log(path), "acuracy")
+    with pytest.raises(ValueError, match="smooth is 0"):
+        plot_log(path, smooth=0)
+    with pytest.raises(FileNotFoundError, match="no log at nowhere.jsonl"):
+        read_log(tmp_path / "nowhere.jsonl")
+    for bad in ("{", "7", "[]", '{"loss": 1}', '"n"'):
+        path.write_text('{"n": 0}\n' + bad + '\n{"n": 2}\n')
+        with pytest.raises(ValueError, match="line 2 of run.jsonl is no step"):
+            read_log(path)
+
+
+@few
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=30), st.integers(1, 40))
+def test_smoothing_is_a_mean_of_the_last(values, count):
+    from foundation.training.track import _smoothed
+
+    values = torch.tensor(values, dtype=torch.double)
+    slowly = torch.stack([values[max(0, i + 1 - count) : i + 1].mean() for i in range(len(values))])
+    assert_close(_smoothed(values, count), slowly, rtol=1e-6, atol=1e-9)
+
+
+def test_runs_share_a_picture(tmp_path):
+    for name, length in (("a", 5), ("b", 9)):
+        with Log(tmp_path / f"{name}.jsonl") as log:
+            for n in range(length):
+                log(step(n, 1 / (n + 1)))
+    picture = plot_log({name: tmp_path / f"{name}.jsonl" for name in "ab"}, smooth=2)
+    assert "a ends at 0.225" in picture.alt and "b ends at 0.118" in picture.alt
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with TensorBoard(tmp_path / "board", every=4) as board:
+        for n in range(10):
+            board(step(n, 1 / (n + 1)), accuracy=n / 10)
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    read = lambda name: [(e.step, e.value) for e in events.Scalars(name)]
+    assert_close(torch.tensor(read("loss")), torch.tensor([(n, 1 / (n + 1)) for n in range(10)]))
+    assert_close(torch.tensor(read("accuracy")), torch.tensor([(n, n / 10) for n in range(10)]))
+
+
+def test_a_missing_tensorboard_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard, or use Log"):
+        TensorBoard(tmp_path)
