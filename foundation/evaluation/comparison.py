@@ -18,13 +18,16 @@ from torch import Tensor
 
 from ..core.plots import PALETTE, Picture, draw
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #2755c13a
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #2c4fcff8
 def _values(
     values: Sequence[float] | Tensor,  # (n,)
     name: str = "values",  # how a message calls them
 ) -> Tensor:  # (n,) float64 on the CPU
-    "Checked numbers. Raises `ValueError` when they are empty, not one row, or hold NaN or infinity."
-    x = torch.as_tensor(values, dtype=torch.double).cpu()
+    "Checked numbers. Raises `TypeError` or `ValueError`: no numbers, none at all, not one row, NaN or infinity."
+    try:
+        x = torch.as_tensor(values, dtype=torch.double).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} are {values!r:.80}; expected one row of numbers") from None
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"{name} have shape {tuple(x.shape)}; expected one row of at least one number")
     if not x.isfinite().all():
@@ -34,10 +37,10 @@ def _values(
 
 def _check_level(level: float) -> None:
     "Raises `ValueError` unless 0 < level < 1."
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; expected a number between 0 and 1, such as 0.95")
+    if not isinstance(level, (int, float)) or not 0 < level < 1:
+        raise ValueError(f"level is {level!r}; expected a number between 0 and 1, such as 0.95")
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #174652f1
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #f7c5bb01
 def t_interval(
     values: Sequence[float] | Tensor,  # (n,) results of independent runs
     level: float = 0.95,
@@ -46,13 +49,14 @@ def t_interval(
     from scipy.special import stdtrit  # the quantile of Student's t
 
     _check_level(level)
-    x, n = _values(values), len(values)
+    x = _values(values)
+    n = len(x)
     if n == 1:
         return -math.inf, math.inf
     mean, half = x.mean().item(), float(stdtrit(n - 1, (1 + level) / 2)) * x.std().item() / math.sqrt(n)
     return mean - half, mean + half
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #b3cc28a4
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #d0329c14
 def bootstrap_interval(
     values: Sequence[float] | Tensor,  # (n,) results of independent runs, or of test images
     level: float = 0.95,
@@ -63,7 +67,8 @@ def bootstrap_interval(
     _check_level(level)
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; expected 1 or more")
-    x, n = _values(values), len(values)
+    x = _values(values)
+    n = len(x)
     if n == 1:
         return -math.inf, math.inf
     rng, size = torch.Generator().manual_seed(seed), max(1, 10**7 // n)  # rows at a time, to bound the memory
@@ -83,11 +88,14 @@ class Difference(NamedTuple):
     def holds_zero(self) -> bool:
         return self.low <= 0 <= self.high
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #a38af00a
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #fed7c82e
+_INTERVALS = {"t": t_interval, "bootstrap": bootstrap_interval}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
-    "Scores of several arms on the same seeds; the first arm is the control. `compare` and `from_scores` make one."
-    scores: dict[str, Tensor]  # arm -> (n,) float64, in the order of `seeds`
+class _Scores:
+    "Scores of several arms on the same seeds."
+    scores: dict[str, Tensor]  # arm -> (n,) float64, in the order of `seeds`; the first arm is the control
     seeds: tuple[int, ...]
     level: float = 0.95
     method: str = "t"  # or "bootstrap", from some 20 seeds on
@@ -116,6 +124,10 @@ class Comparison:
     def mean(self, arm: str) -> float:
         "The mean score of an arm."
         return self[arm].mean().item()
+
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #a341a6d2
+class Comparison(_Scores):
+    "Scores of several arms on the same seeds; the first arm is the control. `compare` and `from_scores` make one."
 
     def interval(self, arm: str) -> tuple[float, float]:
         "Where the mean of an arm over all seeds there could be may lie."
@@ -148,10 +160,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         return _html(_table(self))
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #48ceff8b
-_INTERVALS = {"t": t_interval, "bootstrap": bootstrap_interval}
-
-
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #f1cef95c
 def _paired(scores, seeds) -> tuple[dict, tuple]:
     "Checked scores, arm -> (n,), and the n seeds. Raises `ValueError` for no arms, NaN, or numbers that differ."
     rows = {str(arm): _values(row, f"scores of {arm!r}") for arm, row in scores.items()}
@@ -169,11 +178,11 @@ def _paired(scores, seeds) -> tuple[dict, tuple]:
 def _tries(comparison, tries: int | None) -> int:
     "How many comparisons share the risk: as said, or one for each rival of the control."
     tries = max(1, len(comparison.scores) - 1) if tries is None else tries
-    if tries < 1:
-        raise ValueError(f"tries is {tries}; expected 1 or more")
+    if not isinstance(tries, (int, float)) or not tries >= 1:
+        raise ValueError(f"tries is {tries!r}; expected 1 or more")
     return tries
 
-
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #478cf375
 def _shown(mean: float, low: float, high: float, sign: str = "") -> tuple[str, str]:
     "The mean and its interval in text, with as many places as the interval deserves: about two digits of its half."
     half = (high - low) / 2
@@ -193,7 +202,7 @@ def _sentence(comparison, a: str, b: str, tries: int) -> str:
     found += f" ({span}, {n} seeds{f', {tries} tries' if tries > 1 else ''})"
     return f"No winner: {found} holds zero." if name is None else f"{name} wins: {found}."
 
-
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #ee9ef0c1
 def _table(comparison) -> list[list[str]]:
     "Cells: arm, mean with its interval, difference from the control with its interval, verdict; the first row is the head."
     control, percent = next(iter(comparison.scores)), f"{comparison.level * 100:g} %"
@@ -219,7 +228,7 @@ def _html(rows: list[list[str]]) -> str:
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows[1:])
     return f"<table><thead><tr>{line('th', rows[0])}</tr></thead><tbody>{body}</tbody></table>"
 
-
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #72b780cc
 def _plot(comparison, alt: str, title: str | None) -> Picture:
     "Two panels: the scores, each seed's joined by a line, and the differences from the control."
     arms = list(comparison.scores)
@@ -245,18 +254,17 @@ def _dots(ax, row: int, values: Tensor, edges: tuple[float, float]) -> None:
         ax.plot(edges, [row, row], color=PALETTE["black"], marker="|", markersize=11, linewidth=2)
     ax.plot(values.mean().item(), row, "D", color=PALETTE["black"], markersize=5)
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #f0e7471d
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #a9de439f
 def compare(
     arms: Mapping[str, Callable[[int], float]],  # name -> run: seed -> score; the first is the control
     seeds: Sequence[int],  # every arm runs once with each
     progress: bool = True,  # show a bar
     **options,  # `level`, `method`, `lower_is_better`, as in `Comparison`
 ) -> Comparison:
-    "Run all arms on all seeds. Interrupted, it keeps the seeds that every arm has finished. Raises `ValueError`."
+    "Run all arms on all seeds. Interrupted, it keeps the seeds that every arm has finished. Bad input: `TypeError`, `ValueError`."
     from tqdm.auto import tqdm
 
-    if not arms or not len(seeds):
-        raise ValueError(f"got {len(arms)} arms and {len(seeds)} seeds; expected at least one of each")
+    seeds = _plan(arms, seeds, options)
     done, quiet = [], {} if progress else {"disable": True}
     bar = tqdm(total=len(arms) * len(seeds), leave=False, **quiet)
     try:
@@ -267,12 +275,29 @@ def compare(
         if not done:
             raise
         warnings.warn(f"interrupted: the comparison holds {len(done)} of {len(seeds)} seeds", stacklevel=2)
-    return Comparison.from_scores(dict(zip(arms, zip(*done))), list(seeds)[: len(done)], **options)
+    return Comparison.from_scores(dict(zip(arms, zip(*done))), seeds[: len(done)], **options)
+
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #8d0b6103
+def _plan(arms, seeds, options: dict) -> list:
+    "The seeds, once all is refused that can be refused before the first run."
+    if not isinstance(arms, Mapping) or not all(map(callable, arms.values())):
+        raise TypeError(f"arms are {arms!r:.80}; expected a mapping of name -> function of the seed")
+    if not hasattr(seeds, "__iter__"):
+        raise TypeError(f"seeds are {seeds!r}; expected different numbers, such as range(3)")
+    seeds = list(seeds)
+    if not arms or not seeds:
+        raise ValueError(f"got {len(arms)} arms and {len(seeds)} seeds; expected at least one of each")
+    Comparison.from_scores({arm: [0.0] * len(seeds) for arm in arms}, seeds, **options)
+    return seeds
 
 
 def _run(name: str, arm: Callable[[int], float], seed: int, bar) -> float:
-    "One run: a score that is a finite number, or `ValueError`."
-    score = float(arm(seed))
+    "One run: a score that is a finite number, or `TypeError`, `ValueError`."
+    score = arm(seed)
+    try:
+        score = float(score)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"arm {name!r} gave {score!r:.80} for seed {seed}; expected a number: is a return missing?") from None
     if not math.isfinite(score):
         raise ValueError(f"arm {name!r} gave {score} for seed {seed}; expected a finite score")
     bar.set_postfix_str(f"{name}, seed {seed}: {score:.4g}", refresh=False)

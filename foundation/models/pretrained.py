@@ -139,8 +139,8 @@ def rename_bert(
         renamed[key] = value
     return {k: v for k, v in renamed.items() if not k.startswith("pooler.") and k != "embeddings.position_ids"}
 
-# %% ../../nbs/04_models/05_pretrained.ipynb #ab2a9eab
-def load_minilm() -> tuple[BERT, "tokenizers.Tokenizer"]:
+# %% ../../nbs/04_models/05_pretrained.ipynb #f4f010d2
+def load_minilm() -> tuple:  # the BERT, and its tokenizers.Tokenizer, which pads
     """all-MiniLM-L6-v2 (Wang et al. 2020), tuned for sentences by its makers: an encoder, without a trained head, and its tokenizer.
 
     Raises `DataUnavailable` when the weights are neither in the cache nor to be had."""
@@ -153,11 +153,11 @@ def load_minilm() -> tuple[BERT, "tokenizers.Tokenizer"]:
     model = BERT(vocab_size=tokenizer.get_vocab_size(), context=512, dim=384, depth=6, heads=12)
     return _fill(model, rename_bert(load_file(files["weights"])), "minilm", "a BERT of 6 blocks", ("head.", "bias")), tokenizer
 
-# %% ../../nbs/04_models/05_pretrained.ipynb #e42b157a
+# %% ../../nbs/04_models/05_pretrained.ipynb #232e8c88
 @torch.inference_mode()
 def embed_texts(
     model: BERT,
-    tokenizer: "tokenizers.Tokenizer",  # as `load_minilm` gives it: it pads
+    tokenizer,  # a tokenizers.Tokenizer that pads, as `load_minilm` gives it
     texts: list[str],
     batch_size: int = 32,
 ) -> Tensor:  # (n, d), each of length 1, so that a product of two is their cosine

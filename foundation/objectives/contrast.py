@@ -14,21 +14,23 @@ from .divergence import _expect_temperature
 from .likelihood import _expect_floats, _expect_same, _precise, _refuse_nan
 from .likelihood import cross_entropy, log_sum_exp
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #2b23ec72
+# %% ../../nbs/01_objectives/03_contrast.ipynb #afeb725b
 def info_nce(
     scores: Tensor,  # (b, m), m >= b: question i against candidate j; the right one of row i is i
 ) -> Tensor:  # mean of -log(chance of picking the right one) in nats, ()
     """Pick the right one of m: the label is the diagonal; columns beyond b are extra negatives.
 
-    Raises TypeError or ValueError when scores are not a float table with m >= b, or hold NaN.
+    Raises TypeError or ValueError when scores are not a float table with m >= b and m >= 2, or hold NaN.
     van den Oord et al. 2018, equation 4."""
     _expect_floats(scores, "scores", "(b, m)")
     b, m = scores.shape
     if m < b:
         raise ValueError(f"scores have shape ({b}, {m}), expected m >= b: row i needs its column i.")
+    if m < 2:
+        raise ValueError("scores have shape (1, 1), expected m >= 2: with one candidate there is nothing to pick from.")
     return cross_entropy(scores, torch.arange(b, device=scores.device))
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #fd73045f
+# %% ../../nbs/01_objectives/03_contrast.ipynb #42581249
 def _expect_views(a, b, least: int = 2):
     "Refuse two views that are not float tables of the same shape with at least `least` rows"
     _expect_floats(a, "a", "(b, d)")
@@ -37,7 +39,14 @@ def _expect_views(a, b, least: int = 2):
     if len(a) < least:
         raise ValueError(f"got {len(a)} pair, expected at least {least}: with one pair there is nothing to pick from.")
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #d28868a6
+
+def _cosines(z: Tensor) -> Tensor:  # (n, d) -> (n, n)
+    "All cosines in float32 at least, under autocast too: bfloat16 has two or three digits only"
+    with torch.autocast(z.device.type, enabled=False):
+        z = normalize(_precise(z), dim=1)
+        return z @ z.T
+
+# %% ../../nbs/01_objectives/03_contrast.ipynb #e5784647
 def nt_xent(
     a: Tensor,  # first views, (b, d), of any length: they are normalised here
     b: Tensor,  # second views, (b, d); row i belongs to row i of `a`
@@ -49,13 +58,10 @@ def nt_xent(
     Chen et al. 2020, equation 1."""
     _expect_views(a, b)
     _expect_temperature(temperature)
-    n = len(a)
-    with torch.autocast(a.device.type, enabled=False):  # bfloat16 has two or three digits only
-        z = normalize(torch.cat([_precise(a), _precise(b)]), dim=1)
-        scores = (z @ z.T / temperature).fill_diagonal_(-math.inf)
-    partner = torch.arange(2 * n, device=a.device).roll(n)
-    _refuse_nan(z.sum(), a=a, b=b)
-    return cross_entropy(scores, partner)
+    cosines = _cosines(torch.cat([_precise(a), _precise(b)]))  # (2b, 2b)
+    _refuse_nan(cosines.diagonal().sum(), a=a, b=b)
+    partner = torch.arange(len(cosines), device=a.device).roll(len(a))  # row i of a, row i of b
+    return cross_entropy((cosines / temperature).fill_diagonal_(-math.inf), partner)
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #395af8c2
 def alignment(
@@ -71,7 +77,7 @@ def alignment(
     _refuse_nan(distance, a=a, b=b)
     return distance
 
-# %% ../../nbs/01_objectives/03_contrast.ipynb #acfcf0bf
+# %% ../../nbs/01_objectives/03_contrast.ipynb #954c1783
 def uniformity(
     z: Tensor,  # features, (n, d), normalised here
     t: float = 2.0,  # how fast the push falls with distance
@@ -83,10 +89,9 @@ def uniformity(
     _expect_floats(z, "z", "(n, d)")
     if len(z) < 2:
         raise ValueError(f"z has {len(z)} row, expected at least 2: uniformity is about pairs.")
-    if not 0 < t < math.inf:
+    if not isinstance(t, (int, float)) or not 0 < t < math.inf:
         raise ValueError(f"t is {t!r}, expected a finite number above 0.")
-    z = normalize(_precise(z), dim=1)
-    closeness = (2 * t * (z @ z.T - 1)).fill_diagonal_(-math.inf)
+    closeness = (2 * t * (_cosines(z) - 1)).fill_diagonal_(-math.inf)  # -t * distance²
     result = log_sum_exp(closeness.flatten()) - math.log(len(z) * (len(z) - 1))
     _refuse_nan(result, z=z)
     return result

@@ -5,25 +5,28 @@
 # %% auto #0
 __all__ = ['softmax', 'entropy', 'kl', 'js', 'distillation_loss']
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #f88b17a1
+# %% ../../nbs/01_objectives/02_divergence.ipynb #7c67d70d
+from numbers import Real
 import torch
 from torch import Tensor
 from .likelihood import _expect_floats, _expect_same, _may_look, _precise, _refuse_nan, log_softmax
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #1ffdc6d7
+# %% ../../nbs/01_objectives/02_divergence.ipynb #33a6b3d9
 def _expect_temperature(temperature):
-    "Refuse a temperature that is not a number above zero; a tensor (one that is learnt) passes"
+    "Refuse a temperature that is not above zero; it may be a tensor, one that is learnt"
     if isinstance(temperature, Tensor):
-        return
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        wrong = _may_look(temperature) and bool((temperature <= 0).any())  # NaN is left to the training loop
+    else:
+        wrong = not isinstance(temperature, Real) or not 0 < temperature < float("inf")
+    if wrong:
         raise ValueError(f"temperature is {temperature!r}, expected a finite number above 0.")
 
 
-def _expect_distribution(p, name: str):
+def _expect_distribution(p, name: str) -> Tensor:  # the same rows, float32 at least
     "Refuse rows that are not probabilities: none negative, each row summing to one"
     _expect_floats(p, name)
     if not _may_look(p):
-        return
+        return _precise(p)
     if not (p >= 0).all():
         raise ValueError(f"{name} holds negative entries or NaN, expected probabilities; softmax(logits) makes them.")
     slack = 1e-3 if p.dtype in (torch.float32, torch.float64) else 3e-2
@@ -31,32 +34,33 @@ def _expect_distribution(p, name: str):
     if not worst <= slack:
         raise ValueError(f"{name} has a row whose sum is {worst:.3g} away from 1, expected probabilities "
                          "along the last dimension; softmax(logits) makes them.")
+    return _precise(p)
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #4665b50e
+# %% ../../nbs/01_objectives/02_divergence.ipynb #6fb9fd3e
 def softmax(
     logits: Tensor,  # scores, (..., k)
     temperature: float = 1.0,  # above 1 flattens the distribution, below 1 sharpens it
 ) -> Tensor:  # probabilities, (..., k)
-    """Scores to probabilities: `exp(z / T)` divided by its sum over the last dimension.
+    """Scores to probabilities, in float32 at least: `exp(z / T)` divided by its sum over the last dimension.
 
     Raises TypeError or ValueError for logits that are no floats or hold NaN, or unless T > 0."""
     _expect_floats(logits, "logits")
     _expect_temperature(temperature)
-    p = log_softmax(logits / temperature).exp()
+    p = log_softmax(_precise(logits) / temperature).exp()
     _refuse_nan(p, logits=logits)
     return p
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #1f5df3c6
+# %% ../../nbs/01_objectives/02_divergence.ipynb #1f05ba8a
 def entropy(
     p: Tensor,  # probabilities, (..., k)
 ) -> Tensor:  # nats, (...)
     """How uncertain `p` is: `-Σ p log p`, from 0 (sure) to log k (no idea).
 
     Raises TypeError or ValueError when rows are not probabilities. Shannon 1948."""
-    _expect_distribution(p, "p")
+    p = _expect_distribution(p, "p")
     return -torch.xlogy(p, p).sum(-1)
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #c7bf5fc5
+# %% ../../nbs/01_objectives/02_divergence.ipynb #3bb384f1
 def kl(
     p: Tensor,  # the distribution over which the average is taken, (..., k)
     q: Tensor,  # the distribution that is believed, (..., k)
@@ -65,12 +69,11 @@ def kl(
 
     Raises TypeError or ValueError when shapes differ or rows are not probabilities.
     Kullback & Leibler 1951."""
-    _expect_distribution(p, "p")
-    _expect_distribution(q, "q")
+    p, q = _expect_distribution(p, "p"), _expect_distribution(q, "q")
     _expect_same(q, "q", p.shape, p, "p")
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
-# %% ../../nbs/01_objectives/02_divergence.ipynb #dd4f4b5b
+# %% ../../nbs/01_objectives/02_divergence.ipynb #9dff3f77
 def js(
     p: Tensor,  # probabilities, (..., k)
     q: Tensor,  # probabilities, (..., k)
@@ -78,8 +81,7 @@ def js(
     """Jensen-Shannon divergence: the mean KL of both to their midpoint, symmetric and finite.
 
     Raises TypeError or ValueError when shapes differ or rows are not probabilities. Lin 1991."""
-    _expect_distribution(p, "p")
-    _expect_distribution(q, "q")
+    p, q = _expect_distribution(p, "p"), _expect_distribution(q, "q")
     _expect_same(q, "q", p.shape, p, "p")
     middle = (p + q) / 2
     return (kl(p, middle) + kl(q, middle)) / 2

@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['log_sum_exp', 'log_softmax', 'cross_entropy', 'binary_cross_entropy', 'masked_likelihood']
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #b411bab9
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #b1b15360
+from numbers import Real
 import torch
 from torch import Tensor
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #a765d9c0
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #791a9818
 def _expect_floats(
     x,  # what the caller handed in
     name: str,  # its name in the message
-    shape: str = "...",  # e.g. "(b, d)"; "..." lets any shape through
+    shape: str = "(..., k)",  # e.g. "(b, d)"; dots stand for any number of dimensions
 ):
     "Refuse anything but a float tensor of the wanted rank that holds something"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}, expected a float tensor; torch.tensor(...) makes one.")
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}, expected floats; {name}.float() turns it into them.")
-    if x.ndim == 0 or "..." not in shape and x.ndim != shape.count(",") + 1:
+    if x.ndim == 0:
+        raise ValueError(f"{name} is a single number, shape (), expected {shape}; {name}[None] adds a dimension.")
+    if "..." not in shape and x.ndim != shape.count(",") + 1:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}; reshape it to that.")
     if x.numel() == 0:
         raise ValueError(f"{name} is empty, shape {tuple(x.shape)}; hand in at least one row and one column.")
@@ -51,7 +54,7 @@ def _refuse_nan(result: Tensor, **inputs):
         if x.isnan().any():
             raise ValueError(f"{name} holds {int(x.isnan().sum())} NaN among {x.numel()} values; look at the step "
                              "before: a learning rate that is too high, or bad input data.")
-    raise ValueError(f"the result is NaN because {' or '.join(inputs)} holds infinite values; "
+    raise ValueError(f"the result is NaN because {' or '.join(inputs)} holds infinite or far too large values; "
                      "look at the step before: a learning rate that is too high, or bad input data.")
 
 
@@ -59,44 +62,44 @@ def _precise(x: Tensor) -> Tensor:  # float32 or float64
     "Half precision is too coarse for a sum of exponentials: compute in float32 at least"
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #ebb0f0b2
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #d151f98f
 def log_sum_exp(
     x: Tensor,  # any numbers, (..., k)
     dim: int = -1,  # the dimension that is summed away
 ) -> Tensor:  # log of the sum of exp(x), (...)
-    "`log(exp(x).sum(dim))` without overflow: the largest entry is taken out first."
+    "`log(exp(x).sum(dim))` without overflow: the largest entry is taken out first. NaN stays NaN."
     _expect_floats(x, "x")
     peak = x.detach().amax(dim, keepdim=True)
     peak = peak.where(peak.isfinite(), 0)  # a row of -inf stays -inf
     return peak.squeeze(dim) + (x - peak).exp_().sum(dim).log()  # in place: one large table less
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #4e663795
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #eda72de4
 def log_softmax(
     logits: Tensor,  # scores, (..., k)
     dim: int = -1,  # the dimension of the classes
 ) -> Tensor:  # log-probabilities, (..., k)
-    "Scores to log-probabilities: take away what makes them sum to one."
+    "Scores to log-probabilities: take away what makes them sum to one. NaN stays NaN."
     _expect_floats(logits, "logits")
     return logits - log_sum_exp(logits, dim).unsqueeze(dim)
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #66de47c8
-def _expect_labels(labels, logits: Tensor, ignore_index: int | None):
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #60f4eb0b
+def _expect_labels(labels, logits: Tensor, ignore_index: int | None, name: str = "labels"):
     "Refuse labels that are not whole numbers from 0 to k - 1, one for each row of logits"
     whole = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     if not isinstance(labels, Tensor) or labels.dtype not in whole:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels are {kind}, expected class numbers as an int64 tensor; labels.long() makes them.")
-    _expect_same(labels, "labels", logits.shape[:-1], logits, "logits")
+        raise TypeError(f"{name} are {kind}, expected class numbers as an int64 tensor; {name}.long() makes them.")
+    _expect_same(labels, name, logits.shape[:-1], logits, "logits")
     if not _may_look(labels):
         return
     seen = labels if ignore_index is None else labels[labels != ignore_index]
     if seen.numel() == 0:
-        raise ValueError(f"every label is ignore_index ({ignore_index}): nothing is left to average; skip this batch.")
+        raise ValueError(f"all {name} are ignore_index ({ignore_index}): nothing is left to average; skip this batch.")
     low, high, k = int(seen.min()), int(seen.max()), logits.shape[-1]
     if low < 0 or high >= k:
-        raise ValueError(f"labels run from {low} to {high}, expected 0 to {k - 1} for logits with {k} classes.")
+        raise ValueError(f"{name} run from {low} to {high}, expected 0 to {k - 1} for logits with {k} classes.")
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #c499d57c
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #3a96749e
 def cross_entropy(
     logits: Tensor,  # scores, (..., k): the classes come last
     labels: Tensor,  # class numbers, (...)
@@ -110,8 +113,8 @@ def cross_entropy(
     Smoothing: Szegedy et al. 2016, section 7."""
     _expect_floats(logits, "logits")
     _expect_labels(labels, logits, ignore_index)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}, expected a share from 0 to 1.")
+    if not isinstance(label_smoothing, Real) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing!r}, expected a share from 0 to 1.")
     z = _precise(logits)
     kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     target = z.gather(-1, labels.long().where(kept, 0)[..., None])[..., 0]
@@ -121,7 +124,7 @@ def cross_entropy(
     _refuse_nan(loss, logits=logits)
     return loss
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #80b34740
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #be6447dc
 def binary_cross_entropy(
     logits: Tensor,  # one score for each yes-or-no question, any shape
     targets: Tensor,  # the answers, 0 to 1, the same shape
@@ -136,11 +139,11 @@ def binary_cross_entropy(
     if _may_look(targets) and not (targets.amin() >= 0 and targets.amax() <= 1):
         raise ValueError(f"targets run from {targets.min():g} to {targets.max():g}, expected 0 to 1.")
     z, y = _precise(logits), _precise(targets)
-    loss = (z.clamp(min=0) + (-z.abs()).exp().log1p() - y * z).mean()
+    loss = (torch.logaddexp(z, torch.zeros_like(z)) - y * z).mean()
     _refuse_nan(loss, logits=logits, targets=targets)
     return loss
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #34e3feb3
+# %% ../../nbs/01_objectives/01_likelihood.ipynb #16208040
 def masked_likelihood(
     logits: Tensor,  # a score for each word of the vocabulary at each place, (b, n, v)
     targets: Tensor,  # the words that stood there, (b, n)
@@ -155,7 +158,7 @@ def masked_likelihood(
         kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
         raise TypeError(f"visible is {kind}, expected bool: True where the model saw the word.")
     _expect_same(visible, "visible", logits.shape[:-1], logits, "logits")
-    _expect_labels(targets, logits, None)
+    _expect_labels(targets, logits, None, "targets")
     if _may_look(visible) and visible.all():
         raise ValueError("every place is visible: nothing is masked, so there is nothing to predict.")
     return cross_entropy(logits, targets.long().masked_fill(visible, -100), ignore_index=-100)
