@@ -92,8 +92,7 @@ def test_same_bytes_in_a_new_process():
 def test_live_panel_moves_and_survives_an_error():
     pytest.importorskip("ipywidgets")
     explorer = Explorer(lambda n, up: 1 / n + up, [make_dial("n", (0, 3), 1), make_dial("up", False)], "t")
-    _, controls, view = explorer.panel.children
-    dial, box = controls.children
+    _, dial, box, view = explorer.panel.children
     assert "1" in view.value
     dial.value = 0
     assert "ZeroDivisionError" in view.value

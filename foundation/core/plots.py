@@ -297,7 +297,7 @@ def _edges(
             raise ValueError(f"the interval of {name!r} is {pair.tolist()}: expected (low, high) round its {mean:.4g}")
     return pairs
 
-# %% ../../nbs/00_core/02_plots.ipynb #2fef16ed
+# %% ../../nbs/00_core/02_plots.ipynb #31d652b4
 def plot_matrix(
     matrix,                                      # (r, c)
     *,
@@ -319,7 +319,7 @@ def plot_matrix(
     look.setdefault("size", _room(r, c, rows, columns))
 
     def paint(ax):
-        image = ax.imshow(matrix, **_shades(matrix, limits))
+        image = ax.imshow(matrix, aspect="auto", **_shades(matrix, limits))  # a fixed aspect would cut off long labels
         ax.grid(False)
         for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(integer=True)
         if not form: ax.figure.colorbar(image, ax=ax)

@@ -236,7 +236,7 @@ def debounced(
 
     return call
 
-# %% ../../nbs/00_core/03_widgets.ipynb #f9e46c96
+# %% ../../nbs/00_core/03_widgets.ipynb #1e816a17
 @dataclass(frozen=True, eq=False, repr=False)
 class Explorer:
     "A function with dials; shows itself as the last value of a cell. Made by `explore`."
@@ -288,7 +288,7 @@ class Explorer:
         for control in controls: control.observe(move, names="value")
         show()
         title = ipywidgets.HTML(f"<b>{html.escape(self.title)}</b>")
-        return ipywidgets.VBox([title, ipywidgets.HBox(controls, layout={"flex_flow": "row wrap"}), view])
+        return ipywidgets.VBox([title, *controls, view])
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         text = {"text/plain": f"explore: {self.title}, dials {_listed(d.name for d in self.dials)}"}
