@@ -40,7 +40,7 @@ from .models.convnets import ConvNet, ResNet
 from .models.pretrained import load_weights, read_card
 from .pretraining.contrastive import pretrain, two_views
 
-# %% ../nbs/00_tour.ipynb #f51b1257
+# %% ../nbs/00_tour.ipynb #6ece6062
 @dataclass(frozen=True)
 class Plan:
     "How long the parts of the tour run, in steps and never in seconds, so that every machine does the same work."
@@ -62,8 +62,8 @@ class Plan:
     checked: bool = True  # a short tour is too short for its accuracies to mean anything
 
 
-SHORT = Plan(pretrain=6, looks=2, seeds=(0, 1), rates=(1e-3,), gentle_rates=(1e-3,), student_rates=(1e-2,), trials=(100,), finetune=6, distil=8, teacher=8, student=12, recover=10,
-             pictures=4096, tests=1000, checked=False)
+SHORT = Plan(pretrain=6, looks=2, seeds=(0, 1), rates=(1e-3,), gentle_rates=(1e-3,), student_rates=(1e-2,), trials=(100,),
+             finetune=6, distil=8, teacher=8, student=12, recover=10, pictures=4096, tests=1000, checked=False)
 
 
 def choose_plan(short: bool | None = None) -> Plan:
@@ -74,9 +74,8 @@ def choose_plan(short: bool | None = None) -> Plan:
 def load_data(plan: Plan) -> ImageSet:
     "Fashion-MNIST, or digits with a warning; the first pictures of it if the plan is short."
     data = load_images(fallback=True)
-    cut = {f"{part}_{kind}": getattr(data, f"{part}_{kind}")[:n] for part, n in (("train", plan.pictures), ("test", plan.tests))
-           for kind in ("images", "labels")}
-    return replace(data, **cut)
+    sizes = {"train_images": plan.pictures, "train_labels": plan.pictures, "test_images": plan.tests, "test_labels": plan.tests}
+    return replace(data, **{part: getattr(data, part)[:n] for part, n in sizes.items()})
 
 # %% ../nbs/00_tour.ipynb #d4adbfb0
 class Live(NamedTuple):
@@ -137,7 +136,7 @@ def embedding(encoder: nn.Module, data: ImageSet, count: int = 600) -> Tensor:  
     features = nn.functional.normalize(encode_all(encoder, data.test_images[:count], transform=data.floats), dim=1)
     return torch.from_numpy(TSNE(random_state=0, init="pca", perplexity=30).fit_transform(features.numpy()))
 
-# %% ../nbs/00_tour.ipynb #92383fb4
+# %% ../nbs/00_tour.ipynb #1ad838bf
 class Few(NamedTuple):
     "What comes of learning from few labels."
     comparison: Comparison  # arms: pixels, from scratch, pretrained
@@ -147,31 +146,32 @@ class Few(NamedTuple):
     dev: Tensor  # indices of the pictures on which learning rates are picked
 
 
-def few_label_model(data: ImageSet, plan: Plan, pretrained: bool, index: Tensor, rate: float, seed: int) -> nn.Module:
+def few_label_model(
+    data: ImageSet, plan: Plan, pretrained: bool, index: Tensor, rate: float, seed: int
+) -> nn.Module:
     "One run: a model fine-tuned on the pictures `index`."
     seed_everything(seed)
-    model, images, labels = shipped_encoder() if pretrained else fresh_encoder(data), data.train_images[index], data.train_labels[index]
-    if pretrained:  # features that mean something deserve a fitted head; random ones do better with a random head
-        fit_head(model, data.floats(images), labels)
-    finetune(model, images, labels, gentle(data), steps=plan.finetune, lr=rate, head_lr=rate, seed=seed)
+    model = shipped_encoder() if pretrained else fresh_encoder(data)
+    x, y = data.train_images[index], data.train_labels[index]
+    if pretrained:  # features that mean something deserve a fitted head; random ones like a random head better
+        fit_head(model, data.floats(x), y)
+    finetune(model, x, y, gentle(data), steps=plan.finetune, lr=rate, head_lr=rate, seed=seed)
     return model
 
 
 def learn_from_few(data: ImageSet, plan: Plan) -> Few:
     "Pretrained against scratch against pixels: same labels, same steps, each with a learning rate of its own choice."
     pool, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
-    dev = dev[:1000]
     draw = lambda seed: pool[few_labels(data.train_labels[pool], plan.labels, seed)]
-    run = lambda arm, seed, rate: few_label_model(data, plan, arm == "pretrained", draw(seed), rate, seed)
-    scores, rates, teachers = {"pixels": pixel_scores(data, [draw(s) for s in plan.seeds], draw(plan.trials[0]), dev)}, {}, []
-    for arm in ("from scratch", "pretrained"):
-        choice = plan.gentle_rates if arm == "pretrained" else plan.rates
-        on_dev = lambda rate: sum(score(run(arm, seed, rate), data.train_images[dev], data.train_labels[dev], data) for seed in plan.trials)
-        rates[arm] = max(choice, key=on_dev)
-        models = [run(arm, seed, rates[arm]) for seed in plan.seeds]
-        scores[arm] = [score(model, data.test_images, data.test_labels, data) for model in models]
-        teachers = models
-    return Few(Comparison.from_scores(scores, plan.seeds), rates, teachers, [draw(s) for s in plan.seeds], dev)
+    draws, dev = [draw(seed) for seed in plan.seeds], dev[:1000]
+    on_dev = lambda model: score(model, data.train_images[dev], data.train_labels[dev], data)
+    scores, rates, teachers = {"pixels": pixel_scores(data, draws, draw(plan.trials[0]), dev)}, {}, []
+    for arm, choice in (("from scratch", plan.rates), ("pretrained", plan.gentle_rates)):
+        run = lambda seed, rate: few_label_model(data, plan, arm == "pretrained", draw(seed), rate, seed)
+        rates[arm] = max(choice, key=lambda rate: sum(on_dev(run(seed, rate)) for seed in plan.trials))
+        teachers = [run(seed, rates[arm]) for seed in plan.seeds]  # those of the last arm are kept
+        scores[arm] = [score(model, data.test_images, data.test_labels, data) for model in teachers]
+    return Few(Comparison.from_scores(scores, plan.seeds), rates, teachers, draws, dev)
 
 # %% ../nbs/00_tour.ipynb #fd6ccce9
 def gentle(data: ImageSet) -> Augment:
@@ -191,7 +191,7 @@ def pixel_scores(data: ImageSet, draws: list[Tensor], trial: Tensor, dev: Tensor
     l2 = max((1e-2, 1e-1, 1.0), key=lambda l2: accuracy(fit(trial, l2)(x[dev]), data.train_labels[dev]))
     return [accuracy(fit(index, l2)(tests), data.test_labels) for index in draws]
 
-# %% ../nbs/00_tour.ipynb #5616f20c
+# %% ../nbs/00_tour.ipynb #7946bd79
 class Distilled(NamedTuple):
     "What comes of distilling the few-label teachers."
     teacher: list[float]  # accuracies, one for each seed
@@ -199,7 +199,9 @@ class Distilled(NamedTuple):
     rates: dict[str, float]  # what each arm picked
 
 
-def few_label_student(data: ImageSet, plan: Plan, index: Tensor, answers: Tensor | None, rate: float, seed: int) -> nn.Module:
+def few_label_student(
+    data: ImageSet, plan: Plan, index: Tensor, answers: Tensor | None, rate: float, seed: int
+) -> nn.Module:
     "A tiny student: with a teacher's answers for all pictures, or on the labelled pictures `index` alone."
     seed_everything(seed)
     student, x, y = fresh_student(data), data.train_images, data.train_labels
@@ -207,25 +209,26 @@ def few_label_student(data: ImageSet, plan: Plan, index: Tensor, answers: Tensor
         distil(student, x, answers, gentle(data), steps=plan.distil, lr=rate, seed=seed, title=f"student {seed}")
     else:
         index = index.repeat(-(-256 // len(index)))  # so that both see 256 pictures a step
-        finetune(student, x[index], y[index], gentle(data), steps=plan.distil, lr=rate, head_lr=rate, batch_size=256, seed=seed,
-                 title=f"control {seed}")
+        finetune(student, x[index], y[index], gentle(data), steps=plan.distil, lr=rate, head_lr=rate, batch_size=256,
+                 seed=seed, title=f"control {seed}")
     return student
 
 
 def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Distilled:
-    "A tiny student taught by each few-label teacher on all pictures without labels, against one that has only the labels."
-    answers = [predict(teacher, data.train_images, precision=_fast(), transform=data.floats) for teacher in few.teachers]
-    on = lambda model, images, labels: score(model, images, labels, data)
+    "A tiny student taught by each few-label teacher on all pictures, against one that has only the labelled ones."
+    x = data.train_images
+    answers = [predict(teacher, x, precision=_fast(), transform=data.floats) for teacher in few.teachers]
+    on_dev = lambda model: score(model, x[few.dev], data.train_labels[few.dev], data)
     scores, rates = {}, {}
-    for arm, taught in (("no teacher", False), ("distilled", True)):
-        run = lambda i, rate: few_label_student(data, plan, few.draws[i], answers[i] if taught else None, rate, plan.seeds[i])
+    for arm, taught in (("no teacher", [None] * len(answers)), ("distilled", answers)):
+        run = lambda i, rate: few_label_student(data, plan, few.draws[i], taught[i], rate, plan.seeds[i])
         tried = {rate: run(0, rate) for rate in plan.student_rates}
-        rates[arm] = max(tried, key=lambda rate: on(tried[rate], data.train_images[few.dev], data.train_labels[few.dev]))
-        students = [tried[rates[arm]], *(run(i, rates[arm]) for i in range(1, len(plan.seeds)))]
-        scores[arm] = [on(student, data.test_images, data.test_labels) for student in students]
+        rates[arm] = max(tried, key=lambda rate: on_dev(tried[rate]))
+        students = [tried[rates[arm]], *(run(i, rates[arm]) for i in range(1, len(answers)))]
+        scores[arm] = [score(student, data.test_images, data.test_labels, data) for student in students]
     return Distilled(few.comparison["pretrained"].tolist(), Comparison.from_scores(scores, plan.seeds), rates)
 
-# %% ../nbs/00_tour.ipynb #792ac13d
+# %% ../nbs/00_tour.ipynb #4695f342
 def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     "A teacher fine-tuned on all labels, its student, and both of them pruned with recovery."
     seed_everything(0)
@@ -234,7 +237,7 @@ def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     finetune(teacher, x, y, augment, steps=plan.teacher, lr=1e-3, batch_size=256, title="teacher, all labels")
     answers = predict(teacher, x, precision=_fast(), transform=data.floats)
     student = fresh_student(data)
-    mirror = Augment(area=(1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std)  # the answers are for whole pictures
+    mirror = Augment(area=(1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std)
     teach = dict(labels=y, hard=0.5, augment=mirror)
     distil(student, x, answers, steps=plan.student, lr=1e-2, title="student", **teach)
     return {
@@ -280,7 +283,7 @@ def account(nets: dict[str, nn.Module], data: ImageSet, folder: Path) -> list[di
         speeds = compare_latency(predicts, example[:1])
     return [row | speed for row, speed in zip(rows, speeds.values())]
 
-# %% ../nbs/00_tour.ipynb #1b8c8173
+# %% ../nbs/00_tour.ipynb #41c2d850
 def _format(name):
     "How PyTorch's file of a network is written: pruned ones as a mask and the kept numbers"
     return ("sparse", "fp32") if "pruned" in name else ("fp32",)
@@ -307,14 +310,16 @@ class Table:
 
 def stage_table(stages: list[dict]) -> Table:
     "The account as people read it."
-    rows = [[s["name"], s["runtime"], "{:.1f} ({:.1f}–{:.1f})".format(*(100 * v for v in (s["accuracy"], *s["interval"]))),
+    percent = lambda s: "{:.1f} ({:.1f}–{:.1f})".format(*(100 * v for v in (s["accuracy"], *s["interval"])))
+    rows = [[s["name"], s["runtime"], percent(s),
              f"{s['nonzero']:,}", f"{s['bytes'] / 1e3:,.0f}", f"{s['macs'] / 1e6:.2f}", f"{s['latency_ms']:.3f}",
              f"{s['images_per_second']:,.0f}"] for s in stages]
-    return Table(["network", "runtime", "accuracy %", "non-zeros", "kB on disk", "million MACs", "ms a picture", "pictures/s"], rows)
+    return Table(["network", "runtime", "accuracy %", "non-zeros", "kB on disk", "million MACs", "ms a picture",
+                  "pictures/s"], rows)
 
-# %% ../nbs/00_tour.ipynb #5c649dd3
+# %% ../nbs/00_tour.ipynb #68f43d1d
 def gains(stages: list[dict]) -> dict:
-    "Every row against the teacher in fp32: points lost, times smaller than its PyTorch file, times faster in the same runtime."
+    "Every row against the teacher in fp32: points lost, times smaller (its PyTorch file), times faster (same runtime)."
     teacher = {s["runtime"]: s for s in stages if s["name"] == "teacher"}
     return {f"{s['name']} ({s['runtime']})": dict(
         points_lost=100 * (teacher[s["runtime"]]["accuracy"] - s["accuracy"]),
