@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from foundation.evaluation import probes, scores
-from foundation.evaluation.comparison import Comparison, bootstrap_interval, compare, t_interval
+from foundation.evaluation.comparison import Comparison, bootstrap_interval, compare, label_curve, plot_label_curve, t_interval
 
 few = settings(max_examples=40, deadline=None)
 finite = st.floats(-1e3, 1e3, allow_nan=False)
@@ -337,3 +337,55 @@ def test_coverage_is_what_the_level_says():
     for level in (0.5, 0.95):
         held = sum(low <= 0 <= high for low, high in (t_interval(row, level) for row in x)) / len(x)
         assert abs(held - level) < 4 * math.sqrt(level * (1 - level) / len(x))
+
+
+# few labels ---------------------------------------------------------------------------------------
+
+class Headed(nn.Module):
+    "The smallest model with a head"
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_fine_tuning_moves_the_head_and_the_rest_at_their_own_rates(table):
+    x, y = table[0], table[1] % 3
+    old, new = Headed(), probes.fine_tune(Headed(), [(x, y)], steps=1, lr=1e-4, head_lr=1e-2, weight_decay=0.0)
+    moved = lambda part: (getattr(new, part).weight - getattr(old, part).weight).abs().max().item()
+    assert moved("body") == pytest.approx(1e-4, rel=0.05)  # Adam's first step is as long as the rate
+    assert moved("head") == pytest.approx(1e-2, rel=0.05)
+    default = probes.fine_tune(Headed(), [(x, y)], steps=1, lr=1e-4, weight_decay=0.0)
+    assert (default.head.weight - old.head.weight).abs().max().item() == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("model, rates, error, says", [
+    (nn.ReLU(), dict(lr=0.1), TypeError, "no `head`"), (Headed(), dict(lr=0.0), ValueError, "lr=0.0"),
+    (Headed(), dict(lr=0.1, head_lr=-1.0), ValueError, "head_lr=-1.0")])
+def test_what_cannot_be_fine_tuned_is_refused(table, model, rates, error, says):
+    with pytest.raises(error, match=says):
+        probes.fine_tune(model, [table], steps=1, **rates)
+
+
+def test_a_label_curve_asks_each_arm_for_each_count_and_seed():
+    asked = []
+    arm = lambda count, seed: asked.append((count, seed)) or count + seed
+    curve = label_curve({"a": arm, "b": lambda count, seed: -count}, counts=(5, 10), seeds=(3, 4), progress=False)
+    assert asked == [(5, 3), (5, 4), (10, 3), (10, 4)]
+    assert curve[10]["a"].tolist() == [13, 14] and curve[5].mean("b") == -5
+    assert plot_label_curve(curve, alt="two lines").alt == "two lines"
+
+
+@pytest.mark.parametrize("counts", [(), (0,), (5, 5), (2.5,), (True,)])
+def test_a_label_curve_needs_counts(counts):
+    with pytest.raises(ValueError, match="counts"):
+        label_curve({"a": lambda count, seed: 0.0}, counts=counts)
+
+
+def test_a_label_curve_refuses_what_is_no_arm():
+    with pytest.raises(TypeError, match="arms"):
+        label_curve({"a": 3})

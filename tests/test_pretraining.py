@@ -9,9 +9,9 @@ import foundation.pretraining.contrastive as contrastive
 import foundation.training.checkpoint as checkpoint
 from foundation.data.augment import Augment
 from foundation.data.images import few_labels, load_images
-from foundation.evaluation.probes import encode_all, fit_linear
+from foundation.evaluation.probes import encode_all, fit_head, fit_linear
 from foundation.evaluation.scores import predict
-from foundation.finetuning.loop import finetune, fit_head
+from foundation.finetuning.loop import finetune
 from foundation.models.convnets import ResNet
 from foundation.models.pretrained import load_weights
 
