@@ -1,6 +1,6 @@
 # `make help` lists what there is; each target sets up what it needs. PYTHON=/path/to/python3.12 picks a Python.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab tour test export stamp run docs readme quarto weights clean distclean
+.PHONY: help setup lab tour test export stamp run docs readme quarto weights bench clean distclean
 BIN := .venv/bin
 export PYTHON
 
@@ -40,8 +40,13 @@ docs: setup ## the site in _site/ and README.md, from the notebooks as they stan
 quarto: setup ## the site through nbdev_docs, for those who have Quarto
 	PYTHONPATH=docs $(BIN)/nbdev_docs
 
-weights: setup ## train the shipped weights again (about an hour on two cores)
+weights: setup ## train the shipped weights again, one after the other (hours on two cores; goes on where it was stopped)
+	$(BIN)/python -c "from foundation.pretraining.masked_text import make_weights; make_weights()"
 	$(BIN)/python -c "from foundation.pretraining.contrastive import make_weights; make_weights()"
+	$(BIN)/python -c "from foundation.pretraining.masked_image import make_rivals, make_weights; make_weights(), make_rivals()"
+
+bench: setup ## our training steps against transformers and lightly: a table and bench/results.json (about five quiet minutes)
+	$(BIN)/python -m bench
 
 clean: ## remove what was built; the data cache and .venv stay
 	rm -rf _site _proc _docs build dist runs *.egg-info .pytest_cache .hypothesis docs/_static/vendor nbs/_quarto.yml nbs/nbdev.yml
