@@ -332,6 +332,11 @@ def test_the_bootstrap_of_many_values_agrees_with_t():
     assert bootstrap_interval(x) == bootstrap_interval(x) != bootstrap_interval(x, seed=1)
 
 
+def test_differences_that_agree_to_rounding_stay_readable():
+    runs = Comparison.from_scores({"a": [0.1, 0.2, 0.3], "b": [0.1 + 0.202, 0.2 + 0.202, 0.3 + 0.202]})
+    assert "+0.202000 " in repr(runs)
+
+
 def test_coverage_is_what_the_level_says():
     x = torch.randn(400, 3, generator=torch.Generator().manual_seed(2), dtype=torch.double)
     for level in (0.5, 0.95):

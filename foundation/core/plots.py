@@ -200,7 +200,7 @@ def band(
         return tuple(np.quantile(values[draws].mean(1), [.025, .975], axis=0))
     raise ValueError(f'interval is {interval!r}: expected "sd" or "bootstrap"')
 
-# %% ../../nbs/00_core/02_plots.ipynb #e499bf17
+# %% ../../nbs/00_core/02_plots.ipynb #8c827980
 def plot_curves(
     curves,                        # name -> (n,) or (seeds, n); or one such array alone
     *,
@@ -221,7 +221,8 @@ def plot_curves(
             ax.plot(at, mean, color=colour, linestyle=dash, marker=marker, markevery=every, label=name)
             if edges: ax.fill_between(at, *edges, color=colour, alpha=.18, linewidth=0)
         if series[0][0]:
-            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, handlelength=3.2)
+            columns = min(4, 72 // (6 + max(len(name) for name, *_ in series))) or 1  # long names stand in fewer columns
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, handlelength=3.2)
 
     return draw(paint, alt=alt, title=title, xlabel=xlabel, ylabel=ylabel, **look)
 

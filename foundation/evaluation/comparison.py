@@ -183,11 +183,11 @@ def _tries(comparison, tries: int | None) -> int:
         raise ValueError(f"tries is {tries!r}; expected 1 or more")
     return tries
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #478cf375
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #250ca29d
 def _shown(mean: float, low: float, high: float, sign: str = "") -> tuple[str, str]:
     "The mean and its interval in text, with as many places as the interval deserves: about two digits of its half."
     half = (high - low) / 2
-    form = f"{sign}.{max(0, 1 - math.floor(math.log10(half / 2)))}f" if 0 < half < math.inf else f"{sign}.4g"
+    form = f"{sign}.{min(6, max(0, 1 - math.floor(math.log10(half / 2))))}f" if 0 < half < math.inf else f"{sign}.4g"
     mean, low, high = (format(x, form).replace("-", "−") for x in (mean, low, high))
     return mean, f"{low} to {high}" if half < math.inf else "no interval"
 
@@ -305,7 +305,7 @@ def _run(name: str, arm: Callable[[int], float], seed: int, bar) -> float:
     bar.update()
     return score
 
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #e45153be
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #021b3d5d
 def label_curve(
     arms: Mapping[str, Callable[[int, int], float]],  # name -> run: (count of labels, seed) -> score; the first is the control
     counts: Sequence[int] = (50, 100, 1000),
@@ -327,7 +327,9 @@ def plot_label_curve(
     ylabel: str = "test accuracy",
 ) -> Picture:
     "A line for each arm, with a band of one standard deviation over the seeds."
+    from matplotlib.scale import LogScale
+
     counts, scores = list(curve), [c.scores for c in curve.values()]
     lines = {arm: torch.stack([s[arm] for s in scores], 1) for arm in scores[0]}
-    return plot_curves(lines, x=counts, alt=alt, title=title, xlabel="labelled examples", ylabel=ylabel, xscale="log",
-                       xticks=counts, xticklabels=[f"{n:,}" for n in counts])
+    return plot_curves(lines, x=counts, alt=alt, title=title, xlabel="labelled examples", ylabel=ylabel,
+                       xscale=LogScale(None, subs=[]), xticks=counts, xticklabels=[f"{n:,}" for n in counts])
