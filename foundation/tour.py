@@ -8,7 +8,7 @@ __all__ = ['SHORT', 'Plan', 'choose_plan', 'load_data', 'Live', 'pretrain_live',
            'pixel_scores', 'Distilled', 'few_label_student', 'learn_from_teacher', 'train_for_use', 'account', 'Table',
            'stage_table', 'gains', 'not_faster', 'run', 'collect', 'check_claims', 'report']
 
-# %% ../nbs/00_tour.ipynb #ca43c697
+# %% ../nbs/00_tour.ipynb #39975f25
 import copy
 import html
 import json
@@ -33,9 +33,9 @@ from .data.augment import Augment
 from .data.images import ImageSet, few_labels, load_images, split
 from .deployment.export import OnnxModel, compare_latency, export_onnx, quantize_onnx
 from .evaluation.comparison import Comparison
-from .evaluation.probes import encode_all, fit_linear, knn_accuracy
+from .evaluation.probes import encode_all, fit_head, fit_linear, knn_accuracy
 from .evaluation.scores import accuracy, predict, wilson_interval
-from .finetuning.loop import finetune, fit_head
+from .finetuning.loop import finetune
 from .models.convnets import ConvNet, ResNet
 from .models.pretrained import load_weights, read_card
 from .pretraining.contrastive import pretrain, two_views

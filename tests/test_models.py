@@ -266,6 +266,23 @@ def test_a_card_with_an_unknown_architecture_is_refused(tmp_path):
         load_weights("it", folder=tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["no mask", "padding", "documents", "one view for all"])
+def test_asking_a_few_places_gives_what_asking_all_gives(kind):
+    "In the last block only the places look around; logits and gradients must not notice."
+    torch.manual_seed(0)
+    model, tokens, places = BERT(100, context=16, dim=32, depth=2, segments=0), torch.randint(100, (3, 12)), torch.rand(3, 12) < 0.3
+    places[1] = False  # a row that asks nothing
+    owner = torch.arange(12) // 4
+    documents = (owner[:, None] == owner[None])[None, None]
+    mask = {"no mask": None, "padding": (torch.arange(12) < 9).expand(3, 12), "documents": documents.expand(3, 1, 12, 12),
+            "one view for all": documents}[kind]
+
+    def outcome(logits):
+        return logits, torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+
+    torch.testing.assert_close(outcome(model(tokens, mask, places=places)), outcome(model(tokens, mask)[places]), rtol=1e-4, atol=1e-4)
+
+
 # Real weights ---------------------------------------------------------------------------------------------------------
 
 

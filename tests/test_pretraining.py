@@ -13,7 +13,8 @@ from foundation.evaluation.probes import encode_all, fit_head, fit_linear
 from foundation.evaluation.scores import predict
 from foundation.finetuning.loop import finetune
 from foundation.models.convnets import ResNet
-from foundation.models.pretrained import load_weights
+from foundation.models.pretrained import WEIGHTS, load_weights, read_card
+from foundation.pretraining.masked_image import PatchDecoder
 
 STAGES = dict(epochs=2, lr=1e-3, temperature=0.2), dict(epochs=2, lr=1e-3, temperature=0.5)
 
@@ -36,6 +37,8 @@ def test_a_stopped_recipe_goes_on_to_the_same_weights(digits, tmp_path, monkeypa
     few = replace(digits, train_images=digits.train_images[:640], train_labels=digits.train_labels[:640])
     monkeypatch.setattr(contrastive, "load_images", lambda: few)
     monkeypatch.setattr(contrastive, "ResNet", small)
+    judged = contrastive.label_efficiency
+    monkeypatch.setattr(contrastive, "label_efficiency", lambda *args, **options: judged(*args, **options | dict(steps=2)))
 
     def recipe(name, stop=None):
         monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / name))
@@ -120,3 +123,20 @@ def test_fine_tuning_refuses(digits, change, words):
     good = dict(labels=torch.tensor([0, 1, 2, 3]), steps=1, lr=1e-3)
     with pytest.raises(ValueError, match=words):
         finetune(small(), digits.train_images[:4], augment=Augment(), **good | change)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in WEIGHTS.glob("*.safetensors")))
+def test_a_shipped_file_is_small_and_its_card_tells_how_it_was_made(name):
+    card = read_card(name)
+    assert (WEIGHTS / f"{name}.safetensors").stat().st_size <= 6e6
+    assert card["steps"] > 0 and card["seconds"] > 0 and card["data"] and card["hardware"] and card["sha256"]
+    assert card["loss_last"] < card["loss_first"]
+    model = load_weights(name, PatchDecoder(**card["config"]) if card["architecture"] == "PatchDecoder" else None)
+    assert not model.training and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_cards_keep_what_was_promised():
+    text, image = read_card("bert_glosses")["metrics"], read_card("vit_mae")["metrics"]["label_efficiency"]
+    assert text["masked_accuracy"] >= 3 * text["unigram_accuracy"]
+    mean = lambda arm: sum(image[arm]["100"]) / len(image[arm]["100"])
+    assert mean("fine-tuned") >= mean("from scratch") + 0.10

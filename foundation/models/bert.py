@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers.block import Block
 from ..layers.embedding import TokenEmbedding, _expect_sizes
 
-# %% ../../nbs/04_models/03_bert.ipynb #13ff681a
+# %% ../../nbs/04_models/03_bert.ipynb #c5df8385
 class BERT(nn.Module):
     "An encoder that sees both sides of each token: ids (b, n) → logits over the vocabulary (b, n, v) (Devlin et al. 2018)."
 
@@ -47,11 +47,14 @@ class BERT(nn.Module):
         segments: Tensor | None = None,  # (b, n); all 0 where not given
     ) -> Tensor:  # (b, n, d)
         "What each token means among the others."
+        return self._read(self.blocks, tokens, mask, segments)[0]
+
+    def _read(self, blocks, tokens, mask, segments):
         x = self.drop(self.norm(self.embedding(tokens, segments)))
         visible = _visible(mask, tokens)
-        for block in self.blocks:
+        for block in blocks:
             x = block(x, visible)
-        return x
+        return x, visible
 
     def forward(
         self,
@@ -60,12 +63,13 @@ class BERT(nn.Module):
         segments: Tensor | None = None,  # (b, n)
         places: Tensor | None = None,  # logits only where True, (b, n)
     ) -> Tensor:  # (b, n, v), or (places.sum(), v) in reading order
-        x = self.encode(tokens, mask, segments)
-        if places is not None:  # most tokens are not hidden: the widest product of all is spared for them
-            x = _take(x, places, tokens)
+        if places is None:
+            x = self.encode(tokens, mask, segments)
+        else:  # most tokens are not hidden: the last block need not finish them, and the head, the widest product, skips them
+            x = _answer(self.blocks[-1], *self._read(self.blocks[:-1], tokens, mask, segments), _expect_places(places, tokens))
         return nn.functional.linear(self.head(x), self.embedding.token.weight, self.bias)
 
-# %% ../../nbs/04_models/03_bert.ipynb #1c2b197a
+# %% ../../nbs/04_models/03_bert.ipynb #ab18cd95
 def _expect_mask(mask, tokens, name):
     "Refuse anything but booleans of the tokens' shape"
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tokens.shape:
@@ -74,12 +78,25 @@ def _expect_mask(mask, tokens, name):
     return mask
 
 
-def _take(x, places, tokens):  # (b, n, d) -> (count, d)
-    "The rows of the places that are asked for, in reading order"
-    rows = x[_expect_mask(places, tokens, "places")]
-    if not len(rows):
+def _expect_places(places, tokens):
+    "Refuse places that ask for nothing"
+    if not _expect_mask(places, tokens, "places").any():
         raise ValueError("places is False everywhere, so no place is asked for; hide at least one token of the batch")
-    return rows
+    return places
+
+
+def _answer(block, x, visible, places):  # (b, n, d) -> (count, d)
+    "The last block for some places: all tokens are looked at, but only these look. In reading order"
+    count = places.sum(1, keepdim=True)
+    most = int(count.max())
+    index = (~places).byte().argsort(dim=1, stable=True)[:, :most]  # a row's places come first, then others as filling, (b, most)
+    if visible is not None and visible.shape[2] > 1:  # each token has a view of its own
+        visible = visible.expand(len(x), -1, -1, -1)
+        visible = visible.gather(2, index[:, None, :, None].expand(-1, visible.shape[1], -1, visible.shape[3]))
+    asked = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    look = block.norm1(asked + block.drop(block.attention(asked, context=x, mask=visible)))
+    look = look[torch.arange(most, device=x.device) < count]
+    return block.norm2(look + block.drop(block.mlp(look)))
 
 
 def _visible(mask, tokens):

@@ -1,0 +1,261 @@
+"Masked images beyond what the lesson shows: laws for any sizes, stopped runs, recipes, bad input."
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import foundation.pretraining.masked_image as masked_image
+from foundation.data.augment import Augment
+from foundation.data.images import load_images
+from foundation.layers.embedding import patchify, unpatchify
+from foundation.models.pretrained import load_weights, read_card
+from foundation.models.vit import ViT
+from foundation.pretraining.masked_image import (
+    MaskedAutoencoder, hidden_error, masked_patches, naive_fill, paint, patch_targets, pretrain, random_masking, reconstruction, take,
+    visible)
+
+PLAIN = Augment(area=(0.5, 1.0), contrast=0, brightness=0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images("digits")
+
+
+def small(seed=0, **sizes):
+    torch.manual_seed(seed)
+    return MaskedAutoencoder(ViT(**dict(dim=16, depth=2, heads=2) | sizes), dim=8, depth=1, heads=2)
+
+
+def batch(b=3, seed=0):
+    return torch.randn(b, 1, 28, 28, generator=torch.manual_seed(seed))
+
+
+# laws
+
+@settings(max_examples=30, deadline=None)
+@given(b=st.integers(1, 5), n=st.integers(2, 40), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 99))
+def test_places_are_different_and_as_many_as_promised(b, n, ratio, seed):
+    m = round(n * (1 - ratio))
+    if not 0 < m < n:
+        with pytest.raises(ValueError, match="hides at least one"):
+            random_masking(b, n, ratio)
+        return
+    keep = random_masking(b, n, ratio, generator=torch.manual_seed(seed))
+    assert keep.shape == (b, m) and (visible(keep, n).sum(1) == m).all()
+    assert torch.equal(keep, random_masking(b, n, ratio, generator=torch.manual_seed(seed)))
+
+
+def test_the_order_of_the_noise_and_back():
+    "As the paper has it: shuffle, cut, fill up, unshuffle; the decoder writes to the places at once."
+    noise, x = torch.rand(4, 9), torch.randn(4, 9, 5)
+    order = noise.argsort(1)
+    restore = order.argsort(1)
+    assert_close(take(take(x, order), restore), x)
+    filled = take(torch.cat([take(x, order[:, :3]), torch.full((4, 6, 5), 7.0)], 1), restore)
+    assert_close(x.where(visible(order[:, :3], 9)[:, :, None], 7.0), filled)
+    assert not torch.equal(take(take(x, order), order), x)  # the order itself is no way back
+
+
+def test_the_decoder_fills_up_as_the_paper_does():
+    decoder, x, keep = small().decoder, torch.randn(3, 4, 16), random_masking(3, 16)
+    order = torch.cat([keep, (~visible(keep, 16)).nonzero()[:, 1].view(3, 12)], 1)
+    tokens = torch.cat([decoder.bridge(x), decoder.hidden.expand(3, 12, -1)], 1)
+    y = take(tokens, order.argsort(1)) + decoder.position
+    for block in decoder.blocks:
+        y = block(y)
+    assert_close(decoder(x, keep), decoder.head(decoder.norm(y)))
+
+
+def test_every_patch_is_hidden_equally_often():
+    share = visible(random_masking(20_000, 16, generator=torch.manual_seed(0)), 16).float().mean(0)
+    assert (share - 0.25).abs().max() < 0.02  # six standard deviations
+    noise = torch.rand(20_000, 16) * torch.linspace(1, 2, 16)  # noise that is not alike everywhere
+    assert (visible(noise.argsort(1)[:, :4], 16).float().mean(0) - 0.25).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("b, m", [(1, 1), (3, 4), (2, 16)])
+def test_visible_only_is_masked_attention(b, m):
+    model, x = small().eval(), batch(b)
+    keep = torch.rand(b, 16).argsort(1)[:, :m]
+    look, full = visible(keep, 16)[:, None, None], model.encoder.embed(x)
+    for block in model.encoder.blocks:
+        full = block(full, mask=look)
+    assert_close(model.encode_visible(x, keep), take(model.encoder.norm(full), keep), atol=1e-5, rtol=1e-5)
+    if m < 16:
+        with pytest.raises(AssertionError):  # the mask forgotten
+            assert_close(model.encode_visible(x, keep), take(model.encoder.tokens(x), keep), atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_pixels_never_reach_the_encoder():
+    model, x, keep = small().eval(), batch(), random_masking(3, 16)
+    noise = unpatchify(torch.randn(3, 16, 49) * ~visible(keep, 16)[:, :, None], 7, 1)
+    assert_close(model(x + noise, keep), model(x, keep), rtol=0, atol=0)
+    assert not torch.equal(model(x - noise + 1, keep), model(x, keep))
+
+
+def test_the_loss_ignores_visible_patches():
+    guess, target, keep = torch.randn(3, 16, 4, requires_grad=True), torch.randn(3, 16, 4), random_masking(3, 16)
+    seen = visible(keep, 16)
+    loss = hidden_error(guess, target, keep)
+    assert_close(hidden_error(guess, target + 9 * seen[:, :, None], keep), loss, rtol=0, atol=0)
+    assert_close(loss, (guess - target).square()[~seen].mean())
+    loss.backward()
+    assert (guess.grad[seen] == 0).all() and (guess.grad[~seen] != 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(scale=st.floats(0.1, 100), shift=st.floats(-10, 10), p=st.sampled_from([2, 4, 7, 14]), seed=st.integers(0, 99))
+def test_targets_are_standard_and_know_neither_light_nor_contrast(scale, shift, p, seed):
+    x = batch(2, seed)
+    target = patch_targets(x * scale + shift, p)
+    assert_close(target.mean(-1), torch.zeros(target.shape[:2]), atol=1e-2, rtol=0)
+    assert_close(target.std(-1), torch.ones(target.shape[:2]), atol=1e-2, rtol=0)
+    assert_close(target, patch_targets(x, p), atol=2e-2, rtol=1e-2)
+
+
+def test_even_patches_become_zero():
+    assert_close(patch_targets(torch.full((1, 1, 28, 28), 3.0), 7), torch.zeros(1, 16, 49), atol=1e-2, rtol=0)
+
+
+def test_naive_fills_keep_what_is_seen_and_copy_neighbours():
+    x, keep = torch.arange(16.0).view(1, 16, 1), torch.tensor([[0, 15]])
+    filled = naive_fill(x, keep)[0, :, 0]
+    assert filled[0] == 0 and filled[15] == 15 and filled[1] == 0 and filled[14] == 15
+    assert_close(naive_fill(x, keep, nearest=False), torch.full((1, 16, 1), 7.5))
+
+
+def test_painting_leaves_visible_patches_and_training_mode():
+    model, x, keep = small(), batch(), random_masking(3, 16)
+    for normalise in (True, False):
+        same = (patchify(paint(model.train(), x, keep, normalise), 7) == patchify(x, 7)).all(-1)
+        assert torch.equal(same, visible(keep, 16)) and model.training
+
+
+def test_who_guesses_the_pattern_gets_the_picture_back():
+    class Perfect(MaskedAutoencoder):
+        def forward(self, images, keep):
+            return patch_targets(images, 7)
+
+    x = batch()
+    assert_close(paint(Perfect(small().encoder), x, random_masking(3, 16)), x, atol=1e-4, rtol=1e-4)
+
+
+def test_reconstruction_knows_its_painters():
+    errors = reconstruction(small().eval(), batch(50))
+    assert set(errors) == {"model", "nobody", "nearest visible patch", "mean of the visible"}
+    assert abs(errors["nobody"] - 48 / 49) < 1e-3 and errors["nearest visible patch"] > 1.5  # of noise nothing can be guessed
+
+
+# runs
+
+class Stopped(Exception):
+    "The plug was pulled"
+
+
+def test_a_stopped_run_goes_on_to_the_same_losses(digits, tmp_path):
+    def run(path=None, stop=None, **change):
+        def each(step):
+            if step.n == stop:
+                raise Stopped
+        how = dict(steps=8, batch_size=16, checkpoint=path, save_every=3, title="", each=each) | change
+        return pretrain(small(), digits.train_images[:64], PLAIN, **how)
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", stop=4)
+    assert_close(run(tmp_path / "run").losses, run().losses, rtol=0, atol=0)
+    for change in (dict(ratio=0.5), dict(normalise=False), dict(steps=9), dict(lr=1e-3), dict(seed=1)):
+        with pytest.raises(ValueError, match="delete the file or name another"):
+            run(tmp_path / "run", **change)
+
+
+def test_it_learns(digits):
+    losses = pretrain(small(dim=32), digits.train_images, PLAIN, steps=60, batch_size=32, lr=3e-3, title="").losses
+    assert losses[-10:].mean() < 0.9 * losses[:3].mean()
+
+
+class Tiny(ViT):
+    "As the recipes ask for it, but small"
+    def __init__(self, **sizes):
+        super().__init__(**sizes | dict(dim=16, depth=1))
+
+
+def test_recipes_write_weights_and_cards_that_fit(digits, tmp_path, monkeypatch):
+    few = replace(digits, train_images=digits.train_images[:600], train_labels=digits.train_labels[:600])
+    monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(masked_image, "load_images", lambda: few)
+    monkeypatch.setattr(masked_image, "ViT", Tiny)
+    monkeypatch.setattr(masked_image, "judge", lambda *args, seeds=3, **how: dict(knn=0.5, probe=[0.5] * seeds))
+    plain, brief = masked_image.label_efficiency, dict(seeds=[0], steps=1)
+    monkeypatch.setattr(masked_image, "label_efficiency", lambda *args, counts: plain(*args, counts=(50,), **brief))
+    card_metrics = masked_image.card_metrics
+    monkeypatch.setattr(masked_image, "card_metrics", lambda *args, **how: card_metrics(*args, **how | dict(counts=(50,)) | brief))
+    monkeypatch.setattr(masked_image, "compare_ratios", lambda data: masked_image.compare({"a": lambda seed: 0.5}, [0], progress=False))
+    masked_image.make_weights(epochs=1, folder=tmp_path)
+    masked_image.make_rivals(epochs=1, folder=tmp_path)
+    metrics = read_card("vit_mae", tmp_path)["metrics"]
+    assert set(metrics["label_efficiency"]["fine-tuned"]) == {"50"} and len(metrics["scratch_with_five_times_the_steps"]) == 3
+    rivals = [read_card(f"vit_{method}_short", tmp_path) for method in ("mae", "simclr")]
+    assert rivals[0]["steps"] == rivals[1]["steps"] == 2 and rivals[0]["sha256"] != rivals[1]["sha256"]
+    assert set(rivals[0]["metrics"]["linear_probe"]) == {"50", "100", "1000"}
+    json.dumps(metrics)
+    model = MaskedAutoencoder(load_weights("vit_mae", Tiny(), tmp_path))
+    load_weights("vit_mae_decoder", model.decoder, tmp_path)
+
+
+def test_ratios_are_compared_with_a_control(digits, monkeypatch):
+    monkeypatch.setattr(masked_image, "judge", lambda encoder, *args, **how: dict(knn=encoder.position.sum().item()))
+    result = masked_image.compare_ratios(digits, ratios=(0.5,), seeds=[0], steps=1)
+    assert list(result.scores) == ["random weights", "50% hidden", "75% hidden, plain pixels"]
+    assert len({result.mean(arm) for arm in result.scores}) == 3
+
+
+# bad input: one clear sentence each
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.5, 1.5, 0.01, 0.99, float("nan"), "all"])
+def test_ratios_that_hide_nothing_or_all_are_refused(digits, ratio):
+    for call in (lambda: random_masking(2, 16, ratio), lambda: masked_patches(ratio)(small(), batch()),
+                 lambda: pretrain(small(), digits.train_images[:64], PLAIN, steps=1, ratio=ratio, title="")):
+        with pytest.raises(ValueError, match="hides at least one and leaves at least one"):
+            call()
+
+
+@pytest.mark.parametrize("keep, error, words", [
+    (torch.zeros(3, 2, dtype=torch.int64), ValueError, "different places"), (torch.tensor([[0, 16]] * 3), ValueError, "0 to 15"),
+    (torch.tensor([[-1, 0]] * 3), ValueError, "0 to 15"), (torch.tensor([[0, 1]]), ValueError, "a row for each image"),
+    (torch.arange(4), ValueError, "a row for each image"), (torch.zeros(3, 0, dtype=torch.int64), ValueError, "m from 1 to 16"),
+    (torch.rand(3, 4), TypeError, "int64"), ([[0, 1]] * 3, TypeError, "a list|list")])
+def test_wrong_places_are_refused(keep, error, words):
+    with pytest.raises(error, match=words):
+        small()(batch(), keep)
+
+
+def test_other_bad_input_is_refused(digits):
+    with pytest.raises(ValueError, match="without a class token"):
+        MaskedAutoencoder(ViT(dim=16, depth=1, pool="class"))
+    with pytest.raises(TypeError, match="expected a ViT"):
+        MaskedAutoencoder(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="do not tile"):
+        patch_targets(torch.randn(1, 1, 28, 28), 5)
+    with pytest.raises(ValueError, match="tile"):
+        ViT(patch_size=5)
+    with pytest.raises(TypeError, match="standardised floats"):
+        patch_targets(digits.train_images[:2], 7)
+    with pytest.raises(ValueError, match="expected floats"):
+        small()(torch.randn(2, 1, 14, 14), random_masking(2, 16))
+    with pytest.raises(ValueError, match="expected \\(b, n, 16\\)"):
+        small().decoder(torch.randn(2, 4, 8), random_masking(2, 16))
+    with pytest.raises(ValueError, match="at least one patch hidden"):
+        hidden_error(torch.zeros(1, 4, 2), torch.zeros(1, 4, 2), torch.arange(4)[None])
+    with pytest.raises(ValueError, match="one shape"):
+        hidden_error(torch.zeros(1, 4, 2), torch.zeros(1, 4, 3), torch.tensor([[0]]))
+    with pytest.raises(TypeError, match="expected a MaskedAutoencoder"):
+        pretrain(ViT(dim=16, depth=1), digits.train_images[:64], PLAIN, steps=1, title="")
+    with pytest.raises(ValueError, match="b is 0"):
+        random_masking(0, 16)
+    with pytest.raises(ValueError, match="'mae' and 'simclr'"):
+        masked_image.make_rivals(methods=["vae"])

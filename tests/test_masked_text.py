@@ -1,0 +1,394 @@
+"Masked text beyond what its lesson shows: the rule as a law, transformers' loss, packed rows, resuming, leakage, bad input."
+import json
+from itertools import islice
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import foundation.pretraining.masked_text as masked_text
+from foundation.core.sources import DataUnavailable
+from foundation.data.batches import join, packed, same_document
+from foundation.data.text import _key, glosses, split_texts
+from foundation.data.tokenizer import Tokenizer, train_bpe
+from foundation.models.bert import BERT
+from foundation.models.pretrained import WEIGHTS, load_weights, read_card, rename_bert
+from foundation.pretraining.masked_text import (
+    GlossTask, TextClassifier, encode_documents, fill_mask, gloss_task, mask_tokens, masked_accuracy, masked_stream,
+    masked_tokens, pretrain, probe_arm, tuned, unigram_accuracy)
+
+TEXTS = ["a large group of animals", "the state of being happy", "a small tree of the north", "cause to become hard"] * 30
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+RULE = dict(mask_id=3, vocab_size=300, first_word=5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def documents(tokenizer):
+    return encode_documents(TEXTS, tokenizer)
+
+
+def small(tokenizer, seed=0, **changes):
+    torch.manual_seed(seed)
+    return BERT(**dict(vocab_size=tokenizer.vocab_size, context=16, dim=16, depth=2, heads=2, segments=0) | changes)
+
+
+def first(documents, tokenizer, **options):
+    return next(masked_stream(documents, tokenizer, **dict(context=16, batch_size=8) | options))
+
+
+# The rule -------------------------------------------------------------------------------------------------------------
+
+
+def faults(rule, ratio=0.15):
+    "What a masking rule gets wrong on 800,000 words and 200,000 marks; nothing for a sound one"
+    tokens = torch.randint(5, 300, (1000, 1000), generator=torch.Generator().manual_seed(0))
+    tokens[:, ::5] = torch.arange(200) % 5
+    inputs, places = rule(tokens, tokens >= 5, **RULE, ratio=ratio, generator=torch.Generator().manual_seed(1))
+    n, asked, shown = 800_000, int(places.sum()), inputs[places]
+    far = lambda share, expected, n: abs(share - expected) > 5 * (expected * (1 - expected) / n) ** 0.5
+    share = lambda hit: hit.double().mean().item()
+    found = dict(
+        asked=far(asked / n, ratio, n), masked=far(share(shown == 3), 0.8, asked),
+        kept=far(share(shown == tokens[places]), 0.1 + 0.1 / 295, asked),
+        marks=bool(places[:, ::5].any() or ((shown < 5) & (shown != 3)).any()),
+        elsewhere=not torch.equal(inputs[~places], tokens[~places]))
+    return [name for name, bad in found.items() if bad]
+
+
+def always_mask(tokens, can_hide, *, mask_id, ratio, generator, **_):
+    places = (torch.rand(tokens.shape, generator=generator) < ratio) & can_hide
+    return tokens.masked_fill(places, mask_id), places
+
+
+def same_luck(tokens, can_hide, *, mask_id, vocab_size, first_word, ratio, generator):
+    "A classic: the number that chose the place also decides its fate"
+    luck = torch.rand(tokens.shape, generator=generator)
+    places = (luck < ratio) & can_hide
+    words = torch.randint(first_word, vocab_size, tokens.shape, generator=generator)
+    return torch.where(places & (luck >= 0.9), words, tokens.masked_fill(places & (luck < 0.8), mask_id)), places
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.4, 0.85])
+def test_the_rule_has_its_shares(ratio):
+    assert faults(mask_tokens, ratio) == []
+
+
+@pytest.mark.parametrize("broken, seen", [
+    (always_mask, "masked"), (same_luck, "masked"),
+    (lambda t, c, **o: mask_tokens(t, c | True, **o), "marks"),
+    (lambda t, c, **o: mask_tokens(t, c, **o | dict(first_word=0)), "marks"),
+    (lambda t, c, **o: mask_tokens(t, c, **o | dict(ratio=o["ratio"] * 0.8)), "asked"),
+    (lambda t, c, **o: (mask_tokens(t, c, **o)[0].roll(1, 1), mask_tokens(t, c, **o)[1]), "elsewhere"),
+])
+def test_broken_rules_are_seen(broken, seen):
+    assert seen in faults(broken)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 12), st.floats(0.01, 0.99), st.integers(0, 10_000))
+def test_the_rule_equals_a_loop(b, n, ratio, seed):
+    luck = lambda: torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 300, (b, n), generator=luck())
+    inputs, places = mask_tokens(tokens, tokens >= 5, **RULE, ratio=ratio, generator=luck())
+    rng = luck()
+    chosen, fate = torch.rand(b, n, generator=rng), torch.rand(b, n, generator=rng)
+    words = torch.randint(5, 300, (b, n), generator=rng)
+    for i in range(b):
+        for j in range(n):
+            asked = bool(tokens[i, j] >= 5 and chosen[i, j] < ratio)
+            want = 3 if fate[i, j] < 0.8 else words[i, j] if fate[i, j] >= 0.9 else tokens[i, j]
+            assert places[i, j] == asked and inputs[i, j] == (want if asked else tokens[i, j])
+
+
+def test_masking_leaves_the_tokens_and_the_global_luck_alone():
+    tokens = torch.randint(5, 300, (4, 50))
+    before, state = tokens.clone(), torch.get_rng_state()
+    mask_tokens(tokens, tokens >= 5, **RULE, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tokens, before) and torch.equal(torch.get_rng_state(), state)
+
+
+# The loss -------------------------------------------------------------------------------------------------------------
+
+
+def test_places_only_equals_all_logits_with_ignore_index(tokenizer, documents):
+    model, (inputs, mask, places, targets) = small(tokenizer), first(documents, tokenizer)
+    labels = torch.full(inputs.shape, -100).masked_scatter(places, targets)
+    everything = F.cross_entropy(model(inputs, mask).transpose(1, 2), labels)
+    loss, extra = masked_tokens(model, (inputs, mask, places, targets))
+    torch.testing.assert_close(loss, everything, **CLOSE)
+    assert extra["right"] == (model(inputs, mask).argmax(-1) == labels)[places].float().mean()
+    mine, theirs = (torch.autograd.grad(x, [*model.parameters()]) for x in (loss, everything))
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_labels_of_unmasked_places_do_not_count(tokenizer, documents):
+    model, (inputs, mask, places, targets) = small(tokenizer), first(documents, tokenizer)
+    logits = model(inputs, mask).transpose(1, 2)
+    losses = []
+    for seed in range(3):
+        labels = torch.randint(5, tokenizer.vocab_size, inputs.shape, generator=torch.Generator().manual_seed(seed))
+        labels[places] = targets
+        losses.append((F.cross_entropy(logits, labels.masked_fill(~places, -100)), F.cross_entropy(logits, labels)))
+    ours, broken = zip(*losses)
+    for loss in ours:
+        torch.testing.assert_close(loss, masked_tokens(model, (inputs, mask, places, targets))[0], **CLOSE)
+    assert max(broken) - min(broken) > 1e-3  # a loss over all places does depend on them
+
+
+def test_the_loss_equals_that_of_transformers():
+    library = pytest.importorskip("transformers")
+    config = library.BertConfig(vocab_size=300, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192,
+                                max_position_embeddings=40, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    torch.manual_seed(0)
+    theirs = library.BertForMaskedLM(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    state = {k.removeprefix("bert."): v for k, v in theirs.state_dict().items() if "decoder" not in k and "position_ids" not in k}
+    names = {"cls.predictions.transform.dense": "head.0", "cls.predictions.transform.LayerNorm": "head.2", "cls.predictions.bias": "bias"}
+    ours = BERT(300, context=40, dim=48, depth=2, heads=4)
+    for theirs_name, name in names.items():
+        state = {k.replace(theirs_name, name): v for k, v in state.items()}
+    ours.load_state_dict(rename_bert(state))
+    tokens, lengths = torch.randint(5, 300, (6, 30)), torch.tensor([30, 12, 25, 30, 7, 19])
+    real = torch.arange(30) < lengths[:, None]
+    inputs, places = mask_tokens(tokens.masked_fill(~real, 0), real, **RULE, ratio=0.3, generator=torch.Generator().manual_seed(0))
+    assert places.any() and not places[~real].any()
+    want = theirs(inputs, attention_mask=real.long(), labels=tokens.masked_fill(~places, -100)).loss
+    torch.testing.assert_close(masked_tokens(ours.eval(), (inputs, real, places, tokens[places]))[0], want, **CLOSE)
+
+
+# The stream -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_holds_what_it_hid(tokenizer, documents):
+    inputs, mask, places, targets = first(documents, tokenizer, ratio=0.5)
+    tokens, owner = next(packed(documents, context=16, batch_size=8))
+    assert torch.equal(inputs.masked_scatter(places, targets), tokens) and torch.equal(mask, same_document(owner))
+    assert (targets >= 5).all() and not places[tokens < 5].any()
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_a_resumed_stream_asks_the_same_questions(tokenizer, documents):
+    options = dict(context=16, batch_size=8, seed=3)
+    straight = [*islice(masked_stream(documents, tokenizer, **options), 40)]  # over several epochs
+    for start in (1, 7, 33):
+        resumed = islice(masked_stream(documents, tokenizer, **options, start=start), 40 - start)
+        assert all(map(same, straight[start:], resumed))
+    assert not same(straight[1], next(masked_stream(documents, tokenizer, **options, start=2)))
+    assert not same(straight[0], first(documents, tokenizer, seed=4))
+    per_epoch = -(-len(documents.tokens) // 16) // 8
+    rows = [{tuple(row) for batch in straight[i : i + per_epoch] for row in batch[0].tolist()} for i in (0, per_epoch)]
+    assert len(rows[0] & rows[1]) < len(rows[0]) / 2  # dynamic: the next epoch has other holes
+
+
+def leak(model, tokens, owner, mask):
+    "How far the logits of each row's first document move when all other documents change"
+    mine = owner == owner[:, :1]
+    other = torch.where(mine, tokens, (tokens + 17) % 300)
+    with torch.no_grad():
+        return (model(tokens, mask) - model(other, mask))[mine].abs().max().item()
+
+
+def test_packed_documents_do_not_attend_to_each_other(tokenizer, documents):
+    model, (tokens, owner) = small(tokenizer), next(packed(documents, context=16, batch_size=8))
+    assert (owner != owner[:, :1]).any()
+    assert leak(model, tokens, owner, same_document(owner)) < 1e-6
+    assert leak(model, tokens, owner, None) > 1e-3  # broken: no mask
+    assert leak(model, tokens, owner, torch.ones_like(same_document(owner))) > 1e-3
+
+
+def test_long_texts_are_cut_and_short_ones_framed(tokenizer):
+    documents = encode_documents(["happy " * 99, "", "a"], tokenizer, longest=6)
+    assert [len(d) for d in documents] == [8, 2, 3]
+    assert all(d[0] == tokenizer.special["[CLS]"] and d[-1] == tokenizer.special["[SEP]"] for d in documents)
+
+
+# Training and judging -------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    "The plug was pulled"
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tokenizer, documents, tmp_path):
+    def run(path=None, stop=None):
+        def each(step):
+            if step.n == stop:
+                raise Stopped
+        model = small(tokenizer)
+        losses = pretrain(model, documents, tokenizer, steps=9, batch_size=8, checkpoint=path, save_every=3, title="", each=each).losses
+        return losses, torch.cat([p.flatten() for p in model.parameters()])
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", stop=7)
+    for resumed, straight in zip(run(tmp_path / "run"), run()):
+        assert torch.equal(resumed, straight)
+    with pytest.raises(ValueError, match="delete the file or name another"):
+        pretrain(small(tokenizer), documents, tokenizer, steps=9, batch_size=8, ratio=0.4, checkpoint=tmp_path / "run", title="")
+
+
+def test_it_learns_and_is_judged_the_same_way_twice(tokenizer, documents):
+    model = small(tokenizer, dim=64, depth=1)
+    before = masked_accuracy(model, documents, tokenizer)
+    pretrain(model, documents, tokenizer, steps=200, batch_size=16, lr=4e-3, title="", precision="fp32")
+    model.train()
+    torch.manual_seed(1)
+    after = masked_accuracy(model, documents, tokenizer)
+    torch.manual_seed(2)
+    assert after == masked_accuracy(model, documents, tokenizer) and model.training
+    assert after > 1.4 * unigram_accuracy(documents, documents, tokenizer) and after > before
+    assert after != masked_accuracy(model, documents, tokenizer, seed=1)
+
+
+def test_masked_accuracy_equals_a_loop(tokenizer, documents):
+    model, right, total = small(tokenizer), 0, 0
+    size = min(64, rows := -(-len(documents.tokens) // 16))
+    for inputs, mask, places, targets in islice(masked_stream(documents, tokenizer, context=16, batch_size=size), rows // size):
+        guess, behind = model(inputs, mask).argmax(-1)[places], inputs[places] == tokenizer.special["[MASK]"]
+        right, total = right + int((guess == targets)[behind].sum()), total + int(behind.sum())
+    assert masked_accuracy(model, documents, tokenizer) == pytest.approx(right / total)
+
+
+def test_the_commonest_word_is_what_a_loop_finds(tokenizer):
+    known, unseen = encode_documents(["a a a b", "b a c"], tokenizer), encode_documents(["a b b", "c", "a"], tokenizer)
+    words = lambda documents: [t for d in documents for t in d.tolist() if t >= 5]
+    best = max(set(words(known)), key=words(known).count)
+    expected = words(unseen).count(best) / len(words(unseen))
+    assert unigram_accuracy(known, unseen, tokenizer) == pytest.approx(expected) and 0 < expected < 1
+    asked = torch.cat([batch[3] for batch in islice(masked_stream(unseen, tokenizer, context=4, batch_size=2, ratio=0.5), 2000)])
+    assert (asked == best).float().mean().item() == pytest.approx(expected, abs=0.02)  # what always guessing it really earns
+
+
+def test_classifier_does_not_see_padding(tokenizer):
+    model, tokens = TextClassifier(small(tokenizer), 3), torch.randint(5, 300, (4, 7))
+    longer = F.pad(tokens, (0, 9))
+    torch.testing.assert_close(model(longer), model(tokens), **CLOSE)
+    torch.testing.assert_close(model.encode(tokens), model.encoder.encode(tokens).mean(1), **CLOSE)
+    longer[0, 7] = 9  # a longer text in the batch changes the others no more than rounding does
+    torch.testing.assert_close(model(longer)[1:], model(tokens)[1:], **CLOSE)
+
+
+def task_of(texts, classes=2):
+    n = len(texts)
+    return GlossTask(tuple(texts), torch.arange(n) % classes, *torch.arange(n).split([n // 2, n // 4, n - n // 2 - n // 4]))
+
+
+def test_settings_are_picked_without_the_test_texts():
+    task, asked = task_of(["x"] * 40), []
+
+    def run(count, seed, setting, where):
+        asked.append((seed, setting, where is task.test))
+        return setting if where is task.valid else -setting
+    arm = tuned(run, task, (0.1, 0.3, 0.2))
+    assert arm(10, 0) == -0.3 and arm(10, 1) == -0.3  # best on validation, though worst on test
+    assert asked == [(999, 0.1, False), (999, 0.3, False), (999, 0.2, False), (0, 0.3, True), (1, 0.3, True)]
+
+
+def test_a_probe_arm_finds_what_is_there():
+    task = task_of(["x"] * 400)
+    noise = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    assert probe_arm(noise + 3 * task.labels[:, None], task)(50, 0) > 0.95
+    assert probe_arm(noise, task)(50, 0) < 0.7
+
+
+def test_the_recipe_writes_weights_tokenizer_and_card(tokenizer, documents, tmp_path, monkeypatch):
+    monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(masked_text, "gloss_corpus", lambda: (tokenizer, documents, documents))
+    monkeypatch.setattr(masked_text, "BERT", lambda vocab_size, context, segments: small(tokenizer, context=context))
+    monkeypatch.setattr(masked_text, "judge", lambda model, tokenizer: dict(knn={}, curve={50: {"a": [0.5]}}))
+    documents = join([d for d in documents] * 60)
+    path = masked_text.make_weights("net", epochs=1, folder=tmp_path)
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["steps"] == len(documents.tokens) // (64 * 128) == len(card["losses"]) > 0 and {"knn", "curve", "masked_accuracy", "unigram_accuracy"} <= card["metrics"].keys()
+    again = Tokenizer.load(tmp_path / "net.tokenizer.json")
+    assert masked_accuracy(load_weights("net", small(tokenizer, context=64), folder=tmp_path), documents, again) == pytest.approx(
+        card["metrics"]["masked_accuracy"], abs=0.02)
+
+
+# Real glosses ---------------------------------------------------------------------------------------------------------
+
+
+def real_glosses(*parts):
+    try:
+        return glosses(parts)
+    except DataUnavailable as error:
+        pytest.skip(f"the glosses are not here: {error}")
+
+
+def test_no_text_to_be_classified_was_pretrained_on():
+    everything = real_glosses("noun", "verb", "adjective", "adverb")
+    trained, _ = split_texts(everything, 0.1)  # what gloss_corpus trains on
+    seen, task = {_key(text) for text in trained.texts}, gloss_task()
+    overlap = lambda index: sum(_key(task.texts[i]) in seen for i in index.tolist())
+    assert overlap(task.test) == 0 and len(task.test) == 1000
+    assert overlap(task.pool) == len(task.pool)  # the check can fail: labels are drawn from texts that were trained on
+    texts = lambda index: {task.texts[i] for i in index.tolist()}
+    assert not texts(task.pool) & texts(task.valid) and not texts(task.valid) & texts(task.test)
+    broken, _ = split_texts(everything, 0.1, seed=1)  # another seed for pretraining, and the test texts are in it
+    leaked = {_key(text) for text in broken.texts}
+    assert sum(_key(task.texts[i]) in leaked for i in task.test.tolist()) > 800
+    assert len(torch.unique(task.labels)) == 25 and torch.equal(gloss_task().labels, task.labels)
+
+
+def test_the_shipped_weights_are_worth_their_card():
+    if not (WEIGHTS / "bert_glosses.safetensors").exists():
+        pytest.skip("the weights are not made yet: make weights")
+    held = split_texts(real_glosses("noun"), 0.1)[1]
+    model, card, tokenizer = load_weights("bert_glosses"), read_card("bert_glosses"), Tokenizer.load(WEIGHTS / "bert_glosses.tokenizer.json")
+    found = masked_accuracy(model, encode_documents(held.texts, tokenizer), tokenizer, steps=10)
+    assert found >= 3 * card["metrics"]["unigram_accuracy"] and found == pytest.approx(card["metrics"]["masked_accuracy"], abs=0.05)
+    assert next(iter(fill_mask(model, tokenizer, "the capital and largest [MASK] of Spain")[0])) == " city"
+    assert (WEIGHTS / "bert_glosses.safetensors").stat().st_size < 6e6
+    assert set(card["metrics"]["curve"]) == {"50", "100", "500", "1000"}
+    assert all(len(scores) >= 3 for arms in card["metrics"]["curve"].values() for scores in arms.values())
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+IDS = torch.full((2, 6), 7)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda t, d: mask_tokens(IDS, IDS > 4, **RULE, ratio=0), "ratio is 0; expected more than 0"),
+    (lambda t, d: mask_tokens(IDS, IDS > 4, **RULE, ratio=1), "nothing is left to guess from"),
+    (lambda t, d: mask_tokens(IDS, IDS > 4, **RULE, ratio=float("nan")), "ratio is nan"),
+    (lambda t, d: mask_tokens(IDS, IDS > 4, **RULE, ratio="15 %"), "ratio is '15 %'"),
+    (lambda t, d: mask_tokens(IDS.float(), IDS > 4, **RULE), r"torch.float32 \(2, 6\); expected int64"),
+    (lambda t, d: mask_tokens(IDS[0], IDS[0] > 4, **RULE), r"\(6,\); expected int64 \(b, n\)"),
+    (lambda t, d: mask_tokens([[7]], IDS > 4, **RULE), "tokens are a list"),
+    (lambda t, d: mask_tokens(IDS, IDS, **RULE), r"can_hide must be booleans \(2, 6\)"),
+    (lambda t, d: mask_tokens(IDS, IDS[:1] > 4, **RULE), r"can_hide must be booleans \(2, 6\)"),
+    (lambda t, d: mask_tokens(IDS, IDS > 4, mask_id=300, vocab_size=300), "mask_id=300"),
+    (lambda t, d: mask_tokens(IDS, IDS > 4, mask_id=3, vocab_size=300, first_word=300), "first_word=300"),
+    (lambda t, d: masked_stream(d, t, ratio=1.0), "ratio is 1.0"),
+    (lambda t, d: masked_stream([[1, 2]], t), "documents are a list"),
+    (lambda t, d: masked_stream(d, t, batch_size=10**6), "batch_size is 1000000"),
+    (lambda t, d: pretrain(small(t), d, t, steps=1, ratio=0, title=""), "ratio is 0"),
+    (lambda t, d: pretrain(small(t, vocab_size=400), d, t, steps=1, title=""), "the model knows 400 tokens and the tokenizer makes"),
+    (lambda t, d: masked_accuracy(small(t, vocab_size=400), d, t), "use the tokenizer that the model was trained with"),
+    (lambda t, d: fill_mask(small(t, vocab_size=400), t, "a [MASK]"), "the model knows 400 tokens"),
+    (lambda t, d: fill_mask(small(t), t, "a herd"), r"holds no \[MASK\]"),
+    (lambda t, d: fill_mask(small(t), t, "word " * 40 + "[MASK]"), "do not fit a context of 16"),
+    (lambda t, d: masked_tokens(small(t), first(d, t, context=32)), "do not fit a context of 16"),
+    (lambda t, d: masked_tokens(small(t), (IDS, IDS > 4, IDS < 0, IDS[IDS < 0])), "hide at least one token of the batch"),
+    (lambda t, d: encode_documents("one text", t), r"expected several; hand in \[text\]"),
+    (lambda t, d: encode_documents([], t), "expected at least one document"),
+    (lambda t, d: gloss_task(pool=10**6), "asked for 1000000"),
+    (lambda t, d: gloss_task(test=0), "and 0 texts"),
+])
+def test_bad_input_gets_one_clear_sentence(tokenizer, documents, call, words):
+    with pytest.raises((ValueError, TypeError), match=words) as caught:
+        call(tokenizer, documents)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
