@@ -138,5 +138,6 @@ def test_a_shipped_file_is_small_and_its_card_tells_how_it_was_made(name):
 def test_the_cards_keep_what_was_promised():
     text, image = read_card("bert_glosses")["metrics"], read_card("vit_mae")["metrics"]["label_efficiency"]
     assert text["masked_accuracy"] >= 3 * text["unigram_accuracy"]
-    mean = lambda arm: sum(image[arm]["100"]) / len(image[arm]["100"])
-    assert mean("fine-tuned") >= mean("from scratch") + 0.10
+    contrast = read_card("resnet_simclr")["metrics"]["label_efficiency"]
+    gain = lambda arms: (sum(arms["fine-tuned"]["100"]) - sum(arms["from scratch"]["100"])) / len(arms["fine-tuned"]["100"])
+    assert gain(image) >= 0.10 and gain(contrast) >= 0.08  # at equal steps; a scratch net that trains longer is nearer
