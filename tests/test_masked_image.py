@@ -114,8 +114,10 @@ def test_targets_are_standard_and_know_neither_light_nor_contrast(scale, shift, 
     x = batch(2, seed)
     target = patch_targets(x * scale + shift, p)
     assert_close(target.mean(-1), torch.zeros(target.shape[:2]), atol=1e-2, rtol=0)
-    assert_close(target.std(-1), torch.ones(target.shape[:2]), atol=1e-2, rtol=0)
-    assert_close(target, patch_targets(x, p), atol=2e-2, rtol=1e-2)
+    plain = scale * patchify(x, p).std(-1) > 0.02  # flatter ones feel the small number that keeps an even patch from 0 / 0
+    assert plain.float().mean() > 0.9
+    assert_close(target.std(-1)[plain], torch.ones(int(plain.sum())), atol=1e-2, rtol=0)
+    assert_close(target[plain], patch_targets(x, p)[plain], atol=2e-2, rtol=1e-2)
 
 
 def test_even_patches_become_zero():
