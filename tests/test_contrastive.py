@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 from foundation.data.augment import Augment
 from foundation.data.images import load_images
+from foundation.evaluation.label_efficiency import card_metrics, label_efficiency
 from foundation.models.convnets import ConvNet
 from foundation.objectives.contrast import info_nce, nt_xent
 from foundation.pretraining.contrastive import (
-    ContrastiveModel, MomentumContrast, card_metrics, effective_rank, feature_spread, label_efficiency, match_queue, match_views,
-    pretrain, two_views)
+    ContrastiveModel, MomentumContrast, effective_rank, feature_spread, match_queue, match_views, pretrain, two_views)
 from foundation.training.loop import adamw
 
 few = settings(max_examples=20, deadline=None)
@@ -265,7 +265,7 @@ def test_rank_and_spread_refuse(measure, z):
 
 def net(seed=0):
     torch.manual_seed(seed)
-    return ConvNet(widths=(4, 8))
+    return ConvNet(widths=(4, 8, 8))
 
 
 def test_only_the_named_arms_run_and_each_picks_its_option(digits):
@@ -281,7 +281,7 @@ def test_only_the_named_arms_run_and_each_picks_its_option(digits):
 def test_a_card_holds_every_score_as_json_can(digits):
     small = replace(digits, test_images=digits.test_images[:100], test_labels=digits.test_labels[:100])
     scores = card_metrics(net(), net, small, counts=(50,), steps=2)
-    assert {"knn", "knn_pixels", "knn_random_weights", "linear_probe_all_labels"} <= scores.keys()
+    assert {"knn", "knn_pixels", "knn_random_weights", "linear_probe_all_labels", "linear_probe_all_labels_three_stages"} <= scores.keys()
     assert len(scores["linear_probe_100_labels"]) == 5 and scores["knn"] == scores["knn_random_weights"]
     assert all(len(rows["50"]) == 3 for rows in scores["label_efficiency"].values()) and len(scores["label_efficiency"]) == 5
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from foundation.evaluation import probes, scores
 from foundation.evaluation.comparison import Comparison, bootstrap_interval, compare, label_curve, plot_label_curve, t_interval
+from foundation.evaluation.label_efficiency import label_efficiency, tuned
+from foundation.models.convnets import VGG, ConvNet
 
 few = settings(max_examples=40, deadline=None)
 finite = st.floats(-1e3, 1e3, allow_nan=False)
@@ -394,3 +396,51 @@ def test_a_label_curve_needs_counts(counts):
 def test_a_label_curve_refuses_what_is_no_arm():
     with pytest.raises(TypeError, match="arms"):
         label_curve({"a": 3})
+
+
+# stages and label efficiency ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("net, widths", [(ConvNet(widths=(3, 4, 5)), (3, 4, 5)), (VGG(widths=(3, 4), depths=(2, 1)), (3, 4, 4))])
+def test_a_stage_is_the_last_map_of_its_size(net, widths):
+    x, maps = torch.randn(5, 1, 28, 28), {}
+    net.eval()
+    with torch.no_grad():
+        for depth in range(1, len(net.body) + 1):  # the slow way: each layer from the pixels on
+            y = net.body[:depth](x)
+            maps[y.shape[-1]] = y.mean((2, 3))
+    ends = list(maps.values())
+    for stages in range(1, len(ends) + 1):
+        found = probes.encode_stages(net, x, stages, batch_size=2)
+        torch.testing.assert_close(found, torch.cat(ends[-stages:], 1))
+    assert found.shape[1] == sum(widths)
+    torch.testing.assert_close(probes.encode_stages(net, x, 1), probes.encode_all(net, x))
+
+
+@pytest.mark.parametrize("model, stages, error, words", [
+    (nn.Linear(2, 2), 3, TypeError, "no sequential `body`"), (ConvNet(), 0, ValueError, "whole number from 1"),
+    (ConvNet(), True, ValueError, "whole number from 1"), (ConvNet(widths=(3, 4)), 3, ValueError, "has 2 for images")])
+def test_stages_that_are_not_there_are_refused(model, stages, error, words):
+    with pytest.raises(error, match=words):
+        probes.encode_stages(model, torch.randn(2, 1, 28, 28), stages)
+
+
+def test_settings_are_picked_on_a_draw_that_does_not_count():
+    asked = []
+
+    def run(count, seed, setting, part):
+        asked.append((seed, setting, part))
+        return setting if part == "dev" else -setting
+    arm = tuned(run, (0.1, 0.3, 0.2), draw=999)
+    assert arm(10, 0) == -0.3 and arm(10, 1) == -0.3  # best on held-out data, though worst on the test
+    assert asked == [(999, 0.1, "dev"), (999, 0.3, "dev"), (999, 0.2, "dev"), (0, 0.3, "test"), (1, 0.3, "test")]
+    assert tuned(run, (0.1,))(10, 0) == -0.1 and len(asked) == 6  # one setting needs no picking
+    with pytest.raises(ValueError, match="count with others"):
+        arm(10, 999)
+    with pytest.raises(ValueError, match="no settings"):
+        tuned(run, ())
+
+
+@pytest.mark.parametrize("choices", [{}, {"distilled": (1.0,)}])
+def test_arms_that_nobody_knows_are_refused(choices):
+    with pytest.raises(ValueError, match="expected some of 'pixels, probe'"):
+        label_efficiency(ConvNet(), ConvNet, None, choices=choices)

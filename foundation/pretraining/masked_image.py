@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['take', 'visible', 'naive_fill', 'hidden_error', 'random_masking', 'PatchDecoder', 'MaskedAutoencoder',
-           'patch_targets', 'masked_patches', 'pretrain', 'paint', 'reconstruction', 'make_weights', 'compare_ratios',
-           'make_rivals']
+           'patch_targets', 'masked_patches', 'pretrain', 'crops', 'paint', 'reconstruction', 'make_weights',
+           'compare_ratios', 'make_rivals']
 
-# %% ../../nbs/07_pretraining/05_masked_image.ipynb #810c957f
+# %% ../../nbs/07_pretraining/05_masked_image.ipynb #297574b0
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,11 +21,12 @@ from ..data.augment import Augment
 from ..data.batches import augmented
 from ..data.images import ImageSet, load_images
 from ..evaluation.comparison import Comparison, compare
+from ..evaluation.label_efficiency import card_metrics, curve_scores, judge, label_efficiency
 from ..layers.block import Block
 from ..layers.embedding import _expect_sizes, _expect_tokens, patchify, unpatchify
 from ..models.pretrained import WEIGHTS, save_weights
 from ..models.vit import ViT
-from .contrastive import ContrastiveModel, _scores, card_metrics, judge, label_efficiency
+from .contrastive import ContrastiveModel
 from .contrastive import pretrain as pretrain_by_contrast
 from ..training.checkpoint import Run, resumable
 from ..training.loop import Objective, Step
@@ -226,6 +227,11 @@ def pretrain(
     return resumable(model, stream, masked_patches(ratio, normalise), opt, steps=steps, schedule=warmup_cosine(steps, steps // 10),
                      precision="auto", checkpoint=checkpoint, recipe=recipe, save_every=save_every, title=title, each=each)
 
+# %% ../../nbs/07_pretraining/05_masked_image.ipynb #e8054ea0
+def crops(data: ImageSet) -> Augment:
+    "Mild crops and mirror images: hiding patches is all the augmentation that masked images need."
+    return Augment(area=(0.5, 1.0), contrast=0, brightness=0, mean=data.mean, std=data.std)
+
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #4ec7c3b5
 @torch.no_grad()
 def paint(
@@ -259,7 +265,7 @@ def reconstruction(
                "nearest visible patch": naive_fill(target, keep), "mean of the visible": naive_fill(target, keep, nearest=False)}
     return {name: hidden_error(guess, target, keep).item() for name, guess in guesses.items()}
 
-# %% ../../nbs/07_pretraining/05_masked_image.ipynb #4ca2ddf7
+# %% ../../nbs/07_pretraining/05_masked_image.ipynb #c10cefd6
 def make_weights(
     name: str = "vit_mae",
     epochs: int = 60,
@@ -270,7 +276,7 @@ def make_weights(
     data, device = load_images(), pick_device(device)
     seed_everything(0)
     model, batch_size = MaskedAutoencoder(ViT(dim=128, depth=6)).to(device), 256
-    run = pretrain(model, data.train_images, _crops(data), steps=epochs * (len(data.train_images) // batch_size), batch_size=batch_size,
+    run = pretrain(model, data.train_images, crops(data), steps=epochs * (len(data.train_images) // batch_size), batch_size=batch_size,
                    checkpoint=cache_folder() / "runs" / f"{name}.safetensors", title=name)
     card = _card(data, run, method="masked autoencoder", epochs=epochs, batch_size=batch_size)
     fresh = lambda: ViT(**model.encoder.config).to(device)
@@ -280,7 +286,7 @@ def make_weights(
     save_weights(model.decoder, f"{name}_decoder", card, folder)
     return save_weights(model.encoder, name, card | dict(metrics=metrics), folder)
 
-# %% ../../nbs/07_pretraining/05_masked_image.ipynb #55193d86
+# %% ../../nbs/07_pretraining/05_masked_image.ipynb #d181ca93
 def compare_ratios(
     data: ImageSet,
     ratios: Sequence[float] = (0.25, 0.5, 0.75, 0.875),
@@ -293,13 +299,13 @@ def compare_ratios(
             seed_everything(seed)
             model = MaskedAutoencoder(ViT(dim=64, depth=2), dim=48, depth=1)
             if how:
-                pretrain(model, data.train_images, _crops(data), steps=steps, batch_size=64, lr=2e-3, seed=seed, title="", **how)
+                pretrain(model, data.train_images, crops(data), steps=steps, batch_size=64, lr=2e-3, seed=seed, title="", **how)
             return judge(model.encoder, data, seeds=1, bank=5000)["knn"]
         return run
     arms = {f"{ratio:.0%} hidden": arm(ratio=ratio) for ratio in ratios}
     return compare({"random weights": arm(), **arms, "75% hidden, plain pixels": arm(ratio=0.75, normalise=False)}, seeds)
 
-# %% ../../nbs/07_pretraining/05_masked_image.ipynb #5c61e6d3
+# %% ../../nbs/07_pretraining/05_masked_image.ipynb #4643aedb
 def make_rivals(
     epochs: int = 4,
     methods: Sequence[str] = ("mae", "simclr"),
@@ -320,20 +326,15 @@ def _make_rival(method, data, epochs, device, folder) -> Path:
     plan = dict(steps=epochs * (len(data.train_images) // batch_size), batch_size=batch_size, title=name,
                 checkpoint=cache_folder() / "runs" / f"{name}.safetensors")
     if method == "mae":
-        run = pretrain(MaskedAutoencoder(encoder).to(device), data.train_images, _crops(data), **plan)
+        run = pretrain(MaskedAutoencoder(encoder).to(device), data.train_images, crops(data), **plan)
     else:
         run = pretrain_by_contrast(ContrastiveModel(encoder), data.train_images, Augment(mean=data.mean, std=data.std), lr=1e-3, **plan)
     few = {n: judge(encoder, data, labels=n, seeds=5) for n in (50, 100, 1000)}
     curve = label_efficiency(encoder, lambda: ViT(**encoder.config).to(device), data, counts=(100,))
-    metrics = dict(knn=few[100]["knn"], linear_probe={n: f["probe"] for n, f in few.items()}, label_efficiency=_scores(curve))
+    metrics = dict(knn=few[100]["knn"], linear_probe={n: f["probe"] for n, f in few.items()}, label_efficiency=curve_scores(curve))
     return save_weights(encoder, name, _card(data, run, method=method, epochs=epochs, batch_size=batch_size, metrics=metrics), folder)
 
-# %% ../../nbs/07_pretraining/05_masked_image.ipynb #a1dbe4f1
-def _crops(data) -> Augment:
-    "Mild crops and mirror images: hiding patches is all the augmentation that masked images need"
-    return Augment(area=(0.5, 1.0), contrast=0, brightness=0, mean=data.mean, std=data.std)
-
-
+# %% ../../nbs/07_pretraining/05_masked_image.ipynb #580eda3c
 def _card(data, run, **more) -> dict:
     "What every card here says about data and run"
     return dict(data=f"{data.name}, {len(data.train_images):,} training images, no labels", steps=len(run.losses),
