@@ -104,7 +104,7 @@ def _free_memory_gb():
 def _one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
-# %% ../nbs/01_command.ipynb #358fa0f4
+# %% ../nbs/01_command.ipynb #f161c5dc
 def check_data() -> Iterator[Finding]:
     "Which data sets are in the cache."
     for name in SOURCES:
@@ -116,20 +116,20 @@ def check_data() -> Iterator[Finding]:
 def check_weights(
     folder: str | Path = "",  # with weights and their cards; "" means the shipped ones
 ) -> Iterator[Finding]:
-    "Whether the shipped weights are there, load, and fit their cards."
+    "Whether the shipped weights are there, whole, and the ones that their cards describe."
     try:
-        from foundation.models.pretrained import WEIGHTS, load_weights
+        from foundation.models.pretrained import WEIGHTS, read_file
     except ImportError:
         return  # the software is not complete, as has been said
     folder, remedy = Path(folder or WEIGHTS), "reinstall the library, or run `make weights`"
-    names = sorted({path.stem for kind in ("*.json", "*.safetensors") for path in folder.glob(kind)})
+    found = {path.stem for kind in ("*.json", "*.safetensors") for path in folder.glob(kind)}
+    names = sorted(name for name in found if not name.endswith(".tokenizer"))  # a tokenizer has no card
     if not names:
         yield Finding("weights", "none", False, remedy, needed=True)
     for name in names:
         try:
-            load_weights(name, folder=folder)
-            size = (folder / f"{name}.safetensors").stat().st_size / 1e6
-            yield Finding(f"weights {name}", f"{size:.1f} MB, as the card says")
+            _, data = read_file(name, folder)
+            yield Finding(f"weights {name}", f"{len(data) / 1e6:.1f} MB, as the card says")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             yield Finding(f"weights {name}", _one_line(error), False, remedy, needed=True)
 

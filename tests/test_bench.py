@@ -17,7 +17,9 @@ from bench import __main__ as command  # noqa: E402
 from bench import duel as duels  # noqa: E402
 from bench.duel import Duel, MissingPeer, measure, outcome, peer  # noqa: E402
 from bench.mae import equal_losses, mae, their_loss, their_mae  # noqa: E402
+from bench.prune import prune  # noqa: E402
 from bench.masked_text import masked_text, their_bert  # noqa: E402
+from bench.quantize import quantize  # noqa: E402
 from bench.simclr import simclr  # noqa: E402
 from foundation.models.bert import BERT  # noqa: E402
 from foundation.models.vit import ViT  # noqa: E402
@@ -93,12 +95,32 @@ def test_mae_takes_steps(transformers):
     assert len(duel.ours()) == 2 and all(math.isfinite(loss) for loss in duel.peers["transformers"]())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_quantising_gives_the_rulers_and_weights_of_torch_ao():
+    pytest.importorskip("torchao", reason="torchao is not installed (pip install -e '.[bench]')")
+    duel = quantize(images=8, widths=(4, 8))
+    assert duel.same_result() and set(duel.proof) == {"scales", "weights", "inputs"} and duel.items == 8
+    images = torch.rand(8, 1, 28, 28)
+    right = duel.ours()(images)
+    for name, way in duel.peers.items():
+        assert (way()(images) - right).abs().max() < 0.1 * right.abs().max(), name
+
+
 @pytest.mark.parametrize("row, size", [(masked_text, SMALL), (mae, dict(dim=16, depth=1, batch_size=4, steps=1))])
 def test_half_precision_is_proved_in_full_and_has_no_limit(row, size, transformers):
     duel = row("bf16", **size)
     assert duel.same_result() and duel.limit is None
     [ours], [theirs] = duel.ours(), duel.peers["transformers"]()
     assert math.isfinite(ours.loss) and math.isfinite(theirs)
+
+
+def test_nets_cut_by_us_and_by_torch_pruning_are_the_same():
+    pytest.importorskip("torch_pruning", reason="torch-pruning is not installed (pip install -e '.[bench]')")
+    duel = prune(widths=(4, 8, 8), calls=2)
+    assert duel.same_result() and duel.items == 2 and set(duel.proof) == {"outputs", "first", "parameters"}
+    assert set(duel.peers) == {"torch-pruning", "uncut"}
+    for way in (duel.ours, *duel.peers.values()):
+        way()
 
 
 def test_outcome_sees_the_gradient():

@@ -131,7 +131,9 @@ def test_a_shipped_file_is_small_and_its_card_tells_how_it_was_made(name):
     card = read_card(name)
     assert (WEIGHTS / f"{name}.safetensors").stat().st_size <= 6e6
     assert card["steps"] > 0 and card["seconds"] > 0 and card["data"] and card["hardware"] and card["sha256"]
-    assert card["loss_last"] < card["loss_first"]
+    assert "loss_first" not in card or card["loss_last"] < card["loss_first"]
+    if card["architecture"] == "Delta":
+        return  # tests/test_peft.py loads it into its base
     model = load_weights(name, PatchDecoder(**card["config"]) if card["architecture"] == "PatchDecoder" else None)
     assert not model.training and all(p.isfinite().all() for p in model.parameters())
 

@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['integer_range', 'affine_map', 'Quantized', 'quantize_tensor', 'value_range', 'calibrate', 'fake_quantize',
-           'quantize_weights']
+           'quantize_weights', 'integer_matmul', 'fold_batch_norm', 'IntegerLayer', 'quantize_static',
+           'quantize_dynamic', 'classify_rounded']
 
-# %% ../../nbs/09_compression/03_quantization.ipynb #c3cf7a0e
+# %% ../../nbs/09_compression/03_quantization.ipynb #00757169
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .pruning import layer_weights
+from ..evaluation.scores import evaluating
+from ..training.loop import Objective
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #c05e22a9
 def integer_range(
@@ -107,7 +112,7 @@ def quantize_tensor(
     values = _from_rows(marks.clamp(*integer_range(bits, symmetric)), x.shape, axis, group)
     return Quantized(values.to(torch.int8 if symmetric else torch.uint8), scale, zero_point, bits, axis, group)
 
-# %% ../../nbs/09_compression/03_quantization.ipynb #fdf80efd
+# %% ../../nbs/09_compression/03_quantization.ipynb #7e90fed1
 def value_range(
     x: Tensor,  # any shape
     percentile: float = 100.0,  # 100: smallest and largest; 99.9: leave out 0.1 % at either end
@@ -126,25 +131,36 @@ def calibrate(
     bits: int = 8,
     symmetric: bool = False,
     percentile: float = 100.0,  # as in `value_range`, over all batches together
+    method: str = "range",  # "range": the ends of `value_range`; "mse": the ends with the least squared error
 ) -> tuple[Tensor, Tensor]:  # scale and zero point, both scalar
-    "Choose a ruler by looking at data. Raises `ValueError` when there is none."
+    "Choose a ruler by looking at data. Raises `ValueError` when there is none, or for a method that is not known."
     seen = [batch.detach().flatten() for batch in batches]
     if not seen:
         raise ValueError("the calibration set is empty; expected at least one batch of activations")
-    return affine_map(*value_range(torch.cat(seen), percentile), bits, symmetric)
+    if method not in ("range", "mse"):
+        raise ValueError(f'method is {method!r}; expected "range" or "mse"')
+    low, high = value_range(torch.cat(seen), percentile)
+    if method == "range":
+        return affine_map(low, high, bits, symmetric)
+    sample = torch.cat(seen).float()
+    sample = sample[:: -(-len(sample) // 2**16)]  # 65,536 values tell as much as all
+    rulers = [affine_map(low * share, high * share, bits, symmetric) for share in torch.logspace(-2, 0, 80)]
+    loss = lambda r: (fake_quantize(sample, bits, symmetric=symmetric, scale=r[0], zero_point=r[1]) - sample).square().sum()
+    return min(rulers, key=loss)
 
-# %% ../../nbs/09_compression/03_quantization.ipynb #bd3e4ddb
+# %% ../../nbs/09_compression/03_quantization.ipynb #e0334776
 def fake_quantize(
     x: Tensor,  # floating, any shape
     bits: int = 8,
     axis: int | None = None,
     symmetric: bool = True,
+    group: int | None = None,  # as in `quantize_tensor`
     scale: Tensor | None = None,  # a ruler from `calibrate`, scalar or (rows,); None takes it from x
     zero_point: Tensor | None = None,
 ) -> Tensor:  # the shape of x
     "Round to marks; within the ruler the gradient passes straight through (Bengio et al. 2013, https://arxiv.org/abs/1308.3432)."
-    _check_values(x, axis, None)
-    rows = _to_rows(x.float(), axis, None)
+    _check_values(x, axis, group)
+    rows = _to_rows(x.float(), axis, group)
     start, stop = integer_range(bits, symmetric)
     if scale is None:
         scale, zero_point = affine_map(rows.detach().amin(1), rows.detach().amax(1), bits, symmetric)
@@ -154,7 +170,7 @@ def fake_quantize(
     read = (marks.clamp(start, stop) - zero_point) * scale
     inside = (start <= marks) & (marks <= stop)
     through = torch.where(inside, rows, rows.detach())
-    return _from_rows(through + (read - through).detach(), x.shape, axis, None).to(x.dtype)
+    return _from_rows(through + (read - through).detach(), x.shape, axis, group).to(x.dtype)
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #fb07a37e
 def quantize_weights(
@@ -170,3 +186,154 @@ def quantize_weights(
         for name, quantized in integers.items():
             copy.get_parameter(name).copy_(quantized.dequantize())
     return copy, integers
+
+# %% ../../nbs/09_compression/03_quantization.ipynb #f59734ae
+def integer_matmul(
+    a: Tensor,  # int8, (n, d)
+    b: Tensor,  # int8, (d, k)
+) -> Tensor:  # int32, (n, k), exact
+    "Multiply bytes, add in 32 bits; on a GPU by its integer units, for which sizes are filled up. Raises `ValueError`."
+    if a.dtype != torch.int8 or b.dtype != torch.int8 or a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"got {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}; expected int8 (n, d) and int8 (d, k)")
+    if not a.is_cuda:
+        return torch._int_mm(a, b)
+    (n, d), k = a.shape, b.shape[1]  # cuBLAS wants more than 16 rows, and multiples of 8
+    a = nn.functional.pad(a, (0, -d % 8, 0, max(-n % 8, 24 - n)))
+    b = nn.functional.pad(b, (0, -k % 8, 0, -d % 8))
+    return torch._int_mm(a, b)[:n, :k]
+
+# %% ../../nbs/09_compression/03_quantization.ipynb #8f0c65ed
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    "A copy in which each batch norm right after a convolution or linear layer of a `Sequential` has become part of it."
+    copy = deepcopy(model)
+    for parent in [m for m in copy.modules() if isinstance(m, nn.Sequential)]:
+        children = list(parent.named_children())
+        for (name, layer), (after, norm) in zip(children, children[1:]):
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                _fold(layer, norm)
+                setattr(parent, after, nn.Identity())
+    return copy
+
+
+@torch.no_grad()
+def _fold(layer, norm):
+    "Scale the layer's output channels and move its bias, in place"
+    if norm.running_mean is None:
+        raise ValueError(f"{norm} keeps no running statistics, so it cannot be folded")
+    factor = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+    bias = (0 if layer.bias is None else layer.bias) - norm.running_mean
+    layer.bias = nn.Parameter(bias * factor + (0 if norm.bias is None else norm.bias))
+    layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.ndim - 1)))
+
+# %% ../../nbs/09_compression/03_quantization.ipynb #3483921b
+class IntegerLayer(nn.Module):
+    "A convolution or linear layer on whole numbers: inputs on one affine ruler, weights on one for each output channel."
+
+    def __init__(
+        self,
+        layer: nn.Conv2d | nn.Linear,
+        ruler: tuple[Tensor, Tensor] | None = None,  # of the inputs, from `calibrate`; None: a new one for each batch
+        bits: int = 8,
+    ):
+        super().__init__()
+        weight = quantize_tensor(layer.weight, bits, axis=0)
+        self.ruler, self.bits = ruler, bits
+        self.conv = {} if isinstance(layer, nn.Linear) else {
+            name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        for name, value in dict(weight=weight.values, scale=weight.scale, bias=layer.bias).items():
+            self.register_buffer(name, None if value is None else value.detach())
+
+    def marks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # q as floats, scale, zero point
+        "The inputs as whole numbers."
+        scale, zero = self.ruler or affine_map(*x.detach().aminmax(), self.bits, symmetric=False)
+        return ((x * (1 / scale)).round() + zero).clamp(*integer_range(self.bits, symmetric=False)), scale, zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, scale, zero = self.marks(x)
+        apply = nn.functional.conv2d if self.conv else nn.functional.linear
+        sums, shape = apply(q - zero, self.weight.float(), **self.conv), (-1, 1, 1) if self.conv else (-1,)
+        out = sums * (scale * self.scale).view(shape)
+        return out if self.bias is None else out + self.bias.view(shape)
+
+    def exact(self, x: Tensor) -> Tensor:  # (n, d) -> (n, k), linear layers only
+        "Equation (3) in bytes: marks are shifted by 128 to fit int8, and the shift is taken back with the zero point."
+        q, scale, zero = self.marks(x)
+        sums = integer_matmul((q - 128).to(torch.int8), self.weight.T.contiguous())
+        sums = sums + (128 - zero) * self.weight.int().sum(1)
+        out = sums * (scale * self.scale)
+        return out if self.bias is None else out + self.bias
+
+# %% ../../nbs/09_compression/03_quantization.ipynb #154e19c0
+def _integer_parts(model, skip):
+    "Layers to turn into integers by name; warns of layers with weights that stay in float"
+    layer_weights(model, skip)  # refuses NaN and unknown names
+    kept = lambda name: any(f"{name}.".startswith(f"{s}.") for s in ((skip,) if isinstance(skip, str) else skip))
+    parts, left = {}, []
+    for name, m in model.named_modules():
+        if type(m) in (nn.Conv2d, nn.Linear) and getattr(m, "padding_mode", "zeros") == "zeros":
+            parts |= {} if kept(name) else {name: m}
+        elif any(p.ndim > 1 for p in m.parameters(recurse=False)):
+            left.append(f"{name} ({type(m).__name__})")
+    if left:
+        warnings.warn(f"left in float, since only Conv2d and Linear are supported: {', '.join(left)}", stacklevel=3)
+    return parts
+
+
+def _with_integers(model, parts, rulers, bits):
+    "Put an `IntegerLayer` in the place of each part, in the model itself"
+    for name, layer in parts.items():
+        if not name:
+            return IntegerLayer(layer, rulers.get(name), bits)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, IntegerLayer(layer, rulers.get(name), bits))
+    return model.eval()
+
+# %% ../../nbs/09_compression/03_quantization.ipynb #6c7f6120
+def quantize_static(
+    model: nn.Module,
+    batches,  # iterable of inputs as the model takes them; a few hundred images in all
+    bits: int = 8,
+    skip: tuple[str, ...] = (),  # modules to leave in float
+    **options,  # of `calibrate`: percentile, method
+) -> nn.Module:
+    "A copy on whole numbers with calibrated rulers (Jacob et al. 2018). Raises `ValueError` for no data or NaN."
+    integer_range(bits)
+    copy, seen = fold_batch_norm(model), {}
+    parts = _integer_parts(copy, skip)
+    hooks = [m.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0].detach()))
+             for name, m in parts.items()]
+    with evaluating(copy):
+        for batch in batches:
+            copy(batch)
+    for hook in hooks:
+        hook.remove()
+    if not seen:
+        raise ValueError("the calibration set is empty; expected at least one batch of inputs")
+    rulers = {name: calibrate(values, bits, **options) for name, values in seen.items()}
+    return _with_integers(copy, {name: m for name, m in parts.items() if name in seen}, rulers, bits)
+
+
+def quantize_dynamic(
+    model: nn.Module,
+    bits: int = 8,
+    skip: tuple[str, ...] = (),
+) -> nn.Module:
+    "A copy on whole numbers that makes the rulers of its inputs anew for each batch: no data needed."
+    integer_range(bits)
+    copy = fold_batch_norm(model)
+    return _with_integers(copy, _integer_parts(copy, skip), {}, bits)
+
+# %% ../../nbs/09_compression/03_quantization.ipynb #870ec5af
+def classify_rounded(
+    bits: int,
+    group: int | None = None,
+    skip: tuple[str, ...] = (),
+) -> Objective:
+    "Objective for quantisation-aware training: classify with rounded weights; gradients reach the floats behind them."
+    integer_range(bits)
+
+    def objective(model, batch):
+        weights = {name: fake_quantize(w, bits, axis=0, group=group) for name, w in layer_weights(model, skip).items()}
+        logits = functional_call(model, weights, (batch[0],))
+        return nn.functional.cross_entropy(logits.float(), batch[1]), {}
+    return objective
