@@ -56,6 +56,58 @@ def test_rows_i_and_b_plus_i_are_views_of_one_picture(digits):
     assert not torch.equal(*other.chunk(2))
 
 
+def by_rows(a, b, T):
+    "NT-Xent as a loop over all views"
+    z, b = normalize(torch.cat([a, b]), dim=1), len(a)
+    rows = [[z[i] @ z[j] / T for j in range(2 * b) if j != i] for i in range(2 * b)]
+    partner = [(i + b) % (2 * b) for i in range(2 * b)]
+    return sum(torch.stack(row).logsumexp(0) - row[j - (j > i)] for i, (row, j) in enumerate(zip(rows, partner))) / (2 * b)
+
+
+def scores_of(a, b, T):
+    z = normalize(torch.cat([a, b]), dim=1)
+    return z @ z.T / T, torch.arange(2 * len(a)).roll(len(a))
+
+
+def itself_counts(a, b, T):
+    return nn.functional.cross_entropy(*scores_of(a, b, T))
+
+
+def partner_is_no_rival(a, b, T):
+    scores, partner = scores_of(a, b, T)
+    right = scores[torch.arange(len(scores)), partner]
+    rivals = scores.fill_diagonal_(-math.inf).scatter(1, partner[:, None], -math.inf)
+    return (rivals.logsumexp(1) - right).mean()
+
+
+def one_direction(a, b, T):
+    return info_nce(normalize(a, dim=1) @ normalize(b, dim=1).T / T)
+
+
+def never_normalised(a, b, T):
+    z = torch.cat([a, b])
+    return nn.functional.cross_entropy((z @ z.T / T).fill_diagonal_(-math.inf), torch.arange(len(z)).roll(len(a)))
+
+
+def neighbours_are_partners(a, b, T):
+    return nt_xent(*torch.cat([a, b]).view(len(a), 2, -1).unbind(1), T)
+
+
+def lightlys(a, b, T):
+    return pytest.importorskip("lightly.loss", reason="lightly is not installed (pip install -e '.[bench]')").NTXentLoss(temperature=T)(a, b)
+
+
+@pytest.mark.parametrize("judge", [by_rows, lightlys])
+@pytest.mark.parametrize("n, d, T", [(2, 3, 0.5), (7, 5, 0.1), (16, 8, 1.0)])
+def test_nt_xent_is_a_loop_and_lightlys_and_broken_ones_are_not(judge, n, d, T):
+    a, noise = draw(n, n, d), draw(n + 1, n, d)
+    b = a + noise  # views of one picture resemble each other
+    want = judge(a, b, T)
+    assert_close(nt_xent(a, b, T), want, rtol=1e-4, atol=1e-4)
+    for broken in (itself_counts, partner_is_no_rival, one_direction, never_normalised, neighbours_are_partners):
+        assert abs(broken(a, b, T) - want) > 1e-2, broken.__name__
+
+
 def gradients_of_views(objective, views):
     x = views.clone().requires_grad_()
     grad, = torch.autograd.grad(objective(fresh(), x)[0], x)
@@ -94,8 +146,10 @@ def test_the_loss_does_not_mind_which_view_comes_first(views):
 def test_a_batch_of_one_is_refused(digits, views):
     with pytest.raises(ValueError, match="at least 2"):
         pretrain(fresh(), digits.train_images, Augment(), steps=1, batch_size=1, title="")
-    with pytest.raises(ValueError, match="at least 2"):
-        match_views()(fresh().eval(), views[[0, 6]])
+    for model, objective in ((fresh(), match_views()), (queued(), match_queue())):
+        for some in ([0, 6], [0, 1, 6], [0], []):
+            with pytest.raises(ValueError, match="at least 2 pictures"):
+                objective(model, views[some])
     with pytest.raises(ValueError, match="nothing to pick from"):
         info_nce(torch.zeros(1, 1))
 
@@ -220,7 +274,15 @@ def test_a_stopped_moco_goes_on_with_its_queue(digits, tmp_path):
         assert_close(mine, theirs, rtol=0, atol=0)
     assert {"queue", "seen"} <= queued().state_dict().keys()
     with pytest.raises(ValueError, match="of the recipe"):  # the objective is part of it
-        pretrain(queued(size=20), digits.train_images, Augment(), steps=9, batch_size=8, checkpoint=tmp_path / "run", title="")
+        pretrain(queued(size=20), digits.train_images, Augment(), steps=9, batch_size=8, objective=match_views(),
+                 checkpoint=tmp_path / "run", title="")
+
+
+def test_a_queue_needs_its_objective_and_a_projector_an_encoder(digits):
+    with pytest.raises(ValueError, match=r"expected objective=match_queue\(\)"):
+        pretrain(queued(), digits.train_images, Augment(), steps=1, batch_size=8, title="")
+    with pytest.raises(TypeError, match="the encoder is a Linear; expected one with `encode` and `dim`"):
+        pretrain(nn.Linear(2, 2), digits.train_images, Augment(), steps=1, batch_size=8, title="")
 
 
 @pytest.mark.parametrize("change, words", [(dict(size=0), "size=0"), (dict(momentum=-0.1), "momentum=-0.1"),

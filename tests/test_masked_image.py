@@ -205,6 +205,7 @@ def test_recipes_write_weights_and_cards_that_fit(digits, tmp_path, monkeypatch)
     assert rivals[0]["steps"] == rivals[1]["steps"] == 2 and rivals[0]["sha256"] != rivals[1]["sha256"]
     assert set(rivals[0]["metrics"]["linear_probe"]) == {"50", "100", "1000"}
     json.dumps(metrics)
+    assert read_card("vit_mae_decoder", tmp_path)["metrics"] == dict(reconstruction=metrics["reconstruction"])
     model = MaskedAutoencoder(load_weights("vit_mae", Tiny(), tmp_path))
     load_weights("vit_mae_decoder", model.decoder, tmp_path)
 
@@ -257,6 +258,8 @@ def test_other_bad_input_is_refused(digits):
         hidden_error(torch.zeros(1, 4, 2), torch.zeros(1, 4, 3), torch.tensor([[0]]))
     with pytest.raises(TypeError, match="expected a MaskedAutoencoder"):
         pretrain(ViT(dim=16, depth=1), digits.train_images[:64], PLAIN, steps=1, title="")
+    with pytest.raises(ValueError, match="got 15 patches of an image; expected a square number"):
+        naive_fill(torch.randn(2, 15, 4), torch.tensor([[0], [1]]))
     with pytest.raises(ValueError, match="b is 0"):
         random_masking(0, 16)
     with pytest.raises(ValueError, match="'mae' and 'simclr'"):

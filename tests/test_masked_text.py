@@ -16,8 +16,8 @@ from foundation.data.tokenizer import Tokenizer, train_bpe
 from foundation.models.bert import BERT
 from foundation.models.pretrained import WEIGHTS, load_weights, read_card, rename_bert
 from foundation.pretraining.masked_text import (
-    GlossTask, TextClassifier, encode_documents, fill_mask, gloss_task, mask_tokens, masked_accuracy, masked_stream,
-    masked_tokens, pretrain, probe_arm, unigram_accuracy)
+    GlossTask, TextClassifier, count_words, counting_arm, encode_documents, fill_mask, gloss_task, judge, mask_tokens, masked_accuracy,
+    masked_stream, masked_tokens, pretrain, probe_arm, unigram_accuracy)
 
 TEXTS = ["a large group of animals", "the state of being happy", "a small tree of the north", "cause to become hard"] * 30
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -297,6 +297,28 @@ def test_a_probe_arm_finds_what_is_there():
     assert probe_arm(noise, task)(50, 0) < 0.7
 
 
+def test_counting_words_sees_the_words_and_nothing_of_the_test():
+    texts = [f"{'animal' if i % 2 else 'plant'} of the {'north' if i % 3 else 'south'}" for i in range(400)]
+    task = task_of(texts)
+    counts = count_words(task)
+    assert counts.shape[0] == 400 and counting_arm(counts, task)(50, 0) > 0.95
+    blank = torch.randint(0, 2, (400,), generator=torch.Generator().manual_seed(0))
+    assert counting_arm(counts, task._replace(labels=blank))(50, 0) < 0.7
+    alone = count_words(task_of(texts[:-1] + ["a new word"]))
+    assert (alone[:-1] != counts[:-1]).nnz == 0 and alone[-1].nnz == 0  # words of the test are not counted
+
+
+def test_the_judge_compares_all_arms(tokenizer, monkeypatch):
+    task = task_of(TEXTS[:40])
+    monkeypatch.setattr(masked_text, "load_minilm", lambda: ())
+    monkeypatch.setattr(masked_text, "embed_texts", lambda texts: torch.randn(len(texts), 4))
+    monkeypatch.setattr(masked_text, "knn_accuracy", lambda *parts: 0.5)
+    found = judge(small(tokenizer), tokenizer, task, counts=(16,), seeds=range(2))
+    assert set(found["knn"]) == {"TF-IDF", "random weights", "BERT", "MiniLM"}
+    assert all(len(scores) == 2 for scores in found["curve"][16].values())
+    assert list(found["curve"][16]) == ["TF-IDF", "random weights, probe", "BERT, probe", "MiniLM, probe", "from scratch", "BERT, fine-tuned"]
+
+
 def test_the_recipe_writes_weights_tokenizer_and_card(tokenizer, documents, tmp_path, monkeypatch):
     monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(masked_text, "gloss_corpus", lambda: (tokenizer, documents, documents))
@@ -377,7 +399,12 @@ IDS = torch.full((2, 6), 7)
     (lambda t, d: fill_mask(small(t), t, "word " * 40 + "[MASK]"), "do not fit a context of 16"),
     (lambda t, d: masked_tokens(small(t), first(d, t, context=32)), "do not fit a context of 16"),
     (lambda t, d: masked_tokens(small(t), (IDS, IDS > 4, IDS < 0, IDS[IDS < 0])), "hide at least one token of the batch"),
+    (lambda t, d: fill_mask(small(t), t, ["a [MASK]"]), "got a list and count=5; expected one text"),
+    (lambda t, d: fill_mask(small(t), t, "a [MASK]", count=0), "count=0; expected one text, and 1 to"),
+    (lambda t, d: fill_mask(small(t), t, "a [MASK]", count=10**6), "count=1000000"),
+    (lambda t, d: judge(small(t, vocab_size=400), t), "the model knows 400 tokens"),
     (lambda t, d: encode_documents("one text", t), r"expected several; hand in \[text\]"),
+    (lambda t, d: encode_documents(["a"], t, longest=0), "longest is 0; expected at least 1 word"),
     (lambda t, d: encode_documents([], t), "expected at least one document"),
     (lambda t, d: gloss_task(pool=10**6), "asked for 1000000"),
     (lambda t, d: gloss_task(test=0), "and 0 texts"),

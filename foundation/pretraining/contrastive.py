@@ -43,9 +43,11 @@ def two_views(
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #864d8125
 class ContrastiveModel(nn.Module):
-    "An encoder and a projector: images (b, c, h, w) -> points to compare (b, dim)."
+    "An encoder and a projector: images (b, c, h, w) -> points to compare (b, dim). Raises `TypeError` for what is no encoder."
 
     def __init__(self, encoder: nn.Module, dim: int = 128, hidden: int = 256):
+        if not callable(getattr(encoder, "encode", None)) or not hasattr(encoder, "dim"):
+            raise TypeError(f"the encoder is a {type(encoder).__name__}; expected one with `encode` and `dim`, such as ResNet")
         super().__init__()
         self.encoder, self.dim = encoder, dim
         layers = nn.Linear(encoder.dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
@@ -58,9 +60,16 @@ class ContrastiveModel(nn.Module):
 def match_views(temperature: float = 0.2) -> Objective:
     "Objective: NT-Xent between the two halves of a batch of views."
     def objective(model, views):
+        _expect_pairs(views)
         a, b = model(views).chunk(2)
         return nt_xent(a, b, temperature), {}
     return objective
+
+# %% ../../nbs/07_pretraining/03_contrastive.ipynb #6b9b33ca
+def _expect_pairs(views):
+    "Refuse a batch without second views, or with one picture only"
+    if len(views) < 4 or len(views) % 2:
+        raise ValueError(f"got {len(views)} views; expected two of each picture and at least 2 pictures: with one there is nothing to pick from")
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #4745e8d4
 def pretrain(
@@ -80,9 +89,13 @@ def pretrain(
     title: str = "pretraining",
     each: Callable[[Step], None] | None = None,  # called after each step
 ) -> Run:  # losses, seconds
-    "SimCLR (Chen et al. 2020). Raises `ValueError` for fewer than two images a batch, or a checkpoint of another recipe."
+    """SimCLR (Chen et al. 2020), or MoCo with `match_queue`.
+
+    Raises `ValueError` for fewer than two images a batch, a queue without its objective, or a checkpoint of another recipe."""
     if batch_size < 2:
         raise ValueError(f"batch_size is {batch_size}; contrast needs at least 2 pictures, and works better with hundreds")
+    if hasattr(encoder, "queue") and objective is None:
+        raise ValueError("a MomentumContrast learns from its queue; expected objective=match_queue()")
     torch.manual_seed(seed)
     model = encoder if hasattr(encoder, "encoder") else ContrastiveModel(encoder)
     device = next(encoder.parameters()).device
@@ -167,15 +180,16 @@ class MomentumContrast(nn.Module):
         self.queue[places] = keys
         self.seen += len(keys)
 
-
+# %% ../../nbs/07_pretraining/03_contrastive.ipynb #a60ed6a5
 def match_queue(temperature: float = 0.2) -> Objective:
     "Objective of a MomentumContrast: each first view picks the key of its partner among the batch's keys and the queue."
     def objective(model, views):
+        _expect_pairs(views)
         a, b = views.chunk(2)
         model.follow()
         keys = model.keys(b)
         loss = info_nce(model.scores(model(a), keys) / temperature)
-        model.enqueue(keys)  # after the loss, or each key would be its own negative
+        model.enqueue(keys)
         return loss, {}
     return objective
 

@@ -49,7 +49,7 @@ def visible(
     _expect_keep(keep, len(keep), n)
     return torch.zeros(len(keep), n, dtype=torch.bool, device=keep.device).scatter(1, keep, True)
 
-
+# %% ../../nbs/07_pretraining/05_masked_image.ipynb #48e64e77
 def _expect_keep(keep, b: int, n: int):
     "Refuse what are not different places (b, m) from 0 to n - 1; values are read on the CPU only, where a look is free"
     if not isinstance(keep, Tensor) or keep.dtype != torch.int64:
@@ -69,11 +69,13 @@ def naive_fill(
     keep: Tensor,  # places of those that may be seen, (b, m)
     nearest: bool = True,  # copy the nearest visible patch; False: put their mean everywhere
 ) -> Tensor:  # (b, n, q)
-    "What one would paint without having learnt anything."
+    "What one would paint without having learnt anything. Raises `ValueError` for patches that form no square."
     n, seen = patches.shape[1], take(patches, keep)
     if not nearest:
         return seen.mean(1, keepdim=True).expand_as(patches)
     side = math.isqrt(n)
+    if side**2 != n:
+        raise ValueError(f"got {n} patches of an image; expected a square number, so that each has a row and a column")
     at = torch.stack([torch.arange(n) // side, torch.arange(n) % side], 1).float().to(patches.device)  # row and column, (n, 2)
     return take(seen, torch.cdist(at[None], at[keep]).argmin(2))
 
@@ -280,10 +282,10 @@ def make_weights(
                    checkpoint=cache_folder() / "runs" / f"{name}.safetensors", title=name)
     card = _card(data, run, method="masked autoencoder", epochs=epochs, batch_size=batch_size)
     fresh = lambda: ViT(**model.encoder.config).to(device)
-    metrics = card_metrics(model.encoder, fresh, data, patience=1e-3) | dict(
-        ratios={arm: runs.tolist() for arm, runs in compare_ratios(data).scores.items()},
-        reconstruction=reconstruction(model.eval(), data.floats(data.test_images).to(device)))
-    save_weights(model.decoder, f"{name}_decoder", card, folder)
+    painted = dict(reconstruction=reconstruction(model.eval(), data.floats(data.test_images).to(device)))
+    save_weights(model.decoder, f"{name}_decoder", card | dict(metrics=painted), folder)
+    metrics = card_metrics(model.encoder, fresh, data, patience=1e-3) | painted
+    metrics["ratios"] = {arm: runs.tolist() for arm, runs in compare_ratios(data).scores.items()}
     return save_weights(model.encoder, name, card | dict(metrics=metrics), folder)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #d181ca93

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICKED_ON', 'mask_tokens', 'encode_documents', 'masked_stream', 'masked_tokens', 'pretrain', 'masked_accuracy',
            'unigram_accuracy', 'gloss_corpus', 'fill_mask', 'TextClassifier', 'GlossTask', 'gloss_task', 'probe_arm',
-           'counting_arm', 'training_arm', 'judge', 'make_weights']
+           'count_words', 'counting_arm', 'training_arm', 'judge', 'make_weights']
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #1374584e
 from collections.abc import Callable, Iterator, Sequence
@@ -87,13 +87,15 @@ def encode_documents(
     tokenizer: Tokenizer,
     longest: int = 62,  # words; the two marks come on top
 ) -> Documents:
-    "Each text as [CLS] words [SEP], cut after `longest` words. Raises `TypeError` for one bare text."
+    "Each text as [CLS] words [SEP], cut after `longest` words. Raises `TypeError` for one bare text, `ValueError` for no words."
     if isinstance(texts, str):
         raise TypeError("texts is one text, expected several; hand in [text]")
+    if longest < 1:
+        raise ValueError(f"longest is {longest}; expected at least 1 word")
     first, last = tokenizer.special["[CLS]"], tokenizer.special["[SEP]"]
     return join([[first, *row.ids[:longest], last] for row in tokenizer.fast().encode_batch(list(texts))])
 
-
+# %% ../../nbs/07_pretraining/01_masked_text.ipynb #8e247d72
 def masked_stream(
     documents: Documents,
     tokenizer: Tokenizer,
@@ -129,7 +131,7 @@ def masked_tokens(
     logits = model(inputs, mask, places=places).float()  # (places.sum(), v)
     return nn.functional.cross_entropy(logits, targets), {"right": (logits.detach().argmax(1) == targets).float().mean()}
 
-
+# %% ../../nbs/07_pretraining/01_masked_text.ipynb #c2556262
 def pretrain(
     model: BERT,  # trained in place
     documents: Documents,
@@ -181,7 +183,7 @@ def masked_accuracy(
             right.append((logits.argmax(1).cpu() == targets)[behind].float())
     return torch.cat(right).mean().item()
 
-
+# %% ../../nbs/07_pretraining/01_masked_text.ipynb #f8bd9370
 def unigram_accuracy(
     documents: Documents,  # to count in
     unseen: Documents,  # to guess in
@@ -210,6 +212,8 @@ def fill_mask(
 ) -> list[dict[str, float]]:  # for each [MASK]: token -> probability, the likeliest first
     "The likeliest tokens for each hidden word. Raises `ValueError` for a text without [MASK] or of another vocabulary."
     _expect_fit(model, tokenizer)
+    if not isinstance(text, str) or not 1 <= count <= tokenizer.vocab_size:
+        raise ValueError(f"got a {type(text).__name__} and count={count!r}; expected one text, and 1 to {tokenizer.vocab_size:,} guesses")
     ids = tokenizer.encode("[CLS]" + text.replace(" [MASK]", "[MASK]") + "[SEP]", special=True)
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     places = tokens == tokenizer.special["[MASK]"]
@@ -236,7 +240,7 @@ class TextClassifier(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.encode(tokens))
 
-
+# %% ../../nbs/07_pretraining/01_masked_text.ipynb #dc8863c4
 class GlossTask(NamedTuple):
     "Definitions of nouns and their 25 fields: some to draw labels from, some to pick settings on, some to test on."
     texts: tuple[str, ...]
@@ -277,17 +281,21 @@ def probe_arm(features: Tensor, task: GlossTask):  # features (n, d)
     return tuned(run, (1e-2, 1e-1, 1.0), PICKED_ON)
 
 
-def counting_arm(task: GlossTask):
-    "TF-IDF and logistic regression (scikit-learn); how rare a word is, is counted on all texts that labels are drawn from."
+def count_words(task: GlossTask):  # (n, words), sparse
+    "TF-IDF (scikit-learn); how rare a word is, is counted on all texts that labels are drawn from."
     from sklearn.feature_extraction.text import TfidfVectorizer
+    return TfidfVectorizer(sublinear_tf=True).fit([task.texts[i] for i in task.pool]).transform(task.texts)
+
+
+def counting_arm(counts, task: GlossTask):  # counts (n, words), sparse
+    "Logistic regression (scikit-learn) on counted words."
     from sklearn.linear_model import LogisticRegression
-    counts = TfidfVectorizer(sublinear_tf=True).fit([task.texts[i] for i in task.pool]).transform(task.texts)
     def run(count, seed, C, part):
         i, where, y = task.draw(count, seed).numpy(), task.part(part).numpy(), task.labels.numpy()
         return LogisticRegression(C=C, max_iter=1000).fit(counts[i], y[i]).score(counts[where], y[where])
     return tuned(run, (1.0, 10.0, 100.0), PICKED_ON)
 
-
+# %% ../../nbs/07_pretraining/01_masked_text.ipynb #4452b2d3
 def training_arm(make: Callable[[int], BERT], tokens: Tensor, task: GlossTask, fitted: bool):  # make: seed -> model
     "All weights trained by `fine_tune`; `fitted`: the head begins as a probe, for features that mean something."
     def run(count, seed, lr, part):
@@ -301,15 +309,16 @@ def training_arm(make: Callable[[int], BERT], tokens: Tensor, task: GlossTask, f
         return accuracy(predict(model, tokens[where], batch_size=64), task.labels[where])
     return tuned(run, (2e-4, 6e-4) if fitted else (6e-4, 2e-3), PICKED_ON)
 
-
+# %% ../../nbs/07_pretraining/01_masked_text.ipynb #58320cc4
 def judge(
     model: BERT,
     tokenizer: Tokenizer,
     task: GlossTask | None = None,  # None: `gloss_task()`
     counts: Sequence[int] = (50, 100, 500, 1000),
-    seeds: Sequence[int] = range(3),  # draws of the labels
+    seeds: Sequence[int] = range(5),  # draws of the labels
 ) -> dict:  # {"knn": {features: accuracy}, "curve": {count: {arm: [accuracy for each draw]}}}
     "What the weights buy against counting words, random weights, training from scratch and a model of real size."
+    _expect_fit(model, tokenizer)
     task = task or gloss_task()
     tokens, device = task.tokens(tokenizer), next(model.parameters()).device
     def fresh(seed):
@@ -317,10 +326,12 @@ def judge(
         return BERT(**model.config).to(device)
     encode = lambda bert: encode_all(TextClassifier(bert, 1).to(device), tokens, batch_size=64)
     features = {"random weights": encode(fresh(0)), "BERT": encode(model), "MiniLM": embed_texts(*load_minilm(), list(task.texts)).cpu()}
-    arms = {"TF-IDF": counting_arm(task)} | {f"{name}, probe": probe_arm(x, task) for name, x in features.items()}
+    words = count_words(task)
+    arms = {"TF-IDF": counting_arm(words, task)} | {f"{name}, probe": probe_arm(x, task) for name, x in features.items()}
     arms |= {"from scratch": training_arm(fresh, tokens, task, False),
              "BERT, fine-tuned": training_arm(lambda _: deepcopy(model), tokens, task, True)}
-    curve, y = label_curve(arms, counts, seeds, progress=False), task.labels
+    curve, y = label_curve(arms, counts, seeds), task.labels
+    features |= {"TF-IDF": torch.from_numpy(words.astype("float32").toarray())}
     knn = {name: knn_accuracy(x[task.pool], y[task.pool], x[task.test], y[task.test]) for name, x in features.items()}
     return dict(knn=knn, curve={n: {arm: s.tolist() for arm, s in c.scores.items()} for n, c in curve.items()})
 
