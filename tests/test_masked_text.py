@@ -313,6 +313,7 @@ def test_the_judge_compares_all_arms(tokenizer, monkeypatch):
     monkeypatch.setattr(masked_text, "load_minilm", lambda: ())
     monkeypatch.setattr(masked_text, "embed_texts", lambda texts: torch.randn(len(texts), 4))
     monkeypatch.setattr(masked_text, "knn_accuracy", lambda *parts: 0.5)
+    monkeypatch.setattr(masked_text, "fine_tune", lambda model, *_, **options: model)
     found = judge(small(tokenizer), tokenizer, task, counts=(16,), seeds=range(2))
     assert set(found["knn"]) == {"TF-IDF", "random weights", "BERT", "MiniLM"}
     assert all(len(scores) == 2 for scores in found["curve"][16].values())

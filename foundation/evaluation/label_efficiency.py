@@ -130,19 +130,21 @@ def card_metrics(
     controls = {"knn_random_weights": judge(fresh(), data, seeds=1)["knn"],
                 "knn_pixels": knn_accuracy(pixels[0], data.train_labels[:10_000], pixels[1], data.test_labels)}
     possible = [count for count in (50, 100, 1000) if count <= 0.9 * len(data.train_labels)]
-    curve = label_efficiency(encoder, fresh, data, **dict(counts=possible) | options)
-    longer = dict(counts=possible[:2][-1:], steps=5 * options.get("steps", 100), choices={"from scratch": (patience,)})
-    patient = label_efficiency(encoder, fresh, data, **longer)
+    options = dict(counts=possible, seeds=range(5), steps=100) | options
+    curve = label_efficiency(encoder, fresh, data, **options)
+    longer = dict(counts=possible[:2][-1:], steps=5 * options["steps"], choices={"from scratch": (patience,)})
+    patient = label_efficiency(encoder, fresh, data, **options | longer)
     return dict(knn=few["knn"], **controls, linear_probe_100_labels=few["probe"], linear_probe_all_labels=every["probe"][0],
                 **three_stages(encoder, data), scratch_with_five_times_the_steps=next(iter(patient.values()))["from scratch"].tolist(),
                 label_efficiency=curve_scores(curve))
 
-
-def three_stages(encoder: nn.Module, data: ImageSet) -> dict[str, float]:
-    "The entry of a card for the last three stages, probed with all labels; empty for an encoder without stages."
+# %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #ec1318ff
+def three_stages(encoder: nn.Module, data: ImageSet) -> dict:
+    "The entries of a card for the last three stages, probed with 100 and with all labels; empty for an encoder without stages."
     if not isinstance(getattr(encoder, "body", None), nn.Sequential):
         return {}
-    return dict(linear_probe_all_labels_three_stages=judge(encoder, data, labels=None, seeds=1, encode=encode_stages)["probe"][0])
+    few, every = (judge(encoder, data, labels=n, seeds=5 if n else 1, encode=encode_stages)["probe"] for n in (100, None))
+    return dict(linear_probe_100_labels_three_stages=few, linear_probe_all_labels_three_stages=every[0])
 
 
 def curve_scores(curve: Mapping[int, Comparison]) -> dict[str, dict[str, list[float]]]:  # arm -> count -> scores
