@@ -130,7 +130,7 @@ def card_metrics(
     controls = {"knn_random_weights": judge(fresh(), data, seeds=1)["knn"],
                 "knn_pixels": knn_accuracy(pixels[0], data.train_labels[:10_000], pixels[1], data.test_labels)}
     possible = [count for count in (50, 100, 1000) if count <= 0.9 * len(data.train_labels)]
-    options = dict(counts=possible, seeds=range(5), steps=100) | options
+    options = dict(counts=possible, steps=100) | options
     curve = label_efficiency(encoder, fresh, data, **options)
     longer = dict(counts=possible[:2][-1:], steps=5 * options["steps"], choices={"from scratch": (patience,)})
     patient = label_efficiency(encoder, fresh, data, **options | longer)

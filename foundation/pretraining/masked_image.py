@@ -332,7 +332,7 @@ def _make_rival(method, data, epochs, device, folder) -> Path:
     else:
         run = pretrain_by_contrast(ContrastiveModel(encoder), data.train_images, Augment(mean=data.mean, std=data.std), lr=1e-3, **plan)
     few = {n: judge(encoder, data, labels=n, seeds=5) for n in (50, 100, 1000)}
-    curve = label_efficiency(encoder, lambda: ViT(**encoder.config).to(device), data, counts=(100,), seeds=range(5))
+    curve = label_efficiency(encoder, lambda: ViT(**encoder.config).to(device), data, counts=(100,))
     metrics = dict(knn=few[100]["knn"], linear_probe={n: f["probe"] for n, f in few.items()}, label_efficiency=curve_scores(curve))
     return save_weights(encoder, name, _card(data, run, method=method, epochs=epochs, batch_size=batch_size, metrics=metrics), folder)
 

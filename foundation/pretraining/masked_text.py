@@ -315,7 +315,7 @@ def judge(
     tokenizer: Tokenizer,
     task: GlossTask | None = None,  # None: `gloss_task()`
     counts: Sequence[int] = (50, 100, 500, 1000),
-    seeds: Sequence[int] = range(5),  # draws of the labels
+    seeds: Sequence[int] = range(3),  # draws of the labels
 ) -> dict:  # {"knn": {features: accuracy}, "curve": {count: {arm: [accuracy for each draw]}}}
     "What the weights buy against counting words, random weights, training from scratch and a model of real size."
     _expect_fit(model, tokenizer)
