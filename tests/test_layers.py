@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from foundation.core.basics import count_macs
 from foundation.layers.attention import Attention, KeyValueCache, attend, causal_mask, padding_mask
 from foundation.layers.block import MLP, Block
 from foundation.layers.embedding import PatchEmbedding, TokenEmbedding, patchify, sinusoidal, unpatchify
@@ -173,6 +174,11 @@ def test_dropout_is_on_while_training_only():
     block = Block(8, 2, dropout=0.5)
     assert not torch.equal(block(x), block(x))
     assert torch.equal(block.eval()(x), block(x))
+
+
+def test_attention_is_counted_whatever_kernel_runs_it():
+    n, d = 5, 8
+    assert count_macs(Attention(d, 2), torch.randn(1, n, d)) == 4 * n * d * d + 2 * n * n * d  # four projections, scores, mixing
 
 
 # Block ----------------------------------------------------------------------------------------------------------------
