@@ -111,7 +111,7 @@ def tap(
     "Run a model and listen at one layer. Raises `ValueError` for a layer that is not there, or does not run exactly once."
     modules, heard = dict(model.named_modules()), []
     if layer not in modules:
-        raise ValueError(f"there is no layer {layer!r}; there are: {', '.join(filter(None, modules))}")
+        raise ValueError(f"there is no layer {layer!r}; there are, among others: {', '.join(list(filter(None, modules))[:8])}")
     hook = modules[layer].register_forward_hook(lambda module, args, output: heard.append(output))
     try:
         said = model(inputs)
@@ -314,6 +314,7 @@ def make_weights(
         tuning[arm] = {lr: lab.score(arm, first, lr, kept, task.valid) for lr in rates[arm]}
     picked = {arm: best(tuning[arm]) for arm in rates} | {"as cut": 0.0}
     scores = [{arm: lab.score(arm, seed, lr, kept, task.test) for arm, lr in picked.items()} for seed in seeds]
+    lab.bar.close()
     student = lab.train("distilled", first, picked["distilled"], kept)
     models, usual = {"6 layers": lab.teacher(first, lab.rate), "3 layers": student}, _usual(task.tokens[task.test])
     card = dict(data=f"film reviews, {len(task.pool):,} training texts, {labels:,} of them with labels", method="fine-tuned, cut, distilled",
