@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from foundation.compression import distillation
 from foundation.compression.distillation import (
     RATES, Hinted, Stored, TextClassifier, answer_texts, distil, keep_layers, load_student, make_weights, match_answers, match_hints,
-    match_teacher, sentiment_task, tap, text_costs, train_text)
+    match_teacher, sentiment_task, tap, text_costs, train_text, usual_texts)
 from foundation.core.sources import DataUnavailable, fetch
 from foundation.data.augment import Augment
 from foundation.models.bert import BERT
@@ -394,6 +394,13 @@ def test_costs_are_counted_and_compared():
     blocks = lambda m: sum(p.numel() for p in m.encoder.blocks.parameters())
     assert found["6"]["parameters"] - found["3"]["parameters"] == blocks(whole) / 2
     assert found["3"]["macs"] - 32 == (found["6"]["macs"] - 32) / 2  # the head has 16 × 2
+
+
+def test_usual_texts_are_of_about_median_length():
+    x = tokens(101)
+    lengths = (x != 0).sum(1)
+    found = (usual_texts(x, 5) != 0).sum(1)
+    assert found.shape == (5,) and (found - lengths.median()).abs().max() <= 1
 
 
 # The recipe -----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'RATES', 'match_teacher', 'match_answers', 'distil', 'tap', 'Hinted', 'match_hints', 'keep_layers',
-           'TextClassifier', 'SentimentTask', 'sentiment_task', 'train_text', 'answer_texts', 'text_costs', 'Stored',
-           'make_weights', 'load_student']
+           'TextClassifier', 'SentimentTask', 'sentiment_task', 'train_text', 'answer_texts', 'usual_texts',
+           'text_costs', 'Stored', 'make_weights', 'load_student']
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #ffce05c0
 import json
@@ -245,6 +245,15 @@ def answer_texts(
     return predict(model, tokens[order], batch_size=64)[order.argsort()]
 
 
+def usual_texts(
+    tokens: Tensor,  # (m, n), 0 = padding
+    count: int = 32,
+) -> Tensor:  # (count, n)
+    "Texts of about median length."
+    order = (tokens != 0).sum(1).argsort(stable=True)
+    return tokens[order[len(order) // 2 :][:count]]
+
+
 @torch.inference_mode()
 def text_costs(
     models: dict[str, nn.Module],  # the first is the one that the others are compared with
@@ -316,12 +325,12 @@ def make_weights(
     scores = [{arm: lab.score(arm, seed, lr, kept, task.test) for arm, lr in picked.items()} for seed in seeds]
     lab.bar.close()
     student = lab.train("distilled", first, picked["distilled"], kept)
-    models, usual = {"6 layers": lab.teacher(first, lab.rate), "3 layers": student}, _usual(task.tokens[task.test])
+    models = {"6 layers": lab.teacher(first, lab.rate), "3 layers": student}
     card = dict(data=f"film reviews, {len(task.pool):,} training texts, {labels:,} of them with labels", method="fine-tuned, cut, distilled",
                 base="minilm", layers=list(kept), seeds=list(seeds), batch_size=32, **plan, seconds=round(lab.seconds), rates=picked,
                 tuning={what: {str(value): score for value, score in row.items()} for what, row in tuning.items()},
                 metrics=dict(test_texts=len(task.test), accuracy={arm: [run[arm] for run in scores] for arm in picked},
-                             costs=text_costs(models, task.tokens[usual])))
+                             costs=text_costs(models, usual_texts(task.tokens[task.test]))))
     return save_weights(Stored(student), name, card, folder)
 
 
@@ -334,13 +343,7 @@ def load_student(
     student = TextClassifier(keep_layers(encoder, read_card(name, folder)["layers"]))
     return load_weights(name, Stored(student), folder).model
 
-# %% ../../nbs/09_compression/01_distillation.ipynb #55bfbcd2
-def _usual(tokens, count=32):
-    "Indices of the texts of about median length"
-    order = (tokens != 0).sum(1).argsort(stable=True)
-    return order[len(order) // 2 :][:count]
-
-
+# %% ../../nbs/09_compression/01_distillation.ipynb #2927c736
 class _Lab:
     "Trains the arms of the recipe, and remembers what is done"
 
