@@ -18,11 +18,12 @@ from .masked_text import masked_text
 from .prune import prune
 from .quantize import quantize
 from .simclr import simclr
+from .student import student
 
 RESULTS = Path(__file__).with_name("results.json")
 BOTH = dict(masked_text=masked_text, simclr=simclr, mae=mae)  # in fp32, and in bf16 where the processor has it
 HALF = {f"{name}_bf16": partial(row, "bf16") for name, row in BOTH.items() if supports_bf16("cpu")}
-ROWS = {**BOTH, **HALF, "prune": prune, "quantize": quantize}  # name -> a function that builds a Duel; a row more is an entry more
+ROWS = {**BOTH, **HALF, "prune": prune, "quantize": quantize, "student": student}  # name -> a function that builds a Duel; a row more is an entry more
 
 
 def machine() -> dict:

@@ -21,7 +21,9 @@ from bench.prune import prune  # noqa: E402
 from bench.masked_text import masked_text, their_bert  # noqa: E402
 from bench.quantize import quantize  # noqa: E402
 from bench.simclr import simclr  # noqa: E402
+from bench.student import _their_loss, same_step, student  # noqa: E402
 from foundation.models.bert import BERT  # noqa: E402
+from foundation.models.convnets import VGG, ConvNet  # noqa: E402
 from foundation.models.vit import ViT  # noqa: E402
 from foundation.pretraining.masked_image import MaskedAutoencoder, masked_patches  # noqa: E402
 from foundation.training.speed import Throughput  # noqa: E402
@@ -121,6 +123,20 @@ def test_nets_cut_by_us_and_by_torch_pruning_are_the_same():
     assert set(duel.peers) == {"torch-pruning", "uncut"}
     for way in (duel.ours, *duel.peers.values()):
         way()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_student_learns_the_same_from_answers_computed_once():
+    duel = student(images=16, widths=(4, 8), batch_size=8, passes=3)
+    assert duel.same_result() and duel.items == 48 and set(duel.peers) == {"PyTorch", "torch.ao int8 teacher"}
+    for _ in range(2):
+        ours, theirs = duel.ours(), duel.peers["PyTorch"]()
+        assert len(ours) == 6
+        assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-3, atol=1e-4)
+    assert all(math.isfinite(loss) for loss in duel.peers["torch.ao int8 teacher"]())
+    x, teacher, pupil = torch.randn(4, 1, 28, 28), VGG(widths=(4, 8), depths=(1, 1)).eval(), ConvNet()
+    proof = same_step(teacher, pupil, x)
+    assert not math.isclose(proof["loss"][0], _their_loss(VGG(widths=(4, 8), depths=(1, 1)).eval(), pupil, x).item(), rel_tol=1e-4)
 
 
 def test_outcome_sees_the_gradient():
