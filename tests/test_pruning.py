@@ -384,7 +384,7 @@ def test_recovering_learns(few):
     net = VGG(widths=(8, 16), depths=(1, 1))
     answers = nn.functional.one_hot(data.train_labels, 10).float() * 8
     score, seconds = recover(net, data, answers, steps=150, lr=1e-2)
-    assert score > 0.6 and seconds > 0
+    assert score > 0.4 and seconds > 0  # chance is 0.1
 
 
 def test_the_cards_hold_what_was_promised():
