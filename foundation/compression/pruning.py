@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SLIM', 'layer_weights', 'keep_largest', 'magnitude_masks', 'apply_masks', 'sparsity', 'cubic_sparsity', 'Pruner',
            'two_four_masks', 'to_two_four', 'ChannelGroup', 'channel_groups', 'channel_masks', 'mask_channels',
-           'remove_channels', 'recover', 'compare_pruning', 'make_weights', 'make_pruned', 'head_masks', 'remove_heads']
+           'remove_channels', 'slim_vgg', 'head_masks', 'remove_heads', 'recover', 'pruning_arms', 'compare_pruning',
+           'make_pruned', 'make_weights']
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #a0a108d8
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
+from .distillation import match_answers
 from ..core.basics import pick_device, seed_everything
+from ..core.sources import cache_folder
 from ..data.batches import endless
 from ..data.images import ImageSet, load_images
 from ..evaluation.comparison import Comparison, compare
@@ -27,22 +29,28 @@ from ..evaluation.scores import accuracy, predict
 from ..layers.attention import Attention
 from ..models.convnets import VGG
 from ..models.pretrained import WEIGHTS, load_weights, save_weights
-from ..training.loop import Step, fit
+from ..training.checkpoint import resumable
+from ..training.loop import Step, adamw, classify
 from ..training.schedules import one_cycle
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #77fd41ad
+_KINDS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
 def layer_weights(
     model: nn.Module,
     skip: tuple[str, ...] = (),  # names of modules to leave alone, such as ("head",)
 ) -> dict[str, nn.Parameter]:  # by the name they have in the state dict
-    "The weights of all convolutions and linear layers. Raises `ValueError` for a name in `skip` that is not there."
+    "The weights of all convolutions and linear layers; other layers with matrices are named in a warning. Raises `ValueError`."
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     modules = dict(model.named_modules())
     if unknown := set(skip) - set(modules):
         raise ValueError(f"skip names {sorted(unknown)}, which the model lacks; it has {sorted(filter(None, modules))}")
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    chosen = {id(module.weight) for name, module in modules.items()
-              if isinstance(module, kinds) and not any(f"{name}.".startswith(f"{s}.") for s in skip)}
+    layers = {name: m for name, m in modules.items() if not any(f"{name}.".startswith(f"{s}.") for s in skip)}
+    for name, m in layers.items():
+        if _is_unknown(m):
+            warnings.warn(f"{name} ({type(m).__name__}) is neither a convolution nor a linear layer; it stays as it is", stacklevel=2)
+    chosen = {id(m.weight) for m in layers.values() if isinstance(m, _KINDS)}
     found = {name: w for name, w in model.named_parameters() if id(w) in chosen}  # a shared one counts once
     if not found:
         raise ValueError("found no convolution or linear layer to work on; expected at least one outside `skip`")
@@ -50,6 +58,12 @@ def layer_weights(
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name} holds NaN or infinite values; mend the training before compressing its result")
     return found
+
+# %% ../../nbs/09_compression/02_pruning.ipynb #94a092cc
+def _is_unknown(module) -> bool:
+    "One of PyTorch's own layers that holds matrices, such as an LSTM, and is none of ours, no embedding and no norm"
+    known = isinstance(module, (*_KINDS, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm))
+    return type(module).__module__.startswith("torch.nn.") and not known and any(p.ndim > 1 for p in module.parameters(recurse=False))
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #c13254c7
 def keep_largest(
@@ -98,7 +112,7 @@ def apply_masks(
         weight.masked_fill_(~mask.to(weight.device), 0)
     return model
 
-
+# %% ../../nbs/09_compression/02_pruning.ipynb #d37f7372
 def sparsity(
     model: nn.Module,
     skip: tuple[str, ...] = (),  # modules not to count
@@ -176,14 +190,20 @@ def two_four_masks(
 def to_two_four(
     model: nn.Module,  # half precision, on a GPU; its linear layers hold two zeros in any four, as `two_four_masks` makes them
 ) -> nn.Module:  # the same model, its linear weights stored compressed
-    "Let the GPU skip the zeros of linear layers. Raises `RuntimeError` where the hardware cannot."
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    "Let the GPU skip the zeros of linear layers. Raises `ValueError` for another pattern, `RuntimeError` where the hardware cannot."
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, m in linear.items():
+        if m.in_features % 4 == 0 and (m.weight.view(-1, 4) != 0).sum(1).max() > 2:
+            raise ValueError(f"{name} has more than two weights in four neighbours; apply the masks of two_four_masks first")
     if not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)):
         raise RuntimeError("2:4 sparsity needs an NVIDIA GPU of compute capability 8.0 or more, and this machine has none")
-    if any(w.dtype not in (torch.float16, torch.bfloat16) or not w.is_cuda for w in weights):
+    if any(m.weight.dtype not in (torch.float16, torch.bfloat16) or not m.weight.is_cuda for m in linear.values()):
         raise RuntimeError("2:4 kernels take float16 or bfloat16 weights on the GPU; call model.half().cuda() first")
-    for module in (m for m in model.modules() if isinstance(m, nn.Linear)):
-        module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(module.weight))
+    for name, m in linear.items():
+        if m.out_features % 32 or m.in_features % 64:
+            warnings.warn(f"{name} is {m.out_features} × {m.in_features}, the kernels take multiples of 32 × 64; it stays dense", stacklevel=2)
+        else:
+            m.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(m.weight))
     return model
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #6f999e22
@@ -265,7 +285,7 @@ def channel_masks(
     return {name: keep_largest(_channel_scores(groups[name], modules), _rounded(share, groups[name].size, multiple))
             for name, share in shares.items()}
 
-
+# %% ../../nbs/09_compression/02_pruning.ipynb #9a93cfc3
 def _channel_scores(group, modules) -> Tensor:  # (c,)
     "How much each channel can pass on"
     norms = [modules[name].weight.abs() for name in group.norms]
@@ -295,7 +315,7 @@ def mask_channels(
                     part[~kept] = 0
     return model
 
-
+# %% ../../nbs/09_compression/02_pruning.ipynb #5770c56b
 def remove_channels(
     model: nn.Module,
     masks: dict[str, Tensor],  # as `channel_masks` gives them
@@ -335,93 +355,23 @@ def _cut(module, kept, dim):
     kind = next(kind for kind in sizes if isinstance(module, kind))
     setattr(module, sizes[kind][dim], int(kept.sum()))
 
-# %% ../../nbs/09_compression/02_pruning.ipynb #b34ec1e3
-SLIM = {f"body.{i}.0": share for i, share in zip((0, 1, 3, 4, 6, 7), (0.75, 0.5, 0.75, 0.5, 0.75, 0.5))}  # 32 32 64 64 128 128 -> 8 16 16 32 32 64
+# %% ../../nbs/09_compression/02_pruning.ipynb #c2b1a412
+SLIM = (8, 24, 48)  # widths of the stages after the cut; the VGG has 32, 64, 128
 
 
-def recover(
-    model: nn.Module,  # trained in place
-    data: ImageSet,
-    steps: int,
-    lr: float = 3e-3,
-    seed: int = 0,  # of the order of the batches
-    each: Callable[[Step], None] | None = None,  # called after each step, such as `lambda step: pruner.update(step.n)`
-    title: str = "",
-) -> float:  # accuracy on the test images
-    "Train on after pruning, in batches of 128, and judge."
-    device = next(model.parameters()).device
-    batches = endless(data.floats(data.train_images), data.train_labels, batch_size=128, seed=seed)
-    fit(model, batches, steps=steps, lr=lr, schedule=one_cycle(steps), each=each, title=title)
-    return accuracy(predict(model, data.floats(data.test_images).to(device)), data.test_labels)
-
-
-def compare_pruning(
-    teacher: nn.Module,
-    data: ImageSet,
-    seeds: Sequence[int] = range(3),
-    steps: int = 800,
-    slim_steps: int = 1500,  # a slim net is faster, and has more to mend
-) -> tuple[Comparison, nn.Module]:  # accuracies; the last gradually pruned net
-    "The teacher trained on, at 90 % sparsity at once and gradually, with its channels cut, and that slim net from random weights."
-    kept = {}
-
-    def sparse(final, begin, end):
-        def run(seed):
-            model = kept["model"] = deepcopy(teacher)
-            pruner = Pruner(model, final, begin, end)
-            return recover(model, data, steps, seed=seed, each=lambda step: pruner.update(step.n))
-        return run
-
-    def slim(seed, fresh=False):
-        seed_everything(seed)
-        model = remove_channels(teacher, channel_masks(teacher, SLIM))
-        for layer in model.modules() if fresh else ():
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-        return recover(model, data, slim_steps, lr=5e-3, seed=seed)
-
-    arms = {"dense": sparse(0.0, 0, 1), "90 % at once": sparse(0.9, -1, 0), "90 % gradually": sparse(0.9, 0, steps // 3),
-            "slim from scratch": partial(slim, fresh=True), "channels cut": slim}
-    return compare(arms, seeds), kept["model"]
-
-
-def make_weights(
-    name: str = "vgg_supervised",
-    epochs: int = 4,
-    device: str | None = None,
-    folder: Path | str = WEIGHTS,  # where to write
-) -> Path:
-    "Train the VGG that the lessons on compression start from, on all labels of Fashion-MNIST; write weights and card."
-    data, device, start = load_images(), pick_device(device), time.perf_counter()
-    seed_everything(0)
-    model, batch_size = VGG(len(data.classes)).to(device), 128
-    steps = epochs * len(data.train_images) // batch_size
-    batches = endless(data.floats(data.train_images), data.train_labels, batch_size=batch_size)
-    losses = fit(model, batches, steps=steps, lr=5e-3, weight_decay=0.05, schedule=one_cycle(steps), title=name)
-    score = accuracy(predict(model, data.floats(data.test_images).to(device)), data.test_labels)
-    card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels", method="supervised", epochs=epochs,
-                batch_size=batch_size, steps=steps, seconds=round(time.perf_counter() - start),
-                loss_first=float(losses[0]), loss_last=float(losses[-50:].mean()), metrics=dict(accuracy=score),
-                normalisation=dict(mean=data.mean, std=data.std))
-    return save_weights(model, name, card, folder)
-
-
-def make_pruned(
-    name: str = "vgg_pruned",
-    steps: int = 800,
-    slim_steps: int = 1500,
-    device: str | None = None,
-    folder: Path | str = WEIGHTS,  # where to write
-) -> Path:
-    "Prune the shipped VGG to 90 % and mend it, beside its controls; write the net, and every seed's score in its card."
-    data, teacher, start = load_images(), load_weights("vgg_supervised").to(pick_device(device)), time.perf_counter()
-    before = accuracy(predict(teacher, data.floats(data.test_images)), data.test_labels)
-    comparison, model = compare_pruning(teacher, data, steps=steps, slim_steps=slim_steps)
-    card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels", method="gradual magnitude pruning",
-                origin="vgg_supervised", seeds=list(comparison.seeds), steps=steps, slim_steps=slim_steps, seconds=round(time.perf_counter() - start),
-                metrics=dict(teacher=before, accuracy={arm: runs.tolist() for arm, runs in comparison.scores.items()}),
-                normalisation=dict(mean=data.mean, std=data.std))
-    return save_weights(model, name, card, folder)
+def slim_vgg(
+    teacher: VGG,
+    widths: Sequence[int] = SLIM,  # channels to keep in each stage
+) -> VGG:  # a small copy
+    "Cut the stages of a VGG down to these widths. Raises `ValueError` for widths that it does not have."
+    kept = [width for width, depth in zip(widths, teacher.config["depths"]) for _ in range(depth)]
+    groups = channel_groups(teacher)
+    if len(widths) != len(teacher.config["widths"]) or any(not 0 < k <= g.size for k, g in zip(kept, groups.values())):
+        raise ValueError(f"widths are {tuple(widths)}; expected one for each stage, from 1 to {tuple(teacher.config['widths'])}")
+    shares = {name: 1 - k / group.size for (name, group), k in zip(groups.items(), kept)}
+    small = VGG(**teacher.config | dict(widths=list(widths)))
+    small.load_state_dict(remove_channels(teacher, channel_masks(teacher, shares)).state_dict())
+    return small
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #21e91bef
 @torch.no_grad()
@@ -439,7 +389,7 @@ def head_masks(
         return torch.einsum("dhe,hec->hdc", out, value).flatten(1).norm(dim=1)
     return {name: keep_largest(scores(m), _rounded(sparsity, m.heads, 1)) for name, m in found.items()}
 
-
+# %% ../../nbs/09_compression/02_pruning.ipynb #f5e0cf95
 def remove_heads(
     model: nn.Module,
     masks: dict[str, Tensor],  # as `head_masks` gives them
@@ -458,3 +408,107 @@ def remove_heads(
         _cut(layer.out, rows, 1)
         layer.heads = int(kept.sum())
     return small
+
+# %% ../../nbs/09_compression/02_pruning.ipynb #0bf411ea
+def recover(
+    model: nn.Module,  # trained in place
+    data: ImageSet,
+    answers: Tensor,  # (n, k) a teacher's logits for the training images
+    steps: int,
+    lr: float = 3e-3,
+    seed: int = 0,  # of the order of the batches
+    each: Callable[[Step], None] | None = None,  # called after each step, such as `lambda step: pruner.update(step.n)`
+    checkpoint: Path | str | None = None,  # keeps the finished run; a second call reads it instead of training
+    title: str = "",  # before the bar; "" shows none
+) -> tuple[float, float]:  # accuracy on the test images, seconds of training
+    "Train on after pruning, on labels and a teacher's answers, in batches of 32, and judge."
+    x, y = data.floats(data.train_images), data.train_labels
+    model.to(memory_format=torch.channels_last)  # the order in memory that convolutions like
+    run = resumable(model, lambda start: endless(x, answers, y, batch_size=32, seed=seed, start=start), match_answers(4.0, hard=0.3),
+                    adamw(model, lr), steps=steps, schedule=one_cycle(steps), precision="auto", clip=1.0, each=each, title=title,
+                    checkpoint=checkpoint, save_every=steps)
+    return accuracy(predict(model, data.floats(data.test_images)), data.test_labels), run.seconds
+
+# %% ../../nbs/09_compression/02_pruning.ipynb #43083ec6
+def pruning_arms(
+    teacher: VGG,
+    steps: int,  # of the arms that keep all channels
+    slim_steps: int,  # of the slim ones
+) -> dict[str, tuple[Callable, dict | None, int, float]]:  # name -> what makes the network, options of `Pruner`, steps, rate
+    "The teacher trained on; 90 % zeros at once and gradually; the slim net from random weights and cut out of the teacher."
+    copy, fresh = partial(deepcopy, teacher), partial(VGG, **teacher.config | dict(widths=SLIM))
+    gradual = dict(final=0.9, begin=0, end=steps // 4)
+    return {"dense": (copy, None, steps, 3e-3), "90 % at once": (copy, dict(final=0.9, begin=-1, end=0), steps, 3e-3),
+            "90 % gradually": (copy, gradual, steps, 3e-3), "slim from scratch": (fresh, None, slim_steps, 5e-3),
+            "channels cut": (partial(slim_vgg, teacher, SLIM), None, slim_steps, 5e-3)}
+
+# %% ../../nbs/09_compression/02_pruning.ipynb #f11f765b
+def compare_pruning(
+    teacher: VGG,
+    data: ImageSet,
+    seeds: Sequence[int] = range(3),
+    steps: int = 480,
+    slim_steps: int = 1600,
+    runs: Path | str | None = None,  # folder that keeps finished runs: stopped and called again, only the others train
+) -> tuple[Comparison, dict[str, nn.Module], float]:  # test accuracies; each arm's network of the first seed; seconds
+    "Train all arms of `pruning_arms` with each seed."
+    answers, arms = predict(teacher, data.floats(data.train_images)), pruning_arms(teacher, steps, slim_steps)
+    nets, seconds = {}, []
+
+    def run(arm, seed):
+        make, plan, count, lr = arms[arm]
+        seed_everything(seed)
+        model = make().to(next(teacher.parameters()).device)
+        pruner = Pruner(model, **plan) if plan else None
+        file = Path(runs) / f"{''.join(filter(str.isalnum, arm))}-{count}-{seed}.safetensors" if runs else None
+        score, spent = recover(model, data, answers, count, lr, seed, pruner and (lambda step: pruner.update(step.n)), file, f"{arm}, seed {seed}")
+        nets.setdefault(arm, model)
+        seconds.append(spent)
+        return score
+
+    return compare({arm: partial(run, arm) for arm in arms}, seeds), nets, sum(seconds)
+
+# %% ../../nbs/09_compression/02_pruning.ipynb #c2886549
+def make_pruned(
+    name: str = "vgg_pruned",
+    slim_name: str = "vgg_slim",
+    steps: int = 480,
+    slim_steps: int = 1600,
+    device: str | None = None,
+    folder: Path | str = WEIGHTS,  # where to write
+) -> tuple[Path, Path]:
+    """Run all arms; write the gradually pruned VGG, with every seed's score in its card, and the slim one.
+
+    Stopped and called again, it goes on with the first run that is missing: finished ones are kept in the cache."""
+    data, teacher = load_images(), load_weights("vgg_supervised").to(pick_device(device))
+    before = accuracy(predict(teacher, data.floats(data.test_images)), data.test_labels)
+    comparison, nets, seconds = compare_pruning(teacher, data, steps=steps, slim_steps=slim_steps, runs=cache_folder() / "runs" / name)
+    scores = {arm: runs.tolist() for arm, runs in comparison.scores.items()}
+    card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels and the teacher's answers",
+                origin="vgg_supervised", seeds=list(comparison.seeds), seconds=round(seconds), normalisation=dict(mean=data.mean, std=data.std))
+    about = dict(method="gradual magnitude pruning", steps=steps, slim_steps=slim_steps, metrics=dict(teacher=before, accuracy=scores))
+    slim = dict(method="channels cut, then recovery", steps=slim_steps, metrics=dict(accuracy=scores["channels cut"]))
+    return (save_weights(nets["90 % gradually"], name, card | about, folder),
+            save_weights(nets["channels cut"], slim_name, card | slim, folder))
+
+# %% ../../nbs/09_compression/02_pruning.ipynb #55e4d31d
+def make_weights(
+    name: str = "vgg_supervised",
+    epochs: int = 4,
+    device: str | None = None,
+    folder: Path | str = WEIGHTS,  # where to write
+) -> Path:
+    "Train a VGG on all labels of Fashion-MNIST; write weights and card. Stopped and called again, it goes on where it was."
+    data, device = load_images(), pick_device(device)
+    seed_everything(0)
+    model, batch_size = VGG(len(data.classes)).to(device), 128
+    steps, x = epochs * len(data.train_images) // batch_size, data.floats(data.train_images)
+    run = resumable(model, lambda start: endless(x, data.train_labels, batch_size=batch_size, start=start), classify,
+                    adamw(model, 5e-3, 0.05), steps=steps, schedule=one_cycle(steps), precision="auto", clip=1.0, title=name,
+                    checkpoint=cache_folder() / "runs" / f"{name}.safetensors")
+    score = accuracy(predict(model, data.floats(data.test_images)), data.test_labels)
+    card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels", method="supervised", epochs=epochs,
+                batch_size=batch_size, steps=steps, seconds=round(run.seconds),
+                loss_first=float(run.losses[0]), loss_last=float(run.losses[-50:].mean()), metrics=dict(accuracy=score),
+                normalisation=dict(mean=data.mean, std=data.std))
+    return save_weights(model, name, card, folder)
