@@ -2,7 +2,11 @@
 import builtins
 import math
 import random
+import signal
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -236,6 +240,30 @@ def test_a_resumed_search_is_the_uninterrupted_one(tmp_path, cuts):
     assert search(cut, SPACE, tmp_path / "cut", trials=12) == whole
     assert search(hill, SPACE, tmp_path / "cut", trials=12) == whole  # nothing is left to do
     assert search(hill, SPACE, tmp_path / "whole", trials=14)[:12] == whole
+
+
+def test_a_search_that_was_killed_goes_on_to_the_same_trials(tmp_path):
+    "No exception that could tidy up: the process is gone in the midst of its sixth trial"
+    code = """
+import os, signal, sys
+sys.path[:0] = sys.argv[2:]
+from test_learning_rate import SPACE, hill
+from foundation.finetuning.learning_rate import search
+calls = []
+def run(**params):
+    calls.append(params)
+    for score in hill(**params):
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield score
+search(run, SPACE, sys.argv[1], trials=12)
+"""
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    gone = subprocess.run([sys.executable, "-c", code, str(tmp_path / "cut"), *folders], capture_output=True, text=True)
+    assert gone.returncode == -signal.SIGKILL, gone.stderr
+    asked = []
+    rest = search(lambda **params: asked.append(params) or hill(**params), SPACE, tmp_path / "cut", trials=12)
+    assert len(asked) == 7 and rest == search(hill, SPACE, tmp_path / "whole", trials=12)  # five were done
 
 
 def test_a_sampler_seeded_by_the_process_would_not_go_on_to_the_same(tmp_path):

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from foundation.finetuning.peft import (
-    LINEAR, METHODS, RATES, VARIANTS, Adapter, Delta, LoRA, MeanClassifier, NounTask, Prefix, adapt, add_adapters, add_lora,
-    add_prefix, find_layers, merge, optimizer_bytes, prepared, score, step_costs, train_biases, unmerge)
+    LINEAR, METHODS, RANKS, RATES, VARIANTS, Adapter, Delta, LoRA, MeanClassifier, NounTask, Prefix, adapt, add_adapters, add_lora,
+    add_prefix, find_layers, load_adapter, merge, noun_task, optimizer_bytes, prepared, score, step_costs, train_biases, unmerge)
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.gpt import GPT
-from foundation.models.pretrained import BadWeights, load_weights, read_card, save_weights
+from foundation.evaluation.scores import predict
+from foundation.models.pretrained import BadWeights, load_minilm, load_weights, read_card, save_weights
 
 IDS = torch.tensor([[2, 5, 9, 11, 3], [2, 7, 3, 0, 0]])
 
@@ -52,6 +53,15 @@ def task():
 @pytest.mark.parametrize("change", [add_lora, add_adapters, lambda m: add_prefix(m, 0), train_biases])
 def test_starts_as_the_identity(change):
     assert torch.equal(read(change(bert())), read(bert()))
+
+
+def test_a_prefix_of_one_silent_token_is_no_identity():
+    "Keys and values of zero still take a share of every softmax; only a prefix of length 0 is none"
+    model = add_prefix(bert(), 1)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.keys.zero_(), block.attention.values.zero_()
+    assert (read(model) - read(bert())).abs().max() > 1e-3
 
 
 def test_both_random_is_no_identity():
@@ -118,7 +128,7 @@ def test_prefix_takes_words_and_serves_causal_models():
     assert_close(a[:, :3], b[:, :3])  # the future stays hidden
 
 
-@pytest.mark.parametrize("method", [*METHODS, *VARIANTS])
+@pytest.mark.parametrize("method", [*METHODS, *VARIANTS, *RANKS])
 def test_only_what_is_meant_moves(method, task):
     model = prepared(bert(), method, task)
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -199,8 +209,8 @@ def test_costs_and_scores(task, monkeypatch):
     costs = step_costs(bert(), task, rounds=1)
     assert list(costs) == list(METHODS) and costs["full"]["share"] == 1 == costs["full"]["step"]
     assert costs["BitFit"]["optimizer_bytes"] < costs["full"]["optimizer_bytes"]
-    rates = RATES | {v: (1e-3,) for v in VARIANTS}
-    for method in [*METHODS, *VARIANTS]:
+    rates = RATES | {method: RATES["LoRA"] for method in RANKS}
+    for method in [*METHODS, *VARIANTS, *RANKS]:
         assert 0 <= score(bert(), method, task, rates[method][0], 0, task.test, steps=2) <= 1
 
 
@@ -257,11 +267,28 @@ def test_unknown_method(task):
         prepared(bert(), "LORA", task)
 
 
+def test_the_rank_is_the_one_in_the_name(task):
+    for name in RANKS:
+        layers = [m for m in prepared(bert(), name, task).modules() if isinstance(m, LoRA)]
+        assert {m.rank for m in layers} == {int(name.split()[-1])} and {m.alpha / m.rank for m in layers} == {2.0}
+
+
 def test_the_shipped_card_holds_what_the_lesson_claims():
     card = read_card("minilm_glosses_lora")
     scores, costs = card["metrics"]["accuracy"], card["metrics"]["costs"]
     mean = {m: sum(row) / len(row) for m, row in scores.items()}
-    assert set(scores) == set(RATES) | set(VARIANTS) and all(len(row) == len(card["seeds"]) >= 3 for row in scores.values())
+    assert set(scores) == set(RATES) | set(RANKS) and all(len(row) == len(card["seeds"]) >= 3 for row in scores.values())
     assert 999 not in card["seeds"]  # the draw that rates are picked on
+    assert {m: sorted(map(float, row)) for m, row in card["tuning"].items()} == {m: sorted(row) for m, row in RATES.items()}
+    assert all(card["rates"][m] == float(max(row, key=row.get)) for m, row in card["tuning"].items())
     assert min(mean[m] for m in METHODS) > mean["TF-IDF"] + 0.15
     assert mean["LoRA"] > mean["full"] - 0.01 and costs["LoRA"]["share"] <= 0.02
+    assert mean["LoRA"] > mean["LoRA, both random"]
+
+
+def test_the_shipped_adapter_scores_what_its_card_says():
+    encoder, tokenizer = load_minilm()
+    task = noun_task(tokenizer)
+    few = task.test[::4]
+    right = predict(load_adapter(encoder, task), task.tokens[few], batch_size=50).argmax(1) == task.labels[few]
+    assert abs(right.float().mean().item() - read_card("minilm_glosses_lora")["metrics"]["shipped"]) < 0.06

@@ -223,7 +223,7 @@ class Sweep(NamedTuple):
                 ax.legend(frameon=False)
         return draw(paint, alt=alt, title=title, xscale="log", xlabel="learning rate", ylabel="dev accuracy")
 
-
+# %% ../../nbs/08_finetuning/02_learning_rate.ipynb #f82cd25a
 def sweep(
     run: Callable[[float, int], float],  # rate, seed -> score, higher is better
     rates: Sequence[float],  # rising, above 0

@@ -382,7 +382,7 @@ VARIANTS = {
     "LoRA, both random": lambda model, words: _both_random(add_lora(model.encoder, 8))}
 RANKS = {f"LoRA, rank {r}": lambda model, words, r=r: add_lora(model.encoder, r, 2 * r) for r in (1, 2, 4)}  # at LoRA's rate
 RATES = {"TF-IDF": (1.0, 10.0, 100.0, 1000.0),  # its C; learning rates from here on, of all but the head
-         "head only": (3e-3, 1e-2, 3e-2, 1e-1), "BitFit": (3e-4, 1e-3, 3e-3, 1e-2), "prefix": (1e-2, 3e-2, 1e-1, 3e-1),
+         "head only": (3e-3, 1e-2, 3e-2, 1e-1), "BitFit": (3e-4, 1e-3, 3e-3, 1e-2), "prefix": (3e-2, 1e-1, 3e-1, 1.0),
          "adapters": (3e-4, 1e-3, 3e-3, 1e-2), "LoRA": (3e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 3e-4),
          "prefix of real words": (3e-2, 1e-1, 3e-1), "LoRA, both random": (1e-4, 3e-4, 1e-3)}
 
