@@ -230,6 +230,8 @@ def test_targets_match_whole_names():
     (lambda: add_lora(bert(), -3), ValueError, "rank is -3"),
     (lambda: add_lora(bert(), 33), ValueError, "rank is 33; expected a whole number from 1 to 32"),
     (lambda: add_lora(bert(), 2.0), ValueError, "rank is 2.0"),
+    (lambda: add_lora(bert(), 2, 0.0), ValueError, "alpha is 0.0"),
+    (lambda: add_lora(bert(), 2, float("nan")), ValueError, "alpha is nan"),
     (lambda: add_lora(add_lora(bert())), ValueError, "changed at blocks.0.attention.query already"),
     (lambda: add_adapters(add_lora(bert())), ValueError, "already"),
     (lambda: LoRA(LoRA(nn.Linear(4, 4), 1), 1), ValueError, "holds a LoRA already"),
@@ -253,12 +255,13 @@ def test_a_refused_change_leaves_the_model_alone():
 
 
 @pytest.mark.parametrize("labels, options, match", [
-    (torch.tensor([0, 3]), {}, "from 0 to 2"), (torch.tensor([-1, 0]), {}, "from 0 to 2"), (torch.tensor([0.0, 1.0]), {}, "int64"),
-    (torch.tensor([0, 1, 2]), {}, "int64"), (torch.tensor([0, 1]), dict(lr=0.0), "rates above 0"),
+    (torch.tensor([0, 3]), {}, "expected 0 to 2"), (torch.tensor([-1, 0]), {}, "expected 0 to 2"), (torch.tensor([0.0, 1.0]), {}, "whole numbers"),
+    (torch.tensor([[0], [1]]), {}, "one row"), (torch.tensor([], dtype=torch.int64), {}, "labels are none"), ([0, 1], {}, r"has the labels \[2\]"),
+    (torch.tensor([0, 1, 2]), {}, "got 2 texts, 3 labels"), (torch.tensor([0, 1, 2]), dict(batch_size=0), "batch_size=0"), (torch.tensor([0, 1]), dict(lr=0.0), "rates above 0"),
     (torch.tensor([0, 1]), dict(lr=-1e-3), "rates above 0"), (torch.tensor([0, 1]), dict(lr=float("nan")), "rates above 0"),
     (torch.tensor([0, 1]), dict(steps=0), "steps from 1")])
 def test_bad_training(labels, options, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         adapt(MeanClassifier(bert(), 3), IDS, labels, **options)
 
 

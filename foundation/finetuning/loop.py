@@ -81,8 +81,8 @@ def check_labels(
         found = torch.as_tensor(labels).unique().cpu()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError("labels are no numbers; expected whole numbers from 0 on (`number_labels` makes them from names)") from None
-    if found.is_floating_point():
-        raise TypeError(f"labels are {found.dtype}; expected whole numbers")
+    if found.is_floating_point() or torch.as_tensor(labels).ndim != 1:
+        raise TypeError(f"labels are {found.dtype} of shape {tuple(torch.as_tensor(labels).shape)}; expected one row of whole numbers")
     if not len(found) or found[0] < 0 or found[-1] >= classes:
         have = f"{int(found[0])} to {int(found[-1])}" if len(found) else "none"
         raise ValueError(f"labels are {have}; the model has {classes} outputs, so expected 0 to {classes - 1}")
@@ -109,6 +109,8 @@ def check_disjoint(
 def _digest(image) -> bytes:
     "A hash of the pixels and their shape, or of a file's bytes"
     if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"there is no image {Path(image).name}; look at the list of paths")
         return hashlib.sha256(Path(image).read_bytes()).digest()
     image = np.ascontiguousarray(image)
     return hashlib.sha256(f"{image.dtype} {image.shape}".encode() + image.tobytes()).digest()
@@ -134,13 +136,13 @@ def evaluate(
     dataset: Dataset,  # as for `train_epoch`
     batch_size: int,
 ) -> float:  # from 0 to 1
-    "Accuracy on `dataset`; each layer's train/eval mode is as before afterwards. Raises `ValueError` for an empty set."
+    "Accuracy on `dataset`; each layer's train/eval mode is as before afterwards. Raises `ValueError` for an empty set, or other labels."
     if len(dataset) == 0:
         raise ValueError("the data set is empty, so there is no accuracy; expected at least one example")
     device, right = next(model.parameters()).device, 0
     with evaluating(model):
         for images, labels in DataLoader(dataset, batch_size, collate_fn=_stack):
-            right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
+            right += round(accuracy(model(images.to(device)).cpu(), labels) * len(labels))
     return right / len(dataset)
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #f3efc7dd
@@ -310,8 +312,10 @@ def finetune(
     each: Callable[[Step], None] | None = None,  # called after each step
 ) -> Tensor:  # (steps,) the losses
     "Fine-tune as `probes.fine_tune` does (AdamW, warmup and cosine, clipping), on augmented batches. Raises `ValueError`."
-    groups = _groups(model, lr, head_lr, decay)
+    groups, labels = _groups(model, lr, head_lr, decay), torch.as_tensor(labels)
     check_labels(labels, model.head.out_features)
+    if gradual and not lr:
+        raise ValueError("lr is 0, which freezes the body; gradual unfreezing needs a rate above 0")
     device, count = next(model.parameters()).device, len(layers(model))
     opt = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
     batches = augmented(images.to(device), labels.to(device), augment=augment, batch_size=min(batch_size, len(labels)), seed=seed)
@@ -437,7 +441,7 @@ def make_weights(
         scores[arm], seconds[arm] = [test(model) for model, *_ in runs], [round(took, 1) for *_, took in runs]
     model, losses, _ = runs[0]  # the first seed's, not the best on the test set
     every = dict(steps=steps, batch_size=256, rates=picked, scores=scores, seconds=seconds)
-    photos = {arm: [round(tune_photos(data, arm, seed=seed), 4) for seed in seeds] for arm in PHOTO_ARMS}
+    photos = {arm: [round(tune_photos(data, arm, seed=seed), 4) for seed in range(5)] for arm in PHOTO_ARMS}
     card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels", method="fine-tuned from resnet_simclr",
                 classes=data.classes, steps=steps, batch_size=256, seconds=seconds["pretrained"][0], loss_first=float(losses[0]),
                 loss_last=float(losses[-50:].mean()), metrics=dict(all_labels=every, few_labels=compare_arms(data, **options), photos=photos),

@@ -27,6 +27,7 @@ from ..data.images import few_labels
 from ..data.text import glosses, split_texts
 from ..evaluation.probes import encode_all
 from ..evaluation.scores import accuracy, predict
+from .loop import check_labels
 from ..layers.attention import Attention, KeyValueCache
 from ..models.bert import BERT
 from ..models.pretrained import WEIGHTS, load_minilm, load_weights, save_weights
@@ -47,6 +48,8 @@ class LoRA(nn.Module):
         super().__init__()
         _expect_linear(base)
         _expect_size("rank", rank, min(base.weight.shape), "the smaller side of the layer")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha is {alpha}; expected a number above 0, or the product would count for nothing")
         self.base, self.rank, self.alpha, self.merged = freeze(base), rank, alpha, False
         out, into = base.weight.shape
         self.A = nn.Parameter(nn.init.kaiming_uniform_(base.weight.new_empty(rank, into), math.sqrt(5)))  # (r, in)
@@ -111,7 +114,7 @@ def find_layers(
         if not hits:
             some = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in names if name.count(".") > 1})[:8])
             raise ValueError(f"no layer is called {target!r}; there are, among others: {some}")
-        found += hits
+        found += [name for name in hits if name not in found]
     return found
 
 
@@ -173,7 +176,7 @@ class Adapter(nn.Module):
         h = self.base(x)
         return h + self.up(nn.functional.gelu(self.down(h)))
 
-
+# %% ../../nbs/08_finetuning/04_peft.ipynb #03313839
 def add_adapters(
     model: nn.Module,  # changed in place and frozen, but for the adapters
     width: int = 16,
@@ -250,7 +253,7 @@ def train_biases(model: nn.Module) -> nn.Module:
         p.requires_grad_(True)
     return model
 
-
+# %% ../../nbs/08_finetuning/04_peft.ipynb #61ebf0a4
 class Delta(nn.Module):
     "What training may change of a model, as a thing of its own: `save_weights` and `load_weights` handle only that part."
 
@@ -264,7 +267,7 @@ class Delta(nn.Module):
     def load_state_dict(self, state, strict: bool = True):
         return self.model.load_state_dict(state, strict=False)
 
-
+# %% ../../nbs/08_finetuning/04_peft.ipynb #7fe4e45e
 def optimizer_bytes(opt: torch.optim.Optimizer) -> int:
     "Bytes that an optimizer keeps beside the weights; 0 before its first step."
     held = [t for values in opt.state.values() for t in values.values() if isinstance(t, Tensor)]
@@ -343,21 +346,24 @@ def adapt(
     seed: int = 0,
     precision: str = "auto",
 ) -> torch.optim.Optimizer:  # as it is after the last step
-    "AdamW with warmup and cosine on batches of texts of like length. Raises `ValueError` for bad labels and rates."
+    "AdamW with warmup and cosine on batches of texts of like length. Raises `ValueError`, `TypeError` for bad labels and rates."
     if not 0 < lr < math.inf or not 0 < head_lr < math.inf or steps < 1:
         raise ValueError(f"got lr={lr}, head_lr={head_lr}, steps={steps}; expected rates above 0 and steps from 1 on")
-    k = model.head.out_features
-    if labels.dtype != torch.int64 or labels.shape != tokens.shape[:1] or not 0 <= int(labels.min()) <= int(labels.max()) < k:
-        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)} from {labels.min()} to {labels.max()}; expected int64 "
-                         f"({len(tokens)},) from 0 to {k - 1}, the outputs of the head")
-    rest = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head.")]
-    groups = [dict(params=list(model.head.parameters()), lr=head_lr), *([dict(params=rest, lr=lr)] if rest else [])]
-    opt = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
-    batches = _alike(tokens, labels, batch_size, seed)
+    labels = torch.as_tensor(labels)
+    check_labels(labels, model.head.out_features)
+    if len(labels) != len(tokens) or batch_size < 1:
+        raise ValueError(f"got {len(tokens)} texts, {len(labels)} labels and batch_size={batch_size}; expected a label for each text, and 1 or more")
+    opt, batches = _adamw(model, lr, head_lr), _alike(tokens, labels, batch_size, seed)
     for _ in train(model, batches, classify, opt, steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0,
                    precision=precision):
         pass
     return opt
+
+# %% ../../nbs/08_finetuning/04_peft.ipynb #f734f546
+def _adamw(model, lr, head_lr):
+    rest = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head.")]
+    groups = [dict(params=list(model.head.parameters()), lr=head_lr), *([dict(params=rest, lr=lr)] if rest else [])]
+    return torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
 
 
 def _alike(tokens, labels, batch_size, seed) -> Iterator[tuple[Tensor, Tensor]]:
@@ -393,7 +399,7 @@ def _both_random(model):
             nn.init.kaiming_uniform_(layer.B, math.sqrt(5))
     return model
 
-
+# %% ../../nbs/08_finetuning/04_peft.ipynb #0c7847ca
 def prepared(
     encoder: BERT,  # copied
     method: str,  # of METHODS, VARIANTS or RANKS
@@ -452,7 +458,8 @@ def step_costs(
     for method in dict.fromkeys(["full", *methods]):
         model = prepared(encoder, method, task)
         inputs, k, n = (task.tokens[i], task.labels[i]), count_parameters(model, trainable=True), count_parameters(model)
-        opt = adapt(model, *inputs, steps=1)
+        opt = _adamw(model, 1e-3, 1e-2)
+        next(train(model, [inputs], classify, opt, steps=1, precision="auto"))
         found[method] = dict(parameters=k, share=k / n, optimizer_bytes=optimizer_bytes(opt))
         if method == "head only":  # its texts are read once, before training
             inputs, model = (encode_all(model, inputs[0]), inputs[1]), model.head
@@ -497,7 +504,7 @@ def make_adapter(
                 metrics=dict(accuracy=accuracies, shipped=accuracies["LoRA"][0], costs=step_costs(encoder, task)))
     return save_weights(Delta(model, base="minilm", method="LoRA"), name, card, folder)
 
-
+# %% ../../nbs/08_finetuning/04_peft.ipynb #8fcbbce8
 def load_adapter(
     encoder: BERT,  # as `load_minilm` gives it; copied
     task: NounTask,
