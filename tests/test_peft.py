@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from foundation.finetuning.peft import (
-    LINEAR, METHODS, RANKS, RATES, VARIANTS, Adapter, Delta, LoRA, MeanClassifier, NounTask, Prefix, adapt, add_adapters, add_lora,
+    LINEAR, METHODS, RATES, VARIANTS, Adapter, Delta, LoRA, MeanClassifier, NounTask, Prefix, adapt, add_adapters, add_lora,
     add_prefix, find_layers, load_adapter, merge, noun_task, optimizer_bytes, prepared, score, step_costs, train_biases, unmerge)
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
@@ -128,7 +128,7 @@ def test_prefix_takes_words_and_serves_causal_models():
     assert_close(a[:, :3], b[:, :3])  # the future stays hidden
 
 
-@pytest.mark.parametrize("method", [*METHODS, *VARIANTS, *RANKS])
+@pytest.mark.parametrize("method", [*METHODS, *VARIANTS])
 def test_only_what_is_meant_moves(method, task):
     model = prepared(bert(), method, task)
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -209,8 +209,8 @@ def test_costs_and_scores(task, monkeypatch):
     costs = step_costs(bert(), task, rounds=1)
     assert list(costs) == list(METHODS) and costs["full"]["share"] == 1 == costs["full"]["step"]
     assert costs["BitFit"]["optimizer_bytes"] < costs["full"]["optimizer_bytes"]
-    rates = RATES | {method: RATES["LoRA"] for method in RANKS}
-    for method in [*METHODS, *VARIANTS, *RANKS]:
+    rates = {method: RATES["LoRA"] for method in VARIANTS} | RATES
+    for method in [*METHODS, *VARIANTS]:
         assert 0 <= score(bert(), method, task, rates[method][0], 0, task.test, steps=2) <= 1
 
 
@@ -270,17 +270,11 @@ def test_unknown_method(task):
         prepared(bert(), "LORA", task)
 
 
-def test_the_rank_is_the_one_in_the_name(task):
-    for name in RANKS:
-        layers = [m for m in prepared(bert(), name, task).modules() if isinstance(m, LoRA)]
-        assert {m.rank for m in layers} == {int(name.split()[-1])} and {m.alpha / m.rank for m in layers} == {2.0}
-
-
 def test_the_shipped_card_holds_what_the_lesson_claims():
     card = read_card("minilm_glosses_lora")
     scores, costs = card["metrics"]["accuracy"], card["metrics"]["costs"]
     mean = {m: sum(row) / len(row) for m, row in scores.items()}
-    assert set(scores) == set(RATES) | set(RANKS) and all(len(row) == len(card["seeds"]) >= 3 for row in scores.values())
+    assert set(scores) == set(RATES) | set(VARIANTS) and all(len(row) == len(card["seeds"]) >= 3 for row in scores.values())
     assert 999 not in card["seeds"]  # the draw that rates are picked on
     assert {m: sorted(map(float, row)) for m, row in card["tuning"].items()} == {m: sorted(row) for m, row in RATES.items()}
     assert all(card["rates"][m] == float(max(row, key=row.get)) for m, row in card["tuning"].items())
