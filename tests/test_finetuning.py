@@ -21,8 +21,8 @@ from foundation.evaluation.probes import fine_tune
 from foundation.evaluation.scores import predict
 from foundation.finetuning import loop
 from foundation.finetuning.loop import (
-    Best, ImageDataset, check_disjoint, check_labels, evaluate, finetune, frozen_norms, layer_groups, layers, number_labels,
-    read_image, replace_head, thaw, thawed, train_epoch)
+    ARMS, PHOTO_ARMS, Best, ImageDataset, check_disjoint, check_labels, evaluate, finetune, frozen_norms, layer_groups, layers,
+    load_vgg, number_labels, read_image, replace_head, thaw, thawed, train_epoch)
 from foundation.models.bert import BERT
 from foundation.models.convnets import VGG, ConvNet, EfficientNetLite, ResNet
 from foundation.models.pretrained import load_weights, read_card, save_weights
@@ -153,12 +153,34 @@ def test_every_parameter_has_exactly_one_rate(model):
     torch.optim.AdamW(groups)  # refuses a parameter that stands twice
 
 
+def rates_of(model, part):
+    rate = {id(p): group["lr"] for group in layer_groups(model, 1.0, 0.1, 7.0) for p in group["params"]}
+    return {round(rate[id(p)], 9) for p in part.parameters()}
+
+
 def test_the_head_is_fast_and_the_stem_slow():
     model = small()
-    rate = {id(p): group["lr"] for group in layer_groups(model, 1.0, 0.1, 7.0) for p in group["params"]}
-    assert {rate[id(p)] for p in model.head.parameters()} == {7.0}
-    assert {rate[id(p)] for p in model.body[-1].parameters()} == {1.0}
-    assert {round(rate[id(p)], 9) for p in model.body[0].parameters()} == {0.01}
+    assert rates_of(model, model.head) == {7.0} and rates_of(model, model.body[-1]) == {1.0} and rates_of(model, model.body[0]) == {0.01}
+
+
+def test_rates_in_the_wrong_order_are_caught(monkeypatch):
+    model, right = small(), loop.layers
+    order = lambda parts: dict([*reversed(list(parts.items())[:-1]), list(parts.items())[-1]])
+    monkeypatch.setattr(loop, "layers", lambda model: order(right(model)))  # the stem next to the head
+    assert rates_of(model, model.head) == {7.0} and rates_of(model, model.body[-1]) != {1.0} and rates_of(model, model.body[0]) != {0.01}
+
+
+def test_an_optimizer_moves_each_layer_at_its_own_rate():
+    model = small()
+    opt = torch.optim.SGD(layer_groups(model, 1e-2, 0.1, 0.5))
+    before = state(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    moved = {name: (before[name] - p).mean().item() for name, p in model.named_parameters()}
+    assert moved["head.weight"] == pytest.approx(0.5, rel=1e-4)
+    assert all(moved[name] == pytest.approx(1e-2, rel=1e-3) for name in moved if name.startswith("body.2"))
+    assert all(moved[name] == pytest.approx(1e-4, rel=0.05) for name in moved if name.startswith("body.0"))
 
 
 @given(steps=st.integers(1, 200), count=st.integers(2, 30))
@@ -222,6 +244,23 @@ def test_the_best_weights_come_back_and_not_the_last():
     assert changed(last, model) and any("running" in name for name in changed(last, model))
 
 
+def test_keeping_the_last_weights_is_caught():
+    class Last(Best):
+        def update(self, score):
+            self.score = -1.0  # every score looks like the best
+            return super().update(score)
+
+    kept = {}
+    for kind in (Best, Last):
+        model = nn.Linear(1, 1)
+        best = kind(model, patience=2)
+        for score in (0.3, 0.8, 0.7):
+            nn.init.constant_(model.weight, score)
+            best.update(score)
+        kept[kind] = round(best.restore().weight.item(), 2)
+    assert kept == {Best: 0.8, Last: 0.7}
+
+
 def test_weights_kept_by_reference_are_caught():
     model = small()
     pointed = model.state_dict()
@@ -229,6 +268,37 @@ def test_weights_kept_by_reference_are_caught():
     with torch.no_grad():
         model.head.weight += 1
     assert not torch.equal(pointed["head.weight"], first)
+
+
+# Real weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_vgg_is_taken_when_torchvision_has_it_and_missed_in_one_sentence(digits, tmp_path, monkeypatch):
+    from torchvision import models, transforms
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"vgg11-\w+\.pth, are not on this machine; run torchvision.models.vgg11\(weights='DEFAULT'\)"):
+        load_vgg(10, "vgg11")
+    with pytest.raises(ValueError, match="torchvision has no 'vgg12'; it has vgg11"):
+        load_vgg(10, "vgg12")
+    asked = []
+
+    class Tiny(nn.Sequential):  # a narrow VGG
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 1000))
+
+    weights = models.VGG11_Weights.DEFAULT
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / weights.url.rsplit("/", 1)[1]).touch()
+    monkeypatch.setattr(models, "get_model", lambda name, weights: asked.append((name, weights)) or Tiny())
+    model = load_vgg(10, "vgg11")
+    assert asked == [("vgg11", weights)] and model.classifier[-1].out_features == 10
+    colours = transforms.Compose([transforms.ConvertImageDtype(torch.float), transforms.Lambda(lambda x: x.expand(3, -1, -1))])
+    part = ImageDataset(digits.train_images[:64], digits.train_labels[:64], colours)
+    train_epoch(model, part, 16, torch.optim.AdamW(layer_groups(model, 1e-4, 0.8, 1e-3)))
+    assert 0 <= evaluate(model, part, 16) <= 1
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -290,6 +360,10 @@ def refusals(digits, tmp_path):
         "no training example has the labels [9]": lambda: epoch(floats[:9], torch.arange(9)),
         "labels are no numbers": lambda: check_labels(["a"], 2),
         "labels are torch.float32": lambda: check_labels(torch.rand(3), 2),
+        "of shape (50, 1); expected one row": lambda: tune(digits.train_labels[i][:, None]),
+        "labels run from 11 to 11": lambda: evaluate(model, ImageDataset(floats[:2], [11, 11]), 2),
+        "there is no image gone": lambda: check_disjoint(train=[tmp_path / "gone"], dev=floats),
+        "gradual unfreezing needs a rate": lambda: tune(lr=0.0, head_lr=1e-2, gradual=True),
         "one size": lambda: evaluate(model, ImageDataset([torch.zeros(1, 8, 8), torch.zeros(1, 9, 9)], [0, 1]), 2),
         "expected float images (b, 1, h, w)": lambda: evaluate(model, ImageDataset(torch.rand(2, 3, 8, 8), [0, 1]), 2),
         "an image is torch.uint8": lambda: evaluate(model, ImageDataset(digits.train_images[:2], [0, 1]), 2),
@@ -327,15 +401,29 @@ def test_bad_input_gets_one_sentence(digits, tmp_path, words):
 def test_the_recipe_writes_weights_and_a_card(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "load_images", lambda: digits)
     monkeypatch.setattr(loop, "compare_arms", partial(loop.compare_arms, steps=2, batch_size=8, seeds=range(1)))
+    monkeypatch.setattr(loop, "tune_photos", lambda data, arm, seed: 0.5)
     path = loop.make_weights("net", tmp_path, seeds=[0], rates=[1e-3], steps=2, arms=["from scratch", "gradual"], labels=20)
     card = json.loads(path.with_suffix(".json").read_text())
     few = card["metrics"]["few_labels"]
     assert card["classes"] == list(digits.classes) and len(few["scores"]["gradual"]) == 1 and set(few["rates"]) == {"from scratch", "gradual"}
-    assert len(card["metrics"]["all_labels"]["seconds"]["pretrained"]) == 1
+    assert len(card["metrics"]["all_labels"]["seconds"]["pretrained"]) == 1 and set(card["metrics"]["photos"]) == set(PHOTO_ARMS)
     load_weights("net", folder=tmp_path)
 
 
 def test_the_shipped_record_holds_what_the_lesson_promises():
     card = read_card("resnet_fashion")
-    scores, mean = card["metrics"]["all_labels"]["scores"], lambda values: sum(values) / len(values)
-    assert min(scores["pretrained"]) >= 0.92 and mean(scores["pretrained"]) > mean(scores["from scratch"])
+    every, few, photos = (card["metrics"][key] for key in ("all_labels", "few_labels", "photos"))
+    mean = lambda values: sum(values) / len(values)
+    assert all(len(row) >= 3 for row in every["scores"].values())
+    assert min(every["scores"]["pretrained"]) >= 0.92 and min(every["scores"]["pretrained"]) > max(every["scores"]["from scratch"]) + 0.01
+    control = mean(few["scores"]["from scratch"])
+    assert set(few["scores"]) == set(ARMS) and all(len(row) == 5 for row in few["scores"].values())
+    assert all(mean(row) > control + 0.04 for arm, row in few["scores"].items() if arm != "from scratch")
+    assert set(photos) == set(PHOTO_ARMS) and min(photos["head only"]) > max(photos["as printed"])
+    assert mean(photos["head only"]) > mean(photos["as printed"]) + 0.1 > mean(photos["with care, same rate"]) + 0.2
+
+
+def test_the_shipped_weights_score_what_their_card_says():
+    data, card = load_images(), read_card("resnet_fashion")
+    right = predict(load_weights("resnet_fashion"), data.test_images[:2000], transform=data.floats).argmax(1) == data.test_labels[:2000]
+    assert abs(right.float().mean().item() - card["metrics"]["all_labels"]["scores"]["pretrained"][0]) < 0.015

@@ -2,7 +2,11 @@
 import builtins
 import math
 import random
+import signal
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -238,6 +242,30 @@ def test_a_resumed_search_is_the_uninterrupted_one(tmp_path, cuts):
     assert search(hill, SPACE, tmp_path / "whole", trials=14)[:12] == whole
 
 
+def test_a_search_that_was_killed_goes_on_to_the_same_trials(tmp_path):
+    "No exception that could tidy up: the process is gone in the midst of its sixth trial"
+    code = """
+import os, signal, sys
+sys.path[:0] = sys.argv[2:]
+from test_learning_rate import SPACE, hill
+from foundation.finetuning.learning_rate import search
+calls = []
+def run(**params):
+    calls.append(params)
+    for score in hill(**params):
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield score
+search(run, SPACE, sys.argv[1], trials=12)
+"""
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    gone = subprocess.run([sys.executable, "-c", code, str(tmp_path / "cut"), *folders], capture_output=True, text=True)
+    assert gone.returncode == -signal.SIGKILL, gone.stderr
+    asked = []
+    rest = search(lambda **params: asked.append(params) or hill(**params), SPACE, tmp_path / "cut", trials=12)
+    assert len(asked) == 7 and rest == search(hill, SPACE, tmp_path / "whole", trials=12)  # five were done
+
+
 def test_a_sampler_seeded_by_the_process_would_not_go_on_to_the_same(tmp_path):
     from foundation.finetuning import learning_rate as module
 
@@ -302,6 +330,9 @@ def test_other_bad_input(task, tmp_path):
     with pytest.raises(ValueError, match="dev set is empty"):
         next(dev_scores(model, task._replace(dev_images=task.images[:0], dev_labels=task.labels[:0]),
                         make_optimizer("sgd", model, 1.0), steps=2))
+    for labels, words in ((task.labels + 1, "expected 0 to 2"), (task.labels % 2, r"has the labels \[2\]"), (task.labels[:0], "labels are none")):
+        with pytest.raises(ValueError, match=words):
+            next(dev_scores(model, task._replace(labels=labels), make_optimizer("sgd", model, 1.0), steps=2))
     with pytest.raises(ValueError, match="at least one"):
         few_label_task(image_set(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)), 30, 0)
     for rates in ([1e-3], [1e-2, 1e-3], [0.0, 1.0], [-1.0, 1.0]):

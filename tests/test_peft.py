@@ -54,6 +54,15 @@ def test_starts_as_the_identity(change):
     assert torch.equal(read(change(bert())), read(bert()))
 
 
+def test_a_prefix_of_one_silent_token_is_no_identity():
+    "Keys and values of zero still take a share of every softmax; only a prefix of length 0 is none"
+    model = add_prefix(bert(), 1)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.keys.zero_(), block.attention.values.zero_()
+    assert (read(model) - read(bert())).abs().max() > 1e-3
+
+
 def test_both_random_is_no_identity():
     model = add_lora(bert())
     assert (read(randomise(model)) - read(bert())).abs().max() > 0.1
@@ -199,7 +208,7 @@ def test_costs_and_scores(task, monkeypatch):
     costs = step_costs(bert(), task, rounds=1)
     assert list(costs) == list(METHODS) and costs["full"]["share"] == 1 == costs["full"]["step"]
     assert costs["BitFit"]["optimizer_bytes"] < costs["full"]["optimizer_bytes"]
-    rates = RATES | {v: (1e-3,) for v in VARIANTS}
+    rates = {method: RATES["LoRA"] for method in VARIANTS} | RATES
     for method in [*METHODS, *VARIANTS]:
         assert 0 <= score(bert(), method, task, rates[method][0], 0, task.test, steps=2) <= 1
 
@@ -220,6 +229,8 @@ def test_targets_match_whole_names():
     (lambda: add_lora(bert(), -3), ValueError, "rank is -3"),
     (lambda: add_lora(bert(), 33), ValueError, "rank is 33; expected a whole number from 1 to 32"),
     (lambda: add_lora(bert(), 2.0), ValueError, "rank is 2.0"),
+    (lambda: add_lora(bert(), 2, 0.0), ValueError, "alpha is 0.0"),
+    (lambda: add_lora(bert(), 2, float("nan")), ValueError, "alpha is nan"),
     (lambda: add_lora(add_lora(bert())), ValueError, "changed at blocks.0.attention.query already"),
     (lambda: add_adapters(add_lora(bert())), ValueError, "already"),
     (lambda: LoRA(LoRA(nn.Linear(4, 4), 1), 1), ValueError, "holds a LoRA already"),
@@ -243,12 +254,13 @@ def test_a_refused_change_leaves_the_model_alone():
 
 
 @pytest.mark.parametrize("labels, options, match", [
-    (torch.tensor([0, 3]), {}, "from 0 to 2"), (torch.tensor([-1, 0]), {}, "from 0 to 2"), (torch.tensor([0.0, 1.0]), {}, "int64"),
-    (torch.tensor([0, 1, 2]), {}, "int64"), (torch.tensor([0, 1]), dict(lr=0.0), "rates above 0"),
+    (torch.tensor([0, 3]), {}, "expected 0 to 2"), (torch.tensor([-1, 0]), {}, "expected 0 to 2"), (torch.tensor([0.0, 1.0]), {}, "whole numbers"),
+    (torch.tensor([[0], [1]]), {}, "one row"), (torch.tensor([], dtype=torch.int64), {}, "labels are none"), ([0, 1], {}, r"has the labels \[2\]"),
+    (torch.tensor([0, 1, 2]), {}, "got 2 texts, 3 labels"), (torch.tensor([0, 1, 2]), dict(batch_size=0), "batch_size=0"), (torch.tensor([0, 1]), dict(lr=0.0), "rates above 0"),
     (torch.tensor([0, 1]), dict(lr=-1e-3), "rates above 0"), (torch.tensor([0, 1]), dict(lr=float("nan")), "rates above 0"),
     (torch.tensor([0, 1]), dict(steps=0), "steps from 1")])
 def test_bad_training(labels, options, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         adapt(MeanClassifier(bert(), 3), IDS, labels, **options)
 
 
@@ -263,5 +275,8 @@ def test_the_shipped_card_holds_what_the_lesson_claims():
     mean = {m: sum(row) / len(row) for m, row in scores.items()}
     assert set(scores) == set(RATES) | set(VARIANTS) and all(len(row) == len(card["seeds"]) >= 3 for row in scores.values())
     assert 999 not in card["seeds"]  # the draw that rates are picked on
+    assert {m: sorted(map(float, row)) for m, row in card["tuning"].items()} == {m: sorted(row) for m, row in RATES.items()}
+    assert all(card["rates"][m] == float(max(row, key=row.get)) for m, row in card["tuning"].items())
     assert min(mean[m] for m in METHODS) > mean["TF-IDF"] + 0.15
     assert mean["LoRA"] > mean["full"] - 0.01 and costs["LoRA"]["share"] <= 0.02
+    assert mean["LoRA"] > mean["LoRA, both random"]
