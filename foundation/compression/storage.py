@@ -474,7 +474,7 @@ def make_weights(
                                         data.test_labels), 4)
     scores, sizes = {"fp32": test(dense)}, {"fp32": save_model(dense, path).stat().st_size, "compressed": []}
     for seed in reversed(seeds):  # the first comes last, and its file stays
-        runs = cache_folder() / "runs" / f"{name}-{zeros}-{seed}"
+        runs = cache_folder() / "runs" / f"{name}-{zeros}-{steps}-{seed}"
         small = compress(dense, data, answers, zeros, 16, steps, tune, seed, str(runs))
         control = train_on(copy.deepcopy(dense), data, answers, steps + tune, seed=seed, checkpoint=f"{runs}-control.safetensors",
                            title=f"seed {seed}, control")
