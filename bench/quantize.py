@@ -71,7 +71,7 @@ def same_rulers(ours, theirs) -> dict[str, tuple[float, float]]:
         scales=(sum(m.scale.sum().item() for m in mine), sum(w.q_per_channel_scales().sum().item() for w in other)),
         weights=(sum(m.weight.abs().sum(dtype=torch.long).item() for m in mine),
                  sum(w.int_repr().abs().sum(dtype=torch.long).item() for w in other)),
-        inputs=(mine[0].ruler[0].item(), _first_scale(theirs)))
+        inputs=(mine[0].input_scale.item(), _first_scale(theirs)))
 
 
 def _first_scale(graph) -> float:

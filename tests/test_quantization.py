@@ -66,6 +66,19 @@ def test_affine_values_equal_torch_per_tensor():
     assert torch.equal(ours.values, theirs.int_repr())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits, group", [(8, 24), (4, 24), (4, 8), (2, 8)])
+def test_groups_equal_torchao(bits, group):
+    ao = pytest.importorskip("torchao.quantization.quant_primitives", reason="torchao is not installed (pip install -e '.[bench]')")
+    x, (low, high) = torch.randn(6, 24, generator=torch.Generator().manual_seed(bits)), integer_range(bits)
+    ours, block = quantize_tensor(x, bits, axis=0, group=group), (1, group)
+    scale, zero = ao.choose_qparams_affine(x, ao.MappingType.SYMMETRIC, block, torch.int8, low, high)
+    theirs = ao.quantize_affine(x, block, scale, zero, torch.int8, low, high)
+    assert_close(ours.scale, scale.flatten()), assert_close(ours.zero_point, zero.flatten(), check_dtype=False)
+    assert torch.equal(ours.values, theirs)
+    assert_close(ours.dequantize(), ao.dequantize_affine(theirs, block, scale, zero, torch.int8, low, high))
+
+
 def test_fake_quantize_and_its_gradient_equal_torch():
     x = torch.randn(200, dtype=torch.float32) * 2
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -187,6 +200,14 @@ def test_folding_equals_eval_and_pytorchs_own():
     assert (wrong(x) - net(x)).abs().max() > 1e-2
 
 
+def test_rulers_travel_with_the_weights():
+    net, x = lived_in(), images()
+    small, other = quantize_static(net, [x]), quantize_static(net, [2 * x])
+    assert not torch.equal(small(x), other(x))
+    other.load_state_dict(small.state_dict())
+    assert torch.equal(small(x), other(x))
+
+
 def test_int8_is_near_and_the_number_of_bits_counts():
     net, x = lived_in(), images(256)
     gap = lambda model: (model(x) - net(x)).square().mean().sqrt().item()
@@ -202,7 +223,7 @@ def test_rulers_equal_those_of_torch_ao():
     seen = MinMaxObserver(torch.quint8, quant_min=0, quant_max=255)
     seen(folded[:3](x))
     scale, zero = seen.calculate_qparams()
-    assert_close(ours[3].ruler[0], scale.squeeze()), assert_close(ours[3].ruler[1], zero.squeeze(), check_dtype=False)
+    assert_close(ours[3].input_scale, scale.squeeze()), assert_close(ours[3].input_zero, zero.squeeze(), check_dtype=False)
     weights = PerChannelMinMaxObserver(0, torch.qint8, torch.per_channel_symmetric, quant_min=-127, quant_max=127)
     weights(folded[3].weight)
     assert_close(ours[3].scale, weights.calculate_qparams()[0])

@@ -12,9 +12,12 @@ from torch import nn
 from foundation.compression.pruning import apply_masks, layer_weights, magnitude_masks
 from foundation.compression.quantization import fold_batch_norm, quantize_weights
 from foundation.compression.storage import (
-    code_lengths, code_words, codebook, decode, encode, huffman_decode, huffman_encode, load_model, pack, save_model, unpack)
-from foundation.models.convnets import VGG
+    code_lengths, code_words, codebook, compress, decode, encode, huffman_decode, huffman_encode, load_model, pack, save_model,
+    settle_weights, share_weights, train_on, unpack)
+from foundation.data.images import ImageSet
+from foundation.models.convnets import VGG, ConvNet
 from foundation.models.pretrained import WEIGHTS, load_weights, read_card
+from foundation.training.loop import adamw
 
 FORMATS = [("fp32", "fp16"), ("fp16", "fp16"), *((f"int{b}", "fp16") for b in range(2, 9)), ("code2", "fp16"), ("code5", "fp16"),
            *(("sparse", v) for v in ("fp32", "fp16", "int8", "int4", "code4"))]
@@ -223,7 +226,78 @@ def test_codes_refuse_in_one_sentence(call, words):
     assert "\n" not in str(caught.value)
 
 
+# Trained codebooks ----------------------------------------------------------------------------------------------------
+
+
+def test_sharing_rounds_to_the_nearest_centre_and_settling_undoes_only_the_form():
+    net = apply_masks(make_net(), magnitude_masks(make_net(), 0.6))
+    before = {name: w.clone() for name, w in net.state_dict().items()}
+    settled = settle_weights(share_weights(net, 8))
+    assert all(torch.equal(before[name], w) for name, w in net.state_dict().items()), "the original is left alone"
+    assert set(settled.state_dict()) == set(before)
+    for name, w in layer_weights(settled).items():
+        used = before[name] != 0
+        centres, index = codebook(before[name][used], 8)
+        assert torch.equal(w[used], centres[index.long()]) and not w[~used].any() and len(w[used].unique()) <= 8
+
+
+def test_a_centres_gradient_is_the_sum_over_its_weights():
+    net, x = make_net(), torch.randn(4, 1, 8, 8)
+    shared, plain = share_weights(net, 4), settle_weights(share_weights(net, 4))
+    shared(x).square().sum().backward(), plain(x).square().sum().backward()
+    for layer in (0, 3, 5):
+        places = shared[layer].parametrizations.weight[0].places
+        by_hand = torch.stack([plain[layer].weight.grad[places == k].sum() for k in range(1, 5)])
+        torch.testing.assert_close(shared[layer].parametrizations.weight.original.grad, by_hand, rtol=1e-3, atol=1e-3)
+
+
+def test_zeros_and_sharing_outlive_momentum_and_decay_and_the_file(tmp_path):
+    net = apply_masks(make_net(), magnitude_masks(make_net(), 0.8))
+    shared = share_weights(net, 4)
+    opt = adamw(shared, 0.1, weight_decay=0.5)
+    for _ in range(5):
+        opt.zero_grad()
+        shared(torch.randn(8, 1, 8, 8)).square().mean().backward()
+        opt.step()
+    settled = settle_weights(shared)
+    state = load_model(save_model(settled, tmp_path / "a", "sparse", "code2", compress="huffman"))
+    for name, w in layer_weights(settled).items():
+        assert not w[net.get_parameter(name) == 0].any() and not torch.equal(w, net.get_parameter(name))
+        assert torch.equal(state[name], w.half().float()), "what was trained is what is stored"
+
+
+def tiny_set():
+    torch.manual_seed(0)
+    labels = torch.arange(320) % 10
+    pictures = (torch.rand(320, 1, 28, 28) * 60 + labels.view(-1, 1, 1, 1) * 19).byte()
+    return ImageSet(name="tiny", train_images=pictures, train_labels=labels, test_images=pictures[:50], test_labels=labels[:50],
+                    classes=tuple("0123456789"), mean=0.5, std=0.3, source="noise")
+
+
+def test_the_chain_gives_few_values_and_goes_on_where_it_was_stopped(tmp_path):
+    data, dense, answers = tiny_set(), ConvNet(), torch.randn(320, 10)
+    options = dict(zeros=0.7, size=4, steps=10, tune=3, checkpoint=str(tmp_path / "run"))
+    once = compress(dense, data, answers, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-pruned.safetensors", "run-shared.safetensors"]
+    again, fresh = compress(dense, data, answers, **options), compress(dense, data, answers, **options | dict(checkpoint=""))
+    for name, w in layer_weights(once).items():
+        assert torch.equal(again.get_parameter(name), w) and torch.equal(fresh.get_parameter(name), w) and len(w.unique()) <= 5
+    weights = torch.cat([w.flatten() for w in layer_weights(once).values()])
+    assert (weights == 0).float().mean() == pytest.approx(0.7, abs=0.01)
+    with pytest.raises(ValueError, match="recipe"):
+        train_on(ConvNet(), data, answers, 10, seed=1, checkpoint=tmp_path / "run-pruned.safetensors")
+
+
 # The shipped file -----------------------------------------------------------------------------------------------------
+
+
+def test_the_card_keeps_what_the_lessons_promise():
+    card = read_card("vgg_compressed")["metrics"]
+    seeds = {arm: scores for arm, scores in card["accuracy"].items() if arm != "fp32"}  # the shipped net has no seeds
+    mean = {arm: 100 * sum(scores) / len(scores) for arm, scores in seeds.items()}
+    assert card["test_images"] == 10_000 and all(len(scores) == 3 for scores in seeds.values())
+    assert mean["fp32, trained on"] - mean["static int8"] <= 0.3 and mean["fp32, trained on"] - mean["4-bit weights"] <= 1
+    assert 30 * max(card["bytes"]["compressed"]) <= card["bytes"]["fp32"] and 100 * card["accuracy"]["fp32"] - mean["compressed"] < 1
 
 
 def test_the_compressed_vgg_is_thirty_times_smaller_and_loads(tmp_path):

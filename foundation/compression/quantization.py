@@ -30,7 +30,7 @@ def integer_range(
         raise ValueError(f"bits is {bits!r}; expected a whole number from 2 to 8")
     return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
-
+# %% ../../nbs/09_compression/03_quantization.ipynb #85c49f58
 def affine_map(
     low: Tensor,  # smallest value to write, any shape (one ruler each)
     high: Tensor,  # largest value to write, the same shape
@@ -93,7 +93,7 @@ class Quantized:
         rows = (rows - self.zero_point[:, None]) * self.scale.float()[:, None]
         return _from_rows(rows, self.values.shape, self.axis, self.group)
 
-
+# %% ../../nbs/09_compression/03_quantization.ipynb #c97aa75d
 @torch.no_grad()
 def quantize_tensor(
     x: Tensor,  # floating, any shape
@@ -120,12 +120,16 @@ def value_range(
     "Where the values of `x` begin and end."
     if not 50 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; expected more than 50 and at most 100")
-    _check_values(x, None, None)
-    flat = x.detach().float().flatten()
+    flat = x.detach().flatten()
+    if percentile == 100 and flat.numel():
+        ends = torch.stack(torch.aminmax(flat))
+        _check_values(ends, None, None)  # NaN and infinity reach the ends: no need to look at all
+        return ends.float().unbind()
+    _check_values(flat, None, None)
     drop = min(int((1 - percentile / 100) * flat.numel()), (flat.numel() - 1) // 2)
-    return flat.kthvalue(1 + drop).values, flat.kthvalue(flat.numel() - drop).values
+    return flat.float().kthvalue(1 + drop).values, flat.float().kthvalue(flat.numel() - drop).values
 
-
+# %% ../../nbs/09_compression/03_quantization.ipynb #c8d6696b
 def calibrate(
     batches,  # iterable of tensors: what passed one place of the network
     bits: int = 8,
@@ -236,16 +240,19 @@ class IntegerLayer(nn.Module):
         bits: int = 8,
     ):
         super().__init__()
-        weight = quantize_tensor(layer.weight, bits, axis=0)
-        self.ruler, self.bits = ruler, bits
+        weight, (input_scale, input_zero) = quantize_tensor(layer.weight, bits, axis=0), ruler or (None, None)
+        self.bits = bits
         self.conv = {} if isinstance(layer, nn.Linear) else {
             name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-        for name, value in dict(weight=weight.values, scale=weight.scale, bias=layer.bias).items():
+        for name, value in dict(weight=weight.values, scale=weight.scale, bias=layer.bias,
+                                input_scale=input_scale, input_zero=input_zero).items():
             self.register_buffer(name, None if value is None else value.detach())
 
     def marks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # q as floats, scale, zero point
         "The inputs as whole numbers."
-        scale, zero = self.ruler or affine_map(*x.detach().aminmax(), self.bits, symmetric=False)
+        scale, zero = self.input_scale, self.input_zero
+        if scale is None:
+            scale, zero = affine_map(*x.detach().aminmax(), self.bits, symmetric=False)
         return ((x * (1 / scale)).round() + zero).clamp(*integer_range(self.bits, symmetric=False)), scale, zero
 
     def forward(self, x: Tensor) -> Tensor:
@@ -312,7 +319,7 @@ def quantize_static(
     rulers = {name: calibrate(values, bits, **options) for name, values in seen.items()}
     return _with_integers(copy, {name: m for name, m in parts.items() if name in seen}, rulers, bits)
 
-
+# %% ../../nbs/09_compression/03_quantization.ipynb #cca7f810
 def quantize_dynamic(
     model: nn.Module,
     bits: int = 8,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'GROUP', 'pack', 'unpack', 'code_lengths', 'code_words', 'huffman_encode', 'huffman_decode', 'codebook',
-           'encode', 'decode', 'save_model', 'load_model', 'recover', 'make_weights']
+           'encode', 'decode', 'save_model', 'load_model', 'fair_masks', 'prune_gradually', 'train_on', 'SharedWeight',
+           'share_weights', 'settle_weights', 'compress', 'make_weights']
 
 # %% ../../nbs/09_compression/04_storage.ipynb #c373901b
 import copy
@@ -13,23 +14,26 @@ import heapq
 import json
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from .distillation import match_answers
-from .pruning import Pruner
+from .pruning import apply_masks, cubic_sparsity, keep_largest, layer_weights
 from .quantization import (
     Quantized, fold_batch_norm, integer_range, quantize_static, quantize_tensor, quantize_weights)
-from ..core.basics import atomic_write, seed_everything
+from ..core.basics import atomic_write
+from ..core.sources import cache_folder
 from ..data.batches import endless
 from ..data.images import ImageSet, load_images
 from ..evaluation.scores import accuracy, predict
 from ..models.pretrained import WEIGHTS, hardware, load_weights
-from ..training.loop import adamw, train
+from ..training.checkpoint import resumable
+from ..training.loop import Step, adamw
 from ..training.schedules import one_cycle
 
 # %% ../../nbs/09_compression/04_storage.ipynb #af9e1932
@@ -72,7 +76,7 @@ def code_lengths(
         heapq.heappush(heap, (a + b, i, left + right))
     return lengths
 
-
+# %% ../../nbs/09_compression/04_storage.ipynb #1ba215f8
 def code_words(
     lengths: Tensor,  # as `code_lengths` gives them
 ) -> dict[int, str]:  # symbol -> digits
@@ -97,7 +101,7 @@ def huffman_encode(
     head = len(flat).to_bytes(4, "little") + bytes([len(lengths) - 1]) + bytes(lengths.tolist())
     return torch.frombuffer(bytearray(head + np.packbits(digits).tobytes()), dtype=torch.uint8)
 
-
+# %% ../../nbs/09_compression/04_storage.ipynb #f0e8e99a
 def huffman_decode(
     payload: Tensor,  # as `huffman_encode` gives it
 ) -> Tensor:  # uint8, (count,)
@@ -150,7 +154,7 @@ def _bits_of(numbers):
         return int(numbers[len(kind):])
     raise ValueError(f'format {numbers!r} is not known; expected "fp32", "fp16", "int2" to "int8", "code2" to "code8", or "sparse"')
 
-
+# %% ../../nbs/09_compression/04_storage.ipynb #a6aacfd4
 def _squeeze(symbols, bits, compress, name=""):
     "Whole numbers as the shortest byte tensor that `compress` allows, under a name that says which"
     payload = pack(symbols, bits)
@@ -174,7 +178,7 @@ def _unsqueeze(parts, bits, count, name=""):
         return unpack(torch.frombuffer(bytearray(zlib.decompress(parts[name + ":z"].numpy().tobytes())), dtype=torch.uint8), bits, count)
     return unpack(parts[name], bits, count)
 
-
+# %% ../../nbs/09_compression/04_storage.ipynb #3831fa36
 def _gaps(kept):
     "How many zeros stand before each kept place; 255 means that many zeros and no kept place yet"
     where = kept.flatten().nonzero().flatten()
@@ -220,13 +224,14 @@ def encode(
         body = _narrow(weight, DTYPES[numbers])
     if sparse:
         kept = body != 0
-        if int(kept.sum()) * bits + kept.numel() >= kept.numel() * bits:
+        pays = int(kept.sum()) * bits + kept.numel() < kept.numel() * bits
+        if kept.all() or not (pays or numbers.startswith("code")):  # a codebook has no centre for zero
             return encode(weight, numbers, False, group, compress)
         parts |= _squeeze(kept, 1, compress, ":mask")
         body = body[kept]
     return parts | (_squeeze(body + shift, bits, compress) if bits <= 8 else {"": body})
 
-
+# %% ../../nbs/09_compression/04_storage.ipynb #4ca9465a
 def decode(
     parts: dict[str, Tensor],  # as `encode` gives them
     shape: torch.Size,  # of the weight
@@ -294,7 +299,7 @@ def save_model(
     layout = json.dumps({"numbers": numbers, "group": group, "shapes": shapes}, separators=(",", ":"))
     return _write(tensors, layout, path)
 
-
+# %% ../../nbs/09_compression/04_storage.ipynb #216bda2b
 def load_model(
     path: str | Path,  # a file of `save_model`, or any safetensors file
 ) -> dict[str, Tensor]:  # a state dict; floating tensors are float32
@@ -339,59 +344,157 @@ def _read(path):
         raise ValueError(f"{path} was changed after it was written (its checksum differs); fetch or save it again")
     return tensors, json.loads(notes.get("layout", "{}"))
 
+# %% ../../nbs/09_compression/04_storage.ipynb #a7f2fb52
+@torch.no_grad()
+def fair_masks(
+    model: nn.Module,
+    zeros: float,  # share of all layer weights to drop
+) -> dict[str, Tensor]:  # name of a weight -> mask, True = kept
+    "Keep the weights with the largest w² / Σ v² over all v of their layer with |v| ≥ |w| (LAMP: Lee et al. 2021)."
+    scores = {}
+    for name, weight in layer_weights(model).items():
+        squares, order = weight.flatten().square().sort(descending=True)
+        shares = squares / squares.cumsum(0).clamp(min=torch.finfo(squares.dtype).tiny)
+        scores[name] = torch.empty_like(shares).scatter(0, order, shares)
+    kept = keep_largest(torch.cat(list(scores.values())), zeros).split([len(s) for s in scores.values()])
+    return {name: mask.view_as(model.get_parameter(name)) for name, mask in zip(scores, kept)}
+
+# %% ../../nbs/09_compression/04_storage.ipynb #b920a757
+def prune_gradually(
+    model: nn.Module,
+    zeros: float,  # share to reach
+    end: int,  # the step that reaches it
+    every: int = 10,  # steps between two new sets of masks
+) -> Callable[[Step], None]:  # to be called after each step
+    "Raise the share of zeros on the cubic schedule, and hold what is zero at zero."
+    masks = {}
+
+    def each(step):
+        apply_masks(model, masks)
+        if step.n % every == 0 and step.n <= end or step.n == end:
+            masks.update(fair_masks(model, cubic_sparsity(step.n, 0, end, zeros)))
+            apply_masks(model, masks)
+    return each
+
 # %% ../../nbs/09_compression/04_storage.ipynb #11355ddc
-def recover(
-    teacher: nn.Module,
+def train_on(
+    model: nn.Module,
     data: ImageSet,
     answers: Tensor,  # the teacher's logits on the training images, (n, k)
-    zeros: float,  # share of weights to prune; 0: the control
-    steps: int = 1500,
+    steps: int,
+    lr: float = 1.5e-3,
     seed: int = 0,  # of the batches
-    lr: float = 3e-3,
-) -> nn.Module:
-    "Train a copy of the teacher on, its weights pruned gradually during the first half of the steps."
-    seed_everything(seed)
-    model = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
-    pruner = Pruner(model, zeros, 0, steps // 2) if zeros else None
-    batches = endless(data.floats(data.train_images), answers, data.train_labels, batch_size=128, seed=seed + 1)
-    for step in train(model, batches, match_answers(2.0, 0.5), adamw(model, lr), steps=steps,
-                      schedule=one_cycle(steps, 0.1), precision="bf16"):
-        if pruner:
-            pruner.update(step.n)
+    each: Callable[[Step], None] | None = None,  # called after each step
+    checkpoint: Path | str | None = None,  # written at the end, so that a second call need not train again
+    title: str = "",  # before the bar; "" shows none
+) -> nn.Module:  # the same model, in eval mode
+    "Train with a teacher's answers and the labels, half and half, in batches of 32."
+    count = len(answers)
+
+    def stream(start):
+        images = endless(data.train_images[:count], answers, data.train_labels[:count], batch_size=32, seed=seed, start=start)
+        return ((data.floats(x), *rest) for x, *rest in images)
+    resumable(model, stream, match_answers(2.0, 0.5), adamw(model, lr), steps=steps, schedule=one_cycle(steps, 0.1), each=each,
+              checkpoint=checkpoint, recipe=dict(seed=seed, count=count), save_every=steps, title=title)
     return model.eval()
 
+# %% ../../nbs/09_compression/04_storage.ipynb #77485eee
+class SharedWeight(nn.Module):
+    "A weight as places in a list of centres: a parametrization, so that training moves the centres (Han et al. 2016, figure 3)."
+
+    def __init__(self, weight: Tensor, size: int):
+        super().__init__()
+        used = weight != 0
+        self.centres, index = codebook(weight[used], size)
+        self.register_buffer("places", torch.zeros(weight.shape, dtype=torch.long))
+        self.places[used] = index.long() + 1
+
+    def right_inverse(self, weight: Tensor) -> Tensor:  # (size,): what becomes the parameter
+        return self.centres
+
+    def forward(self, centres: Tensor) -> Tensor:  # the shape of the weight
+        return torch.cat([centres.new_zeros(1), centres])[self.places]
+
+# %% ../../nbs/09_compression/04_storage.ipynb #59ceb9ae
+def share_weights(
+    model: nn.Module,
+    size: int = 16,  # different values in each layer, besides zero
+) -> nn.Module:
+    "A copy in which every convolution and linear layer takes its weights from a codebook of its own."
+    model = copy.deepcopy(model)
+    for name in layer_weights(model):
+        layer = model.get_submodule(name.rpartition(".")[0])
+        register_parametrization(layer, "weight", SharedWeight(layer.weight.detach(), size))
+    return model
+
+
+def settle_weights(
+    model: nn.Module,  # as `share_weights` gives it
+) -> nn.Module:  # the same model
+    "Make the weights plain parameters again, as the codebooks have them now."
+    for layer in [m for m in model.modules() if hasattr(m, "parametrizations")]:
+        remove_parametrizations(layer, "weight")
+    return model
+
 # %% ../../nbs/09_compression/04_storage.ipynb #9e18c81c
+def compress(
+    dense: nn.Module,
+    data: ImageSet,
+    answers: Tensor,  # the dense network's logits on the training images, (n, k)
+    zeros: float = 0.875,  # share of weights to prune
+    size: int = 16,  # of the codebooks
+    steps: int = 900,  # of training while and after pruning
+    tune: int = 100,  # of training the centres
+    seed: int = 0,
+    checkpoint: str = "",  # beginning of a path; "" saves nothing
+) -> nn.Module:
+    "Prune gradually and recover, fold batch norm, share the weights that are left and train the centres."
+    at = lambda stage: f"{checkpoint}-{stage}.safetensors" if checkpoint else None
+    pruned = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+    train_on(pruned, data, answers, steps, seed=seed, each=prune_gradually(pruned, zeros, max(1, steps * 3 // 10)),
+             checkpoint=at("pruned"), title=f"seed {seed}, pruned")
+    shared = share_weights(fold_batch_norm(pruned), size)
+    train_on(shared, data, answers, tune, lr=1e-3, seed=seed + 100, checkpoint=at("shared"), title=f"seed {seed}, shared")
+    return settle_weights(shared)
+
+# %% ../../nbs/09_compression/04_storage.ipynb #71191945
 def make_weights(
     name: str = "vgg_compressed",
     folder: Path | str = WEIGHTS,  # where to write
     teacher: str = "vgg_supervised",  # shipped weights to start from
     seeds: Sequence[int] = range(3),
-    zeros: float = 0.9,
-    values: str = "code4",
-    steps: int = 1500,  # of training, in each arm
-    tests: int | None = None,  # judge on the first so many test images; None: on all
+    zeros: float = 0.875,
+    steps: int = 900,
+    tune: int = 100,
 ) -> Path:
     "Send the shipped VGG through the whole chain; write the file of the first seed, and a card with every seed's scores."
     data, dense, start, path = load_images(), load_weights(teacher), time.perf_counter(), Path(folder) / f"{name}.bin"
-    test = lambda model: round(accuracy(predict(model, data.test_images[:tests], transform=data.floats), data.test_labels[:tests]), 4)
-    answers = predict(dense, data.train_images, transform=data.floats, precision="bf16")
-    scores, sizes = {"fp32": [test(dense)]}, {"fp32": [save_model(dense, path).stat().st_size]}
+    answers = predict(dense.to(memory_format=torch.channels_last), data.train_images[:-5000], transform=data.floats)
+    test = lambda model: round(accuracy(predict(model.to(memory_format=torch.channels_last), data.test_images, transform=data.floats),
+                                        data.test_labels), 4)
+    scores, sizes = {"fp32": test(dense)}, {"fp32": save_model(dense, path).stat().st_size, "compressed": []}
     for seed in reversed(seeds):  # the first comes last, and its file stays
-        control = recover(dense, data, answers, 0, steps, seed)
-        small = fold_batch_norm(recover(dense, data, answers, zeros, steps, seed))
-        size = save_model(small, path, "sparse", values, compress="huffman").stat().st_size
+        runs = cache_folder() / "runs" / f"{name}-{zeros}-{steps}-{seed}"
+        small = compress(dense, data, answers, zeros, 16, steps, tune, seed, str(runs))
+        control = train_on(copy.deepcopy(dense), data, answers, steps + tune, seed=seed, checkpoint=f"{runs}-control.safetensors",
+                           title=f"seed {seed}, control")
+        sizes["compressed"].insert(0, save_model(small, path, "sparse", "code4", compress="huffman").stat().st_size)
         small.load_state_dict(load_model(path))
-        chosen = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(seed))[:512]
-        arms = {"fp32, trained on": control, "compressed": small, "4-bit weights": quantize_weights(control, 4, group=32)[0],
-                "static int8": quantize_static(control, data.floats(data.train_images[chosen]).split(128))}
-        for arm, model in arms.items():
+        for arm, model in _arms(control, small, data, seed).items():
             scores.setdefault(arm, []).insert(0, test(model))
-        sizes.setdefault("compressed", []).insert(0, size)
-    method = f"{teacher}, {zeros:.0%} pruned gradually with itself as teacher, batch norm folded, {values}, Huffman"
-    metrics = dict(test_images=len(data.test_labels[:tests]), accuracy=scores, bytes=sizes)
-    _write_card(path, dense, dict(data=f"{data.name}, {len(data.train_images):,} training images", method=method, steps=steps,
-                                  seconds=round(time.perf_counter() - start), metrics=metrics))
+    method = f"{teacher}, {zeros:.1%} pruned gradually with itself as teacher, batch norm folded, 16 trained centres, Huffman"
+    metrics = dict(test_images=len(data.test_labels), accuracy=scores, bytes=sizes)
+    _write_card(path, dense, dict(data=f"{data.name}, {len(answers):,} training images", method=method, seeds=list(seeds), steps=steps,
+                                  tune=tune, seconds=round(time.perf_counter() - start), metrics=metrics))
     return path
+
+# %% ../../nbs/09_compression/04_storage.ipynb #926abe9b
+def _arms(control, small, data, seed):
+    "What the card compares: the control, in three number formats, and the compressed network"
+    chosen = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(seed))[:512]
+    rounded = quantize_static(control, data.floats(data.train_images[chosen]).split(128))
+    return {"fp32, trained on": control, "compressed": small, "static int8": rounded,
+            "4-bit weights": quantize_weights(control, 4, group=32)[0]}
 
 # %% ../../nbs/09_compression/04_storage.ipynb #22bf28d0
 def _write_card(path, model, notes):
