@@ -44,6 +44,7 @@ weights: setup ## train the shipped weights again, one after the other (hours on
 	$(BIN)/python -c "from foundation.pretraining.masked_text import make_weights; make_weights()"
 	$(BIN)/python -c "from foundation.pretraining.contrastive import make_weights; make_weights()"
 	$(BIN)/python -c "from foundation.pretraining.masked_image import make_rivals, make_weights; make_weights(), make_rivals()"
+	$(BIN)/python -c "from foundation.compression.distillation import make_weights; make_weights()"
 	$(BIN)/python -c "from foundation.compression.pruning import make_pruned, make_weights; make_weights(), make_pruned()"
 	$(BIN)/python -c "from foundation.compression.storage import make_weights; make_weights()"
 	$(BIN)/python -c "from foundation.finetuning.loop import make_weights; make_weights()"

@@ -163,7 +163,7 @@ def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
     }
     assert have <= names
     assert {n.split("/")[0] for n in names} == {"foundation", wheel.name.split("-py3")[0] + ".dist-info"}
-    assert wheel.stat().st_size < 20e6  # most of it weights
+    assert wheel.stat().st_size < 26e6  # most of it weights
 
 
 def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
