@@ -297,7 +297,7 @@ def test_the_card_keeps_what_the_lessons_promise():
     mean = {arm: 100 * sum(scores) / len(scores) for arm, scores in seeds.items()}
     assert card["test_images"] == 10_000 and all(len(scores) == 3 for scores in seeds.values())
     assert mean["fp32, trained on"] - mean["static int8"] <= 0.3 and mean["fp32, trained on"] - mean["4-bit weights"] <= 1
-    assert 30 * max(card["bytes"]["compressed"]) <= card["bytes"]["fp32"] and 100 * card["accuracy"]["fp32"] - mean["compressed"] < 1
+    assert 30 * max(card["bytes"]["compressed"]) <= card["bytes"]["fp32"] and 100 * card["accuracy"]["fp32"] - mean["compressed"] < 0.5
 
 
 def test_the_compressed_vgg_is_thirty_times_smaller_and_loads(tmp_path):

@@ -448,7 +448,7 @@ def compare_pruning(
     data: ImageSet,
     seeds: Sequence[int] = range(3),
     steps: int = 480,
-    slim_steps: int = 1600,
+    slim_steps: int = 4800,
     runs: Path | str | None = None,  # folder that keeps finished runs: stopped and called again, only the others train
 ) -> tuple[Comparison, dict[str, nn.Module], float]:  # test accuracies; each arm's network of the first seed; seconds
     "Train all arms of `pruning_arms` with each seed."
@@ -473,7 +473,7 @@ def make_pruned(
     name: str = "vgg_pruned",
     slim_name: str = "vgg_slim",
     steps: int = 480,
-    slim_steps: int = 1600,
+    slim_steps: int = 4800,
     device: str | None = None,
     folder: Path | str = WEIGHTS,  # where to write
 ) -> tuple[Path, Path]:

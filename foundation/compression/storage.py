@@ -32,7 +32,7 @@ from ..data.batches import endless
 from ..data.images import ImageSet, load_images
 from ..evaluation.scores import accuracy, predict
 from ..models.pretrained import WEIGHTS, hardware, load_weights
-from ..training.checkpoint import _read, resumable
+from ..training.checkpoint import _read as read_checkpoint, resumable
 from ..training.loop import Step, adamw
 from ..training.schedules import one_cycle
 
@@ -478,7 +478,7 @@ def make_weights(
         small = compress(dense, data, answers, zeros, 16, steps, tune, seed, str(runs))
         control = train_on(copy.deepcopy(dense), data, answers, steps + tune, seed=seed, checkpoint=f"{runs}-control.safetensors",
                            title=f"seed {seed}, control")
-        seconds += sum(_read(Path(f"{runs}-{part}.safetensors"))[1]["notes"]["seconds"] for part in ("pruned", "shared", "control"))
+        seconds += sum(read_checkpoint(Path(f"{runs}-{part}.safetensors"))[1]["notes"]["seconds"] for part in ("pruned", "shared", "control"))
         sizes["compressed"].insert(0, save_model(small, path, "sparse", "code4", compress="huffman").stat().st_size)
         small.load_state_dict(load_model(path))
         for arm, model in _arms(control, small, data, seed).items():
