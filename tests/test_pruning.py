@@ -393,7 +393,7 @@ def test_the_cards_hold_what_was_promised():
     mean = {arm: sum(runs) / len(runs) for arm, runs in scores.items()}
     assert all(len(runs) == len(card["seeds"]) >= 3 for runs in scores.values()) and slim["metrics"]["accuracy"] == scores["channels cut"]
     assert mean["90 % gradually"] > mean["dense"] - 0.01
-    assert mean["channels cut"] > card["metrics"]["teacher"] - 0.015  # 0.01 is the aim: it takes more `slim_steps`
-    assert min(scores["channels cut"]) > max(scores["slim from scratch"])
+    assert mean["channels cut"] > card["metrics"]["teacher"] - 0.01
+    assert all(cut > fresh for cut, fresh in zip(scores["channels cut"], scores["slim from scratch"]))
     assert sparsity(load_weights("vgg_pruned")) == pytest.approx(0.9, abs=1e-3)
     assert load_weights("vgg_slim").config["widths"] == list(SLIM)
