@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from foundation.core.basics import count_macs
-from foundation.layers.attention import Attention, KeyValueCache, attend, causal_mask, padding_mask
+from foundation.layers.attention import Attention, KeyValueCache, _fused, attend, causal_mask, padding_mask
 from foundation.layers.block import MLP, Block
 from foundation.layers.embedding import PatchEmbedding, TokenEmbedding, patchify, sinusoidal, unpatchify
 
@@ -91,6 +91,16 @@ def test_attend_is_pytorchs(seed, b, h, n, extra, e, scale, kind):
     assert_close(out, theirs * seen, **near)  # a query that sees nothing gets zeros
     assert_close(weights.sum(-1), seen[..., 0].float().expand(b, h, n), **near)
     assert (weights.masked_select(~full.expand_as(weights)) == 0).all()
+
+
+def test_bf16_attention_on_a_cpu_is_mixed_in_float32():
+    layer, x = Attention(64, 2), draw(0, 8, 17, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        q, k, v = layer.project(x)
+        mixed, native = _fused(q, k, v, None, True, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, exact.bfloat16())
+    assert not torch.equal(native, mixed)  # the check would see the other kernel
 
 
 @few

@@ -167,7 +167,7 @@ def few_labels(
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     piles = [shuffled[labels[shuffled] == k] for k in classes]
-    turns = [pile[i : i + 1] for i in range(max(map(len, piles))) for pile in piles]
+    turns = [pile[i : i + 1] for i in range(min(count, max(map(len, piles)))) for pile in piles]
     return torch.cat(turns)[:count]
 
 

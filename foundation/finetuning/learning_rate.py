@@ -49,7 +49,8 @@ def few_label_task(
     return Task(*(part for row in rows for part in (data.floats(data.train_images[row]), data.train_labels[row])))
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #b30342b1
-_OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adamw=torch.optim.AdamW, adafactor=torch.optim.Adafactor)
+_OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, momentum=0.9, fused=True), adamw=partial(torch.optim.AdamW, fused=True),
+                   adafactor=torch.optim.Adafactor)
 
 
 def make_optimizer(

@@ -7,6 +7,7 @@ __all__ = ['causal_mask', 'padding_mask', 'attend', 'KeyValueCache', 'Attention'
 
 # %% ../../nbs/03_layers/02_attention.ipynb #e6468c8b
 import math
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -142,7 +143,11 @@ def _fused(q, k, v, mask, causal, dropout):  # (b, h, n, e)
     "`attend` by PyTorch's kernel. Its own causal mask begins at the first key, which is right for n = m alone"
     own = causal and mask is None and q.shape[2] == k.shape[2]
     visible = None if own else _visible(mask, causal, (*q.shape[:3], k.shape[2]), q.device)
-    return scaled_dot_product_attention(q, k, v, visible, dropout_p=dropout, is_causal=own)
+    mix = partial(scaled_dot_product_attention, attn_mask=visible, dropout_p=dropout, is_causal=own)
+    if not q.is_cpu or q.dtype != torch.bfloat16:
+        return mix(q, k, v)
+    with torch.autocast("cpu", enabled=False):  # in bf16 the way back through PyTorch's CPU kernel takes 3 to 8 times as long
+        return mix(q.float(), k.float(), v.float()).to(q.dtype)
 
 # %% ../../nbs/03_layers/02_attention.ipynb #ab1e077d
 class Attention(nn.Module):
