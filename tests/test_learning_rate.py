@@ -330,6 +330,9 @@ def test_other_bad_input(task, tmp_path):
     with pytest.raises(ValueError, match="dev set is empty"):
         next(dev_scores(model, task._replace(dev_images=task.images[:0], dev_labels=task.labels[:0]),
                         make_optimizer("sgd", model, 1.0), steps=2))
+    for labels, words in ((task.labels + 1, "expected 0 to"), (torch.zeros_like(task.labels), "no training example")):
+        with pytest.raises(ValueError, match=words):
+            next(dev_scores(model, task._replace(labels=labels), make_optimizer("sgd", model, 1.0), steps=2))
     with pytest.raises(ValueError, match="at least one"):
         few_label_task(image_set(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)), 30, 0)
     for rates in ([1e-3], [1e-2, 1e-3], [0.0, 1.0], [-1.0, 1.0]):

@@ -243,6 +243,7 @@ def _plot(comparison, alt: str, title: str | None) -> Picture:
         axes[1].axvline(0, color=PALETTE["vermilion"], linestyle="--", linewidth=1.2)
         for ax, label in zip(axes, ["score", f"minus {arms[0]}"]):
             ax.set(xlabel=label, yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.5, -0.5))
+            ax.locator_params(axis="x", nbins=5)  # longer labels would touch
         axes[1].set_yticklabels([])
 
     return draw(paint, alt=alt or f"Scores of {arms[0]}.", title=title, panels=2, size=(6.6, 1.1 + 0.42 * len(arms)))

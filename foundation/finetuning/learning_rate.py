@@ -23,6 +23,7 @@ from ..data.batches import endless
 from ..data.images import ImageSet, few_labels
 from ..evaluation.comparison import Comparison, compare
 from ..evaluation.scores import accuracy, predict
+from .loop import _outputs, check_labels
 from ..training.checkpoint import _pack, _restore
 from ..training.loop import Objective, TrainingDiverged, classify, train
 from ..training.schedules import warmup_cosine
@@ -87,6 +88,7 @@ def dev_scores(
     "Fine-tune, and give the dev accuracy on the way: `break` stops. Raises `TrainingDiverged`, `ValueError`."
     if len(task.dev_labels) == 0:
         raise ValueError("the dev set is empty, so nothing can be chosen by it; expected at least one image")
+    check_labels(task.labels, _outputs(model))
     schedule = warmup_cosine(steps, steps // 10) if schedule is None else schedule
     batches = endless(task.images, task.labels, batch_size=min(batch_size, len(task.labels)), seed=seed)
     options = dict(precision="auto", clip=1.0) | options
