@@ -226,7 +226,7 @@ class Sweep(NamedTuple):
                 ax.legend(frameon=False)
         return draw(paint, alt=alt, title=title, xscale="log", xlabel="learning rate", ylabel="dev accuracy")
 
-
+# %% ../../nbs/08_finetuning/02_learning_rate.ipynb #00301d88
 def sweep(
     run: Callable[[float, int], float],  # rate, seed -> score, higher is better
     rates: Sequence[float],  # rising, above 0

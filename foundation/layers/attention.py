@@ -146,7 +146,7 @@ def _fused(q, k, v, mask, causal, dropout):  # (b, h, n, e)
     mix = partial(scaled_dot_product_attention, attn_mask=visible, dropout_p=dropout, is_causal=own)
     if not q.is_cpu or q.dtype != torch.bfloat16:
         return mix(q, k, v)
-    with torch.autocast("cpu", enabled=False):  # in bf16 the way back through PyTorch's CPU kernel takes 3 to 8 times as long
+    with torch.autocast("cpu", enabled=False):  # in bf16 the way back through PyTorch's CPU kernel is slow and less exact
         return mix(q.float(), k.float(), v.float()).to(q.dtype)
 
 # %% ../../nbs/03_layers/02_attention.ipynb #ab1e077d
