@@ -1,0 +1,1 @@
+"The checks of input: one voice, plain values, nothing accepted by accident"
