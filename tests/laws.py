@@ -29,7 +29,10 @@ class Hang(BaseException):
 @contextlib.contextmanager
 def deadline(seconds):
     "Raise `Hang` in the main thread after some seconds; elsewhere, and on Windows, do nothing"
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 
@@ -55,7 +58,10 @@ def is_sentence(error):
     if last is None or not last.tb_frame.f_code.co_filename.startswith(HOME):
         return False
     file, first = last.tb_frame.f_code.co_filename, last.tb_lineno
-    return any(linecache.getline(file, n).lstrip().startswith("raise ") for n in range(first, first - 4, -1))
+    return any(
+        linecache.getline(file, n).lstrip().startswith("raise ")
+        for n in range(first, first - 4, -1)
+    )
 
 
 def seed():
@@ -70,7 +76,12 @@ def outcome(function, args, options, seconds=10):
     seed()
     quiet = io.StringIO()
     try:
-        with deadline(seconds), warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        with (
+            deadline(seconds),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(quiet),
+            contextlib.redirect_stderr(quiet),
+        ):
             warnings.simplefilter("ignore")
             result = function(*args, **options)
             if hasattr(result, "__next__"):  # a generator has done nothing yet
@@ -86,9 +97,14 @@ def outcome(function, args, options, seconds=10):
 
 def same(a, b, rtol=1e-5, atol=1e-6):
     "Do two results agree, whatever they are made of? Numbers agree across dtypes; objects that cannot be looked into by type"
-    if isinstance(a, (Tensor, np.ndarray, np.generic)) or isinstance(b, (Tensor, np.ndarray, np.generic)):
+    if isinstance(a, (Tensor, np.ndarray, np.generic)) or isinstance(
+        b, (Tensor, np.ndarray, np.generic)
+    ):
         try:
-            a, b = (torch.as_tensor(np.asarray(x) if not isinstance(x, Tensor) else x.detach()) for x in (a, b))
+            a, b = (
+                torch.as_tensor(np.asarray(x) if not isinstance(x, Tensor) else x.detach())
+                for x in (a, b)
+            )
         except (TypeError, ValueError):
             return type(a) is type(b)
         if a.shape != b.shape:
@@ -103,12 +119,21 @@ def same(a, b, rtol=1e-5, atol=1e-6):
     if isinstance(a, nn.Module) and isinstance(b, nn.Module):
         return type(a) is type(b) and same(a.state_dict(), b.state_dict(), rtol, atol)
     if isinstance(a, Mapping):
-        return isinstance(b, Mapping) and a.keys() == b.keys() and all(same(a[k], b[k], rtol, atol) for k in a)
+        return (
+            isinstance(b, Mapping)
+            and a.keys() == b.keys()
+            and all(same(a[k], b[k], rtol, atol) for k in a)
+        )
     if isinstance(a, (list, tuple)):
-        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(same(x, y, rtol, atol) for x, y in zip(a, b))
+        return (
+            isinstance(b, (list, tuple))
+            and len(a) == len(b)
+            and all(same(x, y, rtol, atol) for x, y in zip(a, b))
+        )
     if dataclasses.is_dataclass(a):
         return type(a) is type(b) and all(
-            same(getattr(a, f.name), getattr(b, f.name), rtol, atol) for f in dataclasses.fields(a))
+            same(getattr(a, f.name), getattr(b, f.name), rtol, atol) for f in dataclasses.fields(a)
+        )
     return type(a) is type(b)
 
 
@@ -139,34 +164,170 @@ def hostile(value, rng):
     if isinstance(value, Tensor):
         return rng.choice(_TENSORS)(value)
     if isinstance(value, nn.Module):
-        return rng.choice([None, type(value), nn.Identity(), nn.Sequential(), nn.Linear(3, 2), "model", [value], {},
-                           nn.Flatten(), value.state_dict(), nn.Sequential(nn.Linear(2, 2), nn.ReLU())])
+        return rng.choice(
+            [
+                None,
+                type(value),
+                nn.Identity(),
+                nn.Sequential(),
+                nn.Linear(3, 2),
+                "model",
+                [value],
+                {},
+                nn.Flatten(),
+                value.state_dict(),
+                nn.Sequential(nn.Linear(2, 2), nn.ReLU()),
+            ]
+        )
     if isinstance(value, bool):
         return rng.choice([None, 0, 1, 2, "yes", np.bool_(True), torch.tensor(True), [], not value])
     if isinstance(value, int):
-        return rng.choice([0, 1, -1, 2, 3, 5, 7, 2.5, float("nan"), float("inf"), True, None, str(value), "a",
-                           np.int64(value), np.int32(3), np.float32(2), torch.tensor(value), torch.tensor([1]), [value],
-                           (value, value), value + 1, value * 2, np.array([1, 2]), -(2**40)])
+        return rng.choice(
+            [
+                0,
+                1,
+                -1,
+                2,
+                3,
+                5,
+                7,
+                2.5,
+                float("nan"),
+                float("inf"),
+                True,
+                None,
+                str(value),
+                "a",
+                np.int64(value),
+                np.int32(3),
+                np.float32(2),
+                torch.tensor(value),
+                torch.tensor([1]),
+                [value],
+                (value, value),
+                value + 1,
+                value * 2,
+                np.array([1, 2]),
+                -(2**40),
+            ]
+        )
     if isinstance(value, float):
-        return rng.choice([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, float("nan"), float("inf"), -float("inf"), 1e-30, 1e30, True, None,
-                           "0.1", np.float32(value), np.float64(value), torch.tensor(value), torch.tensor([value]), [value],
-                           1, 0, np.array([value]), (value, value), 1j])
+        return rng.choice(
+            [
+                0.0,
+                -0.0,
+                1.0,
+                -1.0,
+                0.5,
+                2.0,
+                float("nan"),
+                float("inf"),
+                -float("inf"),
+                1e-30,
+                1e30,
+                True,
+                None,
+                "0.1",
+                np.float32(value),
+                np.float64(value),
+                torch.tensor(value),
+                torch.tensor([value]),
+                [value],
+                1,
+                0,
+                np.array([value]),
+                (value, value),
+                1j,
+            ]
+        )
     if isinstance(value, Path) or isinstance(value, str) and os.sep in value:
         path = Path(value)
-        return rng.choice([None, "", 3, "missing/file", path.parent, str(path), path, "a\0b", b"bytes", ["x"], Path("."),
-                           path.with_suffix(".other"), "x" * 300])
+        return rng.choice(
+            [
+                None,
+                "",
+                3,
+                "missing/file",
+                path.parent,
+                str(path),
+                path,
+                "a\0b",
+                b"bytes",
+                ["x"],
+                Path("."),
+                path.with_suffix(".other"),
+                "x" * 300,
+            ]
+        )
     if isinstance(value, str):
-        return rng.choice(["", "x", None, 3, value.upper(), value + "x", b"bytes", [value], "$$", "é" * 5, ("a", "b"), 2.5])
+        return rng.choice(
+            [
+                "",
+                "x",
+                None,
+                3,
+                value.upper(),
+                value + "x",
+                b"bytes",
+                [value],
+                "$$",
+                "é" * 5,
+                ("a", "b"),
+                2.5,
+            ]
+        )
     if isinstance(value, dict):
-        return rng.choice([{}, None, [], 3, "x", list(value.items()), {1: 2}, {"x": None}, dict(list(value.items())[:1]),
-                           {k: None for k in value}])
+        return rng.choice(
+            [
+                {},
+                None,
+                [],
+                3,
+                "x",
+                list(value.items()),
+                {1: 2},
+                {"x": None},
+                dict(list(value.items())[:1]),
+                {k: None for k in value},
+            ]
+        )
     if isinstance(value, (list, tuple)):
         first = value[0] if len(value) else 0
-        return rng.choice([[], (), None, 3, "ab", [first], [*value, first], [None] * len(value), list(value)[:-1], [[first]],
-                           np.arange(3), torch.arange(3), {"a": 1}, [first, "x"], [float("nan")] * len(value), iter(value)])
+        return rng.choice(
+            [
+                [],
+                (),
+                None,
+                3,
+                "ab",
+                [first],
+                [*value, first],
+                [None] * len(value),
+                list(value)[:-1],
+                [[first]],
+                np.arange(3),
+                torch.arange(3),
+                {"a": 1},
+                [first, "x"],
+                [float("nan")] * len(value),
+                iter(value),
+            ]
+        )
     if callable(value):
-        return rng.choice([None, 3, "print", [], nn.Identity(), len, lambda *a, **k: None, lambda *a, **k: 1.0,
-                           lambda *a, **k: torch.zeros(2), lambda: 0])
+        return rng.choice(
+            [
+                None,
+                3,
+                "print",
+                [],
+                nn.Identity(),
+                len,
+                lambda *a, **k: None,
+                lambda *a, **k: 1.0,
+                lambda *a, **k: torch.zeros(2),
+                lambda: 0,
+            ]
+        )
     return rng.choice([None, 3, "x", [], {}, torch.zeros(2), 2.5, object()])
 
 
@@ -189,13 +350,29 @@ _TENSORS = [
     lambda x: x.mT if x.ndim > 1 else x,
     lambda x: x[..., :-1] if x.ndim else x,
     lambda x: x.sum(),
-    lambda x: x.float(), lambda x: x.double(), lambda x: x.half(), lambda x: x.bfloat16(),
-    lambda x: x.long() if not x.is_complex() else x, lambda x: x.to(torch.int32), lambda x: x.to(torch.uint8),
-    lambda x: x.to(torch.int8), lambda x: x.bool(), lambda x: x.to(torch.complex64),
+    lambda x: x.float(),
+    lambda x: x.double(),
+    lambda x: x.half(),
+    lambda x: x.bfloat16(),
+    lambda x: x.long() if not x.is_complex() else x,
+    lambda x: x.to(torch.int32),
+    lambda x: x.to(torch.uint8),
+    lambda x: x.to(torch.int8),
+    lambda x: x.bool(),
+    lambda x: x.to(torch.complex64),
     lambda x: x.detach().numpy() if x.dtype != torch.bfloat16 else x,
-    lambda x: x.tolist(), lambda x: None, lambda x: "x", lambda x: 3, lambda x: 2.5, lambda x: {}, lambda x: [x],
-    lambda x: torch.zeros_like(x), lambda x: torch.ones_like(x), lambda x: -x if x.dtype != torch.bool else ~x,
-    lambda x: x * 1000 if x.dtype != torch.bool else x, lambda x: x * 1e30 if x.is_floating_point() else x,
+    lambda x: x.tolist(),
+    lambda x: None,
+    lambda x: "x",
+    lambda x: 3,
+    lambda x: 2.5,
+    lambda x: {},
+    lambda x: [x],
+    lambda x: torch.zeros_like(x),
+    lambda x: torch.ones_like(x),
+    lambda x: -x if x.dtype != torch.bool else ~x,
+    lambda x: x * 1000 if x.dtype != torch.bool else x,
+    lambda x: x * 1e30 if x.is_floating_point() else x,
     lambda x: x * 1e-30 if x.is_floating_point() else x,
     lambda x: _with(x, 0, float("nan")) if x.is_floating_point() else _with(x, 0, 1),
     lambda x: _with(x, 1, float("inf")) if x.is_floating_point() else x,
@@ -206,8 +383,12 @@ _TENSORS = [
     lambda x: x.detach().clone().requires_grad_() if x.is_floating_point() else x,
     lambda x: nn.Parameter(x) if x.is_floating_point() else x,
     lambda x: x.detach().numpy().astype(object) if x.dtype != torch.bfloat16 else x,
-    lambda x: torch.zeros(0), lambda x: torch.zeros(3, 4), lambda x: torch.arange(3), lambda x: torch.tensor(1.0),
-    lambda x: x.expand(2, *x.shape), lambda x: torch.stack([x, x], -1),
+    lambda x: torch.zeros(0),
+    lambda x: torch.zeros(3, 4),
+    lambda x: torch.arange(3),
+    lambda x: torch.tensor(1.0),
+    lambda x: x.expand(2, *x.shape),
+    lambda x: torch.stack([x, x], -1),
 ]
 
 
@@ -215,7 +396,9 @@ def spoiled(function, args, options, rng):
     "The same call with one argument, or now and then two, made hostile; which ones, for the message"
     args, options = list(args), dict(options)
     places = [("", i) for i in range(len(args))] + [("k", k) for k in options]
-    chosen = rng.sample(places, k=min(len(places), 2 if rng.random() < 0.2 else 1)) if places else []
+    chosen = (
+        rng.sample(places, k=min(len(places), 2 if rng.random() < 0.2 else 1)) if places else []
+    )
     for kind, at in chosen:
         box = options if kind else args
         box[at] = hostile(box[at], rng)

@@ -35,10 +35,14 @@ def test_hostile_arguments_get_a_right_value_or_a_sentence(folder, tmp_path, mon
             if kind in ("raw", "hang", "bare"):
                 first = where[0] if where else None
                 value = (options if isinstance(first, str) else args)[first] if where else None
-                slips[kind].append(f"{name}({', '.join(map(str, where))} = {repr(value)[:60]}): {type(result).__name__}: {str(result)[:90]}")
+                slips[kind].append(
+                    f"{name}({', '.join(map(str, where))} = {repr(value)[:60]}): {type(result).__name__}: {str(result)[:90]}"
+                )
     total = sum(counts.values())
     print(f"\n{folder}: {dict(counts)} of {total}")
     for kind, texts in slips.items():
         print(kind, *texts[: 400 if LONG else 20], sep="\n  ")
     raw = counts["raw"] + counts["hang"]
-    assert raw <= 0.01 * total, f"{raw} of {total} calls ended by accident:\n" + "\n".join(slips["raw"] + slips["hang"])
+    assert raw <= 0.01 * total, f"{raw} of {total} calls ended by accident:\n" + "\n".join(
+        slips["raw"] + slips["hang"]
+    )

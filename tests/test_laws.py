@@ -86,7 +86,9 @@ def agrees(name, changes, pick, close=(1e-5, 1e-6)):
             what = f"{name} with {place} as {type(options[place]).__name__} {getattr(options[place], 'dtype', '')}"
             assert kind in ("right", "refused"), f"{what}: {type(result).__name__}: {result}"
             if kind == "right" and name not in RANDOM:
-                assert same(result, whole, *close), f"{what} gives another result without a word:\n{result}\n{whole}"
+                assert same(result, whole, *close), (
+                    f"{what} gives another result without a word:\n{result}\n{whole}"
+                )
 
 
 def test_every_public_name_has_an_example_or_a_reason():
@@ -106,8 +108,10 @@ def test_arrays_of_numpy(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_small_whole_numbers(name):
-    small = [lambda t, d=d: t.to(d) if same(t, t.to(d)) else t
-             for d in (torch.uint8, torch.int8, torch.int16, torch.int32)]
+    small = [
+        lambda t, d=d: t.to(d) if same(t, t.to(d)) else t
+        for d in (torch.uint8, torch.int8, torch.int16, torch.int32)
+    ]
     agrees(name, small, wholes)
 
 
@@ -119,7 +123,9 @@ def test_half_precision(name):
         exact, wanted = run(name, lambda v: v.detach().to(half).float(), floats)
         assert kind in ("right", "refused"), f"{name} in {half}: {type(result).__name__}: {result}"
         if kind == "right" and exact == "right" and name not in COARSE and name not in RANDOM:
-            assert same(result, wanted, 3e-2, 3e-2), f"{name} in {half} is far from float32:\n{result}\n{wanted}"
+            assert same(result, wanted, 3e-2, 3e-2), (
+                f"{name} in {half} is far from float32:\n{result}\n{wanted}"
+            )
 
 
 EDGES = {"0": 0.0, "-0": -0.0, "1e4": 1e4, "1e-8": 1e-8, "inf": torch.inf, "-inf": -torch.inf}
@@ -139,16 +145,29 @@ def test_edges(name):
         v[:1] = x
         return v
 
-    ways = {f"{edge} in {where}": (lambda v, f=f, x=x: f(v, x)) for edge, x in EDGES.items()
-            for where, f in {"one entry": first, "one row": row, "all": lambda v, x: torch.full_like(v, x)}.items()}
-    places = [k for k, v in (dict(enumerate(make(name)[1])) | make(name)[2]).items() if floats(v) and v.numel() and v.ndim]
+    ways = {
+        f"{edge} in {where}": (lambda v, f=f, x=x: f(v, x))
+        for edge, x in EDGES.items()
+        for where, f in {
+            "one entry": first,
+            "one row": row,
+            "all": lambda v, x: torch.full_like(v, x),
+        }.items()
+    }
+    places = [
+        k
+        for k, v in (dict(enumerate(make(name)[1])) | make(name)[2]).items()
+        if floats(v) and v.numel() and v.ndim
+    ]
     for place in places:
         for way, change in ways.items():
             function, args, options = make(name)
             options = dict(enumerate(args)) | options
             options[place] = change(options[place])
             kind, result = call(function, options)
-            assert kind in ("right", "refused"), f"{name}, {place} with {way}: {type(result).__name__}: {result}"
+            assert kind in ("right", "refused"), (
+                f"{name}, {place} with {way}: {type(result).__name__}: {result}"
+            )
             if kind == "right" and name not in KEEPS_NAN:
                 bad = any(t.is_floating_point() and t.isnan().any() for t in tensors_in(result))
                 assert not bad, f"{name}, {place} with {way}: NaN without a word"
@@ -171,23 +190,42 @@ def test_gradients(name):
         v[..., 0] = 1e4
         return v
 
-    ways = dict(as_it_is=lambda v: v, zeros=torch.zeros_like, excluded=excluded, certain=certain, huge=huge,
-                equal_rows=lambda v: v[:1].expand_as(v).clone(), zero_row=lambda v: torch.cat([v[:1] * 0, v[1:]]),
-                half=lambda v: v.bfloat16())
-    places = [k for k, v in (dict(enumerate(make(name)[1])) | make(name)[2]).items() if floats(v) and v.numel() and v.ndim]
+    ways = dict(
+        as_it_is=lambda v: v,
+        zeros=torch.zeros_like,
+        excluded=excluded,
+        certain=certain,
+        huge=huge,
+        equal_rows=lambda v: v[:1].expand_as(v).clone(),
+        zero_row=lambda v: torch.cat([v[:1] * 0, v[1:]]),
+        half=lambda v: v.bfloat16(),
+    )
+    places = [
+        k
+        for k, v in (dict(enumerate(make(name)[1])) | make(name)[2]).items()
+        if floats(v) and v.numel() and v.ndim
+    ]
     for place in places:
         for way, change in ways.items():
             function, args, options = make(name)
             options = dict(enumerate(args)) | options
             leaf = options[place] = change(options[place].detach()).requires_grad_()
             kind, result = call(function, options)
-            assert kind in ("right", "refused"), f"{name}, {place} {way}: {type(result).__name__}: {result}"
+            assert kind in ("right", "refused"), (
+                f"{name}, {place} {way}: {type(result).__name__}: {result}"
+            )
             out = [t for t in tensors_in(result) if t.requires_grad] if kind == "right" else []
             if not out or not all(t.isfinite().all() for t in out):
                 continue
-            (grad,) = torch.autograd.grad(sum(t.float().sum() for t in out), leaf, allow_unused=True)
-            assert grad is None or grad.isfinite().all(), f"{name}, {place} {way}: finite value, gradient {grad}"
-            assert grad is None or grad.abs().max() < 1e6, f"{name}, {place} {way}: gradient of {grad.abs().max():.1e}"
+            (grad,) = torch.autograd.grad(
+                sum(t.float().sum() for t in out), leaf, allow_unused=True
+            )
+            assert grad is None or grad.isfinite().all(), (
+                f"{name}, {place} {way}: finite value, gradient {grad}"
+            )
+            assert grad is None or grad.abs().max() < 1e6, (
+                f"{name}, {place} {way}: gradient of {grad.abs().max():.1e}"
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,8 +233,15 @@ def test_what_is_handed_in_stays_as_it_was(name):
     "Tensors, lists and dictionaries; and the global random generators of NumPy and Python stay where they are"
     function, args, options = make(name)
     options = dict(enumerate(args)) | options
-    before = {k: copy.deepcopy(v) for k, v in options.items() if isinstance(v, (Tensor, np.ndarray, list, dict))
-              and not any(isinstance(x, nn.Module) for x in (v.values() if isinstance(v, dict) else v))}
+    before = {
+        k: copy.deepcopy(v)
+        for k, v in options.items()
+        if isinstance(v, (Tensor, np.ndarray, list, dict))
+        and not any(
+            isinstance(x, nn.Module)
+            for x in ([*v.values()] if isinstance(v, dict) else v if isinstance(v, list) else [])
+        )
+    }
     call(function, options)
     for k, v in before.items():
         assert same(options[k], v, 0, 0), f"{name} changed its argument {k}"
