@@ -7,6 +7,7 @@ __all__ = ['SPECIAL', 'show_token', 'split_words', 'find_merges', 'Tokenizer', '
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #845b360f
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -18,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ..core.basics import atomic_write
+from ..core.checks import check_whole, checked, got
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #ab02002f
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are visible letters in Latin-1
@@ -26,10 +28,11 @@ _BYTES = [bytes([byte]) for byte in _SHOWN + _HIDDEN]  # in GPT-2's order
 _LETTERS = {**{byte: chr(byte) for byte in _SHOWN}, **{byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}}
 
 
+@checked
 def show_token(
     token: bytes,
 ) -> str:
-    "Bytes in GPT-2's visible letters, one each."
+    "Bytes in GPT-2's visible letters, one each. Raises `TypeError` for what is not bytes."
     return "".join(_LETTERS[byte] for byte in token)
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #5078a15b
@@ -47,12 +50,11 @@ def _pattern() -> re.Pattern:
     return re.compile(f"'(?:[sdmt]|ll|ve|re)| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+")
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #a9e8fc73
+@checked
 def split_words(
     text: str,
 ) -> list[str]:  # pieces that together are the text
     "Cut a text into words, each with the blank before it. Raises `TypeError` for anything but text."
-    if not isinstance(text, str):
-        raise TypeError(f"got {type(text).__name__}, expected one text (str); bytes become one with .decode()")
     return _pattern().findall(text)
 
 
@@ -60,8 +62,10 @@ def _utf8(word):
     try:
         return word.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{word!r} holds half a character (a lone surrogate), which is no Unicode text; "
-                         "read its file again with encoding='utf-8'") from None
+        raise ValueError(
+            f"{got(word)} holds half a character (a lone surrogate), which is no Unicode text; "
+            "read its file again with encoding='utf-8'"
+        ) from None
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #a97fcb69
 def _glue(
@@ -76,12 +80,18 @@ def _glue(
     return out
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #f798daaf
+@checked
 def find_merges(
     counts: Mapping[str, int],  # word -> how often
     size: int,  # how many tokens to end with, the 256 bytes among them
 ) -> list[tuple[bytes, bytes]]:  # pairs in the order in which they were glued
-    "Byte-pair encoding: glue the commonest pair, again and again, while some pair occurs twice. Sennrich et al. 2016."
-    rows, times = [[bytes([b]) for b in _utf8(word)] for word in counts], list(counts.values())
+    """Byte-pair encoding: glue the commonest pair, again and again, while some pair occurs twice.
+
+    Sennrich et al. 2016. Raises `TypeError`, `ValueError` for counts or a size that are none."""
+    size, rows, times = check_whole(size, "size", 256, why="the bytes alone"), [], []
+    for word, count in counts.items():
+        rows.append([bytes([b]) for b in _utf8(_word(word))])
+        times.append(check_whole(count, f"the count of {got(word)}", 0))
     number, merges = {token: n for n, token in enumerate(_BYTES)}, {}
     pairs, where = Counter(), defaultdict(set)  # how often, and in which words
     for i, row in enumerate(rows):
@@ -102,6 +112,12 @@ def find_merges(
     return list(merges)
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #bc2c07a5
+def _word(word):
+    if not isinstance(word, str):
+        raise TypeError(f"counts hold {got(word)}; expected words (str) and how often each occurs")
+    return word
+
+
 def _count(row, i, n, pairs, where):
     for pair in zip(row, row[1:]):
         pairs[pair] += n
@@ -119,15 +135,28 @@ def _apply(pair, rows, times, pairs, where):
         gains.update(p for p in zip(rows[i], rows[i][1:]) if new in p)
     return gains
 
-# %% ../../nbs/02_data/03_tokenizer.ipynb #99f7e8fd
+# %% ../../nbs/02_data/03_tokenizer.ipynb #31a42627
 def _cut(
     word: str,
     rank: Mapping[tuple[bytes, bytes], int],  # pair -> when it was learnt
 ) -> list[bytes]:
-    row = [bytes([b]) for b in _utf8(word)]
-    while pairs := [pair for pair in zip(row, row[1:]) if pair in rank]:
-        row = _glue(row, min(pairs, key=rank.get))
-    return row
+    "Glue the pair that was learnt first, the leftmost of equals, until none is left"
+    row = [bytes([b]) for b in _utf8(word)]  # a token that was glued to the one before it is b""
+    after, before = list(range(1, len(row) + 1)), list(range(-1, len(row) - 1))
+    heap = [(rank[pair], i, pair) for i, pair in enumerate(zip(row, row[1:])) if pair in rank]
+    heapify(heap)
+    while heap:
+        _, i, pair = heappop(heap)
+        j = after[i]
+        if j == len(row) or (row[i], row[j]) != pair:
+            continue  # one of the two has been glued elsewhere since
+        row[i], row[j], after[i] = row[i] + row[j], b"", after[j]
+        if after[i] < len(row):
+            before[after[i]] = i
+        for left, right in ((before[i], i), (i, after[i])):
+            if 0 <= left and right < len(row) and (new := (row[left], row[right])) in rank:
+                heappush(heap, (rank[new], left, new))
+    return [token for token in row if token]
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #2de7ea27
 def _to_json(t) -> str:
@@ -143,39 +172,58 @@ def _to_json(t) -> str:
                            pre_tokenizer=level, post_processor=None, decoder=level, model=model), ensure_ascii=False)
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #9e8dc2db
-def _from_json(text: str, name: str, make):
+def _from_json(raw: bytes, name: str, make):
     "Read the merges and special tokens, and accept the rest only if it is what we would write"
     byte = {letter: byte for byte, letter in _LETTERS.items()}
     try:
-        found = json.loads(text)
+        found = json.loads(raw.decode())
         special = [token["content"] for token in found["added_tokens"]]
-        made = make([[bytes(byte[c] for c in part) for part in pair] for pair in found["model"]["merges"]], special)
-    except (ValueError, KeyError, TypeError):
-        made = None
-    if made is None or json.loads(_to_json(made)) != found:
-        raise ValueError(f"{name} is no byte-level BPE as `Tokenizer.save` writes it; open it with tokenizers.Tokenizer.from_file")
+        merges = [[bytes(byte[c] for c in part) for part in pair] for pair in found["model"]["merges"]]
+        made = make(merges, special)
+        sound = json.loads(_to_json(made)) == found
+    except (ValueError, KeyError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{name} is no byte-level BPE as `Tokenizer.save` writes it; "
+            "open it with tokenizers.Tokenizer.from_file"
+        )
     return made
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #b691c328
 class _Files:
     "How a tokenizer is kept and handed over"
 
-    def save(self, path: str | Path) -> Path:
-        "Write a `tokenizer.json` that the library `tokenizers` (and so Transformers) reads too."
+    @checked
+    def save(self, path: Path | str) -> Path:
+        """Write a `tokenizer.json` that the library `tokenizers` (and so Transformers) reads too.
+
+        The format cannot say that a text which says `[MASK]` is only a text: opened by the library,
+        `encode_special_tokens = True` says so, as `fast()` does."""
         with atomic_write(path, "w") as file:
             file.write(_to_json(self))
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path):
-        "Read what `save` wrote. Raises `ValueError` for another kind of tokenizer."
-        return _from_json(Path(path).read_text(encoding="utf-8"), Path(path).name, cls)
+    @checked
+    def load(cls, path: Path | str):
+        "Read what `save` wrote. Raises `FileNotFoundError`, `ValueError` for another kind of file."
+        path = Path(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path.name or path} is no file; `Tokenizer.save` writes one")
+        return _from_json(path.read_bytes(), path.name, cls)
 
-    def fast(self):  # a tokenizers.Tokenizer: .encode(text).ids, .encode_batch(texts)
+    @checked
+    def fast(
+        self,
+        special: bool = False,  # read names such as [MASK] as special tokens, as in `encode`
+    ):  # a tokenizers.Tokenizer: .encode(text).ids, .encode_batch(texts)
         "The same tokenizer in the library `tokenizers`, for work in bulk."
         import tokenizers
 
-        return tokenizers.Tokenizer.from_str(_to_json(self))
+        made = tokenizers.Tokenizer.from_str(_to_json(self))
+        made.encode_special_tokens = not special
+        return made
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #582b21bb
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[EOS]")
@@ -184,14 +232,18 @@ SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[EOS]")
 class Tokenizer(_Files):
     "Text to numbers and back, without loss: special tokens come first, then 256 bytes, then what was glued."
 
+    @checked
     def __init__(
         self,
         merges: Iterable[tuple[bytes, bytes]],  # as `find_merges` gives them
         special: Sequence[str] = SPECIAL,  # names of tokens that are no text
     ):
-        self.merges, self.special = _checked(merges, special)
+        self.merges = _check_merges(merges)
         self.tokens = list(dict.fromkeys(_BYTES + [a + b for a, b in self.merges]))
+        self.special = {name: n for n, name in enumerate(_check_special(special, set(self.tokens)))}
         self._number = {token: n for n, token in enumerate(self.tokens, len(self.special))}
+        longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
+        self._names = re.compile(f"({'|'.join(longest_first)})") if special else None
         self._rank = {pair: i for i, pair in enumerate(self.merges)}
         self._known = {}  # words already encoded
 
@@ -202,6 +254,7 @@ class Tokenizer(_Files):
     def __repr__(self):
         return f"Tokenizer({self.vocab_size:,} tokens, {len(self.special)} of them special)"
 
+    @checked
     def encode(
         self,
         text: str,
@@ -210,41 +263,64 @@ class Tokenizer(_Files):
         "Text to numbers. Raises `TypeError` for anything but text, `ValueError` for half a character."
         if not special or not self.special:
             return [n for word in split_words(text) for n in self._encode_word(word)]
-        parts = re.split(f"({'|'.join(map(re.escape, self.special))})", text)
+        parts = self._names.split(text)
         return [n for p in parts for n in ([self.special[p]] if p in self.special else self.encode(p))]
 
+    @checked
     def decode(
         self,
-        ids: Iterable[int],  # a list or a tensor (n,)
+        ids: Iterable[int],  # a list, array or tensor (n,)
         special: bool = True,  # write special tokens by name; False leaves them out
     ) -> str:
-        "Numbers to text; bytes that are no whole character become �. Raises `ValueError` for a number that is no token."
-        names = [name.encode() if special else b"" for name in self.special]
-        ids, pieces = [int(n) for n in ids], names + self.tokens
-        if wrong := [n for n in ids if not 0 <= n < len(pieces)]:
-            raise ValueError(f"got the token {wrong[0]}, expected numbers from 0 to {len(pieces) - 1}")
+        "Numbers to text; bytes that are no whole character become �. Raises `TypeError`, `ValueError` for what is no token."
+        if getattr(ids, "ndim", 1) != 1:
+            raise ValueError(f"ids has shape {tuple(ids.shape)}; expected (n,), the tokens of one text")
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        pieces = [name.encode() if special else b"" for name in self.special] + self.tokens
+        ids = [check_whole(n, "a token", 0, len(pieces) - 1) for n in ids]
         return b"".join(pieces[n] for n in ids).decode(errors="replace")
 
     def _encode_word(self, word):  # found once and then remembered
-        if word not in self._known:
+        if (found := self._known.get(word)) is None:
             if len(self._known) >= 100_000:
                 self._known.clear()
-            self._known[word] = [self._number[token] for token in _cut(word, self._rank)]
-        return self._known[word]
+            found = self._known[word] = [self._number[token] for token in _cut(word, self._rank)]
+        return found
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #b6edbd8c
-def _checked(merges, special):
-    "Merges that use bytes or earlier merges, and special names with their numbers"
-    merges, special, seen = [tuple(pair) for pair in merges], list(special), set(_BYTES)
+def _check_merges(merges):
+    "Pairs of bytes that are single or made by an earlier merge"
+    merges, seen = list(merges), set(_BYTES)
     for i, pair in enumerate(merges):
-        if len(pair) != 2 or not seen.issuperset(pair):
-            raise ValueError(f"merge {i} is {pair}, expected two pieces of bytes that are single or made by an earlier merge")
+        sound = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not sound or not all(isinstance(part, bytes) and part in seen for part in pair):
+            raise ValueError(
+                f"merge {i} is {pair!r:.60}; expected two pieces of bytes that are single "
+                "or made by an earlier merge"
+            )
+        merges[i] = tuple(pair)
         seen.add(pair[0] + pair[1])
-    if len(set(special)) < len(special) or not all(isinstance(name, str) and name for name in special):
-        raise ValueError(f"special tokens are {special}, expected different names, none of them empty")
-    return merges, {name: n for n, name in enumerate(special)}
+    return merges
+
+
+def _check_special(special, tokens):
+    "Names that differ from one another, and from the letters by which a file names the text's tokens"
+    if isinstance(special, str):
+        raise TypeError(f"special is one name, {special!r}; expected several, so hand in [name]")
+    sound = all(isinstance(name, str) and _utf8(name) for name in special)
+    if not sound or len(set(special)) < len(special):
+        raise ValueError(f"special tokens are {special!r:.80}; expected different names, none empty")
+    byte = {letter: byte for byte, letter in _LETTERS.items()}
+    for name in special:
+        if set(name) <= byte.keys() and bytes(byte[letter] for letter in name) in tokens:
+            raise ValueError(
+                f"the special token {name!r} is also how a token of the text is shown; "
+                "expected a name that no text token has, such as '[MASK]'"
+            )
+    return special
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #58e61aff
+@checked
 def train_bpe(
     texts: Iterable[str],
     vocab_size: int,  # special tokens, 256 bytes and glued ones together; fewer come out of too short texts
@@ -253,10 +329,9 @@ def train_bpe(
     "A byte-level tokenizer learnt from texts. Raises `TypeError` for one bare text, `ValueError` for none or too few tokens."
     if isinstance(texts, (str, bytes)):
         raise TypeError("texts is one text, expected several; hand in [text]")
-    least = 256 + len(special)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size is {vocab_size}, expected {least} at least: 256 bytes and {len(special)} special tokens")
+    least = Tokenizer([], special).vocab_size
+    check_whole(vocab_size, "vocab_size", least, why=f"256 bytes and {least - 256} special tokens")
     counts = Counter(word for text in texts for word in split_words(text))
     if not counts:
         raise ValueError("there is nothing to learn from: hand in at least one text that is not empty")
-    return Tokenizer(find_merges(counts, vocab_size - len(special)), special)
+    return Tokenizer(find_merges(counts, vocab_size - least + 256), special)
