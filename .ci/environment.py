@@ -44,6 +44,8 @@ def settings():
 
 
 def version(text):
+    if not re.match(r"\d+(\.\d+)*$", text):
+        raise Trouble("min_python in settings.ini is '%s'; expected a version such as 3.10" % text)
     return tuple(int(n) for n in text.split("."))
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import notebooks
+import vendor
 from docutils import nodes
 from execnb.nbio import NbCell, dict2nb, mk_cell, nb2str
 from nbdev.config import get_config
@@ -280,7 +281,8 @@ def fix_math(app, doctree):
 
 def page_context(app, pagename, templatename, context, doctree):
     if 'class="mermaid"' in context.get("body", ""):
-        app.add_js_file(app.config.mermaid_js, loading_method="defer", priority=600)
+        more = vendor.attributes("mermaid.min.js")
+        app.add_js_file(app.config.mermaid_js, loading_method="defer", priority=600, **more)
         app.add_js_file("mermaid-init.js", loading_method="defer", priority=601)
 
 
@@ -298,6 +300,17 @@ def redirects(app, error):
             )
 
 
+def part(app, error):
+    "A page that opens in a new tab gets no hold on ours"
+    if error or app.builder.name != "html":
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        old = page.read_text(encoding="utf-8")
+        new = re.sub(r'(<a (?![^>]*\brel=)[^>]*\btarget="_blank")', r'\1 rel="noopener"', old)
+        if new != old:
+            page.write_text(new, encoding="utf-8")
+
+
 def setup(app):
     tools = b"".join(
         p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))
@@ -309,4 +322,5 @@ def setup(app):
     app.connect("doctree-read", fix_math)
     app.connect("html-page-context", page_context)
     app.connect("build-finished", redirects)
+    app.connect("build-finished", part)
     return dict(version="1", env_version=zlib.crc32(tools), parallel_read_safe=True, parallel_write_safe=True)

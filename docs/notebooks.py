@@ -101,7 +101,7 @@ def colab_cell(cfg):
         "import sys",
         'if "google.colab" in sys.modules:',
         f'    %pip install -q {" ".join(map(quoted, rest))}',
-        f"    %pip install -q --no-deps {url}",
+        f"    %pip install -q --no-deps {quoted(url)}",
     ]
     return dict(
         cell_type="code",
@@ -114,7 +114,10 @@ def colab_cell(cfg):
 
 
 def quoted(requirement):
-    return f'"{requirement}"' if re.search(r"[<>;]", requirement) else requirement
+    "One word for a `%pip` line, which a shell reads"
+    if not re.fullmatch(r"[\w.\[\],<>=!~;' +/@:-]+", requirement):
+        raise ValueError(f"{requirement!r} in settings.ini cannot stand in a line for pip; expected a requirement")
+    return requirement if re.fullmatch(r"[\w.=/@:+-]+", requirement) else f'"{requirement}"'
 
 
 def is_colab(cell):

@@ -1,5 +1,7 @@
 "Fetch the scripts that the site needs to work offline, through npm; without npm or network a CDN gives them"
 
+import base64
+import hashlib
 import json
 import shutil
 import subprocess
@@ -10,19 +12,34 @@ from pathlib import Path
 
 PLACE = Path(__file__).resolve().parent / "_static" / "vendor"
 STAMP = PLACE / "versions.json"
-SCRIPTS = {
-    "tex-svg.js": ("mathjax", "3.2.2", "es5/tex-svg.js"),
-    "mermaid.min.js": ("mermaid", "12.3.0", "dist/mermaid.min.js"),
+SCRIPTS = {  # file -> package, version, path in it, sha384 of the content: npm and the CDN serve the same bytes
+    "tex-svg.js": (
+        "mathjax",
+        "3.2.2",
+        "es5/tex-svg.js",
+        "KKWa9jJ1MZvssLeOoXG6FiOAZfAgmzsIIfw8BXwI9+kYm0lPCbC6yTQPBC00F1/L",
+    ),
+    "mermaid.min.js": (
+        "mermaid",
+        "12.3.0",
+        "dist/mermaid.min.js",
+        "HHW54r639fK42Ip0coGF3mz8oSiGn0eEoWNTLs75X7H63pLSDBa0Tqs0RwGmLlXE",
+    ),
 }
 
 
 def cdn(name):
-    package, version, path = SCRIPTS[name]
+    package, version, path, _ = SCRIPTS[name]
     return f"https://cdn.jsdelivr.net/npm/{package}@{version}/{path}"
 
 
+def attributes(name):
+    "What the script's tag says beside its address: a browser refuses other bytes from a CDN"
+    return {} if ready() else dict(integrity=f"sha384-{SCRIPTS[name][3]}", crossorigin="anonymous")
+
+
 def versions():
-    return {package: version for package, version, _ in SCRIPTS.values()}
+    return {package: version for package, version, *_ in SCRIPTS.values()}
 
 
 def ready():
@@ -49,9 +66,16 @@ def unpack(folder, package, version, path):
         return archive.extractfile(f"package/{path}").read()
 
 
+def intact(content, digest):
+    return base64.b64encode(hashlib.sha384(content).digest()).decode() == digest
+
+
 def fetch():
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: unpack(folder, *where) for name, where in SCRIPTS.items()}
+        files = {name: unpack(folder, *where) for name, (*where, _) in SCRIPTS.items()}
+    for name, content in files.items():
+        if not intact(content, SCRIPTS[name][3]):
+            raise OSError(f"{name} has another content than the one that was looked at")
     shutil.rmtree(PLACE, ignore_errors=True)
     PLACE.mkdir(parents=True)
     for name, content in files.items():

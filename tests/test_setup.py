@@ -167,3 +167,27 @@ def test_make_lists_its_targets_and_ci_run_is_executable():
     for target in ["lab", "tour", "test", "docs", "weights", "stamp", "clean"]:
         assert f"make {target} " in done.stdout
     assert os.access(ROOT / ".ci/run", os.X_OK) and "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_a_bent_version_is_a_sentence(env):
+    for text in ("", "3.x", "three"):
+        with pytest.raises(env.Trouble, match="min_python"):
+            env.version(text)
+
+
+def test_the_constraints_name_a_tested_version_of_each_requirement():
+    import notebooks
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"]
+
+    def canonical(name):
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    pinned = {canonical(name): number for name, number in (line.split("==") for line in lines)}
+    settings = notebooks.settings()
+    for key in settings:
+        for word in settings[key].split() if key.endswith("requirements") else ():
+            wanted = Requirement(word)
+            assert canonical(wanted.name) in pinned, f"{wanted.name} has no line in constraints.txt"
+            assert wanted.specifier.contains(pinned[canonical(wanted.name)], prereleases=True), word

@@ -109,6 +109,11 @@ def test_scripts_have_a_stamp_and_a_fallback(tmp_path, monkeypatch, capsys):
     assert "no network" in capsys.readouterr().err and not vendor.ready()
     monkeypatch.setattr(vendor, "unpack", lambda folder, package, *rest: package.encode())
     vendor.main()
+    assert "another content" in capsys.readouterr().err and not vendor.ready()
+    assert vendor.attributes("tex-svg.js")["integrity"].startswith("sha384-")
+    monkeypatch.setattr(vendor, "intact", lambda content, digest: True)
+    vendor.main()
+    assert vendor.attributes("tex-svg.js") == {}  # the copy beside the site was looked at when it was fetched
     assert vendor.ready() and (tmp_path / "vendor/tex-svg.js").read_bytes() == b"mathjax"
     vendor.STAMP.write_text("{half a stamp")
     assert not vendor.ready()
@@ -183,6 +188,15 @@ def test_nothing_comes_from_elsewhere_when_the_scripts_are_vendored(pages):
     loads = {load for page in pages.values() for load in page.loads if load.startswith(("http:", "https:", "//"))}
     assert loads <= ({vendor.cdn(name) for name in vendor.SCRIPTS} if not vendor.ready() else set())
     assert not any("widget-view" in page.text for page in pages.values())
+
+
+@needs_sphinx
+def test_scripts_from_elsewhere_are_sealed_and_new_tabs_get_no_hold_on_ours(pages):
+    for name, page in pages.items():
+        for tag in re.findall(r"<script[^>]*src=.https?:[^>]*>", page.text):
+            assert "integrity" in tag and "crossorigin" in tag, f"{name}: {tag}"
+        loose = [a for a in re.findall(r"<a [^>]*>", page.text) if "_blank" in a and "rel=" not in a]
+        assert not loose, f"{name}: {loose[0]}"
 
 
 @needs_sphinx
