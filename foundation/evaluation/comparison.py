@@ -14,68 +14,70 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.checks import check_choice, check_number, check_whole, checked, got
 from ..core.plots import PALETTE, Picture, draw, plot_curves
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #2c4fcff8
-def _values(
-    values: Sequence[float] | Tensor,  # (n,)
-    name: str = "values",  # how a message calls them
-) -> Tensor:  # (n,) float64 on the CPU
-    "Checked numbers. Raises `TypeError` or `ValueError`: no numbers, none at all, not one row, NaN or infinity."
+def _check_row(values, name: str = "values") -> Tensor:
+    "One row of finite numbers, (n,) float64 on the CPU"
     try:
-        x = torch.as_tensor(values, dtype=torch.double).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} are {values!r:.80}; expected one row of numbers") from None
+        x = torch.as_tensor(values)
+        x = x.detach().to("cpu", torch.double) if not x.is_complex() else None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        x = None
+    if x is None:
+        raise TypeError(f"{name} are {values!r:.80}; expected one row of numbers")
     if x.ndim != 1 or len(x) == 0:
-        raise ValueError(f"{name} have shape {tuple(x.shape)}; expected one row of at least one number")
-    if not x.isfinite().all():
-        raise ValueError(f"{name} hold NaN or infinity: {x.tolist()[:10]}; expected finite numbers")
+        raise ValueError(f"{name} have shape {tuple(x.shape)}; expected one row, not empty")
+    if not (x.abs() < 1e150).all():
+        raise ValueError(f"{name} hold NaN, infinity or numbers beyond 1e150: {x.tolist()[:10]}; "
+                         "expected finite numbers")
     return x
 
 
-def _check_level(level: float) -> None:
-    "Raises `ValueError` unless 0 < level < 1."
-    if not isinstance(level, (int, float)) or not 0 < level < 1:
-        raise ValueError(f"level is {level!r}; expected a number between 0 and 1, such as 0.95")
+def _quantile(level: float) -> float:
+    "Where an interval of this level ends on the right: below 1, or it would be the whole line"
+    return min((1 + check_number(level, "level", above=0, below=1)) / 2, 1 - 2**-53)
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #f7c5bb01
+@checked
 def t_interval(
     values: Sequence[float] | Tensor,  # (n,) results of independent runs
     level: float = 0.95,
 ) -> tuple[float, float]:  # low, high
-    "Where the true mean may lie: mean ± t·sd/√n (Student 1908). One value has no spread, so it gives the whole line."
+    "Where the true mean may lie: mean ± t·sd/√n (Student 1908). One value gives the whole line."
     from scipy.special import stdtrit  # the quantile of Student's t
 
-    _check_level(level)
-    x = _values(values)
+    upper, x = _quantile(level), _check_row(values)
     n = len(x)
     if n == 1:
         return -math.inf, math.inf
-    mean, half = x.mean().item(), float(stdtrit(n - 1, (1 + level) / 2)) * x.std().item() / math.sqrt(n)
+    mean, half = x.mean().item(), float(stdtrit(n - 1, upper)) * x.std().item() / math.sqrt(n)
     return mean - half, mean + half
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #d0329c14
+@checked
 def bootstrap_interval(
     values: Sequence[float] | Tensor,  # (n,) results of independent runs, or of test images
     level: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:  # low, high
-    "The percentile bootstrap of the mean (Efron 1979): too narrow for a few values. One value gives the whole line."
-    _check_level(level)
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; expected 1 or more")
-    x = _values(values)
+    "The percentile bootstrap of the mean (Efron 1979): too narrow for a few values."
+    upper, x = _quantile(level), _check_row(values)
+    check_whole(resamples, "resamples", 1, 10**7)
+    check_whole(seed, "seed", -(2**63), 2**63 - 1)
     n = len(x)
     if n == 1:
         return -math.inf, math.inf
-    rng, size = torch.Generator().manual_seed(seed), max(1, 10**7 // n)  # rows at a time, to bound the memory
+    rng, size = torch.Generator().manual_seed(seed), max(1, 10**7 // n)  # rows at a time: memory
     parts = [min(size, resamples - i) for i in range(0, resamples, size)]
     means = torch.cat([x[torch.randint(n, (part, n), generator=rng)].mean(1) for part in parts])
-    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)).tolist()
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, upper], dtype=torch.double)).tolist()
     return low, high
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #68db281c
@@ -96,7 +98,7 @@ _INTERVALS = {"t": t_interval, "bootstrap": bootstrap_interval}
 @dataclass(frozen=True, eq=False, repr=False)
 class _Scores:
     "Scores of several arms on the same seeds."
-    scores: dict[str, Tensor]  # arm -> (n,) float64, in the order of `seeds`; the first arm is the control
+    scores: dict[str, Tensor]  # arm -> (n,) float64, in the order of `seeds`; the control is first
     seeds: tuple[int, ...]
     level: float = 0.95
     method: str = "t"  # or "bootstrap", from some 20 seeds on
@@ -105,20 +107,21 @@ class _Scores:
     @classmethod
     def from_scores(
         cls,
-        scores: Mapping[str, Sequence[float]],  # arm -> one score for each seed; the first is the control
+        scores: Mapping[str, Sequence[float]],  # arm -> one score for each seed; first the control
         seeds: Sequence[int] | None = None,  # 0, 1, 2 … by default
         **options,  # `level`, `method`, `lower_is_better`
     ) -> "Comparison":
-        "A comparison of scores that are there already. Raises `ValueError` when they cannot be paired."
-        return cls(*_paired(scores, seeds), **options)
+        "A comparison of scores that are there already. `ValueError` when they cannot be paired."
+        return cls(scores, seeds, **options)
 
     def __post_init__(self):
-        _check_level(self.level)
-        if self.method not in _INTERVALS:
-            raise ValueError(f"method is {self.method!r}; expected one of {', '.join(_INTERVALS)}")
+        scores, seeds = _check_pairs(self.scores, self.seeds)
+        level, method, lower = _check_options(self.level, self.method, self.lower_is_better)
+        vars(self).update(scores=scores, seeds=seeds)
+        vars(self).update(level=level, method=method, lower_is_better=lower)
 
     def __getitem__(self, arm: str) -> Tensor:  # (n,)
-        if arm not in self.scores:
+        if not isinstance(arm, str) or arm not in self.scores:
             raise KeyError(f"no arm is called {arm!r}; there are {', '.join(self.scores)}")
         return self.scores[arm]
 
@@ -162,26 +165,42 @@ class Comparison(_Scores):
         return _html(_table(self))
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #f1cef95c
-def _paired(scores, seeds) -> tuple[dict, tuple]:
-    "Checked scores, arm -> (n,), and the n seeds. Raises `ValueError` for no arms, NaN, or numbers that differ."
-    rows = {str(arm): _values(row, f"scores of {arm!r}") for arm, row in scores.items()}
-    if not rows:
-        raise ValueError("got no arms; expected a mapping of name -> scores")
+@checked
+def _check_options(level: float, method: str, lower_is_better: bool) -> tuple:
+    "The options as plain values. Raises `TypeError`, `ValueError`."
+    check_number(level, "level", above=0, below=1)
+    return level, check_choice(method, "method", _INTERVALS), lower_is_better
+
+
+def _check_wholes(values, name: str, least: int | None = None) -> list[int]:
+    "Different whole numbers from a range, list, tuple or array"
+    flat = isinstance(values, (Tensor, np.ndarray)) and values.ndim == 1
+    if not flat and not isinstance(values, (list, tuple, range)):
+        raise TypeError(f"{name} are {got(values)}; expected whole numbers, such as range(3)")
+    values = [check_whole(v, f"one of the {name}", least) for v in values]
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name} are {values}; expected at least one, and all different")
+    return values
+
+
+def _check_pairs(scores, seeds) -> tuple[dict, tuple]:
+    "Checked scores, arm -> (n,), and the n seeds. Raises `ValueError` for what cannot be paired."
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores are {got(scores)}; expected a mapping of name -> scores")
+    if not scores or len(set(map(str, scores))) < len(scores):
+        raise ValueError(f"arms are {list(scores)}; expected at least one, and no two of the same name")
+    rows = {str(arm): _check_row(row, f"scores of {arm!r}") for arm, row in scores.items()}
     sizes = {arm: len(row) for arm, row in rows.items()}
-    seeds = tuple(range(max(sizes.values())) if seeds is None else seeds)
+    seeds = tuple(range(max(sizes.values())) if seeds is None else _check_wholes(seeds, "seeds"))
     if set(sizes.values()) != {len(seeds)}:
-        raise ValueError(f"got {sizes} scores; expected one of each arm for each of {len(seeds)} seeds, so that they can be paired")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}; expected different ones: a run that is repeated is no new run")
+        raise ValueError(f"got {sizes} scores; expected one of each arm for each of "
+                         f"{len(seeds)} seeds, so that they can be paired")
     return rows, seeds
 
 
 def _tries(comparison, tries: int | None) -> int:
     "How many comparisons share the risk: as said, or one for each rival of the control."
-    tries = max(1, len(comparison.scores) - 1) if tries is None else tries
-    if not isinstance(tries, (int, float)) or not tries >= 1:
-        raise ValueError(f"tries is {tries!r}; expected 1 or more")
-    return tries
+    return max(1, len(comparison.scores) - 1) if tries is None else check_whole(tries, "tries", 1)
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #250ca29d
 def _shown(mean: float, low: float, high: float, sign: str = "") -> tuple[str, str]:
@@ -257,13 +276,14 @@ def _dots(ax, row: int, values: Tensor, edges: tuple[float, float]) -> None:
     ax.plot(values.mean().item(), row, "D", color=PALETTE["black"], markersize=5)
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #a9de439f
+@checked
 def compare(
-    arms: Mapping[str, Callable[[int], float]],  # name -> run: seed -> score; the first is the control
-    seeds: Sequence[int],  # every arm runs once with each
+    arms: Mapping[str, Callable[[int], float]],  # name -> run: seed -> score; first the control
+    seeds: Sequence[int] | Tensor,  # every arm runs once with each
     progress: bool = True,  # show a bar
     **options,  # `level`, `method`, `lower_is_better`, as in `Comparison`
 ) -> Comparison:
-    "Run all arms on all seeds. Interrupted, it keeps the seeds that every arm has finished. Bad input: `TypeError`, `ValueError`."
+    "Run all arms on all seeds. Interrupted, it keeps the seeds that every arm has finished."
     from tqdm.auto import tqdm
 
     seeds = _plan(arms, seeds, options)
@@ -276,19 +296,16 @@ def compare(
     except KeyboardInterrupt:
         if not done:
             raise
-        warnings.warn(f"interrupted: the comparison holds {len(done)} of {len(seeds)} seeds", stacklevel=2)
+        held = f"{len(done)} of {len(seeds)} seeds"
+        warnings.warn(f"interrupted: the comparison holds {held}", stacklevel=3)
     return Comparison.from_scores(dict(zip(arms, zip(*done))), seeds[: len(done)], **options)
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #8d0b6103
-def _plan(arms, seeds, options: dict) -> list:
+def _plan(arms, seeds, options: dict) -> list[int]:
     "The seeds, once all is refused that can be refused before the first run."
-    if not isinstance(arms, Mapping) or not all(map(callable, arms.values())):
-        raise TypeError(f"arms are {arms!r:.80}; expected a mapping of name -> function of the seed")
-    if not hasattr(seeds, "__iter__"):
-        raise TypeError(f"seeds are {seeds!r}; expected different numbers, such as range(3)")
-    seeds = list(seeds)
-    if not arms or not seeds:
-        raise ValueError(f"got {len(arms)} arms and {len(seeds)} seeds; expected at least one of each")
+    if not all(map(callable, arms.values())):
+        raise TypeError(f"arms are {arms!r:.60}; expected a mapping of name -> function of a seed")
+    seeds = _check_wholes(seeds, "seeds")
     Comparison.from_scores({arm: [0.0] * len(seeds) for arm in arms}, seeds, **options)
     return seeds
 
@@ -296,32 +313,31 @@ def _plan(arms, seeds, options: dict) -> list:
 def _run(name: str, arm: Callable[[int], float], seed: int, bar) -> float:
     "One run: a score that is a finite number, or `TypeError`, `ValueError`."
     score = arm(seed)
-    try:
-        score = float(score)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"arm {name!r} gave {score!r:.80} for seed {seed}; expected a number: is a return missing?") from None
-    if not math.isfinite(score):
-        raise ValueError(f"arm {name!r} gave {score} for seed {seed}; expected a finite score")
+    score = score.detach().squeeze() if isinstance(score, Tensor) else score
+    score = check_number(score, f"the score of arm {name!r} for seed {seed}",
+                         why="is a return missing, or did the run diverge?")
     bar.set_postfix_str(f"{name}, seed {seed}: {score:.4g}", refresh=False)
     bar.update()
     return score
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #021b3d5d
+@checked
 def label_curve(
-    arms: Mapping[str, Callable[[int, int], float]],  # name -> run: (count of labels, seed) -> score; the first is the control
-    counts: Sequence[int] = (50, 100, 1000),
-    seeds: Sequence[int] = range(3),
+    arms: Mapping[str, Callable[[int, int], float]],  # name -> run: (labels, seed) -> score
+    counts: Sequence[int] | Tensor = (50, 100, 1000),
+    seeds: Sequence[int] | Tensor = range(3),
     **options,  # of `compare`
 ) -> dict[int, Comparison]:
     "One comparison for each count of labels. Raises what `compare` raises, before the first run."
-    if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts) or len(set(counts)) < len(counts):
-        raise ValueError(f"counts are {counts!r}; expected different whole numbers from 1 on, such as (50, 100, 1000)")
-    with_count = lambda n: {name: partial(arm, n) if callable(arm) else arm for name, arm in arms.items()}
+    counts, seeds = _check_wholes(counts, "counts", 1), _check_wholes(seeds, "seeds")
+    fix = lambda arm, n: partial(arm, n) if callable(arm) else arm
+    with_count = lambda n: {name: fix(arm, n) for name, arm in arms.items()}
     return {n: compare(with_count(n), seeds, **options) for n in counts}
 
 
+@checked
 def plot_label_curve(
-    curve: Mapping[int, Comparison],  # count of labels -> the same arms
+    curve: Mapping[int, Comparison],  # count of labels -> the same arms and number of seeds
     *,
     alt: str,  # what the picture shows, in words
     title: str | None = None,
@@ -330,7 +346,20 @@ def plot_label_curve(
     "A line for each arm, with a band of one standard deviation over the seeds."
     from matplotlib.scale import LogScale
 
-    counts, scores = list(curve), [c.scores for c in curve.values()]
+    counts, scores = _check_curve(curve), [c.scores for c in curve.values()]
     lines = {arm: torch.stack([s[arm] for s in scores], 1) for arm in scores[0]}
-    return plot_curves(lines, x=counts, alt=alt, title=title, xlabel="labelled examples", ylabel=ylabel,
-                       xscale=LogScale(None, subs=[]), xticks=counts, xticklabels=[f"{n:,}" for n in counts])
+    labels = [f"{n:,}" for n in counts]
+    ticks = dict(xscale=LogScale(None, subs=[]), xticks=counts, xticklabels=labels)
+    return plot_curves(lines, x=counts, alt=alt, title=title, xlabel="labelled examples",
+                       ylabel=ylabel, **ticks)
+
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #4c518d70
+def _check_curve(curve) -> list[int]:
+    "The counts of a curve whose comparisons have the same arms and number of seeds"
+    for n, c in curve.items():
+        if not isinstance(c, Comparison):
+            raise TypeError(f"the curve at {n} is {got(c)}; expected a Comparison for each count")
+    if len({(*c.scores, len(c.seeds)) for c in curve.values()}) > 1:
+        raise ValueError("the arms or the number of seeds differ from count to count; "
+                         "expected the same: was a curve interrupted?")
+    return _check_wholes(list(curve), "counts", 1)

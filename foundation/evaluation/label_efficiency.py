@@ -13,51 +13,64 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import check_model, check_number, check_whole, checked, got
 from ..data.augment import Augment
 from ..data.batches import augmented
 from ..data.images import ImageSet, few_labels, split
 from .comparison import Comparison, label_curve
-from .probes import encode_all, encode_stages, fine_tune, fit_head, knn_accuracy, linear_probe
+from .probes import encode_all, encode_stages, fine_tune, fit_head
+from .probes import knn_accuracy, linear_probe
 from .scores import accuracy, predict
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #4ec73f10
+@checked
 def tuned(
-    run: Callable[[int, int, float, str], float],  # (count of labels, seed, setting, "dev" or "test") -> score on that part
-    settings: Sequence[float],  # to pick from; of equals, the first
+    run: Callable[[int, int, float, str], float],  # (labels, seed, setting, "dev" or "test") -> score
+    settings: Sequence[float] | Tensor,  # to pick from; of equals, the first
     draw: int = 1000,  # seed of the draw on which is picked; no draw that counts
 ) -> Callable[[int, int], float]:  # (count, seed) -> test score: an arm of `label_curve`
-    "An arm that picks its setting on held-out data. Raises `ValueError` without settings, or for the seed of its own draw."
+    "An arm that picks its setting on held-out data. `ValueError` for the seed of its own draw."
+    settings = settings.tolist() if isinstance(settings, Tensor) else list(settings)
     if not settings:
-        raise ValueError("there are no settings to pick from; expected at least one, such as (0.1, 1.0)")
+        raise ValueError("there are no settings to pick from; expected some, such as (0.1, 1.0)")
+    score = lambda *asked: check_number(run(*asked, "dev"), f"the dev score of setting {asked[2]}")
     @cache
     def best(count):
-        return max(settings, key=lambda setting: run(count, draw, setting, "dev")) if len(settings) > 1 else settings[0]
+        held_out = lambda setting: score(count, draw, setting)
+        return max(settings, key=held_out) if len(settings) > 1 else settings[0]
     def arm(count, seed):
         if seed == draw:
-            raise ValueError(f"seed {seed} is the draw on which the setting is picked; count with others, such as range(3)")
+            raise ValueError(f"seed is {seed}, the draw on which the setting is picked; "
+                             "expected another, such as one of range(3)")
         return run(count, seed, best(count), "test")
     return arm
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #bed4c34b
-CHOICES = {"pixels, probe": (0.1, 1.0), "random weights, probe": (0.1, 1.0), "pretrained, probe": (0.1, 1.0),  # penalties
+CHOICES = {"pixels, probe": (0.1, 1.0), "random weights, probe": (0.1, 1.0),
+           "pretrained, probe": (0.1, 1.0),  # penalties
            "from scratch": (1e-3, 3e-3), "fine-tuned": (3e-4, 1e-3)}  # learning rates
 
 
+@checked
 def label_efficiency(
     encoder: nn.Module,  # pretrained, with `encode` and a linear `head`; it is not changed
     fresh: Callable[[], nn.Module],  # makes the same net with random weights
     data: ImageSet,
-    counts: Sequence[int] = (50, 100, 1000),
-    seeds: Sequence[int] = range(3),  # draws of the labels
+    counts: Sequence[int] | Tensor = (50, 100, 1000),
+    seeds: Sequence[int] | Tensor = range(3),  # draws of the labels
     steps: int = 100,  # of fine-tuning, in batches of up to 64
-    choices: Mapping[str, Sequence[float]] = CHOICES,  # arm -> what it may pick from; arms that are left out do not run
+    choices: Mapping[str, Sequence[float]] = CHOICES,  # arms that run -> what each may pick from
 ) -> dict[int, Comparison]:  # count of labels -> test accuracy of each arm
-    "Linear probes of pixels, random weights and pretrained features; training from scratch, and fine-tuning."
+    "Probes of pixels, random weights and pretrained features; training from scratch, fine-tuning."
+    check_model(encoder, "encoder", "encode")
+    check_whole(steps, "steps", 1)
     unknown = set(choices) - set(CHOICES)
     if unknown or not choices:
-        raise ValueError(f"choices name {sorted(unknown) or 'no arm'}; expected some of {', '.join(map(repr, CHOICES))}")
+        raise ValueError(f"choices name {sorted(map(str, unknown)) or 'no arm'}; "
+                         f"expected some of {', '.join(map(repr, CHOICES))}")
     pool, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
-    parts = dict(dev=(data.train_images[dev[:2000]], data.train_labels[dev[:2000]]), test=(data.test_images, data.test_labels))
+    held_out = data.train_images[dev[:2000]], data.train_labels[dev[:2000]]
+    parts = dict(dev=held_out, test=(data.test_images, data.test_labels))
     features = lambda model: lambda images: encode_all(model, images, transform=data.floats)
     torch.manual_seed(0)
     ways = {
@@ -69,8 +82,10 @@ def label_efficiency(
     }
     def arm(way, settings):
         draw = lambda count, seed: pool[few_labels(data.train_labels[pool], count, seed)]
-        return tuned(lambda count, seed, setting, part: way(draw(count, seed), seed, setting, part), settings)
-    return label_curve({name: arm(ways[name], settings) for name, settings in choices.items()}, counts, seeds)
+        run = lambda count, seed, setting, part: way(draw(count, seed), seed, setting, part)
+        return tuned(run, settings)
+    arms = {name: arm(ways[name], settings) for name, settings in choices.items()}
+    return label_curve(arms, counts, seeds)
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #ab8d11d1
 def _probing(data, parts, encode):
@@ -95,58 +110,81 @@ def _training(data, parts, steps, fresh, encoder=None):
     return way
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #e0e3ae88
+@checked
 def judge(
     encoder: nn.Module,
     data: ImageSet,
     labels: int | None = 100,  # for the linear probe; None takes all
     seeds: int = 3,  # draws of the labels
     bank: int = 10_000,  # training pictures among which neighbours are sought
-    encode: Callable[[nn.Module, Tensor], Tensor] = encode_all,  # how features are read, such as `encode_stages`
+    encode: Callable[[nn.Module, Tensor], Tensor] = encode_all,  # reads features, as `encode_stages`
 ) -> dict:  # {"knn": accuracy, "probe": [accuracy for each draw]}
     "kNN and linear-probe accuracy of frozen features on the test set."
-    bank = min(bank, len(data.train_images))
-    chosen = [few_labels(data.train_labels, labels, s) for s in range(seeds)] if labels else [torch.arange(len(data.train_labels))]
+    y, total = data.train_labels, len(data.train_labels)
+    bank = min(check_whole(bank, "bank", 1), total)
+    check_whole(total if labels is None else labels, "labels", 1, total, "the training pictures")
+    check_whole(seeds, "seeds", 1)
+    chosen = [few_labels(y, labels, s) for s in range(seeds)] if labels else [torch.arange(total)]
     need = torch.unique(torch.cat([torch.arange(bank), *chosen]))
-    place = torch.full((len(data.train_labels),), -1).index_put((need,), torch.arange(len(need)))
+    place = torch.full((total,), -1).index_put((need,), torch.arange(len(need)))
     train = encode(encoder, data.floats(data.train_images[need]))
     test = encode(encoder, data.floats(data.test_images))
-    knn = knn_accuracy(train[place[:bank]], data.train_labels[:bank], test, data.test_labels)
+    knn = knn_accuracy(train[place[:bank]], y[:bank], test, data.test_labels)
     l2 = min(1.0, 100 / labels) if labels else 1e-4
-    probe = [linear_probe(train[place[i]], data.train_labels[i], test, data.test_labels, l2) for i in chosen]
+    probe = [linear_probe(train[place[i]], y[i], test, data.test_labels, l2) for i in chosen]
     return dict(knn=knn, probe=probe)
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #f9de1f9b
+@checked
 def card_metrics(
     encoder: nn.Module,  # pretrained, with `encode` and a linear `head`
     fresh: Callable[[], nn.Module],  # makes the same net with random weights
     data: ImageSet,
-    patience: float = 3e-3,  # learning rate of a net from scratch that gets five times the steps
+    patience: float = 3e-3,  # learning rate of the net from scratch with five times the steps
     **options,  # of `label_efficiency`
 ) -> dict:  # as JSON can hold it
     "All scores that a card of image weights tells: of the features, and of the controls."
+    check_number(patience, "patience", above=0)
     few, every = judge(encoder, data, seeds=5), judge(encoder, data, labels=None, seeds=1)
-    pixels = [data.floats(images).flatten(1) for images in (data.train_images[:10_000], data.test_images)]
+    sets = data.train_images[:10_000], data.test_images
+    pixels = [data.floats(images).flatten(1) for images in sets]
     torch.manual_seed(0)
     controls = {"knn_random_weights": judge(fresh(), data, seeds=1)["knn"],
-                "knn_pixels": knn_accuracy(pixels[0], data.train_labels[:10_000], pixels[1], data.test_labels)}
+                "knn_pixels": knn_accuracy(pixels[0], data.train_labels[:10_000], pixels[1],
+                                           data.test_labels)}
     possible = [count for count in (50, 100, 1000) if count <= 0.9 * len(data.train_labels)]
     options = dict(counts=possible, steps=100) | options
     curve = label_efficiency(encoder, fresh, data, **options)
-    longer = dict(counts=possible[:2][-1:], steps=5 * options["steps"], choices={"from scratch": (patience,)})
+    longer = dict(counts=possible[:2][-1:], steps=5 * options["steps"],
+                  choices={"from scratch": (patience,)})
     patient = label_efficiency(encoder, fresh, data, **options | longer)
-    return dict(knn=few["knn"], **controls, linear_probe_100_labels=few["probe"], linear_probe_all_labels=every["probe"][0],
-                **three_stages(encoder, data), scratch_with_five_times_the_steps=next(iter(patient.values()))["from scratch"].tolist(),
-                label_efficiency=curve_scores(curve))
+    scratch = next(iter(patient.values()))["from scratch"].tolist()
+    return dict(knn=few["knn"], **controls, linear_probe_100_labels=few["probe"],
+                linear_probe_all_labels=every["probe"][0], **three_stages(encoder, data),
+                scratch_with_five_times_the_steps=scratch, label_efficiency=curve_scores(curve))
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #ec1318ff
-def three_stages(encoder: nn.Module, data: ImageSet) -> dict:
-    "The entries of a card for the last three stages, probed with 100 and with all labels; empty for an encoder without stages."
+@checked
+def three_stages(
+    encoder: nn.Module,
+    data: ImageSet,
+) -> dict:
+    "A card's entries for the last three stages, with 100 and all labels; empty without stages."
     if not isinstance(getattr(encoder, "body", None), nn.Sequential):
         return {}
-    few, every = (judge(encoder, data, labels=n, seeds=5 if n else 1, encode=encode_stages)["probe"] for n in (100, None))
-    return dict(linear_probe_100_labels_three_stages=few, linear_probe_all_labels_three_stages=every[0])
+    few = judge(encoder, data, labels=100, seeds=5, encode=encode_stages)["probe"]
+    every = judge(encoder, data, labels=None, seeds=1, encode=encode_stages)["probe"]
+    return dict(linear_probe_100_labels_three_stages=few,
+                linear_probe_all_labels_three_stages=every[0])
 
 
-def curve_scores(curve: Mapping[int, Comparison]) -> dict[str, dict[str, list[float]]]:  # arm -> count -> scores
+@checked
+def curve_scores(
+    curve: Mapping[int, Comparison],  # count of labels -> the same arms
+) -> dict[str, dict[str, list[float]]]:  # arm -> count -> scores
     "A label-efficiency curve as JSON holds it."
-    return {arm: {str(n): comparison[arm].tolist() for n, comparison in curve.items()} for arm in next(iter(curve.values())).scores}
+    for count, comparison in curve.items():
+        if not isinstance(comparison, Comparison):
+            raise TypeError(f"the curve at {count} is {got(comparison)}; expected a Comparison")
+    arms = next(iter(curve.values())).scores if curve else ()
+    return {arm: {str(n): c[arm].tolist() for n, c in curve.items()} for arm in arms}

@@ -7,107 +7,127 @@ __all__ = ['encode_all', 'encode_stages', 'knn_votes', 'knn_accuracy', 'LinearPr
            'fine_tune', 'fit_head']
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #ed864dee
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scores import _check, _shape, in_batches
+from ..core.checks import check_floats, check_labels, check_model, check_number
+from ..core.checks import check_whole, checked, got, precise
+from .scores import in_batches
 from ..training.loop import classify, train
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #0a943be5
+@checked
 def encode_all(
     model: nn.Module,  # with `encode`: (b, ...) -> (b, d)
     images: Tensor,  # (n, c, h, w), or any (n, ...) that the model takes
     batch_size: int = 512,
     precision: str = "fp32",  # or "bf16": autocast
-    transform: Callable[[Tensor], Tensor] | None = None,  # done to each batch first, as `to_float` for bytes
+    transform: Callable[[Tensor], Tensor] | None = None,  # done to a batch first, as `to_float`
 ) -> Tensor:  # features (n, d) float32, on the CPU
-    "The features of a whole set, in eval mode and without gradients; the model comes back as it was."
-    if not callable(getattr(model, "encode", None)):
-        raise TypeError(f"{type(model).__name__} has no `encode`; expected a model with encode(x): (b, ...) -> (b, d)")
+    "The features of a whole set, in eval mode, without gradients; the model comes back as it was."
+    check_model(model, "model", "encode")
     return in_batches(model.encode, model, images, batch_size, precision, transform)
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #8fb7aca2
+@checked
 def encode_stages(
-    model: nn.Module,  # with a sequential `body` of (b, c, h, w) -> (b, c', h', w'), such as `ResNet`
+    model: nn.Module,  # with a sequential `body`: (b, c, h, w) -> (b, c', h', w'), such as `ResNet`
     images: Tensor,  # (n, c, h, w)
     stages: int = 3,  # how many of the last ones
     **options,  # `batch_size`, `precision`, `transform`, as in `encode_all`
 ) -> Tensor:  # features (n, d1 + d2 + ...) float32, on the CPU, early stages first
-    "Mean features of the last stages, side by side. Raises `TypeError` without a sequential `body`, `ValueError` for too many stages."
+    "Mean features of the last stages, side by side. `TypeError` without a sequential `body`."
     if not isinstance(getattr(model, "body", None), nn.Sequential):
-        raise TypeError(f"{type(model).__name__} has no sequential `body`; expected a net of stages, or use encode_all")
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ValueError(f"stages is {stages!r}; expected a whole number from 1 on")
+        raise TypeError(f"model is {got(model)} without a sequential `body`; "
+                        "expected a net of stages, or use encode_all")
+    check_whole(stages, "stages", 1)
 
     def pooled(x: Tensor) -> Tensor:
         maps = {}  # size of the map -> the last one of that size
         for layer in model.body:
             x = layer(x)
             maps[x.shape[2:]] = x
-        if stages > len(maps):
-            raise ValueError(f"got stages={stages}; {type(model).__name__} has {len(maps)} for images of this size")
+        check_whole(stages, "stages", 1, len(maps), "the net has no more at this size")
         return torch.cat([m.mean((2, 3)) for m in list(maps.values())[-stages:]], 1)
 
     return in_batches(pooled, model, images, **options)
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #ef3e54f4
-def _check_features(
-    *sets: tuple[Tensor, Tensor],  # features (n, d) with labels (n,); the first pair is trained on
-) -> int:  # the number of classes
-    "Raises `TypeError` or `ValueError`, in one sentence, for features and labels that do not fit each other."
-    for features, labels in sets:
-        if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
-            raise TypeError(f"got features {_shape(features)}; expected floats (n, d)")
-        if features.numel() == 0 or not features.isfinite().all():
-            raise ValueError(f"the features {_shape(features)} are empty, or hold NaN or infinity")
-        if features.shape[1] != sets[0][0].shape[1]:
-            raise ValueError(f"features are {[f.shape[1] for f, _ in sets]} wide; expected one width for all sets")
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            raise TypeError(f"got labels {_shape(labels)}; expected int64 (n,)")
-    classes = max([1, *(int(labels.max()) + 1 for _, labels in sets if labels.numel())])
-    for features, labels in sets:
-        _check(features.new_zeros(1, 1).expand(len(features), classes), labels)
-    return classes
+def _check_features(features, name: str, width: int | None = None) -> Tensor:
+    "Finite floats (n, d), as float32 at least: half precision is too coarse for cosines and sums"
+    features = check_floats(features, name, f"(n, {width or 'd'})").detach()
+    if not features.isfinite().all():
+        bad = int((~features.isfinite()).sum())
+        raise ValueError(f"{name} hold {bad:,} NaN or infinite values; expected finite numbers")
+    return precise(features)
+
+
+def _check_set(features, labels, part: str = "") -> tuple[Tensor, Tensor, int]:
+    "Features and labels to learn from, and the number of classes"
+    features = _check_features(features, f"{part}features")
+    labels = check_labels(labels, f"{part}labels", shape=(len(features),)).to(features.device)
+    classes = int(labels.max()) + 1
+    if classes > 2**16:
+        raise ValueError(f"{part}labels run to {classes - 1:,}; expected class numbers below "
+                         f"{2**16:,}, which torch.unique(labels, return_inverse=True)[1] makes")
+    return features, labels, classes
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #efe500c4
+@checked
 def knn_votes(
     train_features: Tensor,  # (n, d)
-    train_labels: Tensor,  # (n,)
+    train_labels: Tensor | Sequence[int],  # (n,)
     features: Tensor,  # (m, d)
     k: int = 20,  # neighbours that vote
-    temperature: float | None = 0.1,  # a vote weighs exp(cosine / temperature); None: all weigh the same
+    temperature: float | None = 0.1,  # a vote weighs exp(cosine / temperature); None: all the same
 ) -> Tensor:  # votes (m, classes)
-    "Votes of the k nearest training rows by cosine (Wu et al. 2018, section 3.4). Raises `ValueError`, `TypeError`."
-    classes = _check_features((train_features, train_labels))
-    if not 1 <= k <= len(train_labels):
-        raise ValueError(f"k is {k}; expected 1 to {len(train_labels)}, the number of training rows")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; expected a number above 0, or None")
-    bank, votes = F.normalize(train_features, dim=1).T, []
-    for rows in F.normalize(features, dim=1).split(256):  # (256, n) at a time, to bound the memory
+    "Votes of the k nearest training rows by cosine (Wu et al. 2018, section 3.4)."
+    bank, train_labels, classes = _check_set(train_features, train_labels, "train_")
+    features = _check_features(features, "features", bank.shape[1]).to(bank)
+    check_whole(k, "k", 1, len(bank), "the number of training rows")
+    if temperature is not None:
+        check_number(temperature, "temperature", 1e-30)
+    bank, votes = _directions(bank).T, []
+    for rows in _directions(features).split(256):  # (256, n) at a time, to bound the memory
         near, where = (rows @ bank).topk(k, dim=1)
-        weights = torch.ones_like(near) if temperature is None else ((near - 1) / temperature).exp()
-        votes.append(near.new_zeros(len(rows), classes).scatter_add(1, train_labels[where], weights))
+        weights = torch.ones_like(near) if temperature is None else _weights(near, temperature)
+        empty = near.new_zeros(len(rows), classes)
+        votes.append(empty.scatter_add(1, train_labels[where], weights))
     return torch.cat(votes)
 
 
+@checked
 def knn_accuracy(
     train_features: Tensor,  # (n, d)
-    train_labels: Tensor,  # (n,)
+    train_labels: Tensor | Sequence[int],  # (n,)
     test_features: Tensor,  # (m, d)
-    test_labels: Tensor,  # (m,)
+    test_labels: Tensor | Sequence[int],  # (m,)
     k: int = 20,  # neighbours that vote
-    temperature: float | None = 0.1,  # a vote weighs exp(cosine / temperature); None: all weigh the same
+    temperature: float | None = 0.1,  # a vote weighs exp(cosine / temperature); None: all the same
 ) -> float:  # from 0 to 1
     "The share of test rows whose label gets most of `knn_votes`. Raises `ValueError`, `TypeError`."
-    _check_features((train_features, train_labels), (test_features, test_labels))
+    test_features = check_floats(test_features, "test_features", "(m, d)")
+    test_labels = check_labels(test_labels, "test_labels", shape=(len(test_features),))
     votes = knn_votes(train_features, train_labels, test_features, k, temperature)
-    return (votes.argmax(1) == test_labels).double().mean().item()
+    return (votes.argmax(1) == test_labels.to(votes.device)).double().mean().item()
+
+# %% ../../nbs/06_evaluation/02_probes.ipynb #78e11d82
+def _directions(x: Tensor) -> Tensor:
+    "Rows of length 1, those too long or too short for their squares brought to size first"
+    size = x.abs().amax(1, keepdim=True)
+    odd = (size > 1e15) | (size < 1e-10) & (size > 0)
+    return F.normalize(x.where(~odd, x / size), dim=1)
+
+
+def _weights(near: Tensor, temperature: float) -> Tensor:  # (m, k), the nearest first
+    "exp((cosine - 1) / temperature); where even the nearest would weigh nothing it weighs 1"
+    best = near[:, :1]
+    return ((near - best.where((best - 1) / temperature < -60, 1)) / temperature).exp()
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #b3dabe15
 class LinearProbe(NamedTuple):
@@ -118,24 +138,27 @@ class LinearProbe(NamedTuple):
     bias: Tensor  # (k,)
 
     def __call__(self, features: Tensor) -> Tensor:
-        return F.linear((features - self.mean) / self.scale, self.weight, self.bias)
+        features = check_floats(features, "features", f"(..., {len(self.mean)})")
+        x = (features - self.mean) / self.scale
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
+@checked
 def fit_linear(
     features: Tensor,  # (n, d)
-    labels: Tensor,  # (n,)
-    l2: float = 1e-2,  # loss = mean cross-entropy + l2/2 · |weight|²; scikit-learn's C is 1 / (l2 · n)
+    labels: Tensor | Sequence[int],  # (n,)
+    l2: float = 1e-2,  # loss = mean cross-entropy + l2/2 · |weight|²; scikit-learn's C is 1/(l2·n)
     steps: int = 500,  # L-BFGS steps, at most
 ) -> LinearProbe:
     "Logistic regression, trained to its optimum in float64. Raises `ValueError`, `TypeError`."
-    classes = _check_features((features, labels))
-    if not l2 >= 0:
-        raise ValueError(f"l2 is {l2}; expected 0 or more")
-    scale, mean = torch.std_mean(features.double(), dim=0, correction=0)
-    scale = scale.where(scale > 1e-12, 1)  # a feature that never changes stays 0
+    features, labels, classes = _check_set(features, labels)
+    check_number(l2, "l2", 0)
+    check_whole(steps, "steps", 1)
+    mean, scale = _moments(features.double())
     x = (features.double() - mean) / scale
-    weight, bias = (x.new_zeros(shape, requires_grad=True) for shape in [(classes, x.shape[1]), (classes,)])
-    opt = torch.optim.LBFGS([weight, bias], lr=1, max_iter=steps, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    weight, bias = (x.new_zeros(s, requires_grad=True) for s in [(classes, x.shape[1]), (classes,)])
+    opt = torch.optim.LBFGS([weight, bias], lr=1, max_iter=steps, tolerance_grad=1e-6,
+                            line_search_fn="strong_wolfe")
 
     def closure():
         opt.zero_grad()
@@ -143,37 +166,55 @@ def fit_linear(
         loss.backward()
         return loss
 
-    opt.step(closure)
-    return LinearProbe(*(t.detach().float() for t in (mean, scale, weight, bias)))
+    with torch.enable_grad():
+        opt.step(closure)
+    return _check_probe(LinearProbe(*(t.detach().float() for t in (mean, scale, weight, bias))))
+
+# %% ../../nbs/06_evaluation/02_probes.ipynb #be8832ae
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:  # (n, d) -> (d,), (d,)
+    "Mean and deviation of each feature; one that never changes gets 1, so that it stays 0"
+    scale, mean = torch.std_mean(x, dim=0, correction=0)
+    return mean, scale.where(scale > (1e-12 * mean.abs()).clamp(min=1e-30), 1)
+
+
+def _check_probe(probe: LinearProbe) -> LinearProbe:
+    "A probe whose numbers are all finite"
+    if not all(t.isfinite().all() for t in probe):
+        raise ValueError("the fit ended in NaN or infinity; expected features and l2 of usual size")
+    return probe
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #f54ff5da
+@checked
 def linear_probe(
     train_features: Tensor,  # (n, d)
-    train_labels: Tensor,  # (n,)
+    train_labels: Tensor | Sequence[int],  # (n,)
     test_features: Tensor,  # (m, d)
-    test_labels: Tensor,  # (m,)
+    test_labels: Tensor | Sequence[int],  # (m,)
     l2: float = 1e-2,  # see `fit_linear`
 ) -> float:  # from 0 to 1
     "The test accuracy of one linear layer on frozen features. Raises `ValueError`, `TypeError`."
-    _check_features((train_features, train_labels), (test_features, test_labels))
-    guess = fit_linear(train_features, train_labels, l2)(test_features).argmax(1)
-    return (guess == test_labels).double().mean().item()
+    train_features, train_labels, _ = _check_set(train_features, train_labels, "train_")
+    test_features = _check_features(test_features, "test_features", train_features.shape[1])
+    test_labels = check_labels(test_labels, "test_labels", shape=(len(test_features),))
+    guess = fit_linear(train_features, train_labels, l2)(test_features.to(train_features)).argmax(1)
+    return (guess == test_labels.to(guess.device)).double().mean().item()
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #4736385a
+@checked
 def pca(
     points: Tensor,  # (n, d)
     dims: int = 2,
 ) -> Tensor:  # (n, dims)
-    "Points on their `dims` directions of largest spread; an axis points to where its largest loading is positive."
-    _check_features((points, torch.zeros(len(points), dtype=torch.int64)))
-    if not 1 <= dims <= points.shape[1]:
-        raise ValueError(f"dims is {dims}; expected 1 to {points.shape[1]}, the width of the points")
+    "Points on their `dims` directions of largest spread; an axis's largest loading is positive."
+    points = _check_features(points, "points")
+    check_whole(dims, "dims", 1, points.shape[1], "the width of the points")
     x = points.double() - points.double().mean(0)
-    axes = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :dims]  # (d, dims), largest spread first
+    axes = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :dims]  # (d, dims), largest first
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     return (x @ axes).float()
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #33618c7b
+@checked
 def fine_tune(
     model: nn.Module,  # trained in place; its `head` learns at head_lr, all else at lr
     batches: Iterable,  # (inputs, labels), at least `steps` of them
@@ -183,33 +224,59 @@ def fine_tune(
     head_lr: float | None = None,  # None: 10 · lr
     weight_decay: float = 0.05,
 ) -> nn.Module:
-    "Few-label fine-tuning with AdamW, warmup and cosine, gradients clipped at 1. Raises `ValueError`, `TrainingDiverged`."
-    if not isinstance(getattr(model, "head", None), nn.Module):
-        raise TypeError(f"{type(model).__name__} has no `head`; expected a model whose last layer is called so")
-    if not lr > 0 or not (head_lr is None or head_lr > 0):
-        raise ValueError(f"got lr={lr}, head_lr={head_lr}; expected rates above 0")
-    head = set(model.head.parameters())
-    rest = [p for p in model.parameters() if p not in head]
-    groups = [dict(params=list(model.head.parameters()), lr=head_lr or 10 * lr), dict(params=rest, lr=lr)]
-    opt = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
-    for _ in train(model, batches, classify, opt, steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0, precision="auto"):
+    "Few-label fine-tuning with AdamW, warmup and cosine, gradients clipped at 1."
+    _check_head(model)
+    check_whole(steps, "steps", 1)
+    check_number(lr, "lr", above=0)
+    check_number(10 * lr if head_lr is None else head_lr, "head_lr", above=0)
+    check_number(weight_decay, "weight_decay", 0)
+    head = list(model.head.parameters())
+    rest = [p for p in model.parameters() if not any(p is h for h in head)]
+    opt = torch.optim.AdamW([dict(params=head, lr=head_lr or 10 * lr), dict(params=rest, lr=lr)],
+                            weight_decay=weight_decay, fused=True)
+    plan = dict(steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0, precision="auto")
+    for _ in train(model, batches, classify, opt, **plan):
         pass
     return model
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #ac6f9622
+@checked
 def fit_head(
     model: nn.Module,  # has `encode` and a linear `head`, which is replaced in place
     images: Tensor,  # (n, c, h, w) float, as the model takes them
-    labels: Tensor,  # (n,) int64
+    labels: Tensor | Sequence[int],  # (n,), every class among them
     l2: float = 1.0,  # strength of the penalty, see `fit_linear`
 ) -> nn.Module:
     "Set the head to the logistic regression on the model's features; returns the model."
-    k = model.head.out_features
-    if len(torch.unique(labels)) != k:
-        raise ValueError(f"labels hold {len(torch.unique(labels))} classes; the head has {k} outputs, so expected all {k} among them")
+    k = _check_head(model, plain=True).out_features
+    labels = check_labels(labels, "labels", k, (len(images),))
+    seen = len(torch.unique(labels))
+    if seen != k:
+        raise ValueError(f"labels hold {seen} classes; the head has {k} outputs, "
+                         f"so expected all {k} among them")
     probe = fit_linear(encode_all(model, images), labels, l2)
     weight = probe.weight / probe.scale  # the probe's standardisation moves into the head
     with torch.no_grad():
         model.head.weight.copy_(weight)
         model.head.bias.copy_(probe.bias - weight @ probe.mean)
     return model
+
+# %% ../../nbs/06_evaluation/02_probes.ipynb #c86b48e1
+def _check_head(model, plain: bool = False) -> nn.Module:
+    "The model's head; `plain`: a linear layer whose weight is its own and can be written into"
+    head = getattr(model, "head", None)
+    if not isinstance(head, nn.Module) or next(head.parameters(), None) is None:
+        raise TypeError(f"model is {got(model)} without a `head` that learns; "
+                        "expected a last layer of this name")
+    if not plain:
+        return head
+    own = [name for name, p in head.named_parameters(recurse=False)]
+    if not isinstance(head, nn.Linear) or sorted(own) != ["bias", "weight"]:
+        raise TypeError(f"the head is {got(head)} whose weight or bias is no plain parameter; "
+                        "expected nn.Linear with a bias, not parametrized, pruned or normalised")
+    for name, layer in model.named_modules():
+        pairs = ((p, q) for p in layer.parameters(recurse=False) for q in head.parameters())
+        if layer is not head and any(p is q for p, q in pairs):
+            raise ValueError(f"the head shares its weight with {name!r}; expected one of its own, "
+                             "or fitting it would change both")
+    return head

@@ -8,7 +8,7 @@ __all__ = ['evaluating', 'in_batches', 'predict', 'accuracy', 'wilson_interval',
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #d61734bc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
 from typing import NamedTuple
@@ -17,12 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.checks import check_choice, check_floats, check_labels, check_number
+from ..core.checks import check_whole, checked, got
+
 # %% ../../nbs/06_evaluation/01_scores.ipynb #6c208274
 @contextmanager
+@checked
 def evaluating(
     model: nn.Module,
 ) -> Iterator[nn.Module]:
-    "Eval mode and no gradients inside the block. Afterwards each submodule has the mode that it had before."
+    "Eval mode and no gradients inside the block; afterwards each submodule has its own mode again."
     before = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in before:
@@ -34,161 +38,179 @@ def evaluating(
             module.training = mode
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #eac678fe
+@checked
 def in_batches(
     fn: Callable[[Tensor], Tensor],  # done to one batch: (b, ...) -> (b, d)
-    model: nn.Module,  # put in eval mode; batches go to its device
+    model: nn.Module,  # put in eval mode; batches go to its device, floats to its weights' type
     images: Tensor,  # (n, ...)
     batch_size: int = 512,
     precision: str = "fp32",  # or "bf16": autocast
-    transform: Callable[[Tensor], Tensor] | None = None,  # done to each batch first, on the device
+    transform: Callable[[Tensor], Tensor] | None = None,  # done to a batch first, on the device
 ) -> Tensor:  # (n, d) float32, on the CPU
-    "`fn` over a whole set. Raises `ValueError` or `TypeError` for a set, batch size or precision that cannot be used."
-    _check_images(images, batch_size, precision, transform)
+    "`fn` over a whole set. Raises `ValueError` or `TypeError` for what cannot be run."
+    _check_set(images, batch_size, precision, transform)
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), images.device)
     done = []
-    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with evaluating(model), half:
         for batch in images.split(batch_size):
             batch = batch.to(device)
-            done.append(fn(transform(batch) if transform else batch).float().cpu())
+            batch = _in_the_type_of(model, transform(batch) if transform else batch)
+            done.append(_rows(fn(batch), batch).float().cpu())
     return torch.cat(done)
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #e864c13d
-def _shape(x) -> str:
-    "What a message says of a value."
-    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-
-
-def _check_images(images, batch_size: int, precision: str, transform) -> None:
-    "Raises `ValueError` or `TypeError`, in one sentence, for a set that cannot be run."
-    if not isinstance(images, Tensor) or images.ndim < 2 or len(images) == 0:
-        raise ValueError(f"got images {_shape(images)}; expected a tensor (n, ...) with n > 0")
+def _check_set(images, batch_size, precision, transform) -> None:
+    "Refuse a set that cannot be run, and how it cannot be run"
+    check_whole(batch_size, "batch_size", 1)
+    check_choice(precision, "precision", ("fp32", "bf16"))
+    if images.ndim < 2 or images.numel() == 0:
+        raise ValueError(f"images are {got(images)}; expected (n, ...), none of the sizes 0")
     if images.dtype == torch.uint8 and transform is None:
-        raise TypeError("got uint8 images; expected floats, or transform=to_float to make them")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f'precision is {precision!r}; expected "fp32" or "bf16"')
+        raise TypeError("images are uint8; expected floats, or transform=to_float to make them")
+
+
+def _in_the_type_of(model, batch):
+    "Floats in the one type that all weights have: a model made half as a whole takes no float32"
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return batch.to(*types) if len(types) == 1 and batch.is_floating_point() else batch
+
+
+def _rows(out, batch) -> Tensor:
+    "What came out, if it is a row for each that went in"
+    if not isinstance(out, Tensor) or out.ndim == 0 or len(out) != len(batch):
+        raise TypeError(f"a batch of {len(batch)} gave {got(out)}; expected a row for each in it")
+    return out
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #e8dfa5cf
+@checked
 def predict(
     model: nn.Module,  # (b, ...) -> logits (b, k)
     images: Tensor,  # (n, c, h, w), or any (n, ...) that the model takes
     batch_size: int = 512,
     precision: str = "fp32",  # or "bf16": autocast
-    transform: Callable[[Tensor], Tensor] | None = None,  # done to each batch first, as `to_float` for bytes
+    transform: Callable[[Tensor], Tensor] | None = None,  # done to a batch first, as `to_float`
 ) -> Tensor:  # logits (n, k) float32, on the CPU
     "The logits of a whole set, in eval mode and without gradients; the model comes back as it was."
     return in_batches(model, model, images, batch_size, precision, transform)
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #9c1cdd8a
-def _check(
-    logits: Tensor,  # (n, k) floats
-    labels: Tensor,  # (n,) whole numbers from 0 to k-1
-) -> None:
-    "Raises `TypeError` or `ValueError`, in one sentence, for logits and labels that do not fit each other."
-    if not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
-        raise TypeError(f"got logits {_shape(logits)} and labels {_shape(labels)}; expected two tensors")
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.numel() == 0:
-        raise ValueError(f"got logits {_shape(logits)} and labels {_shape(labels)}; expected (n, k) and (n,) with n, k > 0")
-    if not logits.is_floating_point() or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"got {_shape(logits)} logits and {_shape(labels)} labels; expected floats and whole numbers")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}; expected 0 to {logits.shape[1] - 1}")
-    if logits.isnan().any():
-        raise ValueError(f"{int(logits.isnan().any(1).sum())} of {len(logits)} rows of the logits hold NaN; did the training diverge?")
+def _check_scores(logits, labels) -> tuple[Tensor, Tensor]:
+    "Logits (n, k), each row with a largest one, and labels (n,) as int64 on their device"
+    logits = check_floats(logits, "logits", "(n, k)")
+    labels = check_labels(labels, "labels", logits.shape[1], (len(logits),)).to(logits.device)
+    bad = int((~logits.detach().amax(1).isfinite()).sum())
+    if bad:
+        raise ValueError(f"{bad:,} of {len(logits):,} rows of the logits hold NaN, infinity or only "
+                         "-inf; expected numbers: did the training diverge?")
+    return logits, labels
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #03768e67
+@checked
 def accuracy(
     logits: Tensor,  # (n, k)
-    labels: Tensor,  # (n,)
+    labels: Tensor | Sequence[int],  # (n,) whole numbers of any type, from 0 to k - 1
 ) -> float:  # from 0 to 1
     "The share of rows whose largest logit is at the label. Raises `ValueError`, `TypeError`."
-    _check(logits, labels)
-    return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()
+    logits, labels = _check_scores(logits, labels)
+    return (logits.argmax(1) == labels).double().mean().item()
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #4ebb2ae6
+@checked
 def wilson_interval(
     correct: int,  # how many were right
     total: int,  # of how many
     level: float = 0.95,
 ) -> tuple[float, float]:  # low, high: from 0 to 1
-    "Where the true share may lie, after `correct` of `total` independent trials (Wilson 1927). Raises `ValueError`."
-    if total < 1 or not 0 <= correct <= total:
-        raise ValueError(f"got {correct} correct of {total}; expected 0 <= correct <= total and total > 0")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; expected a number between 0 and 1, such as 0.95")
-    z, p = NormalDist().inv_cdf((1 + level) / 2), correct / total
+    "Where the true share may lie, after `correct` of `total` independent trials (Wilson 1927)."
+    check_whole(total, "total", 1, 2**53)
+    check_whole(correct, "correct", 0, total)
+    check_number(level, "level", above=0, below=1)
+    z, p = NormalDist().inv_cdf(min((1 + level) / 2, 1 - 2**-53)), correct / total
     middle = p + z * z / (2 * total)
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     low, high = (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
     return 0.0 if correct == 0 else low, 1.0 if correct == total else high
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #f11146cc
+@checked
 def confusion(
     logits: Tensor,  # (n, k)
-    labels: Tensor,  # (n,)
+    labels: Tensor | Sequence[int],  # (n,)
 ) -> Tensor:  # (k, k) counts: row = true class, column = predicted class
     "How often each true class was taken for each class. Raises `ValueError`, `TypeError`."
-    _check(logits, labels)
-    k = logits.shape[1]
-    return torch.bincount(labels.to(logits.device) * k + logits.argmax(1), minlength=k * k).view(k, k).cpu()
+    logits, labels = _check_scores(logits, labels)
+    k = check_whole(logits.shape[1], "the number of classes", 1, 10_000, "the table is k × k")
+    return torch.bincount(labels * k + logits.argmax(1), minlength=k * k).view(k, k).cpu()
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #fd093e07
+@checked
 def macro_f1(
     logits: Tensor,  # (n, k)
-    labels: Tensor,  # (n,)
+    labels: Tensor | Sequence[int],  # (n,)
 ) -> float:  # from 0 to 1
-    "The mean over classes of F1 = 2 TP / (2 TP + FP + FN). Classes neither present nor predicted are left out."
-    table = confusion(logits, labels)
-    sizes = table.sum(0) + table.sum(1)  # (k,): what is predicted plus what is there is 2 TP + FP + FN
-    return (2 * table.diag() / sizes)[sizes > 0].double().mean().item()
+    "The mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that are present or predicted."
+    logits, labels = _check_scores(logits, labels)
+    guess, count = logits.argmax(1), lambda x: torch.bincount(x, minlength=logits.shape[1])  # (k,)
+    sizes = count(guess) + count(labels)  # what is predicted plus what is there is 2 TP + FP + FN
+    return (2 * count(labels[guess == labels]) / sizes)[sizes > 0].double().mean().item()
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #14615663
 class Reliability(NamedTuple):
-    "Bins of equal width; empty ones hold NaN. `gap` is the expected calibration error, from 0 to 1."
+    "Bins of equal width; empty ones hold NaN. `gap` is the expected calibration error, 0 to 1."
     confidence: Tensor  # (bins,) mean of the largest probability
     accuracy: Tensor  # (bins,) share that is right
     count: Tensor  # (bins,) rows
 
     @property
     def gap(self) -> float:
-        return (((self.confidence - self.accuracy).abs() * self.count).nansum() / self.count.sum()).item()
+        gaps = (self.confidence - self.accuracy).abs()
+        return ((gaps * self.count).nansum() / self.count.sum()).item()
 
 
+@checked
 def reliability(
     logits: Tensor,  # (n, k)
-    labels: Tensor,  # (n,)
+    labels: Tensor | Sequence[int],  # (n,)
     bins: int = 15,
 ) -> Reliability:
-    "Confidence and accuracy where the largest probability lies in (i/bins, (i+1)/bins] (Guo et al. 2017, section 2)."
-    _check(logits, labels)
-    if bins < 1:
-        raise ValueError(f"bins is {bins}; expected 1 or more")
-    sure, guess = logits.double().softmax(1).max(1)
+    "Confidence and accuracy by largest probability, in (i/bins, (i+1)/bins] (Guo et al. 2017, 2)."
+    logits, labels = _check_scores(logits, labels)
+    check_whole(bins, "bins", 1, 10**6)
+    sure, guess = logits.detach().double().softmax(1).max(1)
     where = (sure * bins).ceil().long().clamp(1, bins) - 1  # (n,) the bin of each row
-    sums = sure.new_zeros(3, bins).index_add(1, where, torch.stack([sure, guess == labels.to(guess.device), torch.ones_like(sure)]))
+    each = torch.stack([sure, guess == labels, torch.ones_like(sure)])
+    sums = sure.new_zeros(3, bins).index_add(1, where, each)
     return Reliability(*(sums[:2] / sums[2]).cpu(), sums[2].long().cpu())
 
 
+@checked
 def expected_calibration_error(
     logits: Tensor,  # (n, k)
-    labels: Tensor,  # (n,)
+    labels: Tensor | Sequence[int],  # (n,)
     bins: int = 15,
 ) -> float:  # from 0 to 1
-    "The mean distance between confidence and accuracy over `reliability`'s bins (Guo et al. 2017, equation 3)."
+    "The mean distance of confidence and accuracy over `reliability`'s bins (Guo et al. 2017, 3)."
     return reliability(logits, labels, bins).gap
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #2f13b693
 def perplexity(
     logits: Tensor | float,  # (..., v); or, without labels, a mean loss in nats
-    labels: Tensor | None = None,  # (...); places with -100 are left out
+    labels: Tensor | Sequence | None = None,  # (...); places with -100 are left out
 ) -> float:  # 1 for a model that is always right and sure, v for one that knows nothing
     "exp of the mean cross-entropy of the labelled places. Raises `ValueError`, `TypeError`."
     if labels is None:
-        return math.exp(float(logits))
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"got logits {_shape(logits)} and labels {_shape(labels)}; expected (..., v) and (...)")
+        return _exp(logits.detach() if isinstance(logits, Tensor) else logits)
+    logits = check_floats(logits, "logits", "(..., v)").detach()
+    labels = check_labels(labels, "labels", logits.shape[-1], logits.shape[:-1], ignore_index=-100)
     keep = labels != -100
-    logits, labels = logits[keep], labels[keep]
-    _check(logits, labels)
+    logits, labels = _check_scores(logits[keep.to(logits.device)], labels[keep])
     return F.cross_entropy(logits.double(), labels).exp().item()
+
+
+def _exp(loss) -> float:
+    "exp that ends in infinity, as a tensor's does"
+    try:
+        return math.exp(check_number(loss, "the mean loss", infinite=True, why="or hand in labels"))
+    except OverflowError:
+        return math.inf
