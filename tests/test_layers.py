@@ -3,6 +3,7 @@ import io
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 from foundation.core.basics import count_macs
 from foundation.layers.attention import Attention, KeyValueCache, _fused, attend, causal_mask, padding_mask
 from foundation.layers.block import MLP, Block
+from foundation.layers.convolution import ResidualBlock
 from foundation.layers.embedding import PatchEmbedding, TokenEmbedding, patchify, sinusoidal, unpatchify
 
 few = settings(max_examples=25, deadline=None)
@@ -264,20 +266,20 @@ BAD = {
     "patches that do not tile": (lambda: patchify(torch.zeros(1, 1, 28, 28), 5), ValueError, "do not tile"),
     "an image without a batch": (lambda: patchify(torch.zeros(1, 28, 28), 7), ValueError, r"\(1, 28, 28\)"),
     "images as a list": (lambda: patchify([[1.0]], 7), TypeError, "list"),
-    "no images": (lambda: patchify(torch.zeros(0, 1, 28, 28), 7), ValueError, "nothing empty"),
+    "no images": (lambda: patchify(torch.zeros(0, 1, 28, 28), 7), ValueError, "images is empty"),
     "a patch of no size": (lambda: patchify(torch.zeros(1, 1, 4, 4), 0), ValueError, "patch_size is 0"),
-    "a patch of half a pixel": (lambda: patchify(torch.zeros(1, 1, 4, 4), 0.5), ValueError, "whole number"),
+    "a patch of half a pixel": (lambda: patchify(torch.zeros(1, 1, 4, 4), 0.5), TypeError, "whole number"),
     "patches of another width": (lambda: unpatchify(torch.zeros(1, 4, 5), 2, 1), ValueError, r"\(b, n, 4\)"),
     "patches of no square": (lambda: unpatchify(torch.zeros(1, 6, 4), 2, 1), ValueError, "square number"),
     "an embedding that does not tile": (lambda: PatchEmbedding(28, 5, 1, 8), ValueError, "do not tile"),
-    "bytes to embed": (lambda: PatchEmbedding(4, 2, 1, 8)(torch.zeros(1, 1, 4, 4).byte()), ValueError, "uint8"),
+    "bytes to embed": (lambda: PatchEmbedding(4, 2, 1, 8)(torch.zeros(1, 1, 4, 4).byte()), TypeError, "uint8"),
     "images of another size": (lambda: PatchEmbedding(4, 2, 1, 8)(torch.zeros(1, 1, 6, 6)), ValueError, r"6, 6"),
-    "an image path": (lambda: PatchEmbedding(4, 2, 1, 8)("boot.png"), TypeError, "str"),
+    "an image path": (lambda: PatchEmbedding(4, 2, 1, 8)("boot.png"), TypeError, "boot.png"),
     "no vocabulary": (lambda: TokenEmbedding(0, 8, 4), ValueError, "vocab_size is 0"),
     "a word beyond the vocabulary": (lambda: TokenEmbedding(5, 8, 4)(ids + 5), ValueError, "0 to 4"),
     "a negative word": (lambda: TokenEmbedding(5, 8, 4)(ids - 1), ValueError, "from -1"),
     "words as floats": (lambda: TokenEmbedding(5, 8, 4)(ids.float()), TypeError, "float32"),
-    "words as a list": (lambda: TokenEmbedding(5, 8, 4)([[1, 2]]), TypeError, "list"),
+    "words as text": (lambda: TokenEmbedding(5, 8, 4)([["a", "b"]]), TypeError, "list"),
     "one sentence without a batch": (lambda: TokenEmbedding(5, 8, 4)(ids[0]), ValueError, r"\(b, n\)"),
     "a text beyond the context": (lambda: TokenEmbedding(5, 8, 4)(ids, start=2), ValueError, "context of 4"),
     "segments where there are none": (lambda: TokenEmbedding(5, 8, 4)(ids, ids), ValueError, "segments=0"),
@@ -288,13 +290,13 @@ BAD = {
     "more queries than keys": (lambda: causal_mask(3, 2), ValueError, "n <= m"),
     "a length beyond m": (lambda: padding_mask(torch.tensor([3, 6]), 5), ValueError, "1 to m = 5"),
     "an empty row": (lambda: padding_mask(torch.tensor([0, 5]), 5), ValueError, "from 0"),
-    "lengths as floats": (lambda: padding_mask(torch.tensor([1.0]), 5), ValueError, "whole numbers"),
+    "lengths as floats": (lambda: padding_mask(torch.tensor([1.0]), 5), TypeError, "whole numbers"),
     "queries without heads": (lambda: attend(q[0], q, q), ValueError, r"\(b, h, tokens, e\)"),
     "queries as integers": (lambda: attend(q.long(), q, q), TypeError, "int64"),
     "keys of another width": (lambda: attend(q, q[..., :2], q), ValueError, "do not fit"),
     "fewer values than keys": (lambda: attend(q, q, q[:, :, :2]), ValueError, "do not fit"),
-    "no keys": (lambda: attend(q, q[:, :, :0], q[:, :, :0]), ValueError, "nothing empty"),
-    "NaN": (lambda: attend(q, q, q * math.nan), ValueError, "v holds NaN"),
+    "no keys": (lambda: attend(q, q[:, :, :0], q[:, :, :0]), ValueError, "k is empty"),
+    "NaN": (lambda: attend(q, q, q * math.nan), ValueError, "v holds 24 NaN"),
     "a mask of floats": (lambda: attend(q, q, q, torch.ones(3, 3)), TypeError, "expected bool"),
     "a mask of another shape": (lambda: attend(q, q, q, torch.ones(3, 4).bool()), ValueError, r"\(3, 4\)"),
     "a mask with three dimensions": (lambda: attend(q, q, q, torch.ones(1, 3, 3).bool()), ValueError, "padding_mask"),
@@ -307,10 +309,10 @@ BAD = {
     "tokens without a batch": (lambda: Attention(8, 2)(x[0]), ValueError, r"\(3, 8\)"),
     "tokens as ids": (lambda: Attention(8, 2)(x.long()), TypeError, "int64"),
     "a context of another width": (lambda: Attention(8, 2)(x, x[..., :4]), ValueError, "context has shape"),
-    "a context and a cache": (lambda: Attention(8, 2)(x, x, cache=KeyValueCache()), ValueError, "one of them"),
+    "a context and a cache": (lambda: Attention(4, 1)(q[0], q[0], cache=held), ValueError, "one of them"),
     "a mask of another batch": (lambda: Attention(8, 2)(x, mask=padding_mask(torch.tensor([1, 2, 3]), 3)), ValueError, "mask has shape"),
     "no hidden width": (lambda: MLP(8, 0), ValueError, "hidden is 0"),
-    "a ratio of nothing": (lambda: Block(8, 2, mlp_ratio=0.0), ValueError, "hidden is 0"),
+    "a ratio of nothing": (lambda: Block(8, 2, mlp_ratio=0.0), ValueError, "mlp_ratio is 0"),
     "a block that cannot be divided": (lambda: Block(8, 3), ValueError, "divide"),
 }
 
@@ -334,3 +336,117 @@ def test_a_cache_that_refuses_is_left_as_it_was():
     with pytest.raises(ValueError):
         cache.extend(q[:, :1], q[:, :1])
     assert len(cache) == 3
+
+
+# Edges ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_queries_that_see_nothing_get_zeros_and_finite_gradients(dtype, causal):
+    layer, mask = Attention(16, 2).to(dtype), torch.tensor([[True] * 5] * 3 + [[False] * 5] * 2)
+    values = draw(0, 2, 5, 16).to(dtype).requires_grad_()
+    out = layer(values, mask=mask, causal=causal)
+    assert torch.equal(out[:, 3:], layer.out.bias.expand(2, 2, -1)) and out.isfinite().all()
+    out.float().square().sum().backward()
+    assert all(t.grad.isfinite().all() for t in (values, *layer.parameters()))
+    heads = draw(1, 1, 2, 5, 8).to(dtype).requires_grad_()
+    by_hand = attend(heads, heads, heads, mask, causal)
+    by_hand.float().square().sum().backward()
+    assert (by_hand[:, :, 3:] == 0).all() and heads.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attend_in_half_precision_is_rounded_once(dtype):
+    q, k, v = (t.to(dtype) for t in (100 * draw(0, 1, 1, 6, 8), 100 * draw(1, 1, 1, 6, 8), draw(2, 1, 1, 6, 8)))
+    assert (q @ k.transpose(-2, -1)).abs().max() > 30_000  # near or above the largest half
+    out, weights = attend(q, k, v, return_weights=True)
+    assert out.dtype == weights.dtype == dtype
+    assert torch.equal(out, attend(q.float(), k.float(), v.float()).to(dtype))
+
+
+def test_a_learnt_prefix_takes_no_place_of_the_text():
+    cache, prefix, words = KeyValueCache(), draw(0, 1, 2, 3, 4), draw(1, 1, 2, 5, 4)
+    cache.extend(prefix, prefix, places=0)
+    assert len(cache) == 3 and cache.places == 0
+    cache.extend(words, words)
+    assert len(cache) == 8 and cache.places == 5
+
+
+def test_a_context_may_stand_behind_a_prefix():
+    layer, x, context, cache = Attention(8, 2), draw(0, 1, 2, 8), draw(1, 1, 4, 8), KeyValueCache()
+    keys = draw(2, 2, 1, 2, 3, 4)
+    cache.extend(*keys, places=0)
+    q, k, v = layer.project(x, context)
+    want = attend(q, torch.cat([keys[0], k], 2), torch.cat([keys[1], v], 2))
+    assert_close(layer(x, context, cache=cache), layer.out(want.transpose(1, 2).flatten(2)))
+
+
+def test_a_refused_mask_leaves_the_cache_as_it_was():
+    layer, cache = Attention(8, 2), KeyValueCache()
+    layer(draw(0, 1, 3, 8), causal=True, cache=cache)
+    with pytest.raises(ValueError, match="mask has shape"):
+        layer(draw(0, 1, 1, 8), mask=torch.ones(1, 3).bool(), cache=cache)  # four keys by now
+    assert len(cache) == cache.places == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_ids_of_any_whole_number_type(dtype):
+    embed, ids = TokenEmbedding(9, 4, 5, segments=2), torch.tensor([[0, 8, 3]])
+    assert torch.equal(embed(ids.to(dtype), (ids > 3).to(dtype)), embed(ids, (ids > 3).long()))
+    assert torch.equal(embed(ids.numpy()), embed(ids)) and torch.equal(embed(ids.tolist()), embed(ids))
+
+
+def test_a_table_is_read_through_its_layer():
+    "Pruning and weight_norm make the weight anew at each call of the layer; who reads it directly gets an old one"
+    from torch.nn.utils import parametrizations, prune
+
+    ids = torch.tensor([[1, 2, 3]])
+    for make in (lambda table: prune.l1_unstructured(table, "weight", 0.5), parametrizations.weight_norm):
+        embed = TokenEmbedding(5, 4, 6, segments=2)
+        for table in embed.children():
+            make(table)
+        opt = torch.optim.SGD(embed.parameters(), lr=0.5)
+        for _ in range(2):  # a stale weight has no second backward pass
+            opt.zero_grad()
+            embed(ids).square().sum().backward()
+            opt.step()
+        tables = [table(torch.arange(table.num_embeddings)) for table in embed.children()]
+        assert_close(embed(ids), tables[0][ids] + tables[1][:3] + tables[2][0])
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    n = np.int64
+    assert Attention(n(8), np.int32(2)).dim == 8 and type(Attention(n(8), n(2)).heads) is int
+    assert Block(n(8), n(2), mlp_ratio=np.float32(2.5), dropout=np.float32(0.1)).mlp[0].out_features == 20
+    assert causal_mask(n(2), n(3)).shape == (2, 3) and padding_mask(np.array([1, 3], np.uint8), n(3)).shape == (2, 1, 1, 3)
+    assert patchify(np.zeros((1, 1, 4, 4), np.uint8), n(2)).shape == (1, 4, 4)
+    assert sinusoidal(n(3), n(4)).shape == (3, 4) and MLP(n(4), n(8))[0].out_features == 8
+    assert PatchEmbedding(n(4), n(2), n(1), n(8))(torch.zeros(1, 1, 4, 4)).shape == (1, 4, 8)
+    assert ResidualBlock(n(2), n(3), n(2))(torch.zeros(1, 2, 4, 4)).shape == (1, 3, 2, 2)
+
+
+@pytest.mark.parametrize("ratio, hidden", [(2.9, 290), (np.float32(0.29), 29), (0.57, 57), (4.0, 400), (2.555, 255)])
+def test_the_hidden_width_is_the_ratio_and_not_its_rounding(ratio, hidden):
+    assert Block(100, 2, mlp_ratio=ratio).mlp[0].out_features == hidden
+
+
+def test_padding_is_hidden_from_every_query_and_the_last_real_token_is_not():
+    layer, x = Attention(8, 2), draw(0, 2, 4, 8)
+    mask = padding_mask([2, 4], 4)
+    assert mask[:, 0, 0].tolist() == [[True, True, False, False], [True] * 4]
+    noisy = x.clone()
+    noisy[0, 2:] = 9.0
+    assert_close(layer(noisy, mask=mask)[0, :2], layer(x, mask=mask)[0, :2])
+    noisy[0, 1] = 9.0
+    assert (layer(noisy, mask=mask)[0, 0] - layer(x, mask=mask)[0, 0]).abs().max() > 1e-3
+
+
+def test_images_of_another_type_than_the_weights_get_a_sentence():
+    embed, images = PatchEmbedding(4, 2, 1, 8), torch.zeros(1, 1, 4, 4)
+    for other in (torch.float64, torch.float16):
+        with pytest.raises(TypeError, match="the weights' type"):
+            embed(images.to(other))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert embed(images.bfloat16()).dtype == torch.bfloat16
+    assert embed.double()(images.double()).dtype == torch.float64

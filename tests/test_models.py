@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from foundation.core.basics import count_macs, count_parameters
 from foundation.core.sources import DataUnavailable, fetch
 from foundation.models.bert import BERT
-from foundation.models.convnets import VGG, ConvNet, EfficientNetLite, ResNet
+from foundation.models.convnets import (
+    VGG, Backbone, ConvNet, EfficientNetLite, InvertedBlock, ResNet, SameConv)
 from foundation.models.gpt import GPT
 from foundation.models.pretrained import (
     BadWeights, embed_texts, imagenet_inputs, load_efficientnet_lite0, load_minilm, load_weights,
@@ -197,35 +199,35 @@ IDS = torch.zeros(2, 6, dtype=torch.long)
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: VGG(widths=(8, 8), depths=(1,)), "expected a depth of at least 1"),
-    (lambda: VGG(widths=(), depths=()), "expected a depth of at least 1"),
+    (lambda: VGG(widths=(8, 8), depths=(1,)), "expected a depth of 1 or more for each width"),
+    (lambda: VGG(widths=(), depths=()), "expected a depth of 1 or more for each width"),
     (lambda: VGG()(torch.zeros(1, 1, 7, 28)), "at least 8 × 8"),
-    (lambda: VGG()(torch.zeros(1, 3, 28, 28)), r"expected float images \(b, 1, h, w\)"),
-    (lambda: VGG()(torch.zeros(28, 28)), "expected float images"),
-    (lambda: ViT(pool="max"), "expected 'mean' or 'class'"),
+    (lambda: VGG()(torch.zeros(1, 3, 28, 28)), r"images has shape \(1, 3, 28, 28\); expected \(b, 1, h, w\)"),
+    (lambda: VGG()(torch.zeros(28, 28)), r"expected \(b, c, h, w\)"),
+    (lambda: ViT(pool="max"), "expected one of 'mean', 'class'"),
     (lambda: ViT(depth=0), "depth is 0"),
     (lambda: ViT(patch_size=5), "do not tile"),
     (lambda: ViT(heads=3), "dim=128, heads=3"),
-    (lambda: ViT()(torch.zeros(2, 1, 32, 32)), r"shape \(2, 1, 32, 32\), expected float"),
-    (lambda: ViT()(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)), "got torch.uint8 .*expected float"),
+    (lambda: ViT()(torch.zeros(2, 1, 32, 32)), r"shape \(2, 1, 32, 32\); expected \(b, 1, 28, 28\)"),
+    (lambda: ViT()(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)), "a tensor of uint8, .*expected floats"),
     (lambda: BERT(0), "vocab_size is 0"),
     (lambda: BERT(9, depth=0), "depth is 0"),
     (lambda: BERT(9)(IDS + 9), "expected 0 to 8"),
-    (lambda: BERT(9)(IDS.float()), "expected whole numbers"),
+    (lambda: BERT(9)(IDS.float()), "expected token numbers"),
     (lambda: BERT(9, context=5)(IDS), "do not fit a context of 5"),
-    (lambda: BERT(9)(IDS, mask=IDS), r"mask is torch.int64 of shape \(2, 6\); expected booleans \(2, 6\)"),
-    (lambda: BERT(9)(IDS, mask=torch.ones(2, 5, dtype=torch.bool)), r"expected booleans \(2, 6\)"),
+    (lambda: BERT(9)(IDS, mask=IDS), r"mask is a tensor of int64, shape \(2, 6\); expected bool"),
+    (lambda: BERT(9)(IDS, mask=torch.ones(2, 5, dtype=torch.bool)), r"mask has shape \(2, 5\); expected \(2, 6\)"),
     (lambda: BERT(9)(IDS, mask=[True]), "mask is a list"),
-    (lambda: BERT(9)(IDS, places=IDS > 0), "no place is asked for"),
-    (lambda: BERT(9)(IDS, places=torch.tensor([0, 1])), "places is torch.int64"),
+    (lambda: BERT(9)(IDS, places=IDS > 0), "places is False everywhere"),
+    (lambda: BERT(9)(IDS, places=torch.tensor([0, 1])), "places is a tensor of int64"),
     (lambda: BERT(9, segments=0)(IDS, segments=IDS), "segments=0"),
     (lambda: GPT(9, depth=0), "depth is 0"),
     (lambda: GPT(9, context=5)(IDS), "do not fit a context of 5"),
     (lambda: GPT(9)(IDS, []), "0 caches for 4 blocks"),
-    (lambda: GPT(9, context=8).generate(IDS, 3), "expected 0 <= count <= 2"),
-    (lambda: GPT(9).generate(IDS, 3, temperature=-1), "temperature >= 0"),
-    (lambda: GPT(9).generate(IDS[:, :0], 3), "of 1 or more"),
-    (lambda: EfficientNetLite()(torch.zeros(1, 1, 64, 64)), r"expected float images \(b, 3, h, w\)"),
+    (lambda: GPT(9, context=8).generate(IDS, 3), "count is 3; expected a whole number from 0 to 2"),
+    (lambda: GPT(9).generate(IDS, 3, temperature=-1), "temperature is -1"),
+    (lambda: GPT(9).generate(IDS[:, :0], 3), "tokens is empty"),
+    (lambda: EfficientNetLite()(torch.zeros(1, 1, 64, 64)), r"images has shape \(1, 1, 64, 64\); expected \(b, 3, h, w\)"),
     (lambda: imagenet_inputs(torch.zeros(1, 2, 9, 9, dtype=torch.uint8)), "2 channels; expected 1 .* or 3"),
     (lambda: imagenet_inputs(torch.zeros(1, 3, 9, 9)), "expected a torch.uint8 tensor"),
     (lambda: embed_texts(BERT(9), None, "one text"), "expected a list of at least one text"),
@@ -235,6 +237,180 @@ def test_bad_input_gets_one_clear_sentence(call, message):
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+# Edges ----------------------------------------------------------------------------------------------------------------
+
+
+def prefixed(model, length, batch):
+    "Caches that hold a learnt prefix, as `add_prefix` fills them"
+    caches = model.new_caches()
+    for i, cache in enumerate(caches):
+        keys = torch.randn(2, 1, 2, length, 8, generator=torch.Generator().manual_seed(i)).expand(-1, batch, -1, -1, -1)
+        cache.extend(*keys, places=0)
+    return caches
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 4), st.integers(0, 99))
+def test_a_prefix_in_the_cache_moves_no_position(pieces, length, seed):
+    torch.manual_seed(seed)
+    model, tokens = shaken(GPT(50, 20, 16, 2, 2)), torch.randint(50, (2, sum(pieces)))
+    caches = prefixed(model, length, 2) if length else model.new_caches()
+    with torch.no_grad():
+        steps = torch.cat([model(part, caches) for part in tokens.split(pieces, 1)], 1)
+        whole = model(tokens, prefixed(model, length, 2) if length else None)
+    torch.testing.assert_close(steps, whole, **CLOSE)
+    if rest := 20 - sum(pieces):  # the whole context is there for the text
+        model(torch.zeros(2, rest, dtype=torch.long), caches)
+    assert {cache.places for cache in caches} == {20} and {len(cache) for cache in caches} == {20 + length}
+
+
+def test_caches_that_do_not_fit_are_refused_and_stay_as_they_were():
+    model, tokens = GPT(9, 8, 16, 2, 2), torch.tensor([[1, 2, 3]])
+    caches = model.new_caches()
+    model(tokens, caches)
+    with pytest.raises(ValueError, match="hold \\[0, 3\\] tokens"):
+        model(tokens, [caches[0], model.new_caches()[1]])
+    with pytest.raises(ValueError, match="one of its own for each"):
+        model(tokens, [caches[0]] * 2)
+    with pytest.raises(TypeError, match="caches hold None"):
+        model(tokens, [None, None])
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    hook = model.blocks[1].attention.register_forward_hook(stop)  # the first block's cache has grown by then
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens, caches)
+    hook.remove()
+    assert [len(cache) for cache in caches] == [cache.places for cache in caches] == [3, 3]
+    with pytest.raises(ValueError, match="do not fit a context"):
+        model(torch.ones(1, 6, dtype=torch.long), caches)
+    with pytest.raises(ValueError, match="one cache for each layer and batch"):
+        model(tokens.expand(2, -1), caches)
+    assert [len(cache) for cache in caches] == [3, 3]
+
+
+def test_generated_text_can_be_trained_on():
+    model = GPT(9, 8, 16, 2, 2)
+    text = model.generate([[1, 2]], 5)
+    torch.nn.functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten()).backward()
+    assert not text.is_inference() and all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generate_leaves_every_module_in_its_mode_whatever_happens(training):
+    model = GPT(9, 8, 16, 2, 2, dropout=0.5).train(training)
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+
+    def refuse(*args):
+        assert not model.training and not model.blocks[1].training
+        raise KeyboardInterrupt
+
+    model.generate([[1]], 3)
+    hook = model.blocks[1].register_forward_hook(refuse)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate([[1]], 3)
+    hook.remove()
+    torch.nn.init.constant_(model.norm.weight, torch.nan)
+    for call in (lambda: model.generate([[9]], 3), lambda: model.generate([[1]], 3)):
+        with pytest.raises(ValueError):
+            call()
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-30, 1e30, np.float32(0.5), np.int64(0)])
+def test_generate_at_extreme_temperatures(temperature):
+    model = shaken(GPT(9, 12, 16, 2, 2))
+    text = model.generate(torch.ones(3, 1, dtype=torch.int32), np.int64(8), temperature, seed=np.int64(3))
+    assert text.shape == (3, 9) and text.dtype == torch.int64 and text.min() >= 0 and text.max() < 9
+    if temperature < 1e-20:
+        assert torch.equal(text, model.generate(torch.ones(3, 1, dtype=torch.long), 8, 0))
+    for bad in (torch.nan, torch.inf, -1e-9, "1"):
+        with pytest.raises((ValueError, TypeError), match="temperature is"):
+            model.generate([[1]], 1, bad)
+
+
+def test_another_seed_writes_another_text_and_the_global_state_does_not_matter():
+    model = shaken(GPT(50, 16, 16, 2, 2))
+    first = model.generate([[1]], 12, seed=3)
+    torch.rand(5)
+    assert torch.equal(first, model.generate([[1]], 12, seed=3))
+    assert not torch.equal(first, model.generate([[1]], 12, seed=4))
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_a_text_of_padding_only_is_finite_and_so_are_its_gradients(places):
+    model, tokens, mask = BERT(20, 8, 16, 2, 2), torch.randint(20, (2, 5)), torch.tensor([[True] * 5, [False] * 5])
+    logits = model(tokens, mask, places=tokens >= 0) if places else model(tokens, mask)
+    logits.square().sum().backward()
+    assert logits.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_masks_of_four_axes_fit_or_are_refused():
+    model, tokens = BERT(20, 8, 16, 1, 2), torch.randint(20, (2, 5))
+    assert model(tokens, torch.ones(2, 1, 1, 5).bool(), places=tokens >= 0).shape == (10, 20)
+    for shape in ((2, 1, 4, 4), (3, 1, 1, 5), (2, 1, 5, 4)):
+        with pytest.raises(ValueError, match="mask has shape"):
+            model(tokens, torch.ones(shape).bool(), places=tokens >= 0)
+
+
+def test_sizes_may_be_numbers_of_numpy_and_the_config_holds_plain_ones():
+    n, r = np.int64, np.float32
+    made = [ViT(n(8), n(4), n(1), np.arange(3).max() + 1, n(16), n(1), n(2), r(2.0), r(0.5)), BERT(n(9), n(8), n(16), n(1), n(2), r(2.0)),
+            GPT(n(9), n(8), n(16), n(1), n(2), r(2.0)), ResNet(n(3), n(1), (n(4), n(8)), [n(1), n(1)]), ConvNet(n(3), widths=[n(4)]),
+            VGG(n(3), widths=(n(4),), depths=(n(1),)), EfficientNetLite(n(3), n(1), [[n(1), n(3), n(1), n(1), n(8)]])]
+    for model in made:
+        assert json.loads(json.dumps(model.config)) == model.config
+        again = type(model)(**model.config)
+        assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_vit_shows_each_patch_its_own_place():
+    model, one = ViT(8, 4, dim=16, depth=1, heads=2), torch.zeros(1, 1, 8, 8)
+    assert torch.allclose(model.embed(one) - model.patches(one), model.position, atol=1e-6)
+    other = ViT(8, 4, dim=16, depth=1, heads=2, pool="class")
+    with torch.no_grad():
+        other.first.fill_(3.0)
+    assert torch.allclose(other.embed(one)[0, 0], 3.0 + other.position[0])
+
+
+@pytest.mark.parametrize("size", [7, 8, 13])
+@pytest.mark.parametrize("stride, dilation, kernel", [(1, 1, 3), (2, 1, 5), (2, 2, 3), (1, 3, 3)])
+def test_same_conv_gives_as_many_places_as_tensorflow(size, stride, dilation, kernel):
+    layer = SameConv(1, 1, kernel, stride, dilation=dilation)
+    assert layer(torch.zeros(1, 1, size, size)).shape[2:] == (-(-size // stride),) * 2
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: ConvNet(widths=()), "for each width"),
+    (lambda: ConvNet(widths=(4, 0)), "widths is 0"),
+    (lambda: ConvNet(widths=4), "widths is 4; expected a sequence"),
+    (lambda: ConvNet(2.5), "classes is 2.5; expected a whole number"),
+    (lambda: ResNet(depths=(1, 1, 1)), "for each width"),
+    (lambda: EfficientNetLite(stages=[(1, 3, 1)]), "expected five whole numbers"),
+    (lambda: EfficientNetLite(stages=[5]), "expected five whole numbers"),
+    (lambda: Backbone(torch.nn.Identity(), 3, {}), "classes is None"),
+    (lambda: Backbone(None, 3, dict(classes=2, channels=1)), "body is None"),
+    (lambda: InvertedBlock(4, 4, 3, 0, 1), "stride is 0"),
+    (lambda: ConvNet()(torch.zeros(1, 1, 8, 8).double()), "the weights' type"),
+    (lambda: ConvNet()(torch.zeros(1, 1, 8, 8).byte()), "expected floats"),
+    (lambda: ConvNet()([[1.0]]), "images is a list"),
+    (lambda: BERT(9, segments=-1), "segments is -1"),
+    (lambda: BERT(9, dropout=torch.nan), "dropout is nan"),
+    (lambda: GPT(9, mlp_ratio=torch.inf), "mlp_ratio is inf"),
+    (lambda: GPT(9, eps=-1), "eps is -1"),
+    (lambda: GPT("9"), "vocab_size is '9'"),
+    (lambda: GPT(9).generate(IDS, 1, seed=-1), "seed is -1"),
+    (lambda: GPT(9).generate(None, 1), "tokens is None"),
+    (lambda: GPT(9).generate(IDS, 1.5), "count is 1.5"),
+])
+def test_numbers_and_kinds_that_do_not_fit_get_a_sentence(call, message):
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 260
 
 
 # Configs, cards -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ __all__ = ['causal_mask', 'padding_mask', 'attend', 'KeyValueCache', 'Attention'
 
 # %% ../../nbs/03_layers/02_attention.ipynb #e6468c8b
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,9 +15,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from .embedding import _expect_sizes, _expect_tokens
+from ..core.checks import check_floats, check_mask, check_number, check_sizes, check_tokens
+from ..core.checks import checked, may_look, precise, refuse_nan
 
 # %% ../../nbs/03_layers/02_attention.ipynb #f8903fdc
+@checked
 def causal_mask(
     n: int,  # queries: the last n of the m tokens
     m: int | None = None,  # keys; as many as queries where not given
@@ -24,71 +27,26 @@ def causal_mask(
 ) -> Tensor:  # True = visible, (n, m)
     "Query i stands at place m - n + i and sees the keys up to there. Raises `ValueError` unless 1 <= n <= m."
     m = n if m is None else m
-    _expect_sizes(n=n, m=m)
+    check_sizes(n=n, m=m)
     if n > m:
-        raise ValueError(f"got {n} queries for {m} keys; expected n <= m: a query sees at least itself.")
+        raise ValueError(f"got {n} queries for {m} keys; expected n <= m: a query sees at least itself")
     return torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
 
 
+@checked
 def padding_mask(
-    lengths: Tensor,  # real tokens of each row, (b,), whole numbers from 1 to m
+    lengths: Tensor | Sequence,  # real tokens of each row, (b,), whole numbers from 1 to m
     m: int,  # tokens of each row with padding at the end
 ) -> Tensor:  # True = visible, (b, 1, 1, m)
     "Hide what was added to make rows equally long, from all heads and queries. Raises `ValueError` for bad lengths."
-    _expect_sizes(m=m)
-    lengths = torch.as_tensor(lengths)
-    if lengths.ndim != 1 or not len(lengths) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths are {lengths.dtype} of shape {tuple(lengths.shape)}, expected whole numbers (b,).")
-    if lengths.is_cpu and not 1 <= int(lengths.min()) <= int(lengths.max()) <= m:
-        raise ValueError(f"lengths run from {int(lengths.min())} to {int(lengths.max())}, expected 1 to m = {m}.")
+    check_sizes(m=m)
+    lengths = check_tokens(lengths, "lengths", shape="(b,)")
+    if may_look(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= m:
+        raise ValueError(f"lengths run from {int(lengths.min())} to {int(lengths.max())}; expected 1 to m = {m}")
     return (torch.arange(m, device=lengths.device) < lengths[:, None])[:, None, None]
 
-# %% ../../nbs/03_layers/02_attention.ipynb #b360d292
-def _expect_heads(q, k, v):
-    "Refuse queries, keys and values that are not float tensors (b, h, n or m, e) which fit each other"
-    for name, x in dict(q=q, k=k, v=v).items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = f"of dtype {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise TypeError(f"{name} is {kind}, expected a float tensor of four dimensions (b, h, tokens, e).")
-        if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (b, h, tokens, e) and nothing empty.")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: expected "
-                         "(b, h, n, e), (b, h, m, e) and (b, h, m, e).")
-
-
-def _refuse_nan(out: Tensor, **inputs):
-    "Name the input that holds NaN; while a gradient is recorded, or on a GPU, NaN passes and the training loop tells"
-    if out.requires_grad or not out.is_cpu or torch.compiler.is_compiling() or not out.isnan().any():
-        return
-    for name, x in inputs.items():
-        if not x.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite values; look at the step before: a learning rate that is "
-                             "too high, or bad input data.")
-
-# %% ../../nbs/03_layers/02_attention.ipynb #2f027f98
-def _visible(
-    mask,  # True = visible, or None
-    causal: bool,
-    shape,  # b, h, n, m
-    device,
-) -> Tensor | None:  # broadcasts to (b, h, n, m); None when everything is visible
-    "Both masks as one, checked"
-    n, m = shape[2:]
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = f"of dtype {mask.dtype}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-            raise TypeError(f"mask is {kind}, expected bool: True where a query may look.")
-        if mask.ndim not in (2, 4) or any(s not in (1, t) for s, t in zip(mask.shape[::-1], shape[::-1])):
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (n, m) = ({n}, {m}), or one that broadcasts "
-                             f"to (b, h, n, m) = {tuple(shape)}; padding_mask(lengths, m) makes (b, 1, 1, m).")
-        mask = mask.to(device)
-    if not causal or n == 1:  # a single query is the last token: it sees all
-        return mask
-    past = causal_mask(n, m, device)
-    return past if mask is None else mask & past
-
 # %% ../../nbs/03_layers/02_attention.ipynb #5337b3ab
+@checked
 def attend(
     q: Tensor,  # queries, (b, h, n, e)
     k: Tensor,  # keys, (b, h, m, e)
@@ -97,20 +55,20 @@ def attend(
     causal: bool = False,  # hide the future; the queries are the last n of the m tokens
     return_weights: bool = False,  # also give the weights, (b, h, n, m)
 ) -> Tensor:  # (b, h, n, e); a query that sees nothing gets zeros
-    """`softmax(q kᵀ / √e) v` by hand, with the whole table of weights in memory.
+    """`softmax(q kᵀ / √e) v` by hand, with the whole table of weights in memory, in float32 at least.
 
     Raises TypeError or ValueError when shapes or dtypes do not fit, or NaN comes in.
     Vaswani et al. 2017, equation 1."""
-    _expect_heads(q, k, v)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (b, h, n, m)
+    _check_heads(q, k, v)
+    scores = precise(q) @ precise(k).transpose(-2, -1) / math.sqrt(q.shape[-1])  # (b, h, n, m)
     visible = _visible(mask, causal, scores.shape, q.device)
     if visible is None:
         weights = scores.softmax(-1)
     else:
         weights = scores.masked_fill(~visible, -math.inf).softmax(-1).masked_fill(~visible, 0)  # 0: no row of NaN
-    out = weights @ v
-    _refuse_nan(out, q=q, k=k, v=v)
-    return (out, weights) if return_weights else out
+    out = (weights @ precise(v)).to(q.dtype)
+    refuse_nan(out, q=q, k=k, v=v)
+    return (out, weights.to(q.dtype)) if return_weights else out
 
 # %% ../../nbs/03_layers/02_attention.ipynb #7878d6f6
 class KeyValueCache:
@@ -118,25 +76,28 @@ class KeyValueCache:
 
     def __init__(self):
         self.keys = self.values = None  # (b, h, m, e) once something is in
+        self.places = 0  # of the text that are taken: where the next token stands
 
-    def __len__(self):
+    def __len__(self):  # m, all that a query can look at
         return 0 if self.keys is None else self.keys.shape[2]
 
     def extend(
         self,
         k: Tensor,  # keys of the new tokens, (b, h, n, e)
         v: Tensor,  # their values, (b, h, n, e)
+        places: int | None = None,  # of the text that they take; None: one each; 0: a learnt prefix
     ) -> tuple[Tensor, Tensor]:  # all keys and values so far, (b, h, m, e) each
         "Put new keys and values behind those that are here. Raises `ValueError` when batch, heads or widths differ."
-        _expect_heads(k, k, v)
-        if self.keys is None:
-            self.keys, self.values = k, v
-            return k, v
-        held, new = (tuple(x.shape[:2] + x.shape[3:]) for x in (self.keys, k))
-        if held != new:
-            raise ValueError(f"the cache holds (b, h, e) = {held}, got {new}; use one cache for each layer and batch.")
-        self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
-        return self.keys, self.values
+        _check_heads(k, k, v)
+        if self.keys is not None:
+            held, new = (tuple(x.shape[:2] + x.shape[3:]) for x in (self.keys, k))
+            if held != new:
+                raise ValueError(f"the cache holds (b, h, e) = {held}, got {new}; use one cache for each layer and batch")
+        new = k.shape[2] if places is None else places
+        if self.keys is not None:
+            k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+        self.keys, self.values, self.places = k, v, self.places + new
+        return k, v
 
 # %% ../../nbs/03_layers/02_attention.ipynb #47fb5919
 def _fused(q, k, v, mask, causal, dropout):  # (b, h, n, e)
@@ -154,19 +115,19 @@ class Attention(nn.Module):
     """Multi-head attention through PyTorch's fused kernel, (b, n, d) → (b, n, d): `heads` divides the width `dim`;
     `dropout` is the share of the weights that is dropped while training. Vaswani et al. 2017, section 3.2.2."""
 
+    @checked
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True):
         super().__init__()
-        _expect_sizes(dim=dim, heads=heads)
-        if dim % heads or not 0 <= dropout < 1:
-            raise ValueError(f"got dim={dim}, heads={heads}, dropout={dropout}; expected heads that divide dim, "
-                             "and 0 <= dropout < 1.")
+        check_sizes(dim=dim, heads=heads)
+        check_number(dropout, "dropout", 0, below=1)
+        if dim % heads:
+            raise ValueError(f"got dim={dim}, heads={heads}; expected heads that divide dim")
         self.dim, self.heads, self.dropout = dim, heads, dropout
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
 
     def project(self, x, context=None):  # (b, h, n, e), (b, h, m, e), (b, h, m, e)
-        context = x if context is None else context
-        _expect_tokens(x, self.dim)
-        _expect_tokens(context, self.dim, "context")
+        x = check_floats(x, "x", f"(b, n, {self.dim})")
+        context = x if context is None else check_floats(context, "context", f"(b, m, {self.dim})")
         split = lambda t: rearrange(t, "b n (h e) -> b h n e", h=self.heads)
         return split(self.query(x)), split(self.key(context)), split(self.value(context))
 
@@ -178,12 +139,40 @@ class Attention(nn.Module):
         causal: bool = False,  # hide the future
         cache: KeyValueCache | None = None,  # keys and values of earlier tokens; it grows by those of x
     ) -> Tensor:  # (b, n, d)
-        if context is not None and cache is not None:
-            raise ValueError("got a context and a cache; expected one of them: a cache is for self-attention.")
+        if context is not None and cache is not None and cache.places:
+            raise ValueError("got a context and a cache with tokens; expected one of them: a cache is for self-attention")
         q, k, v = self.project(x, context)
-        k, v = cache.extend(k, v) if cache is not None else (k, v)
+        if cache is not None:
+            _visible(mask, causal, (*q.shape[:3], len(cache) + k.shape[2]), q.device)  # refused before the cache grows
+            k, v = cache.extend(k, v)
         mixed = _fused(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.out(rearrange(mixed, "b h n e -> b n (h e)"))
 
     def weights(self, x, context=None, mask=None, causal=False) -> Tensor:  # (b, h, n, m), by hand
         return attend(*self.project(x, context), mask, causal, return_weights=True)[1]
+
+# %% ../../nbs/03_layers/02_attention.ipynb #a0d4f464
+def _visible(mask, causal, shape, device):  # shape: b, h, n, m
+    "Both masks as one that broadcasts to `shape`; None when everything is visible"
+    n, m = shape[2:]
+    if mask is not None:
+        mask = check_mask(mask).to(device)
+        if mask.ndim not in (2, 4) or any(s not in (1, t) for s, t in zip(mask.shape[::-1], shape[::-1])):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (n, m) = ({n}, {m}), or one that broadcasts "
+                             f"to (b, h, n, m) = {tuple(shape)}: padding_mask(lengths, m) makes (b, 1, 1, m)")
+    if not causal or n == 1:  # a single query is the last token: it sees all
+        return mask
+    past = causal_mask(n, m, device)
+    return past if mask is None else mask & past
+
+
+def _check_heads(q, k, v):
+    "Float tensors (b, h, n or m, e) that fit each other"
+    for name, x in dict(q=q, k=k, v=v).items():
+        check_floats(x, name, "(b, h, tokens, e)")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; expected "
+                         "(b, h, n, e), (b, h, m, e) and (b, h, m, e)")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype} on {q.device}, {k.device}, {v.device}; "
+                         "expected one type on one device")

@@ -8,21 +8,28 @@ __all__ = ['MLP', 'Block']
 # %% ../../nbs/03_layers/03_block.ipynb #f67b8d12
 from torch import Tensor, nn
 
+from ..core.checks import check_number, check_shares, check_sizes, checked
 from .attention import Attention, KeyValueCache
-from .embedding import _expect_sizes
 
 # %% ../../nbs/03_layers/03_block.ipynb #e05274c2
 class MLP(nn.Sequential):
-    "Widen, bend, narrow, for each token alone: (..., d) → (..., d)."
+    """Widen, bend, narrow, for each token alone: (..., d) → (..., d).
 
+    Raises TypeError or ValueError for sizes below 1, or a dropout that is no share."""
+
+    @checked
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0, activation: type[nn.Module] = nn.GELU):
-        _expect_sizes(dim=dim, hidden=hidden)
+        check_sizes(dim=dim, hidden=hidden)
+        check_shares(dropout=dropout)
         super().__init__(nn.Linear(dim, hidden), activation(), nn.Dropout(dropout), nn.Linear(hidden, dim))
 
 # %% ../../nbs/03_layers/03_block.ipynb #20f25b7b
 class Block(nn.Module):
-    "One transformer block, (b, n, d) → (b, n, d). Post-norm: Vaswani et al. 2017, BERT; pre-norm: Xiong et al. 2020."
+    """One transformer block, (b, n, d) → (b, n, d). Post-norm: Vaswani et al. 2017, BERT; pre-norm: Xiong et al. 2020.
 
+    Raises TypeError or ValueError for numbers out of range, or heads that do not divide the width."""
+
+    @checked
     def __init__(
         self,
         dim: int,  # d
@@ -33,7 +40,9 @@ class Block(nn.Module):
         eps: float = 1e-5,  # of the layer norms; BERT has 1e-12
     ):
         super().__init__()
-        self.attention, self.mlp = Attention(dim, heads, dropout), MLP(dim, int(dim * mlp_ratio), dropout)
+        check_number(eps, "eps", 0)
+        hidden = int(round(dim * check_number(mlp_ratio, "mlp_ratio", above=0), 3))  # 2.9 · 100 is 290, not 289.99…
+        self.attention, self.mlp = Attention(dim, heads, dropout), MLP(dim, hidden, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
         self.drop, self.norm_first = nn.Dropout(dropout), norm_first
 

@@ -9,18 +9,27 @@ __all__ = ['ConvBlock', 'ResidualBlock']
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import check_sizes, checked
+
 # %% ../../nbs/03_layers/04_convolution.ipynb #303c8eed
 class ConvBlock(nn.Sequential):
-    "3×3 convolution → batch norm → ReLU: (b, c_in, h, w) → (b, c_out, h/stride, w/stride)."
+    """3×3 convolution → batch norm → ReLU: (b, c_in, h, w) → (b, c_out, h/stride, w/stride).
 
+    Raises TypeError or ValueError for channels or a stride below 1."""
+
+    @checked
     def __init__(self, c_in: int, c_out: int, stride: int = 1, relu: bool = True):
+        check_sizes(c_in=c_in, c_out=c_out, stride=stride)
         layers = [nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out)]
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if relu else []))
 
 
 class ResidualBlock(nn.Module):
-    "Two convolutions and a shortcut around them (He et al. 2015, fig. 2); the shortcut is 1×1 where shapes differ."
+    """Two convolutions and a shortcut around them (He et al. 2015, fig. 2); the shortcut is 1×1 where shapes differ.
 
+    Raises TypeError or ValueError for channels or a stride below 1."""
+
+    @checked
     def __init__(self, c_in: int, c_out: int, stride: int = 1):
         super().__init__()
         self.body = nn.Sequential(ConvBlock(c_in, c_out, stride), ConvBlock(c_out, c_out, relu=False))

@@ -12,7 +12,121 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-# %% ../../nbs/03_layers/01_embedding.ipynb #9dbe27bc
+from ..core.checks import check_floats, check_images, check_sizes, check_tokens, check_whole, checked, got
+
+# %% ../../nbs/03_layers/01_embedding.ipynb #72e0c0de
+@checked
+def patchify(
+    images: Tensor,  # (b, c, h, w), floats or bytes
+    patch_size: int,  # p, divides h and w
+) -> Tensor:  # (b, n, c·p·p), row by row; n = (h/p)·(w/p)
+    """Cut images into square patches and lay each out as a row (Dosovitskiy et al. 2020, section 3.1).
+
+    Raises TypeError or ValueError for what is no batch of images, or patches that do not tile them."""
+    h, w = check_images(images).shape[2:]
+    check_sizes(patch_size=patch_size)
+    if h % patch_size or w % patch_size:
+        raise ValueError(f"patches of {patch_size} do not tile images of {h} × {w}; choose a size that divides both")
+    return rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=patch_size, q=patch_size)
+
+
+@checked
+def unpatchify(
+    patches: Tensor,  # (b, n, c·p·p) floats, n a square number
+    patch_size: int,  # p
+    channels: int,  # c
+) -> Tensor:  # (b, c, h, h)
+    """Put the patches of square images together again: the inverse of `patchify`.
+
+    Raises TypeError or ValueError for rows of another width, or patches that make no square."""
+    check_sizes(patch_size=patch_size, channels=channels)
+    check_floats(patches, "patches", f"(b, n, {channels * patch_size**2})")
+    side = math.isqrt(patches.shape[1])
+    if side**2 != patches.shape[1]:
+        raise ValueError(f"got {patches.shape[1]} patches; expected a square number: only square images are put together")
+    return rearrange(patches, "b (y x) (c p q) -> b c (y p) (x q)", y=side, p=patch_size, q=patch_size)
+
+# %% ../../nbs/03_layers/01_embedding.ipynb #fdccfe0e
+class PatchEmbedding(nn.Module):
+    """Each patch through one linear map: images (b, c, h, h) → tokens (b, n, d), without positions.
+
+    Raises TypeError or ValueError for patches that do not tile the images, and images of another kind or size."""
+
+    @checked
+    def __init__(self, image_size: int, patch_size: int, channels: int, dim: int):
+        super().__init__()
+        check_sizes(image_size=image_size, patch_size=patch_size, channels=channels, dim=dim)
+        if image_size % patch_size:
+            raise ValueError(f"patches of {patch_size} do not tile images of {image_size}; choose a size that divides it")
+        self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
+        self.count = (image_size // patch_size) ** 2  # n
+        self.project = nn.Linear(channels * patch_size**2, dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        shape = f"(b, {self.channels}, {self.image_size}, {self.image_size})"
+        images = check_images(images, "images", shape, "floats")
+        weight = next(self.parameters(), images)  # under autocast PyTorch converts the images
+        if weight.is_floating_point() and weight.dtype != images.dtype \
+                and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(f"images is {got(images)}; expected the weights' type, which images.to({weight.dtype}) makes")
+        return self.project(patchify(images, self.patch_size))
+
+# %% ../../nbs/03_layers/01_embedding.ipynb #98d1e1c0
+class TokenEmbedding(nn.Module):
+    """Word + learned position (+ segment): ids (b, n) → tokens (b, n, d), before any norm. `context` is the longest
+    sequence, `segments` the number of kinds of segment (2 for BERT, 0 = none). Devlin et al. 2018, figure 2.
+
+    Raises TypeError or ValueError for sizes, ids or segments that do not fit."""
+
+    @checked
+    def __init__(self, vocab_size: int, dim: int, context: int, segments: int = 0):
+        super().__init__()
+        check_sizes(vocab_size=vocab_size, dim=dim, context=context)
+        check_whole(segments, "segments", 0)
+        self.token, self.position = nn.Embedding(vocab_size, dim), nn.Embedding(context, dim)
+        self.segment = nn.Embedding(segments, dim) if segments else None
+        for table in self.children():
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(
+        self,
+        ids: Tensor,  # (b, n), 0 to v - 1
+        segments: Tensor | None = None,  # (b, n), 0 to segments - 1; all 0 where not given
+        start: int = 0,  # the place of the first token: what a cache already holds
+    ) -> Tensor:
+        ids = check_tokens(ids, "ids", self.token.num_embeddings)
+        n, context = ids.shape[1], self.position.num_embeddings
+        if start < 0 or start + n > context:
+            raise ValueError(f"{n} tokens from place {start} on do not fit a context of {context}; cut the text")
+        x = self.token(ids) + self.position(torch.arange(start, start + n, device=ids.device))
+        if self.segment is None:
+            if segments is not None:
+                raise ValueError(f"segments is {got(segments)}; expected None: this embedding was made with segments=0")
+            return x
+        if segments is None:
+            return x + self.segment(ids.new_zeros(1))  # each token is of the first kind
+        segments = check_tokens(segments, "segments", self.segment.num_embeddings)
+        if segments.shape != ids.shape:
+            raise ValueError(f"segments has shape {tuple(segments.shape)}; expected {tuple(ids.shape)} as ids")
+        return x + self.segment(segments)
+
+# %% ../../nbs/03_layers/01_embedding.ipynb #cea19398
+@checked
+def sinusoidal(
+    n: int,  # places
+    dim: int,  # d, even
+) -> Tensor:  # (n, d), each from -1 to 1
+    """Fixed positions: sines and cosines of wavelengths from 2π to 10,000·2π (Vaswani et al. 2017, section 3.5).
+
+    Raises ValueError for an odd width."""
+    check_sizes(n=n, dim=dim)
+    if dim % 2:
+        raise ValueError(f"dim is {dim}; expected an even number: each frequency takes a sine and a cosine")
+    speed = 10_000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(n, dtype=torch.float64)[:, None] * speed  # (n, d/2)
+    return rearrange([angle.sin(), angle.cos()], "two n f -> n (f two)").float()
+
+# %% ../../nbs/03_layers/01_embedding.ipynb #395504e2
 def _expect_sizes(**sizes):
     "Refuse sizes that are not whole numbers above zero"
     for name, size in sizes.items():
@@ -27,118 +141,3 @@ def _expect_tokens(x, dim: int, name: str = "x"):
         raise TypeError(f"{name} is {kind}, expected a float tensor (b, n, {dim}).")
     if x.ndim != 3 or x.shape[2] != dim or 0 in x.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (b, n, {dim}) with b and n of 1 or more.")
-
-
-def _expect_images(images, shape: str = "(b, c, h, w)"):
-    "Refuse anything but a tensor of four dimensions, none of them empty"
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images are a {type(images).__name__}, expected a tensor {shape}.")
-    if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"images have shape {tuple(images.shape)}, expected {shape} and nothing empty.")
-
-
-def _expect_ids(ids, size: int, name: str, shape=None):
-    "Refuse anything but whole numbers (b, n) from 0 to size - 1; values are read on the CPU only, where a look is free"
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
-        kind = f"of dtype {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-        raise TypeError(f"{name} are {kind}, expected whole numbers as an int64 tensor (b, n).")
-    if ids.ndim != 2 or 0 in ids.shape or shape not in (None, ids.shape):
-        wanted = "(b, n) with b and n of 1 or more" if shape is None else f"{tuple(shape)} as ids"
-        raise ValueError(f"{name} have shape {tuple(ids.shape)}, expected {wanted}.")
-    if not ids.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= size:
-        raise ValueError(f"{name} run from {low} to {high}, expected 0 to {size - 1}: is it the right vocabulary?")
-
-# %% ../../nbs/03_layers/01_embedding.ipynb #72e0c0de
-def patchify(
-    images: Tensor,  # (b, c, h, w), floats or bytes
-    patch_size: int,  # p, divides h and w
-) -> Tensor:  # (b, n, c·p·p), row by row; n = (h/p)·(w/p)
-    "Cut images into square patches and lay each out as a row (Dosovitskiy et al. 2020, section 3.1)."
-    _expect_sizes(patch_size=patch_size)
-    _expect_images(images)
-    h, w = images.shape[2:]
-    if h % patch_size or w % patch_size:
-        raise ValueError(f"patches of {patch_size} do not tile images of {h} × {w}; choose a size that divides both.")
-    return rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=patch_size, q=patch_size)
-
-
-def unpatchify(
-    patches: Tensor,  # (b, n, c·p·p) floats, n a square number
-    patch_size: int,  # p
-    channels: int,  # c
-) -> Tensor:  # (b, c, h, h)
-    "Put the patches of square images together again: the inverse of `patchify`."
-    _expect_sizes(patch_size=patch_size, channels=channels)
-    row = channels * patch_size**2
-    _expect_tokens(patches, row, "patches")
-    side = math.isqrt(patches.shape[1])
-    if side**2 != patches.shape[1]:
-        raise ValueError(f"got {patches.shape[1]} patches, expected a square number: only square images are put together.")
-    return rearrange(patches, "b (y x) (c p q) -> b c (y p) (x q)", y=side, p=patch_size, q=patch_size)
-
-# %% ../../nbs/03_layers/01_embedding.ipynb #fdccfe0e
-class PatchEmbedding(nn.Module):
-    "Each patch through one linear map: images (b, c, h, h) → tokens (b, n, d), without positions."
-
-    def __init__(self, image_size: int, patch_size: int, channels: int, dim: int):
-        super().__init__()
-        _expect_sizes(image_size=image_size, patch_size=patch_size, channels=channels, dim=dim)
-        if image_size % patch_size:
-            raise ValueError(f"patches of {patch_size} do not tile images of {image_size}; choose a size that divides it.")
-        self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
-        self.count = (image_size // patch_size) ** 2  # n
-        self.project = nn.Linear(channels * patch_size**2, dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        wanted = (self.channels, self.image_size, self.image_size)
-        _expect_images(images, "(b, {}, {}, {})".format(*wanted))
-        if tuple(images.shape[1:]) != wanted or not images.is_floating_point():
-            raise ValueError(f"got {images.dtype} of shape {tuple(images.shape)}, expected floats (b, *{wanted}).")
-        return self.project(patchify(images, self.patch_size))
-
-# %% ../../nbs/03_layers/01_embedding.ipynb #98d1e1c0
-class TokenEmbedding(nn.Module):
-    """Word + learned position (+ segment): ids (b, n) → tokens (b, n, d), before any norm. `context` is the longest
-    sequence, `segments` the number of kinds of segment (2 for BERT, 0 = none). Devlin et al. 2018, figure 2."""
-
-    def __init__(self, vocab_size: int, dim: int, context: int, segments: int = 0):
-        super().__init__()
-        _expect_sizes(vocab_size=vocab_size, dim=dim, context=context, segments=segments + 1)
-        self.token, self.position = nn.Embedding(vocab_size, dim), nn.Embedding(context, dim)
-        self.segment = nn.Embedding(segments, dim) if segments else None
-        for table in self.children():
-            nn.init.normal_(table.weight, std=0.02)
-
-    def forward(
-        self,
-        ids: Tensor,  # (b, n), 0 to v - 1
-        segments: Tensor | None = None,  # (b, n), 0 to segments - 1; all 0 where not given
-        start: int = 0,  # the place of the first token: what a cache already holds
-    ) -> Tensor:
-        _expect_ids(ids, self.token.num_embeddings, "ids")
-        n, context = ids.shape[1], self.position.num_embeddings
-        if start < 0 or start + n > context:
-            raise ValueError(f"{n} tokens from place {start} on do not fit a context of {context}; cut the text.")
-        x = self.token(ids) + self.position.weight[start:start + n]
-        if segments is None:
-            return x if self.segment is None else x + self.segment.weight[0]
-        if self.segment is None:
-            raise ValueError("got segments, but this embedding was made with segments=0; leave them out.")
-        _expect_ids(segments, self.segment.num_embeddings, "segments", ids.shape)
-        return x + self.segment(segments)
-
-# %% ../../nbs/03_layers/01_embedding.ipynb #cea19398
-def sinusoidal(
-    n: int,  # places
-    dim: int,  # d, even
-) -> Tensor:  # (n, d), each from -1 to 1
-    "Fixed positions: sines and cosines of wavelengths from 2π to 10,000·2π (Vaswani et al. 2017, section 3.5)."
-    _expect_sizes(n=n, dim=dim)
-    if dim % 2:
-        raise ValueError(f"dim is {dim}, expected an even number: each frequency takes a sine and a cosine.")
-    speed = 10_000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * speed  # (n, d/2)
-    return rearrange([angle.sin(), angle.cos()], "two n f -> n (f two)").float()

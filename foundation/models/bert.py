@@ -9,13 +9,18 @@ __all__ = ['BERT']
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import check_mask, check_sizes, checked
 from ..layers.block import Block
-from ..layers.embedding import TokenEmbedding, _expect_sizes
+from ..layers.embedding import TokenEmbedding
 
 # %% ../../nbs/04_models/03_bert.ipynb #c5df8385
 class BERT(nn.Module):
-    "An encoder that sees both sides of each token: ids (b, n) → logits over the vocabulary (b, n, v) (Devlin et al. 2018)."
+    """An encoder that sees both sides of each token: ids (b, n) → logits over the vocabulary (b, n, v) (Devlin et al. 2018).
 
+    Raises TypeError or ValueError for sizes that do not fit each other, and for ids, masks, segments or places
+    of another kind or shape."""
+
+    @checked
     def __init__(
         self,
         vocab_size: int,  # v
@@ -29,7 +34,7 @@ class BERT(nn.Module):
         eps: float = 1e-12,  # of the norms
     ):
         super().__init__()
-        _expect_sizes(depth=depth)
+        check_sizes(depth=depth)
         self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth, heads=heads,
                            mlp_ratio=mlp_ratio, segments=segments, dropout=dropout, eps=eps)
         self.dim = dim
@@ -51,7 +56,7 @@ class BERT(nn.Module):
 
     def _read(self, blocks, tokens, mask, segments):
         x = self.drop(self.norm(self.embedding(tokens, segments)))
-        visible = _visible(mask, tokens)
+        visible = _visible(mask, x)
         for block in blocks:
             x = block(x, visible)
         return x, visible
@@ -66,25 +71,14 @@ class BERT(nn.Module):
         if places is None:
             x = self.encode(tokens, mask, segments)
         else:  # most tokens are not hidden: the last block need not finish them, and the head, the widest product, skips them
-            x = _answer(self.blocks[-1], *self._read(self.blocks[:-1], tokens, mask, segments), _expect_places(places, tokens))
+            x, visible = self._read(self.blocks[:-1], tokens, mask, segments)
+            places = check_mask(places, "places", x.shape[:2])
+            if not places.any():
+                raise ValueError("places is False everywhere; expected at least one True: hide a token of the batch")
+            x = _answer(self.blocks[-1], x, visible, places)
         return nn.functional.linear(self.head(x), self.embedding.token.weight, self.bias)
 
 # %% ../../nbs/04_models/03_bert.ipynb #ab18cd95
-def _expect_mask(mask, tokens, name):
-    "Refuse anything but booleans of the tokens' shape"
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tokens.shape:
-        got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise ValueError(f"{name} is {got}; expected booleans {tuple(tokens.shape)}, one for each token")
-    return mask
-
-
-def _expect_places(places, tokens):
-    "Refuse places that ask for nothing"
-    if not _expect_mask(places, tokens, "places").any():
-        raise ValueError("places is False everywhere, so no place is asked for; hide at least one token of the batch")
-    return places
-
-
 def _answer(block, x, visible, places):  # (b, n, d) -> (count, d)
     "The last block for some places: all tokens are looked at, but only these look. In reading order"
     count = places.sum(1, keepdim=True)
@@ -99,8 +93,13 @@ def _answer(block, x, visible, places):  # (b, n, d) -> (count, d)
     return block.norm2(look + block.drop(block.mlp(look)))
 
 
-def _visible(mask, tokens):
+def _visible(mask, x):
     "The mask as attention wants it: the same for all heads and queries, (b, 1, 1, n)"
-    if mask is None or isinstance(mask, Tensor) and mask.ndim == 4:
-        return mask
-    return _expect_mask(mask, tokens, "mask")[:, None, None]
+    if mask is None:
+        return None
+    mask, (b, n) = check_mask(mask).to(x.device), x.shape[:2]
+    if mask.ndim != 4:
+        return check_mask(mask, "mask", (b, n))[:, None, None]
+    if mask.shape[0] not in (1, b) or any(size not in (1, n) for size in mask.shape[2:]):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected ({b}, {n}), or what broadcasts to ({b}, h, {n}, {n})")
+    return mask

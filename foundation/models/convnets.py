@@ -6,27 +6,31 @@
 __all__ = ['Backbone', 'ResNet', 'ConvNet', 'VGG', 'SameConv', 'InvertedBlock', 'EfficientNetLite']
 
 # %% ../../nbs/04_models/01_convnets.ipynb #318d63a3
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.checks import check_images, check_sizes, check_whole, checked, got
 from ..layers.convolution import ConvBlock, ResidualBlock
 
 # %% ../../nbs/04_models/01_convnets.ipynb #bdd9545b
 class Backbone(nn.Module):
     "A body of convolutions, the mean over all places, and a linear head; subclasses make `body`."
 
+    @checked
     def __init__(self, body: nn.Module, dim: int, config: dict):
         super().__init__()
+        check_sizes(dim=dim, classes=config.get("classes"), channels=config.get("channels"))
         self.config, self.dim = config, dim
         self.body = body
         self.head = nn.Linear(dim, config["classes"])
 
     def encode(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, d)
-        "Features: the mean of the last feature map over its places."
-        channels = self.config["channels"]
-        if x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
-            raise ValueError(f"got {x.dtype} of shape {tuple(x.shape)}; expected float images (b, {channels}, h, w)")
+        "Features: the mean of the last feature map over its places. Raises `TypeError`, `ValueError` for other images."
+        x = check_images(x, "images", f"(b, {self.config['channels']}, h, w)", "floats")
+        _check_type(x, self)
         return self.body(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, k)
@@ -34,66 +38,75 @@ class Backbone(nn.Module):
 
 
 class ResNet(Backbone):
-    "A small ResNet (He et al. 2015): a stride-2 stem, then stages of residual blocks, each stage at half the size."
+    """A small ResNet (He et al. 2015): a stride-2 stem, then stages of residual blocks, each stage at half the size.
 
+    Raises TypeError or ValueError for sizes below 1, or not as many depths as widths."""
+
+    @checked
     def __init__(
         self,
         classes: int = 10,
         channels: int = 1,  # of the images
-        widths: tuple[int, ...] = (32, 64, 128, 256),  # of the stages
-        depths: tuple[int, ...] = (1, 1, 1, 1),  # residual blocks of each stage
+        widths: Sequence[int] = (32, 64, 128, 256),  # of the stages
+        depths: Sequence[int] = (1, 1, 1, 1),  # residual blocks of each stage
     ):
-        if len(widths) != len(depths) or min(depths) < 1:
-            raise ValueError(f"got widths {widths}, depths {depths}; expected a depth of at least 1 for each width")
-        stages, c_in = [ConvBlock(channels, widths[0], stride=2)], widths[0]
+        widths, depths = _stages(widths, depths)
+        layers, c_in = [ConvBlock(channels, widths[0], stride=2)], widths[0]
         for i, (width, depth) in enumerate(zip(widths, depths)):
             for j in range(depth):
-                stages.append(ResidualBlock(c_in, width, stride=2 if i > 0 and j == 0 else 1))
+                layers.append(ResidualBlock(c_in, width, stride=2 if i > 0 and j == 0 else 1))
                 c_in = width
-        config = dict(classes=classes, channels=channels, widths=list(widths), depths=list(depths))
-        super().__init__(nn.Sequential(*stages), c_in, config)
+        config = dict(classes=classes, channels=channels, widths=widths, depths=depths)
+        super().__init__(nn.Sequential(*layers), c_in, config)
 
 
 class ConvNet(Backbone):
-    "A plain stack of stride-2 convolutions: few operations in a row, so it answers fast."
+    """A plain stack of stride-2 convolutions: few operations in a row, so it answers fast.
 
+    Raises TypeError or ValueError for sizes below 1."""
+
+    @checked
     def __init__(
         self,
         classes: int = 10,
         channels: int = 1,
-        widths: tuple[int, ...] = (16, 32, 48),  # one convolution each
+        widths: Sequence[int] = (16, 32, 48),  # one convolution each
     ):
-        sizes = [channels, *widths]
-        config = dict(classes=classes, channels=channels, widths=list(widths))
-        super().__init__(nn.Sequential(*(ConvBlock(a, b, 2) for a, b in zip(sizes, widths))), widths[-1], config)
+        widths, _ = _stages(widths, [1] * len(widths))
+        layers = [ConvBlock(c_in, c_out, 2) for c_in, c_out in zip([channels, *widths], widths)]
+        config = dict(classes=classes, channels=channels, widths=widths)
+        super().__init__(nn.Sequential(*layers), widths[-1], config)
 
 # %% ../../nbs/04_models/01_convnets.ipynb #86f222ac
 class VGG(Backbone):
-    "Stages of 3×3 convolutions, each closed by the maximum over 2×2 places (Simonyan & Zisserman 2014), with batch norm."
+    """Stages of 3×3 convolutions, each closed by the maximum over 2×2 places (Simonyan & Zisserman 2014), with batch norm.
 
+    Raises TypeError or ValueError for sizes below 1, or not as many depths as widths."""
+
+    @checked
     def __init__(
         self,
         classes: int = 10,
         channels: int = 1,
-        widths: tuple[int, ...] = (32, 64, 128),  # of the stages
-        depths: tuple[int, ...] = (2, 2, 2),  # convolutions of each stage
+        widths: Sequence[int] = (32, 64, 128),  # of the stages
+        depths: Sequence[int] = (2, 2, 2),  # convolutions of each stage
     ):
-        if len(widths) != len(depths) or not depths or min(depths) < 1:
-            raise ValueError(f"got widths {widths}, depths {depths}; expected a depth of at least 1 for each width")
+        widths, depths = _stages(widths, depths)
         layers, c_in = [], channels
         for width, depth in zip(widths, depths):
             for _ in range(depth):
                 layers.append(ConvBlock(c_in, width))
                 c_in = width
             layers.append(nn.MaxPool2d(2))
-        config = dict(classes=classes, channels=channels, widths=list(widths), depths=list(depths))
+        config = dict(classes=classes, channels=channels, widths=widths, depths=depths)
         super().__init__(nn.Sequential(*layers), c_in, config)
 
     def encode(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, d)
         "Features: the mean of the last feature map. Raises `ValueError` for images that vanish in the pooling."
+        h, w = check_images(x).shape[2:]
         least = 2 ** len(self.config["depths"])
-        if x.ndim == 4 and min(x.shape[2:]) < least:
-            raise ValueError(f"got images of {x.shape[2]} × {x.shape[3]}; expected at least {least} × {least}: each stage halves them")
+        if min(h, w) < least:
+            raise ValueError(f"images are {h} × {w}; expected at least {least} × {least}: each stage halves them")
         return super().encode(x)
 
 # %% ../../nbs/04_models/01_convnets.ipynb #34a78773
@@ -101,8 +114,8 @@ class SameConv(nn.Conv2d):
     "A convolution padded as TensorFlow does it: ⌈size / stride⌉ places come out, and an odd row of padding goes to the end."
 
     def forward(self, x: Tensor) -> Tensor:
-        sizes = zip(x.shape[2:], self.stride, self.kernel_size)
-        h, w = (max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in sizes)
+        sizes = zip(x.shape[2:], self.stride, self.kernel_size, self.dilation)
+        h, w = (max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, s, k, d in sizes)
         return super().forward(F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2)))
 
 
@@ -113,10 +126,14 @@ def _unit(c_in, c_out, kernel=1, stride=1, groups=1, relu=True):
 
 
 class InvertedBlock(nn.Module):
-    "Widen, filter each channel alone, narrow; a shortcut where the shapes allow it (Sandler et al. 2018, fig. 4)."
+    """Widen, filter each channel alone, narrow; a shortcut where the shapes allow it (Sandler et al. 2018, fig. 4).
 
+    Raises TypeError or ValueError for sizes below 1."""
+
+    @checked
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, ratio: int):
         super().__init__()
+        check_sizes(c_in=c_in, c_out=c_out, kernel=kernel, stride=stride, ratio=ratio)
         wide = c_in * ratio
         widen = _unit(c_in, wide) if ratio > 1 else []
         self.body = nn.Sequential(*widen, *_unit(wide, wide, kernel, stride, groups=wide), *_unit(wide, c_out, relu=False))
@@ -131,18 +148,46 @@ _LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)
 
 
 class EfficientNetLite(Backbone):
-    "EfficientNet (Tan & Le 2019, table 1) without squeeze-and-excitation and with ReLU6, for small devices; lite0 by default."
+    """EfficientNet (Tan & Le 2019, table 1) without squeeze-and-excitation and with ReLU6, for small devices; lite0 by default.
 
+    Raises TypeError or ValueError for sizes below 1, or stages that are not five numbers each."""
+
+    @checked
     def __init__(
         self,
         classes: int = 1000,
         channels: int = 3,
-        stages: tuple[tuple[int, ...], ...] = _LITE0,  # of each: blocks, kernel, stride of the first, ratio, width
+        stages: Sequence[Sequence[int]] = _LITE0,  # of each: blocks, kernel, stride of the first, ratio, width
     ):
+        check_sizes(channels=channels)
+        stages = [_five(stage) for stage in stages]
         layers, c_in = _unit(channels, 32, 3, 2), 32
         for blocks, kernel, stride, ratio, width in stages:
             for i in range(blocks):
                 layers.append(InvertedBlock(c_in, width, kernel, stride if i == 0 else 1, ratio))
                 c_in = width
-        config = dict(classes=classes, channels=channels, stages=[list(stage) for stage in stages])
+        config = dict(classes=classes, channels=channels, stages=stages)
         super().__init__(nn.Sequential(*layers, *_unit(c_in, 1280)), 1280, config)
+
+# %% ../../nbs/04_models/01_convnets.ipynb #1a121229
+def _stages(widths, depths):
+    "Widths and depths of the stages as lists of whole numbers"
+    widths = [check_whole(n, "widths", 1) for n in widths]
+    depths = [check_whole(n, "depths", 1) for n in depths]
+    if not widths or len(widths) != len(depths):
+        raise ValueError(f"got widths {widths}, depths {depths}; expected a depth of 1 or more for each width")
+    return widths, depths
+
+
+def _five(stage):
+    "One stage of EfficientNet as a list"
+    if not isinstance(stage, Sequence) or len(stage) != 5:
+        raise ValueError(f"stage is {stage!r}; expected five whole numbers: blocks, kernel, stride, ratio, width")
+    return [check_whole(n, "stages", 1) for n in stage]
+
+
+def _check_type(x, model):
+    "Images in the type of the weights; under autocast PyTorch converts them"
+    weight = next(model.parameters(), x)
+    if weight.is_floating_point() and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"images is {got(x)}; expected the weights' type, which images.to({weight.dtype}) makes")

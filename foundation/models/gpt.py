@@ -7,18 +7,24 @@ __all__ = ['GPT']
 
 # %% ../../nbs/04_models/04_gpt.ipynb #431249dc
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..core.basics import evaluating
+from ..core.checks import check_number, check_sizes, check_tokens, check_whole, checked, got, refuse_nan
 from ..layers.attention import KeyValueCache
 from ..layers.block import Block
-from ..layers.embedding import TokenEmbedding, _expect_sizes
+from ..layers.embedding import TokenEmbedding
 
 # %% ../../nbs/04_models/04_gpt.ipynb #cf968fe9
 class GPT(nn.Module):
-    "A decoder that sees only the past: ids (b, n) → logits of the next token (b, n, v) (Radford et al. 2019)."
+    """A decoder that sees only the past: ids (b, n) → logits of the next token (b, n, v) (Radford et al. 2019).
 
+    Raises TypeError or ValueError for sizes that do not fit each other, and for ids or caches that do not fit."""
+
+    @checked
     def __init__(
         self,
         vocab_size: int,  # v
@@ -31,7 +37,7 @@ class GPT(nn.Module):
         eps: float = 1e-5,  # of the norms
     ):
         super().__init__()
-        _expect_sizes(depth=depth)
+        check_sizes(depth=depth)
         self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth, heads=heads,
                            mlp_ratio=mlp_ratio, dropout=dropout, eps=eps)
         self.dim = dim
@@ -48,13 +54,22 @@ class GPT(nn.Module):
     def encode(
         self,
         tokens: Tensor,  # ids, (b, n): with caches only the new ones
-        caches: list[KeyValueCache] | None = None,  # of the tokens before; they grow
+        caches: list[KeyValueCache] | None = None,  # of the tokens before; all grow, or none when anything fails
     ) -> Tensor:  # (b, n, d)
         "What each token means after all before it."
-        caches = [None] * len(self.blocks) if caches is None else caches
-        if len(caches) != len(self.blocks):
-            raise ValueError(f"got {len(caches)} caches for {len(self.blocks)} blocks; new_caches() makes one for each")
-        x = self.drop(self.embedding(tokens, start=len(caches[0] or ())))
+        if caches is None:
+            return self._read(tokens, [None] * len(self.blocks), 0)
+        start = _check_caches(caches, self.blocks)
+        before = [vars(cache).copy() for cache in caches]
+        try:
+            return self._read(tokens, caches, start)
+        except BaseException:
+            for cache, held in zip(caches, before):
+                vars(cache).update(held)
+            raise
+
+    def _read(self, tokens, caches, start):
+        x = self.drop(self.embedding(tokens, start=start))
         for block, cache in zip(self.blocks, caches):
             x = block(x, causal=True, cache=cache)
         return self.norm(x)
@@ -62,26 +77,26 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:  # (b, n) -> (b, n, v)
         return nn.functional.linear(self.encode(tokens, caches), self.embedding.token.weight)
 
-    @torch.inference_mode()
+    @checked
     def generate(
         self,
-        tokens: Tensor,  # the beginning, (b, n)
+        tokens: Tensor | Sequence,  # the beginning, (b, n)
         count: int,  # how many to add
         temperature: float = 1.0,  # below 1 bolder choices of the likely; 0 takes the likeliest
         seed: int = 0,  # another seed, another text
-    ) -> Tensor:  # (b, n + count)
-        "Write on, token by token, without dropout. Raises `ValueError` when it would not fit the context."
-        room = self.config["context"] - tokens.shape[-1]
-        if not 0 <= count <= room or temperature < 0:
-            raise ValueError(f"got count={count}, temperature={temperature}; expected 0 <= count <= {room} (what is left of "
-                             f"the context) and temperature >= 0")
-        rng = torch.Generator(tokens.device).manual_seed(seed)
-        caches, new, was_training = self.new_caches(), tokens, self.training
-        self.eval()
-        for _ in range(count):
-            new = _choose(self.forward(new, caches)[:, -1], temperature, rng)
-            tokens = torch.cat([tokens, new], 1)
-        self.train(was_training)
+    ) -> Tensor:  # (b, n + count) int64
+        """Write on, token by token, without dropout; afterwards the model is in the mode it was in.
+
+        Raises TypeError or ValueError for bad ids or numbers, or when it would not fit the context."""
+        tokens = check_tokens(tokens, "tokens", self.config["vocab_size"])
+        check_whole(count, "count", 0, self.config["context"] - tokens.shape[1], "what is left of the context")
+        check_number(temperature, "temperature", 0)
+        check_whole(seed, "seed", 0, 2**63 - 1)
+        rng, caches, new = torch.Generator(tokens.device).manual_seed(seed), self.new_caches(), tokens
+        with evaluating(self):
+            for _ in range(count):
+                new = _choose(self(new, caches)[:, -1], temperature, rng)
+                tokens = torch.cat([tokens, new], 1)
         return tokens
 
 # %% ../../nbs/04_models/04_gpt.ipynb #f07e9869
@@ -97,6 +112,19 @@ def _start_small(model):
 
 def _choose(logits, temperature, rng):  # (b, v) -> (b, 1)
     "Draw the next token from softmax(logits / temperature)"
-    if temperature == 0:
+    refuse_nan(logits, logits=logits)
+    if temperature < 1e-30:  # the quotient would overflow; the likeliest has all the chance anyway
         return logits.argmax(-1, keepdim=True)
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=rng)
+
+
+def _check_caches(caches, blocks):
+    "One cache for each block, all at the same place of the text, which is given back"
+    for cache in caches:
+        if not isinstance(cache, KeyValueCache):
+            raise TypeError(f"caches hold {got(cache)}; expected what new_caches() makes")
+    if not len(caches) == len({id(cache) for cache in caches}) == len(blocks):
+        raise ValueError(f"got {len(caches)} caches for {len(blocks)} blocks; expected one of its own for each: new_caches()")
+    if len(places := {cache.places for cache in caches}) != 1:
+        raise ValueError(f"the caches hold {sorted(places)} tokens; expected the same text in each: new_caches() begins anew")
+    return places.pop()

@@ -9,13 +9,17 @@ __all__ = ['ViT']
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import check_choice, check_sizes, checked
 from ..layers.block import Block
-from ..layers.embedding import PatchEmbedding, _expect_sizes
+from ..layers.embedding import PatchEmbedding
 
 # %% ../../nbs/04_models/02_vit.ipynb #7deeab3a
 class ViT(nn.Module):
-    "A vision transformer, pre-norm: images (b, c, h, h) → logits (b, k) (Dosovitskiy et al. 2020)."
+    """A vision transformer, pre-norm: images (b, c, h, h) → logits (b, k) (Dosovitskiy et al. 2020).
 
+    Raises TypeError or ValueError for sizes that do not fit each other, and images of another kind or size."""
+
+    @checked
     def __init__(
         self,
         image_size: int = 28,
@@ -30,9 +34,8 @@ class ViT(nn.Module):
         pool: str = "mean",  # of all patches, or "class": read a token of its own
     ):
         super().__init__()
-        if pool not in ("mean", "class"):
-            raise ValueError(f"pool is {pool!r}; expected 'mean' or 'class'")
-        _expect_sizes(classes=classes, depth=depth)
+        check_sizes(classes=classes, depth=depth)
+        check_choice(pool, "pool", ("mean", "class"))
         self.config = dict(image_size=image_size, patch_size=patch_size, channels=channels, classes=classes, dim=dim,
                            depth=depth, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, pool=pool)
         self.dim = dim
