@@ -7,25 +7,31 @@ __all__ = ['epoch_order', 'endless', 'augmented', 'Documents', 'join', 'pad', 'p
            'mapped', 'store_documents', 'open_documents']
 
 # %% ../../nbs/02_data/05_batches.ipynb #ca7353aa
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count as count_from
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.basics import atomic_write
+from ..core.basics import atomic_write, sync_folder
+from ..core.checks import check_callable, check_images, check_whole, checked, got
 
 # %% ../../nbs/02_data/05_batches.ipynb #60d0f1dc
+@checked
 def epoch_order(
     count: int,  # number of examples
     seed: int,
     epoch: int,
 ) -> Tensor:  # (count,) a permutation of 0 … count-1
-    "The order in which epoch `epoch` visits the examples."
-    _expect_whole(count=(count, 1), seed=(seed, None), epoch=(epoch, 0))
+    "The order in which epoch `epoch` visits the examples. Raises `TypeError`, `ValueError`."
+    check_whole(count, "count", 1, 2**33, why="an order has 8 bytes an example, so cut larger sets")
+    check_whole(epoch, "epoch", 0)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(count, generator=generator)
 
@@ -36,14 +42,15 @@ def endless(
     seed: int = 0,
     start: int = 0,  # first step to yield: a resumed run passes the number of steps it has done
 ) -> Iterator[tuple[Tensor, ...]]:  # batches of exactly batch_size, each as a tuple
-    "Shuffled batches for ever; each epoch visits as many whole batches as fit, the rest waits for the next shuffle."
-    count = _expect_tensors(tensors)
-    _expect_stream(count, batch_size, seed, start)
-    return _endless(tensors, count, batch_size, seed, start)
+    """Shuffled batches for ever; each epoch visits as many whole batches as fit.
+
+    What does not fill a batch waits for the next shuffle. Raises `TypeError`, `ValueError`."""
+    tensors, count = _check_tensors(tensors)
+    return _endless(tensors, count, *_check_stream(count, batch_size, seed, start))
 
 # %% ../../nbs/02_data/05_batches.ipynb #cc3e2105
 def _endless(tensors, count, batch_size, seed, start):
-    "The generator behind `endless`, apart so that bad arguments fail at the call and not at the first batch"
+    "The generator behind `endless`, apart so that bad arguments fail at the call, not at the first batch"
     device, current = tensors[0].device, None
     for step in count_from(start):
         epoch, place = divmod(step, count // batch_size)
@@ -53,111 +60,174 @@ def _endless(tensors, count, batch_size, seed, start):
         yield tuple(t[index] for t in tensors)
 
 # %% ../../nbs/02_data/05_batches.ipynb #eeaaf2e3
-def _expect_whole(**values):
-    "Refuse what is no whole number, or too small a one; each value comes with its least, or None"
-    for name, (value, least) in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or least is not None and value < least:
-            raise ValueError(f"{name} is {value!r}; expected a whole number{'' if least is None else f', {least} or more'}")
+@checked
+def _as_tensor(tensors: Tensor):
+    return tensors
 
 
-def _expect_tensors(tensors):
-    "The common length of some tensors on one device"
-    if not tensors:
-        raise ValueError("got no tensors; expected at least one")
-    for t in tensors:
-        if not isinstance(t, Tensor) or t.ndim == 0:
-            got = "a single number" if isinstance(t, Tensor) else f"a {type(t).__name__}"
-            raise TypeError(f"got {got}; expected tensors with one row for each example (torch.as_tensor makes one)")
+def _check_tensors(tensors, one_device=True):
+    "Some tensors (arrays become tensors), and their common length"
+    tensors = [_as_tensor(t) for t in tensors]
+    if not tensors or min(t.ndim for t in tensors) == 0:
+        what = "a single number" if tensors else "none"
+        raise ValueError(f"tensors: got {what}; expected one or more, with a row for each example")
     if len(sizes := {len(t) for t in tensors}) > 1:
-        raise ValueError(f"the tensors have lengths {sorted(sizes)}; expected the same number of examples in each")
-    if len(devices := {str(t.device) for t in tensors}) > 1:
-        raise ValueError(f"the tensors are on {sorted(devices)}; move all of them to one device")
-    return sizes.pop()
+        raise ValueError(f"tensors have lengths {sorted(sizes)}; expected one row for each example")
+    if len(devices := {str(t.device) for t in tensors}) > 1 and one_device:
+        raise ValueError(f"tensors are on {sorted(devices)}; expected one device, so use .to(...)")
+    return tensors, sizes.pop()
 
 
-def _expect_stream(count, batch_size, seed, start):
-    "Refuse a stream that cannot yield a single batch"
-    _expect_whole(batch_size=(batch_size, 1), seed=(seed, None), start=(start, 0))
+def _check_stream(count, batch_size, seed, start):
+    "The numbers of a stream as plain ones; the sentence if it cannot yield a single batch"
+    batch_size = check_whole(batch_size, "batch_size", 1)
     if batch_size > count:
-        raise ValueError(f"batch_size is {batch_size} for a set of {count} examples; expected 1 to {count}")
+        raise ValueError(
+            f"batch_size is {batch_size} for a set of {count} examples; expected 1 to {count}"
+        )
+    return batch_size, check_whole(seed, "seed"), check_whole(start, "start", 0)
 
 # %% ../../nbs/02_data/05_batches.ipynb #9b1a51be
 def augmented(
-    *tensors: Tensor,  # images (n, c, h, w) uint8 first, then whatever belongs to them
-    augment: Callable,  # (images, generator) -> float images, as `foundation.data.augment.Augment`
+    *tensors: Tensor,  # images (n, c, h, w) first, then whatever belongs to them
+    augment: Callable,  # (images, generator) -> images, as `foundation.data.augment.Augment`
     batch_size: int,
     seed: int = 0,
     start: int = 0,  # first step
     views: int = 1,  # views of each picture, one below the other: (views · b, c, h, w)
 ) -> Iterator[tuple[Tensor, ...]]:
-    "Endless batches whose first tensor is augmented, in the memory order that convolutions like."
-    _expect_whole(views=(views, 1))
-    if not callable(augment):
-        raise TypeError(f"augment is a {type(augment).__name__}; expected a function of (images, generator)")
-    batches = endless(*tensors, batch_size=batch_size, seed=seed, start=start)
-    return _augmented(batches, augment, torch.Generator(tensors[0].device), seed, start, views)
+    """Endless batches whose first tensor is augmented, in the memory order that convolutions like.
+
+    Raises `TypeError`, `ValueError`."""
+    tensors, count = _check_tensors(tensors)
+    check_images(tensors[0])
+    check_callable(augment, "augment", "(images, generator)")
+    plan = _check_stream(count, batch_size, seed, start)
+    return _augmented(tensors, count, plan, augment, check_whole(views, "views", 1))
 
 # %% ../../nbs/02_data/05_batches.ipynb #ebd3be9c
-def _augmented(batches, augment, generator, seed, start, views):
+def _augmented(tensors, count, plan, augment, views):
     "The generator behind `augmented`"
-    for step, (x, *rest) in enumerate(batches, start):
+    _, seed, start = plan
+    generator = torch.Generator(tensors[0].device)
+    for step, (x, *rest) in enumerate(_endless(tensors, count, *plan), start):
         generator.manual_seed((seed * 1_000_003 + step) % 2**63)
-        x = torch.cat([augment(x, generator) for _ in range(views)])
-        yield (x.contiguous(memory_format=torch.channels_last), *rest)
+        seen = [augment(x, generator) for _ in range(views)]
+        if not all(isinstance(v, Tensor) and v.ndim == 4 and len(v) == len(x) for v in seen):
+            raise ValueError(f"augment gave {got(seen[0])}; expected images ({len(x)}, c, h, w)")
+        yield (torch.cat(seen).contiguous(memory_format=torch.channels_last), *rest)
 
 # %% ../../nbs/02_data/05_batches.ipynb #a4d9a17d
 class Documents(Sequence):
-    "Token sequences laid end to end: one long tensor, in memory or in a file, and the place where each ends."
+    """Token sequences laid end to end: one long tensor, in memory or in a file, and where each ends.
 
+    A slice is `Documents` again, over the same memory."""
+
+    @checked
     def __init__(
         self,
-        tokens: Tensor,  # (t,) whole numbers
-        ends: Tensor,  # (d,) int64, growing, the last is t
+        tokens: Tensor,  # (t,) whole numbers of any type
+        ends: Tensor,  # (d,) whole numbers that grow, the last is t
     ):
-        sound = tokens.ndim == ends.ndim == 1 and len(ends) > 0 and int(ends[-1]) == len(tokens)
-        if not sound or int(ends[0]) < 1 or (ends.diff() < 1).any():
-            raise ValueError(f"got tokens {tuple(tokens.shape)} and ends {tuple(ends.shape)}; expected at least one "
-                             "document, none of them empty, and ends that grow to the number of tokens")
-        if tokens.is_floating_point():
-            raise TypeError(f"tokens are {tokens.dtype}; expected whole numbers")
+        tokens, ends = _check_flat(tokens, "tokens"), _check_flat(ends, "ends").long()
+        if int(ends[0]) < 1 or int(ends[-1]) != len(tokens) or (ends.diff() < 1).any():
+            raise ValueError(
+                f"ends run from {int(ends[0])} to {int(ends[-1])} over {len(tokens)} tokens; expected "
+                "ends that grow to the number of tokens, none of the documents empty"
+            )
+        if tokens.device != ends.device:
+            raise ValueError(f"tokens are on {tokens.device}, ends on {ends.device}; expected one")
         self.tokens, self.ends = tokens, ends
 
     def __len__(self):
         return len(self.ends)
 
-    def __getitem__(self, i: int) -> Tensor:  # (length,) int64
-        i = range(len(self))[i]
+    def __getitem__(self, i: int | slice):  # (length,) int64; for a slice `Documents`
+        if isinstance(i, slice):
+            return self._part(range(len(self))[i])
+        i = check_whole(i, "the number of a document")
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"document {i} is out of range; there are {len(self)}")
+        i %= len(self)
         return self.tokens[self.ends[i - 1] if i else 0 : self.ends[i]].long()
+
+    def _part(self, places):
+        if not places:
+            raise ValueError("the slice holds no document; expected at least one")
+        if places.step != 1:
+            return join(self[i] for i in places)
+        start = self.ends[places[0] - 1] if places[0] else 0
+        ends = self.ends[places.start : places.stop]
+        return Documents(self.tokens[start : ends[-1]], ends - start)
 
     def __repr__(self):
         return f"Documents({len(self):,} of {len(self.tokens):,} tokens)"
 
 
+@checked
 def join(
     rows: Iterable[Sequence[int] | Tensor],  # one sequence of tokens for each document
 ) -> Documents:
-    "Lay documents end to end, in memory. Raises `ValueError` for an empty one."
-    rows = [torch.as_tensor(row) for row in rows]
-    ends = torch.tensor([len(row) for row in rows], dtype=torch.int64).cumsum(0)
-    return Documents(torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), ends)
+    "Lay documents end to end, in memory. Raises `TypeError`, `ValueError`, also for an empty one."
+    rows = _check_token_rows(rows)
+    ends = torch.tensor([*map(len, rows)], device=rows[0].device).cumsum(0)
+    return Documents(torch.cat(rows), ends)
+
+# %% ../../nbs/02_data/05_batches.ipynb #c30cc76b
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+          torch.uint16, torch.uint32, torch.uint64)  # PyTorch can do little with the last three
+
+
+def _check_flat(x, name):
+    "Whole numbers along one axis, at least one"
+    if x.ndim != 1 or not len(x):
+        what = f"has shape {tuple(x.shape)}" if x.ndim != 1 else "is empty"
+        raise ValueError(f"{name} {what}; expected one axis with at least one entry")
+    if x.dtype not in _WHOLE:
+        raise TypeError(f"{name} is {got(x)}; expected whole numbers")
+    return x
+
+
+def _as_row(row, name):
+    "One sequence of tokens, of whatever kind, as a tensor"
+    try:
+        x = _as_tensor(row) if isinstance(row, np.ndarray) else torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name} is {got(row)}; expected a sequence of whole numbers") from None
+    x = _check_flat(x, name)
+    return x if x.dtype in _WHOLE[:5] else x.long()
+
+
+def _check_token_rows(rows):
+    "Sequences of tokens as tensors on one device, at least one"
+    rows = [_as_row(row, f"row {i}") for i, row in enumerate(rows)]
+    if len(devices := {row.device for row in rows}) != 1:
+        where = sorted(map(str, devices)) or "no device"
+        raise ValueError(f"rows are on {where}; expected at least one row, all on one device")
+    return rows
+
+
+def _check_padding(value, longest):
+    "The padding's number as a plain one; the sentence if rows cannot be cut to `longest`"
+    if longest is not None:
+        check_whole(longest, "longest", 1)
+    return check_whole(value, "value", -(2**63), 2**63 - 1, why="what a token's number can be")
 
 # %% ../../nbs/02_data/05_batches.ipynb #3e8bae72
+@checked
 def pad(
-    rows: Sequence[Sequence[int] | Tensor],  # b sequences of tokens
+    rows: Iterable[Sequence[int] | Tensor],  # b sequences of tokens
     value: int = 0,  # of the padding
     longest: int | None = None,  # cut longer rows; None: as long as the longest
 ) -> tuple[Tensor, Tensor]:  # tokens (b, n) int64, mask (b, n) bool, True = real
-    "Fill rows up to one length."
-    _expect_whole(longest=(1 if longest is None else longest, 1))
-    rows = [torch.as_tensor(row)[:longest] for row in rows]
-    if any(row.is_floating_point() for row in rows if len(row)):
-        raise TypeError("rows hold floats; expected tokens, which are whole numbers")
-    if not rows or min(map(len, rows)) == 0:
-        raise ValueError(f"got {len(rows)} rows, {sum(len(r) == 0 for r in rows)} of them empty; "
-                         "expected one token or more in each")
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=value)
-    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
+    "Fill rows up to one length. Raises `TypeError`, `ValueError`, also for an empty row."
+    value = _check_padding(value, longest)
+    rows = [row[:longest] for row in _check_token_rows(rows)]
+    lengths = torch.tensor([*map(len, rows)], device=rows[0].device)
+    mask = torch.arange(max(map(len, rows)), device=lengths.device) < lengths[:, None]
+    tokens = torch.full(mask.shape, value, device=mask.device)
+    tokens[mask] = torch.cat(rows).long()
+    return tokens, mask
 
 # %% ../../nbs/02_data/05_batches.ipynb #449e45c6
 def padded(
@@ -170,15 +240,11 @@ def padded(
     start: int = 0,  # first step
     pool: int = 16,  # batches whose rows are sorted by length together; 1 does not sort
 ) -> Iterator[tuple[Tensor, ...]]:  # tokens (b, n), mask (b, n) True = real, then the tensors' rows
-    "Endless shuffled batches of rows of similar length."
-    known = isinstance(rows, Documents)
-    lengths = rows.ends.diff(prepend=rows.ends.new_zeros(1)) if known else torch.tensor([*map(len, rows)])
-    count = _expect_tensors([lengths, *(t.cpu() for t in tensors)])
-    _expect_stream(count, batch_size, seed, start)
-    _expect_whole(pool=(pool, 1), longest=(1 if longest is None else longest, 1))
-    if int(lengths.min()) == 0:
-        raise ValueError(f"row {int(lengths.argmin())} is empty; expected one token or more in each")
-    return _padded(rows, tensors, lengths, (batch_size, seed, start, pool), value, longest)
+    "Endless shuffled batches of rows of similar length. Raises `TypeError`, `ValueError`."
+    lengths = _lengths(rows)
+    (_, *tensors), count = _check_tensors([lengths, *tensors], one_device=False)
+    plan = (*_check_stream(count, batch_size, seed, start), check_whole(pool, "pool", 1))
+    return _padded(rows, tensors, lengths, plan, _check_padding(value, longest), longest)
 
 # %% ../../nbs/02_data/05_batches.ipynb #167941a0
 def _padded(rows, tensors, lengths, plan, value, longest):
@@ -194,7 +260,24 @@ def _padded(rows, tensors, lengths, plan, value, longest):
         index = batches[place]
         yield *pad([rows[i] for i in index.tolist()], value, longest), *(t[index.to(t.device)] for t in tensors)
 
+
+def _lengths(rows):
+    "How many tokens each row has, (d,) int64"
+    if isinstance(rows, Documents):
+        return rows.ends.cpu().diff(prepend=torch.zeros(1, dtype=torch.int64))
+    try:
+        if isinstance(rows, (str, bytes, Mapping)):
+            raise TypeError
+        lengths = [*map(len, rows)]
+    except TypeError:
+        raise TypeError(f"rows is {got(rows)}; expected Documents, or a list of token sequences") from None
+    if not lengths or 0 in lengths:
+        what = f"row {lengths.index(0)} is empty" if lengths else "rows is empty"
+        raise ValueError(f"{what}; expected one row or more, and a token or more in each")
+    return torch.tensor(lengths)
+
 # %% ../../nbs/02_data/05_batches.ipynb #b86e22b9
+@checked
 def packed(
     documents: Documents,
     *,
@@ -204,21 +287,25 @@ def packed(
     seed: int = 0,
     start: int = 0,  # first step
 ) -> Iterator[tuple[Tensor, Tensor]]:  # tokens (b, n) int64; owner (b, n), the number of the document, -1 = padding
-    "Endless shuffled rows of `context` tokens, filled to the brim; documents may go on in another row."
-    if not isinstance(documents, Documents):
-        raise TypeError(f"documents are a {type(documents).__name__}; expected Documents, which `join` makes")
-    _expect_whole(context=(context, 1))
-    rows = torch.arange(-(-len(documents.tokens) // context))
-    _expect_stream(len(rows), batch_size, seed, start)
-    return _packed(documents, endless(rows, batch_size=batch_size, seed=seed, start=start), context, value)
+    """Endless shuffled rows of `context` tokens, filled to the brim; documents may go on in another row.
+
+    Raises `TypeError`, `ValueError`."""
+    check_whole(context, "context", 1)
+    rows = torch.arange(-(-len(documents.tokens) // context), device=documents.tokens.device)
+    batches = endless(rows, batch_size=batch_size, seed=seed, start=start)
+    return _packed(documents, batches, context, _check_padding(value, None))
 
 
+@checked
 def same_document(
-    owner: Tensor,  # (b, n) as `packed` gives it
+    owner: Tensor,  # (b, n) whole numbers, as `packed` gives them
 ) -> Tensor:  # (b, 1, n, n) bool: True where row i may look at column j, for every head
-    "The mask that keeps documents of one row apart; padding sees only padding."
+    """The mask that keeps documents of one row apart; padding sees only padding.
+
+    Raises `TypeError`, `ValueError`."""
     if owner.ndim != 2:
         raise ValueError(f"owner has shape {tuple(owner.shape)}; expected (b, n)")
+    _check_flat(owner.flatten(), "owner")
     return owner[:, None, :, None] == owner[:, None, None, :]
 
 # %% ../../nbs/02_data/05_batches.ipynb #6d435c4e
@@ -226,82 +313,155 @@ def _packed(documents, batches, context, value):
     "The generator behind `packed`"
     last = len(documents.tokens) - 1
     for (rows,) in batches:
-        place = rows[:, None] * context + torch.arange(context)  # (b, n)
+        place = rows[:, None] * context + torch.arange(context, device=rows.device)  # (b, n)
         real = place <= last
         tokens = documents.tokens[place.clamp(max=last)].long()
         owner = torch.searchsorted(documents.ends, place, right=True)
         yield tokens.where(real, value), owner.where(real, -1)
 
 # %% ../../nbs/02_data/05_batches.ipynb #31350481
+@checked
 def store(
     path: Path | str,  # a .npy file, which NumPy and many other tools can read
     parts: Iterable[Tensor | np.ndarray],  # (n_i, ...) each, of one kind and width; only one is in memory at a time
 ) -> Path:
-    "Write parts one below the other into one array on disk; the file appears when it is whole."
+    """Write parts one below the other into one array on disk; the file appears when it is whole.
+
+    Raises `TypeError` for what no array file holds (bfloat16), `ValueError` for parts that do not fit."""
+    if isinstance(parts, (Tensor, np.ndarray)):
+        raise TypeError(f"parts is {got(parts)}; expected several, so hand in [part]")
     with atomic_write(path) as file:
         _write_parts(file, parts)
     return Path(path)
 
 
+@checked
 def mapped(
     path: Path | str,  # a .npy file
 ) -> Tensor:  # (n, ...), read from disk where it is touched
-    "Open an array on disk as a tensor, without reading it. Changes to the tensor stay in memory and never reach the file."
+    """Open an array on disk as a tensor, without reading it.
+
+    Changes to the tensor stay in memory and never reach the file.
+    Raises `FileNotFoundError`, and `ValueError` for a file that holds no array or more than one."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.name} does not exist; `store` writes such a file")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path.name or path} does not exist; `store` writes such a file")
     try:
-        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-    except (ValueError, EOFError, TypeError, OSError, AttributeError) as error:
-        raise ValueError(f"{path.name} is no array that can be mapped, or it was cut short ({error})") from None
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+        rows, rest = torch.from_numpy(array), path.stat().st_size - array.offset - array.nbytes
+    except Exception as error:  # what a damaged header raises in NumPy: ten kinds at least
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path.name} is no array that can be mapped, or it was cut short ({reason})") from None
+    if rest or not rows.ndim:
+        raise ValueError(f"{path.name} is no array of rows, or {rest} bytes stand behind it; expected what `store` writes")
+    return rows
 
 # %% ../../nbs/02_data/05_batches.ipynb #caf47842
+def _as_array(part, name):
+    "A part as an array of rows that a tensor can be mapped to"
+    try:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().resolve_conj().resolve_neg().numpy()
+        part = np.ascontiguousarray(part) if np.ndim(part) else np.asarray(part)
+        part = part.astype(part.dtype.newbyteorder("="), copy=False)
+        torch.from_numpy(part[:0])
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        mend = " (float32 or float16, as .float() or .half() makes)" if isinstance(part, Tensor) else ""
+        raise TypeError(f"{name} is {got(part)}; expected rows of numbers that NumPy has{mend}") from None
+    return part
+
+
 def _write_parts(file, parts):
     "The rows, then once more the header, with their number: NumPy leaves room in it for growing"
     kind, total = None, 0
-    for part in map(np.ascontiguousarray, parts):
+    for i, part in enumerate(parts):
+        part = _as_array(part, f"part {i}")
         mine = (part.dtype, part.shape[1:])
-        if kind is None and not part.dtype.hasobject:
-            kind = mine
-            _write_header(file, kind, 0)
+        if kind is None:
+            kind, begin = mine, _write_header(file, mine, 0)
         if mine != kind:
-            raise ValueError(f"a part has dtype and width {mine}; expected {kind or 'numbers'}, as in the parts before")
+            raise ValueError(f"part {i} is {got(part)}; expected {kind[0]}, shape (n, ...) {kind[1]}, as before")
         file.write(part)
-        total += len(part)
+        total += len(part) if part.size else 0
     if not total:
         raise ValueError("there is nothing to store; expected at least one row")
     file.seek(0)
-    _write_header(file, kind, total)
+    if _write_header(file, kind, total) != begin:
+        raise ValueError(f"the header has no room for {total} rows; expected fewer")
 
 
 def _write_header(file, kind, total):
     about = dict(descr=np.lib.format.dtype_to_descr(kind[0]), fortran_order=False, shape=(total, *kind[1]))
     np.lib.format.write_array_header_1_0(file, about)
+    return file.tell()
 
 # %% ../../nbs/02_data/05_batches.ipynb #640de954
+@checked
 def store_documents(
     folder: Path | str,
     rows: Iterable[Sequence[int]],  # one sequence of tokens for each document, made as we go
     vocab_size: int,  # up to 32,768 a token takes two bytes, else four
 ) -> Path:
-    "Write documents to disk, one at a time; `open_documents` reads them."
-    _expect_whole(vocab_size=(vocab_size, 1))
-    kind, lengths = np.int16 if vocab_size <= 2**15 else np.int32, []
+    """Write documents to disk, one at a time; `open_documents` reads them.
+
+    The files take their places when all is written. Raises `TypeError`, `ValueError`."""
+    check_whole(vocab_size, "vocab_size", 1, 2**31)
+    folder, kind, lengths = Path(folder), np.int16 if vocab_size <= 2**15 else np.int32, []
 
     def tokens():
         for i, row in enumerate(rows):
-            row = np.asarray(row)
-            if row.ndim != 1 or not row.size or row.dtype.kind not in "iu" or row.min() < 0 or row.max() >= vocab_size:
-                raise ValueError(f"document {i} is {row!r}; expected one token or more, "
-                                 f"whole numbers from 0 to {vocab_size - 1}")
+            row = _as_row(row, f"document {i}").cpu().long().numpy()
+            if row.min() < 0 or row.max() >= vocab_size:
+                raise ValueError(f"document {i} has tokens from {row.min()} to {row.max()}; "
+                                 f"expected whole numbers from 0 to {vocab_size - 1}")
             lengths.append(len(row))
             yield row.astype(kind)
 
-    store(Path(folder) / "tokens.npy", tokens())
-    store(Path(folder) / "ends.npy", [np.cumsum(lengths, dtype=np.int64)])
-    return Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".documents.") as draft:
+        store(Path(draft) / "tokens.npy", tokens())
+        store(Path(draft) / "ends.npy", [np.cumsum(lengths, dtype=np.int64)])
+        _take_places(Path(draft), folder)
+    return folder
 
 
+@checked
 def open_documents(folder: Path | str) -> Documents:
-    "Documents on disk, read where they are touched. Raises `FileNotFoundError` or `ValueError` for files that are none."
-    return Documents(mapped(Path(folder) / "tokens.npy"), mapped(Path(folder) / "ends.npy"))
+    """Documents on disk, read where they are touched.
+
+    Raises `FileNotFoundError`, or `ValueError` for files that are none or not of one set."""
+    folder = Path(folder)
+    found = Documents(mapped(folder / "tokens.npy"), mapped(folder / "ends.npy"))
+    if os.path.isfile(folder / "documents.json") and not _is_one_set(folder):
+        raise ValueError(f"the files in {folder.name} are not of one set: `store_documents` was stopped, "
+                         "or one of them was replaced; store them again")
+    return found
+
+# %% ../../nbs/02_data/05_batches.ipynb #a72144a4
+def _take_places(draft, folder):
+    "The note first: whoever is stopped after it leaves files that do not fit it, until both are there"
+    note = {name: _mark(draft / name) for name in ("tokens.npy", "ends.npy")}
+    with atomic_write(folder / "documents.json", "w") as file:
+        json.dump(note, file)
+    for name in note:
+        os.replace(draft / name, folder / name)
+    sync_folder(folder)
+
+
+def _mark(path):
+    "A hash of a file's size and of 256 pieces spread over it: all of it up to a megabyte"
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(256):
+            file.seek(max(size - 4096, 0) * i // 255)
+            found.update(file.read(4096))
+    return found.hexdigest()
+
+
+def _is_one_set(folder):
+    try:
+        note = json.loads((folder / "documents.json").read_bytes())
+        return note == {name: _mark(folder / name) for name in ("tokens.npy", "ends.npy")}
+    except (ValueError, RecursionError):
+        return False
