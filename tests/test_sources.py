@@ -309,6 +309,416 @@ def test_a_tool_that_fails_gives_its_own_reason(tmp_path):
         sources._run("no-such-tool", cwd=tmp_path)
 
 
+# Packages that would run code --------------------------------------------------------------------------------------------
+
+RUN = "import pathlib; pathlib.Path({mark!r}).write_text('ran')\n"
+IN_TREE = {"pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "back"\nbackend-path = ["."]\n', "back.py": RUN,
+           "back/__init__.py": RUN}
+ATTACKS = {
+    "a build tool of its own": IN_TREE,
+    "setup.py": {"setup.py": RUN + "from setuptools import setup; setup(name='tiny-data', version='1.0')\n"},
+    "both": IN_TREE | {"setup.py": RUN},
+    "declared setuptools": {"setup.py": RUN, "pyproject.toml": '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'},
+}
+
+
+@pytest.mark.parametrize("attack, kind", [*((attack, "tar.gz") for attack in ATTACKS), ("both", "zip")])
+def test_a_source_archive_is_fetched_without_running_what_it_brings(tmp_path, monkeypatch, attack, kind):
+    import zipfile
+    shelves, mark = tmp_path / "shelves", tmp_path / "ran"
+    shelves.mkdir()
+    files = {name: text.format(mark=str(mark)) for name, text in ATTACKS[attack].items()}
+    files |= {"PKG-INFO": "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n", "deep/line.txt": TEXT.decode()}
+    parcel = shelves / f"tiny_data-1.0.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(parcel, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(f"tiny_data-1.0/{name}", text)
+    else:
+        with tarfile.open(parcel, "w:gz") as archive:
+            for name, text in files.items():
+                info = tarfile.TarInfo(f"tiny_data-1.0/{name}")
+                info.size = len(text.encode())
+                archive.addfile(info, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelves))
+    assert fetch(tiny(sources.pip_archive("tiny-data==1.0")))["line"].read_bytes() == TEXT
+    assert not mark.exists()
+    if kind == "zip":
+        with pytest.raises(DataUnavailable, match="pip download.*: .* failed: ERROR"):
+            fetch(tiny(sources.pip_archive("tiny-data==2.0"), name="other"))
+
+
+@pytest.mark.parametrize("start", [
+    "import subprocess; subprocess.run([sys.executable, '-c', ''])", "import os; os.system('true')",
+    "import os; os.posix_spawn('/bin/true', ['true'], {})", "import os; os.fork()", "import os; os.execv('/bin/true', ['true'])"])
+@pytest.mark.skipif(os.name == "nt", reason="other ways there")
+def test_a_pip_that_comes_by_another_way_can_start_nothing(tmp_path, start):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
+    (tmp_path / "pip" / "__main__.py").write_text(f"import sys\n{start}\nprint('it got through')\n")
+    with pytest.raises(OSError, match="nothing may be started"):
+        sources._run(sys.executable, "-c", sources._GUARD, str(tmp_path), "tiny-data", "download", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+
+
+@pytest.mark.parametrize("place", [
+    lambda: sources.pip_archive("--index-url=http://evil/"), lambda: sources.pip_archive("tiny"), lambda: sources.wheel_archive("-r x==1"),
+    lambda: sources.wheel_archive("https://evil/x==1"), lambda: sources.npm_archive("--ignore-scripts=false"), lambda: sources.npm_archive("../x"),
+    lambda: sources.npm_archive("git+https://evil/x@1"), lambda: sources.apt_archive("-oX=y"), lambda: sources.apt_archive("./x.deb"),
+    lambda: installed("os.path"), lambda: installed("")])
+def test_what_a_client_would_take_for_something_else_is_refused(place):
+    with pytest.raises(ValueError, match="^package is .*; expected"):
+        place()
+    assert sources.npm_archive("@scope/tiny@1.0.0") and sources.pip_archive("Tiny.data_1==1.0.post1")
+
+
+# Bombs ------------------------------------------------------------------------------------------------------------------
+
+
+def on_disk(folder):
+    return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+
+
+def zeros(mb):
+    return io.BytesIO(gzip.compress(b"\0" * (mb * 1_000_000), 1))
+
+
+@pytest.mark.parametrize("kind", ["line.txt.gz", "all.tar.gz", "all.zip"])
+def test_a_bomb_under_a_wanted_name_is_stopped_early(tmp_path, own_cache, kind, monkeypatch):
+    import zipfile
+    place, most = tmp_path / "shelf", []
+    place.mkdir()
+    if kind.endswith("txt.gz"):
+        (place / kind).write_bytes(zeros(40).read())
+    elif kind.endswith("zip"):
+        with zipfile.ZipFile(place / kind, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("line.txt", b"\0" * 40_000_000)
+    else:
+        with tarfile.open(place / kind, "w:gz") as archive:
+            info = tarfile.TarInfo("line.txt")
+            info.size = 40_000_000
+            archive.addfile(info, io.BytesIO(b"\0" * 40_000_000))
+    monkeypatch.setattr(sources, "_copy", lambda *a, really=sources._copy, **k: _noted(really, most, own_cache, *a, **k))
+    with pytest.raises(DataUnavailable, match="holds a line.txt of more than 1 MB"):
+        fetch(tiny(folder(place)))
+    assert max(most) < 3_000_000 and on_disk(own_cache) < 1000
+
+
+def _noted(really, most, cache, *args, **options):
+    try:
+        return really(*args, **options)
+    finally:
+        most.append(on_disk(cache))
+
+
+def nested(depth, content=TEXT):
+    data, name = content, "line.txt"
+    for level in range(depth):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        data, name = buffer.getvalue(), "inner.tar.gz"
+    return data
+
+
+def test_archives_in_archives_have_an_end(tmp_path):
+    shelf(tmp_path, nested(4), "all.tar.gz")
+    assert fetch(tiny(folder(tmp_path / "shelf")))["line"].read_bytes() == TEXT
+    shelf(tmp_path, nested(200), "all.tar.gz")
+    begin = time.process_time()
+    with pytest.raises(DataUnavailable, match="more than five deep"):
+        fetch(tiny(folder(tmp_path / "shelf"), name="other"))
+    assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("kind", ["unwanted", "long name", "many"])
+def test_what_an_archive_hides_beside_the_wanted_files_is_counted_too(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sources, "_allowed", lambda mb: 3_000_000)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.GNU_FORMAT) as archive:
+        if kind == "unwanted":
+            info = tarfile.TarInfo("other.txt")
+            info.size = 20_000_000
+            archive.addfile(info, io.BytesIO(b"\0" * info.size))
+        elif kind == "long name":  # a header says how long the name is that follows: the reader would take it into memory
+            archive.addfile(tarfile.TarInfo("x" * 20_000_000))
+        else:
+            for i in range(10_000):
+                archive.addfile(tarfile.TarInfo(f"{i}"))
+        info = tarfile.TarInfo("line.txt")
+        info.size = len(TEXT)
+        archive.addfile(info, io.BytesIO(TEXT))
+    shelf(tmp_path, buffer.getvalue(), "all.tar.gz")
+    with pytest.raises(DataUnavailable, match="unpacks to far more than the data set holds"):
+        fetch(tiny(folder(tmp_path / "shelf")))
+
+
+def served(tmp_path, content, pause=0.0):
+    "A web server of one file, which it hands out in pieces: (address, stop)"
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            try:
+                for piece in content:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+                    time.sleep(pause)
+            except OSError:  # the other side has hung up, as it should
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/line.txt", lambda: (server.shutdown(), server.server_close())
+
+
+def test_a_download_has_an_end_in_size_and_in_time(tmp_path, own_cache, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sources, "_allowed", lambda mb: 5_000_000)
+    address, stop = served(tmp_path, (b"\0" * 100_000 for _ in range(10_000)))
+    with pytest.raises(DataUnavailable, match="brings more than 5 MB"):
+        fetch(tiny(web(address)))
+    stop()
+    clock = time.monotonic
+    monkeypatch.setattr(sources, "_patience", lambda mb: 0.5)
+    address, stop = served(tmp_path, (b"." for _ in range(10_000)), pause=0.02)
+    begin = clock()
+    with pytest.raises(DataUnavailable, match="takes too long"):
+        fetch(tiny(web(address), name="slow"))
+    stop()
+    assert clock() - begin < 5 and on_disk(own_cache) < 1000
+
+
+def test_a_tool_has_an_end_in_size_and_in_time(tmp_path, monkeypatch):
+    def place(code):
+        return Place("a tool", lambda scratch: sources._run(sys.executable, "-c", code, cwd=scratch), False)
+    monkeypatch.setattr(sources, "_allowed", lambda mb: 5_000_000)
+    with pytest.raises(DataUnavailable, match="brings more than 5 MB"):
+        fetch(tiny(place("import time; open('x', 'wb').write(bytes(9_000_000)); time.sleep(60)")))
+    monkeypatch.setattr(sources, "_patience", lambda mb: 0.3)
+    begin = time.monotonic()
+    with pytest.raises(DataUnavailable, match="takes too long"):
+        fetch(tiny(place("import time; time.sleep(60)"), name="slow"))
+    assert time.monotonic() - begin < 5
+
+
+# Homes and folders of others --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def homeless(tmp_path, monkeypatch):
+    "A user without an entry in the password file and without HOME, whose folder for temporary files is ours"
+    def nobody(self):
+        if str(self).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return self
+    monkeypatch.setattr(sources.Path, "expanduser", nobody)
+    monkeypatch.setattr(sources.Path, "home", lambda: nobody(Path("~")))
+    monkeypatch.setattr(sources.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.delenv("FOUNDATION_DATA")
+    return tmp_path / "temporary" / f"foundation-{os.getuid() if hasattr(os, 'getuid') else ''}"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="homes are found another way there")
+def test_without_a_home_the_data_goes_to_the_spare_folder_with_a_note(homeless, tmp_path, capsys):
+    source = tiny(shelf(tmp_path))
+    assert where(source).note == "not fetched yet" and not homeless.exists()
+    assert fetch(source)["line"] == homeless / "tiny" / "line.txt"
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "no home folder" in told and "FOUNDATION_DATA" in told
+    assert homeless.stat().st_mode & 0o777 == 0o700 and cache_folder() == homeless
+    assert fetch(source)["line"].exists() and where(source).ready and capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="homes are found another way there")
+def test_without_a_home_and_a_temporary_folder_there_is_one_sentence(homeless, tmp_path, monkeypatch):
+    def none():
+        raise FileNotFoundError("No usable temporary directory found")
+    monkeypatch.setattr(sources.tempfile, "gettempdir", none)
+    for call in (cache_folder, lambda: fetch(tiny()), lambda: where(tiny())):
+        with pytest.raises(DataUnavailable, match="^This user has neither a home folder .*: set FOUNDATION_DATA to .*[.]$"):
+            call()
+    monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / "own"))
+    assert fetch(tiny(shelf(tmp_path)))["line"].exists() and not where(tiny(), tmp_path / "x").ready
+
+
+def test_a_named_folder_that_leads_nowhere_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("FOUNDATION_DATA", "~nobody_of_this_name/x")
+    for call in (cache_folder, lambda: fetch(tiny()), lambda: where(tiny())):
+        with pytest.raises(DataUnavailable, match="FOUNDATION_DATA is '~nobody_of_this_name/x', which leads nowhere; expected a full path"):
+            call()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders for temporary files are one's own there")
+@pytest.mark.parametrize("made", ["of another user", "a link", "open to others", "a file"])
+def test_a_spare_folder_that_others_can_write_to_is_neither_read_nor_written(homeless, tmp_path, monkeypatch, made):
+    theirs = tmp_path / "theirs"
+    (theirs / "tiny").mkdir(parents=True)
+    (theirs / "tiny" / "line.txt").write_bytes(TEXT)  # good now; its owner may swap it after the check
+    if made == "a link":
+        homeless.symlink_to(theirs)
+    elif made == "a file":
+        homeless.write_text("")
+    else:
+        theirs.rename(homeless)
+        homeless.chmod(0o777 if made == "open to others" else 0o700)
+        if made == "of another user":
+            monkeypatch.setattr(sources.os, "getuid", lambda uid=os.getuid(): uid + 1)
+            monkeypatch.setattr(sources, "_spare_folder", lambda: homeless)
+    with pytest.raises(DataUnavailable, match=f"Nothing can be written to .*{homeless.name}.*does not belong to you alone: set FOUNDATION_DATA"):
+        fetch(tiny(shelf(tmp_path)))
+    if made != "a file":
+        assert sorted(p.name for p in homeless.rglob("*")) == ["line.txt", "tiny"]
+    monkeypatch.setattr(sources, "cache_folder", lambda: tmp_path / "home")  # with a home of one's own it is not even looked at
+    assert fetch(tiny(shelf(tmp_path)))["line"] == tmp_path / "home" / "tiny" / "line.txt"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such modes there")
+def test_an_older_spare_folder_of_ones_own_is_closed_to_others(homeless, tmp_path):
+    homeless.mkdir(mode=0o755)
+    fetch(tiny(shelf(tmp_path)))
+    assert homeless.stat().st_mode & 0o777 == 0o700
+
+
+def test_relative_cache_variables_are_ignored_as_their_specification_says(monkeypatch):
+    monkeypatch.delenv("FOUNDATION_DATA")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "somewhere/here")
+    assert cache_folder() == Path.home() / ".cache" / "foundation"
+
+
+SHARED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from foundation.core import sources
+from foundation.core.sources import *
+import hashlib, json, tempfile
+text = b"one small line\\n"
+os.setgid(4711); os.setuid(4711)
+os.environ["FOUNDATION_DATA"] = sys.argv[1]
+source = Source(sys.argv[2], "", "", "", .1, {{"line": File("line.txt", (hashlib.sha256(text).hexdigest(),))}}, (folder(sys.argv[3]),))
+try:
+    print(fetch(source)["line"].read_bytes() == text)
+except DataUnavailable as error:
+    print("told:", error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can play two users")
+def test_two_users_share_a_cache(tmp_path, own_cache):
+    root = Path(sources.__file__).parents[2]
+    try:
+        subprocess.run([sys.executable, "-c", "import os; os.setuid(4711); import foundation"], cwd=root, check=True, capture_output=True)
+    except subprocess.CalledProcessError:
+        pytest.skip("another user cannot read the library here")
+    for place in (tmp_path, *tmp_path.parents):
+        if place.stat().st_uid == 0 and place != place.parent:
+            place.chmod(place.stat().st_mode | 0o755)
+    fetch(tiny(shelf(tmp_path)))
+    own_cache.chmod(0o777)
+
+    def other(name):
+        return subprocess.run([sys.executable, "-c", SHARED.format(root=str(root)), str(own_cache), name, str(tmp_path / "shelf")],
+                              capture_output=True, text=True, cwd="/").stdout
+    assert other("tiny") == "True\n"  # what the first user fetched is there for the second
+    (own_cache / ".late.lock").touch()
+    assert other("late") == "True\n"  # and a lock that the first one left can be locked by the second
+    (own_cache / "tiny" / "line.txt").write_bytes(b"damaged")
+    assert other("tiny").startswith("told: Nothing can be written to") and other("tiny").count("\n") == 1
+    (own_cache / ".late.lock").chmod(0o600)
+    (own_cache / "late" / "line.txt").unlink()
+    assert "belongs to another user" in other("late")
+
+
+# A cache that goes away -------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_removed_while_files_come_is_filled_anew(tmp_path, own_cache):
+    import shutil
+    asked = []
+
+    def get(scratch):
+        asked.append(1)
+        if len(asked) == 1:
+            shutil.rmtree(own_cache)
+        return tmp_path / "shelf"
+    shelf(tmp_path)
+    assert fetch(tiny(Place("slow", get)))["line"].read_bytes() == TEXT and len(asked) == 2
+
+    def always(scratch):
+        shutil.rmtree(own_cache)
+        return tmp_path / "shelf"
+    with pytest.raises(DataUnavailable, match="was removed again and again while fleeting was fetched"):
+        fetch(tiny(Place("slow", always), name="fleeting"))
+
+
+def test_no_process_gives_up_when_the_cache_is_removed_meanwhile(tmp_path):
+    import shutil
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    processes = [start(cache, log, 1) for _ in range(3)]
+    wait_for(log.exists)
+    shutil.rmtree(cache, ignore_errors=True)
+    results = [p.communicate(timeout=40) for p in processes]
+    assert [out for out, _ in results] == ["True\n"] * 3, results
+    assert len(log.read_text().split()) <= 3
+
+
+def test_a_lock_whose_file_was_removed_is_no_longer_there(tmp_path):
+    with sources.alone(tmp_path / "a" / "lock") as is_there:
+        assert is_there()
+        (tmp_path / "a" / "lock").unlink()
+        assert not is_there()
+        with sources.alone(tmp_path / "a" / "lock") as other:
+            assert other() and not is_there()
+
+
+def test_patience_ends_in_a_sentence(tmp_path):
+    with sources.alone(tmp_path / "lock"):
+        with pytest.raises(DataUnavailable, match="Another process has held .* for 0 s: end it"):
+            with sources.alone(str(tmp_path / "lock"), patience=0.2):
+                pass
+
+
+# Kinds of arguments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [
+    lambda: fetch(3), lambda: fetch(["digits"]), lambda: fetch("digits", 3), lambda: where(None), lambda: sources.tilde(None), lambda: folder(3),
+    lambda: web(), lambda: web(3), lambda: File(3, ()), lambda: File("a", "abc"), lambda: Place("a", 3), lambda: installed(None),
+    lambda: Source("a", "", "", "", "big", {}, ()), lambda: Source("a", "", "", "", 1, {"x": "y"}, ()), lambda: Source("a", "", "", "", 1, {}, (3,)),
+    lambda: sources.intact(3, File("a", ())), lambda: sources.pip_archive(7)])
+def test_another_kind_of_argument_is_one_sentence(call):
+    with pytest.raises(TypeError, match=" is .*; expected ") as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../../x", "a\\b", "C:x", "a\0b"])
+def test_names_cannot_leave_the_cache(name):
+    for make in (lambda: File(name, ()), lambda: Source(name, "", "", "", 1, {}, ())):
+        with pytest.raises(ValueError, match="without a folder"):
+            make()
+
+
+@pytest.mark.parametrize("origin", ["[" * 100_000, '{"place": {"a": 1}}', "\udcff", "3", ""])
+def test_a_strange_origin_does_not_matter(tmp_path, own_cache, origin):
+    source = tiny(shelf(tmp_path))
+    fetch(source)
+    (own_cache / "tiny" / "origin.json").write_bytes(origin.encode(errors="surrogateescape"))
+    assert where(source).ready and where(source).place == ""
+
+
 # The real sets ----------------------------------------------------------------------------------------------------------
 
 def test_sums_are_sums_and_places_end_on_the_web():

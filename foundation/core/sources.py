@@ -7,21 +7,24 @@ __all__ = ['SOURCES', 'File', 'Place', 'Source', 'DataUnavailable', 'cache_folde
            'apt_archive', 'wheel_archive', 'pip_archive', 'npm_archive', 'web', 'alone', 'fetch', 'Status', 'where']
 
 # %% ../../nbs/00_core/05_sources.ipynb #d27f72d8
+import contextvars
 import errno
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterator
@@ -33,6 +36,12 @@ class File:
     name: str  # as its makers call it, without `.gz`
     sha256: tuple[str, ...]  # of the decompressed content, one for each good edition
 
+    def __post_init__(self):
+        _expect(self.name, "name", str, "the name of a file")
+        if self.name in ("", ".", "..") or set(self.name) & set('/\\:\0'):
+            raise ValueError(f"name is {self.name!r}; expected the name of a file, without a folder")
+        _expect(self.sha256, "sha256", (tuple, list), "a tuple of hashes")
+
 # %% ../../nbs/00_core/05_sources.ipynb #7b991d53
 @dataclass(frozen=True)
 class Place:
@@ -40,6 +49,10 @@ class Place:
     label: str  # what a message calls it
     get: Callable[[Path], Path]  # an empty scratch folder -> the folder to search
     online: bool = True  # False: needs no network
+
+    def __post_init__(self):
+        _expect(self.label, "label", str, "what a message calls the place")
+        _expect(self.get, "get", Callable, "a function of an empty folder")
 
 # %% ../../nbs/00_core/05_sources.ipynb #509be236
 @dataclass(frozen=True)
@@ -53,26 +66,57 @@ class Source:
     files: dict[str, File]  # what a lesson calls it -> the file
     places: tuple[Place, ...]  # in the order in which they are tried
 
+    def __post_init__(self):
+        File(self.name, ())  # names a folder in the cache
+        _expect(self.mb, "mb", (int, float), "the size in MB")
+        _expect(self.files, "files", dict, "name -> File")
+        _expect(self.places, "places", (tuple, list), "a tuple of places")
+        for value, kind in [(v, File) for v in self.files.values()] + [(p, Place) for p in self.places]:
+            _expect(value, "one of the files or places", kind, f"a {kind.__name__}")
+
 # %% ../../nbs/00_core/05_sources.ipynb #a1e1a38d
 class DataUnavailable(OSError):
     "A data set cannot be had. The message is for the reader: what was tried, why it failed, what to do."
 
+# %% ../../nbs/00_core/05_sources.ipynb #7da1894f
+def _expect(value, name, kinds, wanted):
+    "The sentence for an argument of another kind (`core.checks` would load PyTorch, which fetching data can do without)"
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        from foundation.core.checks import got
+        raise TypeError(f"{name} is {got(value)}; expected {wanted}")
+
+
+_PATH = (str, os.PathLike)
+
 # %% ../../nbs/00_core/05_sources.ipynb #8e7dce35
 def cache_folder() -> Path:
-    "The folder that keeps the data: `FOUNDATION_DATA`, or `foundation` in the user's cache folder of this system."
+    """The folder that keeps the data: `FOUNDATION_DATA`, or `foundation` in the user's cache folder of this system.
+
+    For a user without a home folder it is a folder for temporary files. Raises `DataUnavailable` where there is none."""
     if chosen := os.environ.get("FOUNDATION_DATA"):
-        return Path(chosen).expanduser().absolute()
+        try:
+            return Path(chosen).expanduser().absolute()
+        except (RuntimeError, OSError):  # ~nobody; a relative one, where the current folder was deleted
+            raise DataUnavailable(f"FOUNDATION_DATA is {chosen!r}, which leads nowhere; expected a full path") from None
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         base = "~/Library/Caches"
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "foundation"
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        base = base if os.path.isabs(base) else "~/.cache"  # its specification says to ignore a relative one
+    try:
+        return Path(base).expanduser() / "foundation"
+    except RuntimeError:  # a container with a bare user id
+        if spare := _spare_folder():
+            return spare
+        raise DataUnavailable("This user has neither a home folder nor one for temporary files: "
+                              "set FOUNDATION_DATA to a folder that you may write to.") from None
 
 # %% ../../nbs/00_core/05_sources.ipynb #17df3fde
 def tilde(path: str | Path) -> str:
     "The path as a person would write it: `~` for the home folder."
+    _expect(path, "path", _PATH, "a path")
     try:
         return (Path("~") / Path(path).relative_to(Path.home())).as_posix()
     except (ValueError, RuntimeError):
@@ -87,95 +131,176 @@ def _say(message):
 
 
 def _spare_folder():
-    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
-    return Path(tempfile.gettempdir()) / f"foundation-{user}"
+    "Where data goes if there is no better place; None on a system without a folder for temporary files"
+    user = os.getuid() if hasattr(os, "getuid") else re.sub(r"\W", "_", os.environ.get("USERNAME", "user"))
+    try:
+        return Path(tempfile.gettempdir()).absolute() / f"foundation-{user}"
+    except OSError:
+        return None
+
+
+def _is_ours(folder, make=False):
+    "Whether a spare folder is a real one that belongs to this user alone: others may have made it before us, to swap files"
+    with suppress(OSError):
+        if make:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if not hasattr(os, "getuid"):  # on Windows the folder for temporary files is one's own
+            return stat.S_ISDIR(found.st_mode)
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            folder.chmod(0o700)
+            return True
+    return False
 
 
 def _is_writable(folder):
     "Whether a file can be made in the folder, which is made if need be"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError as error:
-        if error.errno in _FULL:
-            raise
-        return False
+    for _ in range(3):  # somebody may remove it in between
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return True
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            return False
+    return False
 
 # %% ../../nbs/00_core/05_sources.ipynb #e9c88952
 def _caches(cache):
-    "The folders that may hold data already, the best first"
+    "The folders that may hold data already, the best first; a spare one only if nobody else can write to it"
+    best, spare = _best_and_spare(cache)
+    return [place for place in dict.fromkeys((best, spare)) if place and (place != spare or _is_ours(place))]
+
+
+def _best_and_spare(cache):
+    "Where data should go, and where it goes if that fails; somebody who names a folder has no spare one"
     if cache is not None:
-        return [Path(cache)]
-    return [cache_folder()] + ([] if os.environ.get("FOUNDATION_DATA") else [_spare_folder()])
+        _expect(cache, "cache", _PATH, "a folder")
+        return Path(cache), None
+    return cache_folder(), None if os.environ.get("FOUNDATION_DATA") else _spare_folder()
 
 
-def _writable_cache(cache):
-    "The first of them that can be written to"
-    best, *others = _caches(cache)
-    for folder in (best, *others):
-        if _is_writable(folder):
-            if folder != best:
-                _say(f"Nothing can be written to {tilde(best)}, so the data goes to {folder} "
-                     "(set FOUNDATION_DATA to choose another folder).")
-            return folder
-    raise DataUnavailable(f"Nothing can be written to {tilde(best)}: "
+def _writable_cache(cache, source):
+    "The first folder in which this source can be kept"
+    best, spare = _best_and_spare(cache)
+    if best != spare and _is_writable(best) and _is_writable(best / source.name):
+        return best
+    if spare and _is_ours(spare, make=True) and _is_writable(spare / source.name):
+        why = "This user has no home folder" if best == spare else f"Nothing can be written to {tilde(best)}"
+        _say(f"{why}, so the data goes to {spare} (set FOUNDATION_DATA to choose another folder).")
+        return spare
+    others = f", and {spare} does not belong to you alone" if spare and os.path.lexists(spare) else ""
+    raise DataUnavailable(f"Nothing can be written to {tilde(best / source.name if best.is_dir() else best)}{others}: "
                           "set FOUNDATION_DATA to a folder that you may write to.")
 
 # %% ../../nbs/00_core/05_sources.ipynb #64cff256
-def _copy(stream, path=os.devnull):
-    "Write a stream to `path` and return the SHA-256 of what went by"
-    digest = hashlib.sha256()
+def _copy(stream, path=os.devnull, limit=None):
+    "Write a stream to `path` and return the SHA-256 of what went by; ValueError beyond `limit` bytes"
+    digest, size = hashlib.sha256(), 0
     with open(path, "wb") as out:
         while block := stream.read(1 << 20):
+            size += len(block)
+            if limit is not None and size > limit:
+                raise ValueError(f"holds a {Path(path).name} of more than {limit / 1e6:.0f} MB")
             digest.update(block)
             out.write(block)
     return digest.hexdigest()
 
 # %% ../../nbs/00_core/05_sources.ipynb #87a11f05
 def intact(
-    path: Path,  # a file on disk
+    path: Path | str,  # a file on disk
     file: File,  # what it should be
 ) -> bool:  # whether its content is a good edition
     "Check a file by what is in it."
+    _expect(path, "path", _PATH, "a path"), _expect(file, "file", File, "a File")
     try:
         with open(path, "rb") as stream:
             return _copy(stream) in file.sha256
-    except OSError:  # missing, or not ours to read
+    except (OSError, ValueError):  # missing, not ours to read, or no name that a file can have
         return False
 
 # %% ../../nbs/00_core/05_sources.ipynb #bdb296d0
-def _open(name: str, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
-    "A parcel as its contents, (bare name, stream): archives are opened to any depth, `.gz` is taken off"
-    if name.endswith((".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")):
-        with tarfile.open(fileobj=stream) as archive:
+class _Metered(io.RawIOBase):
+    "A stream that stops when its allowance is used up: an archive of a few bytes can unpack to any size"
+
+    def __init__(self, stream, allowance):
+        self.stream, self.allowance = stream, allowance  # [bytes], common to all streams of one parcel
+
+    def _spend(self, count):
+        self.allowance[0] -= count
+        if self.allowance[0] < 0:
+            raise ValueError("unpacks to far more than the data set holds")
+
+    def read(self, n=-1):
+        data = self.stream.read(n if 0 <= n <= self.allowance[0] else self.allowance[0] + 1)
+        self._spend(len(data))
+        return data
+
+    def seek(self, offset, whence=0):  # forwards it unpacks what it passes, backwards it starts anew
+        here, there = self.stream.tell(), self.stream.seek(offset, whence)
+        self._spend(there - here if there >= here else there)
+        return there
+
+    def tell(self):
+        return self.stream.tell()
+
+    def readable(self):
+        return True
+
+    seekable = readable
+
+# %% ../../nbs/00_core/05_sources.ipynb #162d8074
+_TAR = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")
+
+
+def _open(name: str, stream: BinaryIO, allowance: list, depth: int = 0) -> Iterator[tuple[str, BinaryIO]]:
+    "A parcel as its contents, (bare name, stream): archives in archives are opened, `.gz` is taken off"
+    if depth > 5:
+        raise ValueError("holds archives in archives, more than five deep")
+    if name.endswith(_TAR):
+        with tarfile.open(fileobj=_unpacked(name, stream, allowance), mode="r:") as archive:
             for member in archive:
                 if member.isfile():
-                    yield from _open(member.name, archive.extractfile(member))
+                    yield from _open(member.name, archive.extractfile(member), allowance, depth + 1)
     elif name.endswith((".zip", ".whl")):
         with zipfile.ZipFile(stream) as archive:
             for member in archive.namelist():
                 with archive.open(member) as inner:
-                    yield from _open(member, inner)
+                    yield from _open(member, _Metered(inner, allowance), allowance, depth + 1)
     elif name.endswith(".gz"):
         yield Path(name).name[:-3], gzip.open(stream)
     else:
         yield Path(name).name, stream
 
+
+def _unpacked(name, stream, allowance):
+    "The plain archive in a compressed one; `.tar` may be either"
+    import bz2
+    import lzma
+
+    head = stream.read(6)
+    stream.seek(0)
+    kinds = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+    opened = next((kind for start, kind in kinds.items() if head.startswith(start)), None)
+    return _Metered(opened(stream), allowance) if opened else stream
+
 # %% ../../nbs/00_core/05_sources.ipynb #92b76cd8
-def _walk(folder):
+def _walk(folder, allowance):
     for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         with open(path, "rb") as stream:
-            yield from _open(path.name, stream)
+            yield from _open(path.name, stream, allowance)
 
 
 def _harvest(source, folder, into):
-    "Collect the files of `source` from what lies in `folder`; ValueError if one is missing or different"
+    "Collect the files of `source` from what lies in `folder`; ValueError if one is missing, different or far too large"
     wanted = {file.name: file for file in source.files.values()}
-    different = set()
-    for name, stream in _walk(folder):
+    different, limit = set(), int(2e6 * source.mb) + 1_000_000
+    for name, stream in _walk(folder, [_allowed(source.mb)]):
         if name in wanted:
-            if _copy(stream, into / name) in wanted[name].sha256:
+            if _copy(stream, into / name, limit) in wanted[name].sha256:
                 del wanted[name]
             else:
                 different.add(name)
@@ -184,7 +309,29 @@ def _harvest(source, folder, into):
     if wanted:
         raise ValueError(f"holds no {', '.join(wanted)}")
 
+
+def _allowed(mb):
+    "Bytes that a place may bring or unpack for a set of so many MB: packages hold other things too"
+    return int(10e6 * mb) + 100_000_000
+
+
+def _patience(mb):
+    "Seconds that a place may take for a set of so many MB: 20 for each is a slow line"
+    return 300 + 20 * mb
+
 # %% ../../nbs/00_core/05_sources.ipynb #ad513e25
+_limits = contextvars.ContextVar("limits", default=(float("inf"), float("inf")))  # of a place: bytes, and the clock's last second
+
+
+def _within(size):
+    "Stop a place that brings too much or takes too long"
+    most, end = _limits.get()
+    if size > most:
+        raise ValueError(f"brings more than {most / 1e6:.0f} MB, far more than the data set holds")
+    if time.monotonic() > end:
+        raise TimeoutError("takes too long")
+
+
 def _bar(title, total=None):
     from tqdm import tqdm
     return tqdm(desc=title, total=total, unit="B", unit_scale=True, leave=False, disable=None)
@@ -196,19 +343,21 @@ def _run(*command, cwd, **env):
     if program is None:
         raise FileNotFoundError(f"{command[0]} is not on this machine")
     env = {**os.environ, "TMPDIR": str(cwd), "LC_ALL": "C", **env}
-    with tempfile.TemporaryFile() as log, _bar(Path(program).name) as bar:
+    with tempfile.TemporaryFile(dir=cwd) as log, _bar(Path(program).name) as bar:
         process = subprocess.Popen([program, *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL,
                                    stdout=log, stderr=log)
         try:
             while process.poll() is None:
                 time.sleep(0.05)
-                bar.update(_bytes_in(cwd) - bar.n)
+                size = _bytes_in(cwd)
+                bar.update(size - bar.n)
+                _within(size)
         finally:
             process.kill()
             process.wait()
         log.seek(0)
         if process.returncode:
-            raise OSError(f"{Path(program).name} failed: {_complaint(log.read().decode(errors='replace'))}")
+            raise OSError(f"{Path(program).name} failed: {_complaint(log.read(1 << 20).decode(errors='replace'))}")
 
 
 def _bytes_in(folder):
@@ -233,6 +382,8 @@ def folder(
     hint: str = "",  # the command that would put them there
 ) -> Place:
     "A folder of this machine, such as the one that a package of the operating system fills."
+    _expect(path, "path", _PATH, "a folder"), _expect(hint, "hint", str, "a command")
+
     def get(scratch):
         if not Path(path).is_dir():
             raise FileNotFoundError("is not there" + (f" (`{hint}` would put it there)" if hint else ""))
@@ -244,7 +395,9 @@ def installed(
     package: str,  # a Python package, which is not imported
     inside: str = ".",  # a folder inside it
 ) -> Place:
-    "Files that an installed Python package carries."
+    "Files that an installed Python package carries. Raises `ValueError` for a package inside another, which would be run."
+    _named_like(package, r"\w+", "the name of a package, without dots"), _expect(inside, "inside", str, "a folder")
+
     def get(scratch):
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
@@ -252,15 +405,26 @@ def installed(
         return Path(spec.submodule_search_locations[0]) / inside
     return Place(f"the Python package {package}", get, online=False)
 
+
+def _named_like(package, pattern, wanted):
+    "A client would take a name that starts with a dash for one of its options, and others for folders or addresses"
+    _expect(package, "package", str, wanted)
+    if not re.fullmatch(pattern, package):
+        raise ValueError(f"package is {package!r}; expected {wanted}")
+
 # %% ../../nbs/00_core/05_sources.ipynb #b49526bf
 def apt_archive(
     package: str,  # its name in Debian and Ubuntu
 ) -> Place:
     "A package of Debian or Ubuntu, unpacked without being installed."
+    _named_like(package, r"[a-z0-9][a-z0-9+.-]*", "the name of a Debian package")
+
     def get(scratch):
         options = ["-q", "-oAPT::Sandbox::User=root", "-oAcquire::Retries=2", "-oAcquire::http::Timeout=30"]
         try:
             _run("apt-get", *options, "download", package, cwd=scratch)
+        except TimeoutError:
+            raise
         except OSError as error:
             if "not on this machine" in str(error):
                 raise
@@ -275,15 +439,18 @@ def apt_archive(
     return Place(f"the Debian package {package} (apt-get download)", get)
 
 # %% ../../nbs/00_core/05_sources.ipynb #84797fd0
-_PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check", "--timeout=30", "--no-deps")
+_PIP = ("download", "--quiet", "--no-input", "--disable-pip-version-check", "--timeout=30", "--no-deps")
+_VERSION = r"[A-Za-z0-9][\w.-]*==[\w.!+-]+"
 
 
 def wheel_archive(
     requirement: str,  # name==version
 ) -> Place:
     "The wheel of a Python package, downloaded without being installed."
+    _named_like(requirement, _VERSION, "a Python package as name==version")
+
     def get(scratch):
-        _run(*_PIP, requirement, "--only-binary=:all:", cwd=scratch)
+        _run(sys.executable, "-m", "pip", *_PIP, requirement, "--only-binary=:all:", cwd=scratch)
         return scratch
     return Place(f"the Python package {requirement} (pip download)", get)
 
@@ -291,28 +458,34 @@ def wheel_archive(
 def pip_archive(
     requirement: str,  # name==version
 ) -> Place:
-    "The source archive of a Python package, downloaded without building it or running its code."
+    "The source archive of a Python package: kept as it arrives, neither unpacked by pip nor built, and nothing in it is run."
+    _named_like(requirement, _VERSION, "a Python package as name==version")
+
     def get(scratch):
-        tool = scratch / "stand-in" / "setuptools"
-        tool.mkdir(parents=True)
-        (tool / "__init__.py").touch()
-        (tool / "build_meta.py").write_text(_STAND_IN.format(*requirement.split("==")), encoding="utf-8")
-        _run(*_PIP, requirement, "--no-binary=:all:", "--use-pep517", "--no-build-isolation", cwd=scratch,
-             PYTHONPATH=str(tool.parent))
-        return scratch
+        kept = scratch / "kept"
+        kept.mkdir()
+        _run(sys.executable, "-c", _GUARD, str(kept), requirement.split("==")[0], *_PIP, requirement, "--no-binary=:all:",
+             "--no-build-isolation", cwd=scratch)
+        return kept
     return Place(f"the Python package archive {requirement} (pip download)", get)
 
-
-_STAND_IN = '''
-import os
-class __legacy__:
-    def get_requires_for_build_wheel(config_settings=None):
-        return []
-    def prepare_metadata_for_build_wheel(folder, config_settings=None):
-        os.mkdir(os.path.join(folder, "{0}-{1}.dist-info"))
-        with open(os.path.join(folder, "{0}-{1}.dist-info", "METADATA"), "w") as file:
-            file.write("Metadata-Version: 2.1\\nName: {0}\\nVersion: {1}\\n")
-        return "{0}-{1}.dist-info"
+# %% ../../nbs/00_core/05_sources.ipynb #60cccbfa
+_GUARD = '''
+import os, re, runpy, shutil, sys
+kept, package, *arguments = sys.argv[1:]
+seen = set()
+plain = lambda name: re.sub("[-_.]+", "-", os.path.basename(name)).lower()
+def guard(event, args):
+    if event in ("subprocess.Popen", "os.posix_spawn", "os.spawn", "os.exec", "os.system", "os.fork", "os.forkpty", "os.startfile"):
+        raise PermissionError("nothing may be started while a package is fetched")
+    if event == "open" and args[1] in ("r", "rb") and isinstance(args[0], str) and args[0] not in seen:
+        if args[0].endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")) and plain(args[0]).startswith(plain(package) + "-"):
+            seen.add(args[0])
+            shutil.copyfile(args[0], os.path.join(kept, os.path.basename(args[0])))
+            os._exit(0)
+sys.addaudithook(guard)
+sys.argv = ["pip", *arguments]
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
 '''
 
 # %% ../../nbs/00_core/05_sources.ipynb #e04568c0
@@ -320,6 +493,8 @@ def npm_archive(
     package: str,  # name@version
 ) -> Place:
     "A package of the npm registry, as an archive; nothing in it is run."
+    _named_like(package, r"(@[\w-][\w.-]*/)?\w[\w.-]*@\d[\w.+-]*", "an npm package as name@version")
+
     def get(scratch):
         _run("npm", "pack", package, "--ignore-scripts", "--fetch-timeout=30000", "--fetch-retries=1",
              "--cache", str(scratch / "npm"), cwd=scratch)
@@ -332,6 +507,9 @@ def web(
     *addresses: str,  # each of a file or an archive
 ) -> Place:
     "The public home of the data."
+    for address in addresses or [None]:
+        _expect(address, "address", str, "the address of a file or an archive")
+
     def get(scratch):
         for address in addresses:
             _download(address, scratch / address.rsplit("/", 1)[-1])
@@ -341,13 +519,35 @@ def web(
 
 def _download(address, path):
     from urllib.request import urlopen
+    done = _bytes_in(path.parent)
     with urlopen(address, timeout=30) as reply, open(path, "wb") as out:
         with _bar(path.name, int(reply.headers.get("Content-Length") or 0) or None) as bar:
-            while block := reply.read(1 << 16):
+            while block := reply.read1(1 << 16):
+                done += len(block)
+                _within(done)
                 out.write(block)
                 bar.update(len(block))
 
 # %% ../../nbs/00_core/05_sources.ipynb #0532ac94
+def _open_lock(path):
+    "The lock file, made if need be; one that another user made is locked as well as one's own"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return open(path, "ab")
+    except PermissionError:
+        with suppress(PermissionError):
+            return open(path, "rb")
+    raise DataUnavailable(f"{tilde(path)} belongs to another user: ask for its removal, or set FOUNDATION_DATA.")
+
+
+def _is_at(file, path):
+    "Whether an open file is still the one of this name: somebody may have removed the cache meanwhile"
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
+
+
 def _try_lock(file):
     "Lock an open file if it is free; True also where the file system knows no locks"
     try:
@@ -365,14 +565,15 @@ def _try_lock(file):
 # %% ../../nbs/00_core/05_sources.ipynb #78691cf9
 @contextmanager
 def alone(
-    path: Path,  # the lock file, which stays; its content does not matter
+    path: Path | str,  # the lock file, which stays; its content does not matter
     task: str = "",  # what a process that waits says it waits for
     patience: float = 900.0,  # seconds to wait for the other process
-) -> Iterator[None]:
-    "Run the block while no other process or thread runs one with the same `path`."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    start, told = time.monotonic(), False
-    with open(path, "ab") as file:  # closing it gives the lock back
+) -> Iterator[Callable[[], bool]]:  # tells whether the lock file is still there
+    """Run the block while no other process or thread runs one with the same `path`.
+
+    Raises `DataUnavailable` when the other one holds it longer, or the file is another user's alone."""
+    path, start, told = Path(path), time.monotonic(), False
+    with _open_lock(path) as file:  # closing it gives the lock back
         while not _try_lock(file):
             if time.monotonic() - start > patience:
                 raise DataUnavailable(f"Another process has held {tilde(path)} for {patience:.0f} s: "
@@ -381,7 +582,7 @@ def alone(
                 _say(f"Another process is busy with {task or path.name}; waiting for it.")
                 told = True
             time.sleep(0.1)
-        yield
+        yield lambda: _is_at(file, path)
 
 # %% ../../nbs/00_core/05_sources.ipynb #a557d064
 def _files(**entries):
@@ -400,8 +601,8 @@ _FASHION_MNIST = Source(
         test_labels=("t10k-labels-idx1-ubyte", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34")),
     (folder("/usr/share/datasets/fashion-mnist", "apt install dataset-fashion-mnist"),
      apt_archive("dataset-fashion-mnist"),
-     web(*(f"http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{part}" for part in _PARTS)),
-     web(*(f"https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/{part}" for part in _PARTS))))
+     web(*(f"https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/{part}" for part in _PARTS)),
+     web(*(f"http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{part}" for part in _PARTS))))
 
 # %% ../../nbs/00_core/05_sources.ipynb #410a4ab6
 _DIGITS = Source(
@@ -475,22 +676,39 @@ def fetch(
         if not _faulty(source, base):
             return _paths(source, base)
     try:
-        base = _writable_cache(cache)
-        with alone(base / f".{source.name}.lock", source.name):
-            if _faulty(source, base):  # else the process we waited for has brought it
-                _search(source, base)
-            return _paths(source, base)
+        for _ in range(5):
+            base = _writable_cache(cache, source)
+            if paths := _fetched(source, base):
+                return paths
     except OSError as error:
         if error.errno not in _FULL:
             raise
         raise DataUnavailable(
             f"The disk is full: {source.name} needs about {_need(source):.0f} MB for a moment "
-            f"in {tilde(_caches(cache)[0])}. Make room there, or set FOUNDATION_DATA to a folder on another disk.") from None
+            f"in {tilde(_best_and_spare(cache)[0])}. Make room there, or set FOUNDATION_DATA to a folder on another disk.") from None
+    raise DataUnavailable(f"{tilde(base)} was removed again and again while {source.name} was fetched; try again.")
 
 # %% ../../nbs/00_core/05_sources.ipynb #daaac122
+def _fetched(source, base):
+    "The files, brought here by us or by the process we waited for; None if somebody removed the cache meanwhile"
+    with alone(base / f".{source.name}.lock", source.name) as is_there:
+        if not is_there():
+            return None
+        try:
+            if _faulty(source, base):
+                _search(source, base)
+        except OSError:
+            if is_there():
+                raise
+            return None
+        paths = _paths(source, base)
+        return paths if all(path.exists() for path in paths.values()) else None
+
+
 def _named(source):
     if isinstance(source, Source):
         return source
+    _expect(source, "source", str, "the name of a data set, or a Source")
     if source not in SOURCES:
         raise ValueError(f"there is no data set {source!r}; there are: {', '.join(SOURCES)}")
     return SOURCES[source]
@@ -526,6 +744,8 @@ def _search(source, base):
             if getattr(error, "errno", None) in _FULL:
                 raise
             failures.append(f"{place.label}: {_reason(error)}")
+            if not base.is_dir():
+                break
     raise DataUnavailable(_message(source, home, failures))
 
 
@@ -533,17 +753,21 @@ def _bring(source, place, base):
     "Bring the files from one place into the cache: unpacked and checked beside it, then moved"
     if place.online and os.environ.get("FOUNDATION_OFFLINE", "0").lower() not in ("", "0", "no", "false"):
         raise ConnectionError("not asked, because FOUNDATION_OFFLINE is set")
-    with tempfile.TemporaryDirectory(prefix=f".part-{source.name}-", dir=base) as part:
-        parcel, ready = Path(part, "parcel"), Path(part, "ready")
-        parcel.mkdir()
-        ready.mkdir()
-        if place.online:
-            _say(f"Fetching {source.name} ({source.mb:g} MB) from {place.label} …")
-        _harvest(source, place.get(parcel), ready)
-        origin = {"place": place.label, "licence": source.licence, "home": source.home}
-        (ready / "origin.json").write_text(json.dumps(origin), encoding="utf-8")
-        for path in ready.iterdir():
-            os.replace(path, base / source.name / path.name)
+    before = _limits.set((_allowed(source.mb), time.monotonic() + _patience(source.mb)))
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".part-{source.name}-", dir=base) as part:
+            parcel, ready = Path(part, "parcel"), Path(part, "ready")
+            parcel.mkdir()
+            ready.mkdir()
+            if place.online:
+                _say(f"Fetching {source.name} ({source.mb:g} MB) from {place.label} …")
+            _harvest(source, place.get(parcel), ready)
+            origin = {"place": place.label, "licence": source.licence, "home": source.home}
+            (ready / "origin.json").write_text(json.dumps(origin), encoding="utf-8")
+            for path in ready.iterdir():
+                os.replace(path, base / source.name / path.name)
+    finally:
+        _limits.reset(before)
 
 # %% ../../nbs/00_core/05_sources.ipynb #acf7a8ba
 def _reason(error):
@@ -576,13 +800,13 @@ def where(
 ) -> Status:
     "Tell whether a data set is there, where it came from, or what is wrong with it."
     source = _named(source)
-    faulty = {base: _faulty(source, base) for base in _caches(cache)}
-    base = next((base for base in faulty if not faulty[base]), _caches(cache)[0])
-    faulty, home = faulty[base], base / source.name
-    damaged = [name for name in faulty if os.path.exists(home / name)]
+    caches = {base: _faulty(source, base) for base in _caches(cache)} or {_best_and_spare(cache)[0]: [""]}
+    base = next((base for base, faulty in caches.items() if not faulty), next(iter(caches)))
+    faulty, home = caches[base], base / source.name
+    damaged = [name for name in faulty if name and os.path.exists(home / name)]
     note = "ready" if not faulty else f"damaged: {', '.join(damaged)}" if damaged else "not fetched yet"
     try:
         place = json.loads((home / "origin.json").read_text(encoding="utf-8"))["place"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         place = ""
-    return Status(source.name, not faulty, note, place, home)
+    return Status(source.name, not faulty, note, place if isinstance(place, str) else "", home)
