@@ -83,14 +83,14 @@ BAD = {
     "empty views": (lambda: nt_xent(X[:0], X[:0]), ValueError, "empty"),
     "infinite view": (lambda: nt_xent(INF, X), ValueError, "infinite"),
     "NaN in the second view": (lambda: nt_xent(X, NAN), ValueError, "b holds"),
-    "one pair": (lambda: nt_xent(X[:1], X[:1]), ValueError, "at least 2"),
+    "one pair": (lambda: nt_xent(X[:1], X[:1]), ValueError, "nothing to pick from"),
     "temperature 0": (lambda: nt_xent(X, X, 0), ValueError, "above 0"),
     "views that differ": (lambda: alignment(X, X[:, :2]), ValueError, "fit"),
     "empty alignment": (lambda: alignment(X[:0], X[:0]), ValueError, "empty"),
-    "one point": (lambda: uniformity(X[:1]), ValueError, "at least 2"),
+    "one point": (lambda: uniformity(X[:1]), ValueError, "about pairs"),
     "NaN points": (lambda: uniformity(NAN), ValueError, "NaN"),
-    "t as text": (lambda: uniformity(X, "2"), ValueError, "above 0"),
-    "t infinite": (lambda: uniformity(X, math.inf), ValueError, "above 0"),
+    "t as text": (lambda: uniformity(X, "2"), TypeError, "t is '2'"),
+    "t infinite": (lambda: uniformity(X, math.inf), ValueError, "t is inf"),
 }
 
 
@@ -99,3 +99,58 @@ def test_bad_input_is_refused_in_one_sentence(call, kind, word):
     with pytest.raises(kind) as error:
         call()
     assert word in str(error.value) and len(str(error.value)) < 250
+
+
+# Edges ----------------------------------------------------------------------------------------------------------------
+
+MEASURES = {"nt_xent": lambda a, b: nt_xent(a, b, 0.2), "alignment": alignment, "uniformity": lambda a, b: uniformity(torch.cat([a, b])),
+            "info_nce": lambda a, b: info_nce(F.normalize(b, dim=1) @ a.T)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_a_row_of_zeros_has_no_direction_and_gets_a_bounded_gradient(measure, dtype):
+    for zero in (0.0, -0.0, 1e-13):
+        a = draw(0, 8, 16).to(dtype)
+        a[0] = zero
+        a.requires_grad_()
+        loss = measure(a, draw(1, 8, 16).to(dtype))
+        loss.backward()
+        assert loss.isfinite() and a.grad.isfinite().all()
+        assert a.grad[0].abs().max() <= 10 * a.grad[1:].abs().max()
+
+
+def test_all_rows_zero_is_a_guess_among_the_others():
+    zeros = torch.zeros(4, 3, requires_grad=True)
+    loss = nt_xent(zeros, zeros * 0, 0.1)
+    loss.backward()
+    assert_close(loss, torch.tensor(math.log(7)))
+    assert (zeros.grad == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-11, 1e-6, 1e6, 1e20, 1e37])
+def test_views_of_any_length_that_a_float_can_hold(scale):
+    a, b = draw(0, 6, 5), draw(1, 6, 5)
+    assert_close(nt_xent(scale * a, b, 0.2), nt_xent(a, b, 0.2), rtol=1e-4, atol=1e-5)
+    assert_close(alignment(a, scale * b), alignment(a, b), rtol=1e-4, atol=1e-5)
+    assert_close(uniformity(scale * a), uniformity(a), rtol=1e-4, atol=1e-5)
+    long = (scale * a).requires_grad_()
+    nt_xent(long, b, 0.2).backward()
+    assert long.grad.isfinite().all()
+
+
+def test_candidates_that_are_ruled_out_send_no_gradient():
+    scores = draw(0, 3, 5)
+    scores[:, 3] = -math.inf
+    scores.requires_grad_()
+    info_nce(scores).backward()
+    assert scores.grad.isfinite().all() and (scores.grad[:, 3] == 0).all()
+
+
+def test_the_views_of_a_pair_are_never_compared_with_themselves():
+    a, b = draw(0, 5, 4), draw(1, 5, 4)
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    others = [F.cross_entropy((z @ z[[j for j in range(10) if j != i]].T / 0.1)[i : i + 1], torch.tensor([(i + 5) % 10 - ((i + 5) % 10 > i)])) for i in range(10)]
+    assert_close(nt_xent(a, b, 0.1), torch.stack(others).mean())
+    apart = (z[:, None] - z[None]).square().sum(2)[~torch.eye(10).bool()]
+    assert_close(uniformity(z, 3.0), (-3 * apart).exp().mean().log())

@@ -2,6 +2,7 @@
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,6 +141,98 @@ def test_descent_is_what_the_training_loop_wants():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rule", [sgd, adam, adamw, adafactor])
+def test_half_weights_take_the_steps_of_float32(rule, dtype):
+    options = dict(momentum=0.9) if rule is sgd else {}
+    half, full = torch.linspace(-1, 1, 12).reshape(3, 4).to(dtype), torch.linspace(-1, 1, 12).reshape(3, 4)
+    states = {}, {}
+    for step in range(5):
+        grad = (1e-5 * torch.randn(3, 4, generator=torch.Generator().manual_seed(step))).to(dtype)  # its square is 0 in float16
+        weight = half
+        half, states = rule(half, grad, states[0], lr=0.01, **options)[0], (rule(half, grad, states[0], lr=0.01, **options)[1], states[1])
+        exact, state = rule(weight.float(), grad.float(), states[1], lr=0.01, **options)
+        states = states[0], state
+        assert half.dtype == dtype and torch.equal(half, exact.to(dtype))
+    assert all(torch.equal(states[0][n], states[1][n]) and states[0][n].dtype == torch.float32 for n in states[0] if n != "t")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rule", [sgd, adam, adafactor])
+def test_no_gradient_is_no_step(rule, dtype):
+    weight = torch.tensor([1.0, -2.0, 0.0], dtype=dtype)
+    assert torch.equal(rule(weight, torch.zeros_like(weight), {})[0], weight)
+
+
+@pytest.mark.parametrize("rule, kind", [(sgd, torch.optim.SGD), (adam, torch.optim.Adam), (adamw, torch.optim.AdamW), (adafactor, torch.optim.Adafactor)])
+def test_a_single_number_can_be_learnt(rule, kind):
+    ours, theirs = nn.Parameter(torch.tensor(2.0).double()), nn.Parameter(torch.tensor(2.0).double())
+    for p, opt in ((ours, Descent([ours], rule, lr=0.1)), (theirs, kind([theirs], lr=0.1))):
+        for _ in range(5):
+            opt.zero_grad()
+            (p - 3).square().backward()
+            opt.step()
+    assert_close(ours, theirs)
+    assert ours.shape == ()
+    assert descend(rule, lambda w: w.square(), torch.tensor(1.0), 3).shape == (4,)
+
+
+@pytest.mark.parametrize("rule", [lambda p, lr: Descent(p, sgd, lr=lr, momentum=0.9), lambda p, lr: Descent(p, adam, lr=lr)], ids=["sgd", "adam"])
+def test_half_weights_resume_to_the_same_bits(rule):
+    def steps(p, opt, which):
+        for seed in which:
+            p.grad = (1e-4 * torch.randn(6, generator=torch.Generator().manual_seed(seed))).half()
+            opt.step()
+        return p.detach().clone()
+
+    whole, first, then = (nn.Parameter(torch.ones(6).half()) for _ in range(3))
+    want = steps(whole, rule([whole], 0.01), range(8))
+    opt = rule([first], 0.01)
+    steps(first, opt, range(4))
+    again = rule([then], 0.01)
+    again.load_state_dict(opt.state_dict())
+    then.data.copy_(first)
+    assert all(x.dtype == torch.float32 for x in again.state[then].values() if torch.is_tensor(x))
+    assert torch.equal(steps(then, again, range(4, 8)), want)
+
+
+def test_a_step_that_fails_changes_nothing():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    opt = Descent([dict(params=[a]), dict(params=[b])], adam, lr=0.1)
+    a.grad, b.grad = torch.ones(2), torch.ones(3)
+    opt.step()
+    weights, state = [a.clone(), b.clone()], {n: x for n, x in opt.state[a].items()}
+    a.grad, b.grad = torch.ones(2), torch.full((3,), math.nan)
+    with pytest.raises(ValueError, match="grad holds 3 NaN"):
+        opt.step()
+    assert torch.equal(a, weights[0]) and torch.equal(b, weights[1]) and opt.state[a] == state
+    with pytest.raises(ValueError, match="lr is -1"):
+        opt.add_param_group(dict(params=[nn.Parameter(torch.ones(1))], lr=-1))
+    assert len(opt.param_groups) == 2
+
+
+def test_numbers_of_numpy_are_numbers():
+    w, g = torch.tensor([1.0]), torch.tensor([0.5])
+    assert torch.equal(adam(w, g, {}, np.float64(0.1), [np.float32(0.5), np.float64(0.25)])[0], adam(w, g, {}, 0.1, (0.5, 0.25))[0])
+    assert torch.equal(sgd(w.numpy(), g.numpy(), {}, np.float64(0.5))[0], sgd(w, g, {}, 0.5)[0])
+    assert descend(sgd, lambda w: w.sum(), np.ones(2, np.float32), np.int64(3)).shape == (4, 2)
+
+
+def test_descend_walks_with_gradients_switched_off_around_it():
+    with torch.no_grad():
+        assert_close(descend(sgd, lambda w: w.square().sum(), torch.ones(1), 1, lr=0.25)[1], torch.tensor([0.5]))
+
+
+def test_the_weight_and_the_notes_that_come_in_are_left_alone():
+    for rule in (sgd, adam, adamw, adafactor):
+        weight, grad = torch.ones(2, 3), torch.full((2, 3), 0.5)
+        _, state = rule(weight, grad, {}, **(dict(momentum=0.9) if rule is sgd else {}))
+        kept = {name: x.clone() if torch.is_tensor(x) else x for name, x in state.items()}
+        rule(weight, grad, state)
+        assert (weight == 1).all() and (grad == 0.5).all()
+        assert all(torch.equal(torch.as_tensor(kept[n]), torch.as_tensor(state[n])) for n in kept)
+
+
 W = torch.ones(3)
 BAD = {
     "a list": (lambda: sgd([1.0], W, {}), TypeError, "list"),
@@ -151,16 +244,39 @@ BAD = {
     "NaN weight": (lambda: adafactor(W * math.nan, W, {}), ValueError, "weight holds"),
     "negative rate": (lambda: sgd(W, W, {}, lr=-1.0), ValueError, "lr is -1.0"),
     "infinite rate": (lambda: adam(W, W, {}, lr=math.inf), ValueError, "finite"),
-    "a rate of text": (lambda: adamw(W, W, {}, lr="0.1"), ValueError, "'0.1'"),
+    "a rate of text": (lambda: adamw(W, W, {}, lr="0.1"), TypeError, "'0.1'"),
     "momentum of 1": (lambda: sgd(W, W, {}, momentum=1.0), ValueError, "momentum is 1.0"),
-    "beta of 1": (lambda: adam(W, W, {}, betas=(0.9, 1.0)), ValueError, "beta2 is 1.0"),
+    "beta of 1": (lambda: adam(W, W, {}, betas=(0.9, 1.0)), ValueError, "betas[1] is 1.0"),
     "negative decay": (lambda: adamw(W, W, {}, decay=-0.1), ValueError, "decay is -0.1"),
     "clip of 0": (lambda: adafactor(W, W, {}, clip=0.0), ValueError, "clip is 0.0"),
     "negative forgetting": (lambda: adafactor(W, W, {}, forget=-0.8), ValueError, "forget is -0.8"),
     "a loss of many": (lambda: descend(sgd, lambda w: w * 2, W, 3), ValueError, "take its mean"),
-    "a start that is none": (lambda: descend(sgd, lambda w: w.sum(), 3.0, 3), TypeError, "start is a float"),
+    "a start that is none": (lambda: descend(sgd, lambda w: w.sum(), 3.0, 3), TypeError, "start is 3.0"),
     "an option of another rule": (lambda: Descent([W], sgd, betas=(0.9, 0.9)), ValueError, "sgd knows no betas"),
-    "no rule": (lambda: Descent([W], "adam"), TypeError, "rule is a str"),
+    "one beta": (lambda: adam(W, W, {}, betas=(0.9,)), ValueError, "expected two shares"),
+    "betas of text": (lambda: adam(W, W, {}, betas="ab"), ValueError, "expected two shares"),
+    "a beta that is none": (lambda: adamw(W, W, {}, betas=(0.9, None)), TypeError, "betas[1] is None"),
+    "notes of another shape": (lambda: sgd(W, W, dict(velocity=torch.zeros(2, 3))), ValueError, "state holds"),
+    "notes that would be stretched": (lambda: sgd(W, W, dict(velocity=torch.zeros(1)), momentum=0.9), ValueError, "(1,)"),
+    "notes of another rule": (lambda: sgd(W, W, adam(W, W, {})[1]), ValueError, "state holds"),
+    "half of the notes": (lambda: adam(W, W, dict(t=3, mean=W)), ValueError, "state holds"),
+    "rows of another matrix": (lambda: adafactor(W[None], W[None], adafactor(W[:, None], W[:, None], {})[1]), ValueError, "state holds"),
+    "no notes": (lambda: sgd(W, W, None), TypeError, "state is None"),
+    "a sparse gradient": (lambda: sgd(W, W.to_sparse(), {}), ValueError, "to_dense"),
+    "squares that overflow": (lambda: adam(W, W * 1e25, {}), ValueError, "far too large"),
+    "squares that overflow in rows": (lambda: adafactor(W[None], W[None] * 1e25, {}), ValueError, "far too large"),
+    "a loss that is a float": (lambda: descend(sgd, lambda w: 3.0, W, 3), TypeError, "the loss is 3.0"),
+    "a detached loss": (lambda: descend(sgd, lambda w: w.detach().sum(), W, 3), ValueError, "does not depend"),
+    "a loss of something else": (lambda: descend(sgd, lambda w: W.clone().requires_grad_().sum(), W, 3), ValueError, "does not depend"),
+    "steps below 0": (lambda: descend(sgd, lambda w: w.sum(), W, -1), ValueError, "steps is -1"),
+    "half a step": (lambda: descend(sgd, lambda w: w.sum(), W, 0.5), TypeError, "steps is 0.5"),
+    "a walk with options of another rule": (lambda: descend(sgd, lambda w: w.sum(), W, 1, betas=1), ValueError, "sgd knows no betas"),
+    "a rate below 0, when made": (lambda: Descent([W], sgd, lr=-1.0), ValueError, "lr is -1.0"),
+    "a momentum of 2, when made": (lambda: Descent([dict(params=[W], momentum=2.0)], sgd), ValueError, "momentum is 2.0"),
+    "parameters of whole numbers": (lambda: Descent([W.long()], sgd), TypeError, "int64"),
+    "an option without a value": (lambda: Descent([W], lambda w, g, s, lr: (w, s)), ValueError, "needs lr"),
+    "no parameters": (lambda: Descent(3, sgd), TypeError, "params is 3"),
+    "no rule": (lambda: Descent([W], "adam"), TypeError, "rule is 'adam'"),
 }
 
 

@@ -10,11 +10,12 @@ import math
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from .divergence import _expect_temperature
-from .likelihood import _expect_floats, _expect_same, _precise, _refuse_nan
+from ..core.checks import check_floats, check_like, check_number, check_whole, checked, precise, refuse_nan
+from .divergence import check_temperature
 from .likelihood import cross_entropy, log_sum_exp
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #afeb725b
+@checked
 def info_nce(
     scores: Tensor,  # (b, m), m >= b: question i against candidate j; the right one of row i is i
 ) -> Tensor:  # mean of -log(chance of picking the right one) in nats, ()
@@ -22,48 +23,53 @@ def info_nce(
 
     Raises TypeError or ValueError when scores are not a float table with m >= b and m >= 2, or hold NaN.
     van den Oord et al. 2018, equation 4."""
-    _expect_floats(scores, "scores", "(b, m)")
-    b, m = scores.shape
-    if m < b:
-        raise ValueError(f"scores have shape ({b}, {m}), expected m >= b: row i needs its column i.")
-    if m < 2:
-        raise ValueError("scores have shape (1, 1), expected m >= 2: with one candidate there is nothing to pick from.")
+    b, m = check_floats(scores, "scores", "(b, m)").shape
+    if m < max(b, 2):
+        raise ValueError(f"scores has shape ({b}, {m}); expected m >= b and m >= 2: row i needs its column i, and others")
     return cross_entropy(scores, torch.arange(b, device=scores.device))
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #42581249
-def _expect_views(a, b, least: int = 2):
-    "Refuse two views that are not float tables of the same shape with at least `least` rows"
-    _expect_floats(a, "a", "(b, d)")
-    _expect_floats(b, "b", "(b, d)")
-    _expect_same(b, "b", a.shape, a, "a")
-    if len(a) < least:
-        raise ValueError(f"got {len(a)} pair, expected at least {least}: with one pair there is nothing to pick from.")
+def _unit(z: Tensor) -> Tensor:  # (n, d) -> (n, d), float32 at least
+    "Rows of length one. A row with no entry of 1e-12 or more has no direction: zeros, and no gradient flows to it"
+    z = precise(z)
+    peak = z.detach().abs().amax(1, keepdim=True)
+    z = z / peak.where(peak > 1e15, 1)  # their squares would overflow
+    return normalize(z, dim=1).masked_fill(peak < 1e-12, 0)
 
 
 def _cosines(z: Tensor) -> Tensor:  # (n, d) -> (n, n)
     "All cosines in float32 at least, under autocast too: bfloat16 has two or three digits only"
     with torch.autocast(z.device.type, enabled=False):
-        z = normalize(_precise(z), dim=1)
+        z = _unit(z)
         return z @ z.T
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #e5784647
+@checked
 def nt_xent(
-    a: Tensor,  # first views, (b, d), of any length: they are normalised here
+    a: Tensor,  # first views, (b, d), of any length: they are normalised here; zeros resemble nothing
     b: Tensor,  # second views, (b, d); row i belongs to row i of `a`
-    temperature: float = 0.5,  # small: only the hardest negatives count
+    temperature: float | Tensor = 0.5,  # small: only the hardest negatives count; may be learnt
 ) -> Tensor:  # mean loss over the 2b views in nats, ()
     """Each of the 2b views picks its partner among the 2b - 1 others, never itself.
 
     Raises TypeError or ValueError when shapes differ, b < 2, T is not above 0, or a view holds NaN.
     Chen et al. 2020, equation 1."""
-    _expect_views(a, b)
-    _expect_temperature(temperature)
-    cosines = _cosines(torch.cat([_precise(a), _precise(b)]))  # (2b, 2b)
-    _refuse_nan(cosines.diagonal().sum(), a=a, b=b)
+    _check_views(a, b, least=2)
+    temperature = check_temperature(temperature)
+    cosines = _cosines(torch.cat([precise(a), precise(b)]))  # (2b, 2b)
+    refuse_nan(cosines.diagonal().sum(), a=a, b=b)
     partner = torch.arange(len(cosines), device=a.device).roll(len(a))  # row i of a, row i of b
     return cross_entropy((cosines / temperature).fill_diagonal_(-math.inf), partner)
 
+# %% ../../nbs/01_objectives/03_contrast.ipynb #a07dfa69
+def _check_views(a, b, least):
+    "Two float tables of one shape with enough rows"
+    check_floats(a, "a", "(b, d)")
+    check_like(check_floats(b, "b", "(b, d)"), "b", a.shape, a, "a")
+    check_whole(len(a), "the number of pairs", least, why="with one pair there is nothing to pick from" if least > 1 else "")
+
 # %% ../../nbs/01_objectives/03_contrast.ipynb #395af8c2
+@checked
 def alignment(
     a: Tensor,  # first views, (b, d), normalised here
     b: Tensor,  # second views, (b, d)
@@ -72,12 +78,13 @@ def alignment(
 
     Raises TypeError or ValueError when shapes differ or a view holds NaN.
     Wang & Isola 2020, equation 4."""
-    _expect_views(a, b, least=1)
-    distance = (normalize(_precise(a), dim=1) - normalize(_precise(b), dim=1)).square().sum(1).mean()
-    _refuse_nan(distance, a=a, b=b)
+    _check_views(a, b, least=1)
+    distance = (_unit(a) - _unit(b)).square().sum(1).mean()
+    refuse_nan(distance, a=a, b=b)
     return distance
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #954c1783
+@checked
 def uniformity(
     z: Tensor,  # features, (n, d), normalised here
     t: float = 2.0,  # how fast the push falls with distance
@@ -86,12 +93,9 @@ def uniformity(
 
     Raises TypeError or ValueError when z is not a float table of two rows or more, t is not
     above 0, or z holds NaN. Wang & Isola 2020, equation 5."""
-    _expect_floats(z, "z", "(n, d)")
-    if len(z) < 2:
-        raise ValueError(f"z has {len(z)} row, expected at least 2: uniformity is about pairs.")
-    if not isinstance(t, (int, float)) or not 0 < t < math.inf:
-        raise ValueError(f"t is {t!r}, expected a finite number above 0.")
+    check_whole(len(check_floats(z, "z", "(n, d)")), "the number of points", 2, why="uniformity is about pairs")
+    check_number(t, "t", above=0)
     closeness = (2 * t * (_cosines(z) - 1)).fill_diagonal_(-math.inf)  # -t * distance²
     result = log_sum_exp(closeness.flatten()) - math.log(len(z) * (len(z) - 1))
-    _refuse_nan(result, z=z)
+    refuse_nan(result, z=z)
     return result

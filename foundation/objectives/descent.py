@@ -8,29 +8,14 @@ __all__ = ['sgd', 'descend', 'adam', 'adamw', 'adafactor', 'Descent']
 # %% ../../nbs/01_objectives/04_descent.ipynb #b6c4f105
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
-from .likelihood import _expect_floats, _expect_same, _refuse_nan
-
-# %% ../../nbs/01_objectives/04_descent.ipynb #aa6f5817
-def _expect_update(weight, grad, **numbers):
-    "Refuse a weight and a gradient that do not fit, and numbers that are negative or not finite"
-    _expect_floats(weight, "weight")
-    _expect_floats(grad, "grad")
-    _expect_same(grad, "grad", weight.shape, weight, "weight")
-    for name, x in numbers.items():
-        if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x < math.inf:
-            raise ValueError(f"{name} is {x!r}, expected a finite number that is not negative.")
-
-
-def _expect_memory(**shares):
-    "Refuse shares of the past that are not from 0 to below 1"
-    for name, x in shares.items():
-        if not 0 <= x < 1:
-            raise ValueError(f"{name} is {x!r}, expected a share of the past that is kept: from 0 to below 1.")
+from ..core.checks import check_callable, check_floats, check_like, check_number, check_whole, checked, got
+from ..core.checks import precise, refuse_nan
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #c8b8d0e8
+@checked
 def sgd(
     weight: Tensor,  # (...)
     grad: Tensor,  # of the loss, (...) like weight
@@ -40,17 +25,19 @@ def sgd(
     l2: float = 0.0,  # strength of the penalty l2 / 2 * ‖weight‖²: joins the gradient
     decay: float = 0.0,  # share lr * decay of the weight that is lost: beside the gradient
 ) -> tuple[Tensor, dict]:  # the new weight, (...), and the state for the next step
-    """Gradient descent with momentum, L2 penalty and decoupled decay; each is off at 0.
+    """Gradient descent with momentum, L2 penalty and decoupled decay; each is off at 0. In float32 at least.
 
     Raises TypeError or ValueError for shapes, dtypes or numbers that do not fit, or NaN. Polyak 1964."""
-    _expect_update(weight, grad, lr=lr, l2=l2, decay=decay)
-    _expect_memory(momentum=momentum)
-    velocity = momentum * state.get("velocity", 0) + grad + l2 * weight
-    new = (1 - lr * decay) * weight - lr * velocity
-    _refuse_nan(new, weight=weight, grad=grad)
-    return new, dict(velocity=velocity) if momentum else {}
+    _check_update(weight, grad, state, dict(velocity=weight.shape), lr=lr, l2=l2, decay=decay)
+    check_number(momentum, "momentum", 0, below=1)
+    w, g = precise(weight), precise(grad)
+    velocity = momentum * state.get("velocity", 0) + g + l2 * w
+    new = (1 - lr * decay) * w - lr * velocity
+    refuse_nan(new, weight=weight, grad=grad, **state)
+    return new.to(weight.dtype), dict(velocity=velocity) if momentum else {}
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #0377343f
+@checked
 def descend(
     rule: Callable,  # sgd, adam ...
     loss: Callable,  # (...) -> ()
@@ -58,60 +45,79 @@ def descend(
     steps: int,
     **options,  # of the rule: lr, momentum ...
 ) -> Tensor:  # the path, (steps + 1, ...)
-    "Walk down a function. Raises what the rule raises, and TypeError or ValueError for a bad start or loss."
-    _expect_floats(start, "start")
+    "Walk down a function. Raises what the rule raises, and TypeError or ValueError for a bad start, option or loss."
+    check_floats(start, "start", "(...)")
+    check_whole(steps, "steps", 0)
+    options = _options_of(rule, options)
     path, state = [start.detach()], {}
     for _ in range(steps):
-        weight = path[-1].clone().requires_grad_()
-        value = loss(weight)
-        if value.shape != ():
-            raise ValueError(f"the loss has shape {tuple(value.shape)}, expected one number, (); take its mean.")
-        new, state = rule(path[-1], torch.autograd.grad(value, weight)[0], state, **options)
+        new, state = rule(path[-1], _slope(loss, path[-1]), state, **options)
         path.append(new)
     return torch.stack(path)
 
+# %% ../../nbs/01_objectives/04_descent.ipynb #364e28dc
+def _slope(loss, at):
+    "The gradient of a loss at one place"
+    with torch.enable_grad():
+        weight = at.clone().requires_grad_()
+        value = loss(weight)
+        if not isinstance(value, Tensor) or value.shape != ():
+            raise (ValueError if isinstance(value, Tensor) else TypeError)(
+                f"the loss is {got(value)}; expected a tensor of one number, (): take its mean")
+        grad = torch.autograd.grad(value, weight, allow_unused=True)[0] if value.requires_grad else None
+    if grad is None:
+        raise ValueError("the loss does not depend on the weight; expected no detach, item or no_grad on the way to it")
+    return grad
+
 # %% ../../nbs/01_objectives/04_descent.ipynb #c891f69a
+@checked
 def adam(
     weight: Tensor,  # (...)
     grad: Tensor,  # (...)
     state: dict,
     lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),  # shares kept of the running means of gradient and square
+    betas: Sequence[float] = (0.9, 0.999),  # shares kept of the running means of gradient and square
     eps: float = 1e-8,  # against division by zero
     l2: float = 0.0,  # penalty: joins the gradient, and so both means
     decay: float = 0.0,  # decoupled: touches neither
 ) -> tuple[Tensor, dict]:  # the new weight, (...), and the state
-    """Adam: each weight's step is its mean gradient over the root of its mean square.
+    """Adam: each weight's step is its mean gradient over the root of its mean square. In float32 at least.
 
     Raises TypeError or ValueError for shapes, dtypes or numbers that do not fit, or NaN.
     Kingma & Ba 2015, algorithm 1."""
-    _expect_update(weight, grad, lr=lr, eps=eps, l2=l2, decay=decay)
-    _expect_memory(beta1=betas[0], beta2=betas[1])
-    t, grad = state.get("t", 0) + 1, grad + l2 * weight
-    mean = betas[0] * state.get("mean", 0) + (1 - betas[0]) * grad
-    square = betas[1] * state.get("square", 0) + (1 - betas[1]) * grad.square()
-    step = mean / (1 - betas[0]**t) / ((square / (1 - betas[1]**t)).sqrt() + eps)
-    new = (1 - lr * decay) * weight - lr * step
-    _refuse_nan(new, weight=weight, grad=grad)
-    return new, dict(t=t, mean=mean, square=square)
+    shapes = dict(t=(), mean=weight.shape, square=weight.shape)
+    _check_update(weight, grad, state, shapes, lr=lr, eps=eps, l2=l2, decay=decay)
+    beta1, beta2 = _check_betas(betas)
+    w, t = precise(weight), state.get("t", 0) + 1
+    g = precise(grad) + l2 * w
+    mean = beta1 * state.get("mean", 0) + (1 - beta1) * g
+    square = beta2 * state.get("square", 0) + (1 - beta2) * g.square()
+    step = mean / (1 - beta1**t) / ((square / (1 - beta2**t)).sqrt() + eps)
+    new = (1 - lr * decay) * w - lr * step
+    refuse_nan(new + 0 * square, weight=weight, grad=grad)  # a square of inf would stop the weight for ever
+    return new.to(weight.dtype), dict(t=t, mean=mean, square=square)
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #ce2a2830
+@checked
 def adamw(
     weight: Tensor,  # (...)
     grad: Tensor,  # (...)
     state: dict,
     lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
     decay: float = 1e-2,  # share lr * decay of each weight is lost at each step
 ) -> tuple[Tensor, dict]:  # the new weight, (...), and the state
-    "Adam with decoupled decay. Loshchilov & Hutter 2019, algorithm 2, with the rate in front of the decay as in PyTorch."
+    """Adam with decoupled decay, the rate in front of the decay as in PyTorch. Loshchilov & Hutter 2019, algorithm 2.
+
+    Raises TypeError or ValueError for shapes, dtypes or numbers that do not fit, or NaN."""
     return adam(weight, grad, state, lr, betas, eps, decay=decay)
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #0f48a2f7
 def _rms(x): return x.square().mean().sqrt().item()
 
 
+@checked
 def adafactor(
     weight: Tensor,  # (..., r, c), or (r,) and then not factored
     grad: Tensor,  # like weight
@@ -122,54 +128,105 @@ def adafactor(
     clip: float = 1.0,  # largest root mean square of a step, before lr
     decay: float = 0.0,  # decoupled
 ) -> tuple[Tensor, dict]:  # the new weight, and the state: r + c numbers for a matrix
-    """Adam without the mean, and with row and column means in the place of all squares.
+    """Adam without the mean, and with row and column means in the place of all squares. In float32 at least.
 
     Raises TypeError or ValueError for shapes, dtypes or numbers that do not fit, or NaN.
     Shazeer & Stern 2018, algorithm 4, in PyTorch's reading."""
-    _expect_update(weight, grad, lr=lr, eps=eps, forget=forget, decay=decay)
-    if not 0 < clip < math.inf:
-        raise ValueError(f"clip is {clip!r}, expected a finite number above 0; 1 is usual.")
-    t, tiny = state.get("t", 0) + 1, torch.finfo(weight.dtype).eps
+    full, shape = weight.ndim < 2, tuple(weight.shape)
+    shapes = dict(square=shape) if full else dict(rows=shape[:-1] + (1,), columns=shape[:-2] + (1, shape[-1]))
+    _check_update(weight, grad, state, dict(t=(), **shapes), lr=lr, eps=eps, forget=forget, decay=decay)
+    check_number(clip, "clip", above=0, why="1 is usual")
+    w, g, t = precise(weight), precise(grad), state.get("t", 0) + 1
+    tiny = torch.finfo(w.dtype).eps
     blend = lambda name, new: state.get(name, 0) + t**-forget * (new - state.get(name, 0))
-    if weight.ndim > 1:
-        rows, columns = blend("rows", grad.square().mean(-1, True)), blend("columns", grad.square().mean(-2, True))
-        square, kept = rows * columns / rows.mean(-2, True).clamp(min=tiny), dict(rows=rows, columns=columns)
-    else:
-        square = blend("square", grad.square())
+    if full:
+        square = blend("square", g.square())
         kept = dict(square=square)
-    step = grad / square.clamp(min=tiny**2).sqrt()
-    size = min(lr, t**-0.5) * max(eps, _rms(weight)) / max(1.0, _rms(step) / clip)
-    new = (1 - lr * decay) * weight - size * step
-    _refuse_nan(new, weight=weight, grad=grad)
-    return new, dict(t=t, **kept)
+    else:
+        rows, columns = blend("rows", g.square().mean(-1, True)), blend("columns", g.square().mean(-2, True))
+        square, kept = rows * columns / rows.mean(-2, True).clamp(min=tiny), dict(rows=rows, columns=columns)
+    step = g / square.clamp(min=tiny**2).sqrt()
+    size = min(lr, t**-0.5) * max(eps, _rms(w)) / max(1.0, _rms(step) / clip)
+    new = (1 - lr * decay) * w - size * step
+    refuse_nan(new + 0 * square, weight=weight, grad=grad)
+    return new.to(weight.dtype), dict(t=t, **kept)
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #587d2e7d
 class Descent(torch.optim.Optimizer):
-    "A rule as one of PyTorch's optimizers: parameter groups, schedules and checkpoints work as usual."
+    """A rule as one of PyTorch's optimizers: parameter groups, schedules and checkpoints work as usual.
 
+    Raises TypeError or ValueError for options or parameters that the rule refuses; a step that fails changes nothing."""
+
+    @checked
     def __init__(
         self,
         params: Iterable,  # as for every optimizer: tensors or groups
         rule: Callable,  # sgd, adam ...
         **options,  # of the rule
     ):
-        if not callable(rule):
-            raise TypeError(f"rule is a {type(rule).__name__}, expected a function such as sgd or adam.")
-        known = {name: p.default for name, p in list(inspect.signature(rule).parameters.items())[3:]}
-        if unknown := set(options) - set(known):
-            raise ValueError(f"{rule.__name__} knows no {', '.join(sorted(unknown))}; it has {', '.join(known)}.")
-        super().__init__(params, known | options)
-        self.rule, self.names = rule, list(known)
+        options = _options_of(rule, options)
+        self.rule, self.names = rule, list(options)
+        super().__init__(params, options)
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        try:  # a dry step: what the rule refuses, it refuses now
+            self._steps(self.param_groups[-1], torch.ones_like)
+        except BaseException:
+            del self.param_groups[-1]
+            raise
+
+    def _steps(self, group, grad_of):
+        "Parameter, new weight and new notes for each that has a gradient"
+        options = {name: group[name] for name in self.names}
+        found = ((p, grad_of(p)) for p in group["params"])
+        with torch.no_grad():
+            return [(p, *self.rule(p.detach(), g, self.state.get(p, {}), **options)) for p, g in found if g is not None]
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
         "One step of each parameter that has a gradient."
         with torch.enable_grad():
             loss = closure() if closure else None
-        for group in self.param_groups:
-            options = {name: group[name] for name in self.names}
-            for p in group["params"]:
-                if p.grad is not None:
-                    new, self.state[p] = self.rule(p, p.grad, self.state[p], **options)
-                    p.copy_(new)
+        for p, new, state in [step for group in self.param_groups for step in self._steps(group, lambda p: p.grad)]:
+            p.copy_(new)
+            self.state[p] = state
         return loss
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)  # which makes the notes of half weights half
+        for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            for name, kept in state_dict["state"].get(i, {}).items():
+                self.state[p][name] = kept.to(p.device, copy=True) if isinstance(kept, Tensor) else kept
+
+# %% ../../nbs/01_objectives/04_descent.ipynb #7aba7d89
+def _options_of(rule, options):
+    "All options of a rule, its defaults where none is given"
+    plan = list(inspect.signature(check_callable(rule, "rule", "(weight, grad, state, ...)")).parameters.values())[3:]
+    known = {p.name: p.default for p in plan if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    name, filled = getattr(rule, "__name__", "the rule"), known | options
+    if (unknown := set(options) - set(known)) and not any(p.kind == p.VAR_KEYWORD for p in plan):
+        raise ValueError(f"{name} knows no {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
+    if missing := [option for option, value in filled.items() if value is inspect.Parameter.empty]:
+        raise ValueError(f"{name} needs {', '.join(missing)}; expected a value for each")
+    return filled
+
+
+def _check_update(weight, grad, state, shapes, **numbers):
+    "A weight, its gradient and the notes on it that fit each other, and numbers from 0 on"
+    check_floats(weight, "weight", "(...)")
+    check_like(check_floats(grad, "grad", "(...)"), "grad", weight.shape, weight, "weight")
+    if grad.is_sparse:
+        raise ValueError("grad is sparse; expected a dense one, which grad.to_dense() makes")
+    kept = {name: tuple(getattr(x, "shape", ())) for name, x in state.items()}
+    if state and kept != (want := {name: tuple(shape) for name, shape in shapes.items()}):
+        raise ValueError(f"state holds {kept}; expected {{}} or {want}, what the last step of this weight gave back")
+    for name, x in numbers.items():
+        check_number(x, name, 0)
+
+
+def _check_betas(betas):
+    "Two shares of the past"
+    if isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}; expected two shares of the past that are kept")
+    return [check_number(x, f"betas[{i}]", 0, below=1) for i, x in enumerate(betas)]

@@ -6,159 +6,103 @@
 __all__ = ['log_sum_exp', 'log_softmax', 'cross_entropy', 'binary_cross_entropy', 'masked_likelihood']
 
 # %% ../../nbs/01_objectives/01_likelihood.ipynb #b1b15360
-from numbers import Real
+import math
+from collections.abc import Sequence
 import torch
 from torch import Tensor
-
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #791a9818
-def _expect_floats(
-    x,  # what the caller handed in
-    name: str,  # its name in the message
-    shape: str = "(..., k)",  # e.g. "(b, d)"; dots stand for any number of dimensions
-):
-    "Refuse anything but a float tensor of the wanted rank that holds something"
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}, expected a float tensor; torch.tensor(...) makes one.")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}, expected floats; {name}.float() turns it into them.")
-    if x.ndim == 0:
-        raise ValueError(f"{name} is a single number, shape (), expected {shape}; {name}[None] adds a dimension.")
-    if "..." not in shape and x.ndim != shape.count(",") + 1:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}; reshape it to that.")
-    if x.numel() == 0:
-        raise ValueError(f"{name} is empty, shape {tuple(x.shape)}; hand in at least one row and one column.")
-
-
-def _expect_same(x: Tensor, name: str, shape, other: Tensor, other_name: str):
-    "Refuse a tensor that does not fit the shape and device of another one"
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)} to fit "
-                         f"{other_name} {tuple(other.shape)}.")
-    if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}; "
-                         f"move one with .to({str(other.device)!r}).")
-
-
-def _may_look(x: Tensor) -> bool:  # whether reading values is free
-    "Values are checked on the CPU only: on a GPU each look would stall the training loop"
-    return x.is_cpu and not torch.compiler.is_compiling()
-
-
-def _refuse_nan(result: Tensor, **inputs):
-    """Look for the culprit only when the result is NaN, so that a healthy call pays nothing.
-
-    While a gradient is recorded NaN passes: the training loop stops on it, and knows the step and the learning rate."""
-    if result.requires_grad or not _may_look(result) or not result.isnan().any():
-        return
-    for name, x in inputs.items():
-        if x.isnan().any():
-            raise ValueError(f"{name} holds {int(x.isnan().sum())} NaN among {x.numel()} values; look at the step "
-                             "before: a learning rate that is too high, or bad input data.")
-    raise ValueError(f"the result is NaN because {' or '.join(inputs)} holds infinite or far too large values; "
-                     "look at the step before: a learning rate that is too high, or bad input data.")
-
-
-def _precise(x: Tensor) -> Tensor:  # float32 or float64
-    "Half precision is too coarse for a sum of exponentials: compute in float32 at least"
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from ..core.checks import check_floats, check_labels, check_like, check_mask, check_shares, check_whole
+from ..core.checks import checked, may_look, precise, refuse_nan
 
 # %% ../../nbs/01_objectives/01_likelihood.ipynb #d151f98f
+@checked
 def log_sum_exp(
     x: Tensor,  # any numbers, (..., k)
     dim: int = -1,  # the dimension that is summed away
 ) -> Tensor:  # log of the sum of exp(x), (...)
-    "`log(exp(x).sum(dim))` without overflow: the largest entry is taken out first. NaN stays NaN."
-    _expect_floats(x, "x")
-    peak = x.detach().amax(dim, keepdim=True)
-    peak = peak.where(peak.isfinite(), 0)  # a row of -inf stays -inf
-    return peak.squeeze(dim) + (x - peak).exp_().sum(dim).log()  # in place: one large table less
+    """`log(exp(x).sum(dim))` without overflow: the largest entry is taken out first, and the sum is in float32 at least.
+
+    NaN stays NaN; where all is -inf the result is -inf, and no gradient flows. Raises TypeError, ValueError."""
+    z = precise(check_floats(x, "x"))
+    check_whole(dim, "dim", -x.ndim, x.ndim - 1)
+    peak = z.detach().amax(dim, keepdim=True)
+    peak = peak.where(peak.isfinite(), 0)
+    total = (z - peak).exp_().sum(dim)  # in place: one large table less
+    nothing = total == 0  # a row of -inf: the slope of the logarithm would be infinite
+    return (peak.squeeze(dim) + total.masked_fill(nothing, 1).log().masked_fill(nothing, -math.inf)).to(x.dtype)
 
 # %% ../../nbs/01_objectives/01_likelihood.ipynb #eda72de4
+@checked
 def log_softmax(
     logits: Tensor,  # scores, (..., k)
     dim: int = -1,  # the dimension of the classes
 ) -> Tensor:  # log-probabilities, (..., k)
-    "Scores to log-probabilities: take away what makes them sum to one. NaN stays NaN."
-    _expect_floats(logits, "logits")
-    return logits - log_sum_exp(logits, dim).unsqueeze(dim)
+    """Scores to log-probabilities: take away what makes them sum to one.
 
-# %% ../../nbs/01_objectives/01_likelihood.ipynb #60f4eb0b
-def _expect_labels(labels, logits: Tensor, ignore_index: int | None, name: str = "labels"):
-    "Refuse labels that are not whole numbers from 0 to k - 1, one for each row of logits"
-    whole = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    if not isinstance(labels, Tensor) or labels.dtype not in whole:
-        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{name} are {kind}, expected class numbers as an int64 tensor; {name}.long() makes them.")
-    _expect_same(labels, name, logits.shape[:-1], logits, "logits")
-    if not _may_look(labels):
-        return
-    seen = labels if ignore_index is None else labels[labels != ignore_index]
-    if seen.numel() == 0:
-        raise ValueError(f"all {name} are ignore_index ({ignore_index}): nothing is left to average; skip this batch.")
-    low, high, k = int(seen.min()), int(seen.max()), logits.shape[-1]
-    if low < 0 or high >= k:
-        raise ValueError(f"{name} run from {low} to {high}, expected 0 to {k - 1} for logits with {k} classes.")
+    NaN stays NaN, and a row of -inf alone, which rules out every class, gives NaN. Raises TypeError, ValueError."""
+    z = precise(check_floats(logits, "logits"))
+    return (z - log_sum_exp(z, dim).unsqueeze(dim)).to(logits.dtype)
 
 # %% ../../nbs/01_objectives/01_likelihood.ipynb #3a96749e
+@checked
 def cross_entropy(
     logits: Tensor,  # scores, (..., k): the classes come last
-    labels: Tensor,  # class numbers, (...)
+    labels: Tensor | Sequence,  # class numbers of any whole-number type, (...)
     label_smoothing: float = 0.0,  # share of the target given to all classes alike, 0 to 1
     ignore_index: int | None = None,  # places with this label do not count
-) -> Tensor:  # mean negative log-likelihood in nats, ()
+) -> Tensor:  # mean negative log-likelihood in nats, (); infinite where a label is ruled out by -inf
     """Mean over the labels of `-log softmax(logits)[label]`, computed in float32 at least.
 
     Raises TypeError or ValueError when shapes, dtypes, devices or labels do not fit, or logits
     hold NaN (while training, NaN passes: the loop stops on it and tells the step).
     Smoothing: Szegedy et al. 2016, section 7."""
-    _expect_floats(logits, "logits")
-    _expect_labels(labels, logits, ignore_index)
-    if not isinstance(label_smoothing, Real) or not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is {label_smoothing!r}, expected a share from 0 to 1.")
-    z = _precise(logits)
+    z = precise(check_floats(logits, "logits"))
+    labels = check_labels(labels, "labels", z.shape[-1], z.shape[:-1], ignore_index)
+    check_like(labels, "labels", z.shape[:-1], logits, "logits")
+    check_shares(label_smoothing=label_smoothing)
     kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
-    target = z.gather(-1, labels.long().where(kept, 0)[..., None])[..., 0]
+    target = z.gather(-1, labels.where(kept, 0)[..., None])[..., 0]
     if label_smoothing:
         target = (1 - label_smoothing) * target + label_smoothing * z.mean(-1)
     loss = (log_sum_exp(z) - target).where(kept, 0).sum() / kept.sum()
-    _refuse_nan(loss, logits=logits)
+    refuse_nan(loss, logits=logits)
     return loss
 
 # %% ../../nbs/01_objectives/01_likelihood.ipynb #be6447dc
+@checked
 def binary_cross_entropy(
     logits: Tensor,  # one score for each yes-or-no question, any shape
     targets: Tensor,  # the answers, 0 to 1, the same shape
 ) -> Tensor:  # mean negative log-likelihood in nats, ()
     """Mean of `-y log sigmoid(z) - (1 - y) log(1 - sigmoid(z))`, for independent answers.
 
+    A score of ±inf costs nothing where it is right and everything where it is wrong.
     Raises TypeError or ValueError when shapes, dtypes or devices differ, targets leave 0 to 1,
     or logits hold NaN."""
-    _expect_floats(logits, "logits")
-    _expect_floats(targets, "targets")
-    _expect_same(targets, "targets", logits.shape, logits, "logits")
-    if _may_look(targets) and not (targets.amin() >= 0 and targets.amax() <= 1):
-        raise ValueError(f"targets run from {targets.min():g} to {targets.max():g}, expected 0 to 1.")
-    z, y = _precise(logits), _precise(targets)
-    loss = (torch.logaddexp(z, torch.zeros_like(z)) - y * z).mean()
-    _refuse_nan(loss, logits=logits, targets=targets)
+    z, y = precise(check_floats(logits, "logits")), precise(check_floats(targets, "targets"))
+    check_like(targets, "targets", logits.shape, logits, "logits")
+    if may_look(y) and not (y.amin() >= 0 and y.amax() <= 1):
+        raise ValueError(f"targets run from {y.min():g} to {y.max():g}; expected 0 to 1")
+    sure = z.isinf()  # inf - inf and 0 · inf would be NaN
+    wrong, z = sure & (y != (z > 0)), z.masked_fill(sure, 0)
+    losses = (torch.logaddexp(z, torch.zeros_like(z)) - y * z).masked_fill(sure, 0)
+    loss = losses.masked_fill(wrong, math.inf).mean()
+    refuse_nan(loss, logits=logits, targets=targets)
     return loss
 
 # %% ../../nbs/01_objectives/01_likelihood.ipynb #16208040
+@checked
 def masked_likelihood(
     logits: Tensor,  # a score for each word of the vocabulary at each place, (b, n, v)
-    targets: Tensor,  # the words that stood there, (b, n)
+    targets: Tensor | Sequence,  # the words that stood there, (b, n)
     visible: Tensor,  # True where the model saw the word, False where it was masked, (b, n)
 ) -> Tensor:  # mean negative log-likelihood of the masked words in nats, ()
     """Softmax over the vocabulary, mean over the masked places.
 
     Raises TypeError or ValueError on wrong shapes, dtypes or devices, or when nothing is masked.
     Devlin et al. 2018, section 3.1."""
-    _expect_floats(logits, "logits", "(b, n, v)")
-    if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
-        kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
-        raise TypeError(f"visible is {kind}, expected bool: True where the model saw the word.")
-    _expect_same(visible, "visible", logits.shape[:-1], logits, "logits")
-    _expect_labels(targets, logits, None, "targets")
-    if _may_look(visible) and visible.all():
-        raise ValueError("every place is visible: nothing is masked, so there is nothing to predict.")
-    return cross_entropy(logits, targets.long().masked_fill(visible, -100), ignore_index=-100)
+    b, n, v = check_floats(logits, "logits", "(b, n, v)").shape
+    targets = check_labels(targets, "targets", v, (b, n))
+    check_like(check_mask(visible, "visible"), "visible", (b, n), logits, "logits")
+    if may_look(visible) and visible.all():
+        raise ValueError("visible is True everywhere; expected a masked place: there is nothing to predict")
+    return cross_entropy(logits, targets.masked_fill(visible, -100), ignore_index=-100)
