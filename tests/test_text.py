@@ -1,4 +1,8 @@
 "Bad input and the promises of the split that foundation.data.text makes."
+import re
+from unittest.mock import patch
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,7 +41,7 @@ def test_a_broken_line_of_ratings_is_named(tmp_path, text):
 
 
 def test_a_set_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="0 texts"):
+    with pytest.raises(ValueError, match="there are no indices"):
         some().take([])
     with pytest.raises(ValueError, match="the same number of each"):
         TextSet("x", ("a",), torch.tensor([0, 1]), ("a", "b"), ("1",))
@@ -57,7 +61,7 @@ def test_split_keeps_groups_together_and_is_stable():
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5])
 def test_split_refuses_shares_that_are_none(share):
-    with pytest.raises(ValueError, match="expected a share between 0 and 1"):
+    with pytest.raises(ValueError, match="expected a finite number above 0 below 1"):
         split_texts(some(), share)
 
 
@@ -80,19 +84,95 @@ def test_a_missing_or_empty_file_is_named(tmp_path, read):
     (tmp_path / "none.txt").write_bytes(b"")
     with pytest.raises(ValueError, match="none.txt"):
         read(tmp_path / "none.txt")
-    (tmp_path / "none.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError):
-        read(tmp_path / "none.txt")
+    for raw in (b"\xff\xfe\x00", LINE.encode() + b"1_1\t0.5\tcaf\xe9\n", "1\t0\tx\n".encode("utf-16")):
+        (tmp_path / "none.txt").write_bytes(raw)
+        with pytest.raises(ValueError, match=r"none.txt is no text in UTF-8 \(byte [\d,]+\); delete it"):
+            read(tmp_path / "none.txt")
 
 
-@pytest.mark.parametrize("labels", [[0, 1], torch.tensor([0.0, 1.0]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([[0, 1]])])
+@pytest.mark.parametrize("read", [read_glosses, read_snippets])
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 300])
+def test_a_path_that_is_no_file_is_named(tmp_path, read, name):
+    with pytest.raises(FileNotFoundError, match="is not there; fetch"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("old, new", [
+    (" 03 ", " -1 "), (" 03 ", " 3 "), (" 03 ", " 45 "), (" 03 ", " 0x "), (" 02 ", " 01 "), (" 02 ", " 03 "), (" 02 ", " 00 "), (" 02 ", " -2 "), (" 02 ", " 0g "),
+    ("00001740", "1740"), ("entity 0", "entity x"), (" 001 ", " 002 "), (" 001 ", " 1 "), (" | ", " "), (" 0 001 ~ 00001930 n 0000", ""), ("0 001", "0"), (" 03 ", " \u0660\u0663 "),
+])
+def test_a_damaged_line_of_the_dictionary_is_named(tmp_path, old, new):
+    "Fields and counts that do not fit one another"
+    assert old in LINE
+    (tmp_path / "x.txt").write_text("  1 the licence\n" + LINE + LINE.replace(old, new, 1))
+    with pytest.raises(ValueError, match="x.txt is not a data file of WordNet: line 3 is ") as caught:
+        read_glosses(tmp_path / "x.txt")
+    assert "\n" not in str(caught.value)
+
+
+def test_lines_end_where_a_file_says_so_and_not_at_other_separators(tmp_path):
+    "Unicode has seven more line ends; in a text they are white space"
+    (tmp_path / "r.txt").write_bytes("\ufeff1_1\t0.5\tone\u2028two\x85three\r\n2\t-1\tfour\n".encode())
+    assert [(row.text, row.valence, row.document) for row in read_snippets(tmp_path / "r.txt")] == [("one\u2028two\x85three", 0.5, "1"), ("four", -1.0, None)]
+
+
+def test_a_margin_that_leaves_nothing_is_a_sentence(tmp_path):
+    (tmp_path / "r.txt").write_text("1\t0.5\tfine\n")
+    with patch("foundation.data.text.fetch", lambda name: {"films": tmp_path / "r.txt"}), pytest.raises(ValueError, match="no text is left"):
+        reviews("films", margin=3.9)
+
+
+def test_of_equal_texts_the_first_is_kept_and_parts_count_once(tmp_path):
+    (tmp_path / "r.txt").write_text("1\t2\tFine film!\n2\t-2\tfine film\n3\t-3\tdull\n4\t0.1\tso so\n")
+    with patch("foundation.data.text.fetch", lambda name: {"films": tmp_path / "r.txt"}):
+        made = reviews(["films", "films"])
+        assert made.texts == ("Fine film!", "dull") and made.labels.tolist() == [1, 0]
+        with pytest.raises(ValueError, match="genre needs two"):
+            reviews(["films", "films"], task="genre")
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.array, torch.tensor])
+def test_numbers_of_numpy_split_as_plain_ones(kind):
+    want = split_texts(some(), 0.5, 3)
+    assert split_texts(some(), kind(0.5) if kind is not np.int64 else np.float64(0.5), kind(3))[1].texts == want[1].texts
+    assert some().take(np.array([3, -1], np.int32)).texts == ("text 3", "text 99")
+    with pytest.raises(TypeError, match="seed is 3.0"):
+        split_texts(some(), 0.5, 3.0)
+
+
+def test_a_split_is_what_saved_results_depend_on():
+    "These must never change, nor does half a character stop them"
+    data = some(12, groups=[f"group {i}" for i in range(11)] + ["\ud800"])
+    assert [re.sub(r"\D", "", text) for text in split_texts(data, 0.4, 1)[1].texts] == SPLIT
+
+
+SPLIT = ['1', '3', '5', '6', '8', '11']
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1], torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]]), torch.tensor([True, False]), None, "01", [0, None], ["a", "b"]])
 def test_labels_of_another_kind_are_refused(labels):
-    with pytest.raises(TypeError, match="expected a tensor .* of torch.int64"):
+    with pytest.raises((TypeError, ValueError), match="labels .*; expected"):
         TextSet("x", ("a", "b"), labels, ("a", "b"), ("1", "2"))
 
 
+@pytest.mark.parametrize("labels", [[0, 1], (0, 1), np.array([0, 1], np.int16), *(torch.tensor([0, 1], dtype=d) for d in (torch.uint8, torch.int32, torch.int64))])
+def test_labels_of_every_whole_kind(labels):
+    made = TextSet("x", ["a", "b"], labels, ("a", "b"), ("1", "2"))
+    assert made.labels.dtype == torch.int64 and made.labels.tolist() == [0, 1] and made.texts == ("a", "b")
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("texts", "ab", "texts is 'ab'; expected a tuple of strings"), ("texts", ("a", None), "texts hold 1 of 2 that are no strings, the first is None"),
+    ("texts", (float("nan"), float("nan")), "texts hold 2 of 2"), ("groups", (1, 2), "groups hold 2 of 2"), ("classes", None, "classes is None"),
+])
+def test_texts_groups_and_classes_are_strings(field, value, words):
+    with pytest.raises(TypeError, match=words):
+        TextSet(**dict(name="x", texts=("a", "b"), labels=[0, 1], classes=("a", "b"), groups=("1", "2")) | {field: value})
+
+
 @pytest.mark.parametrize("indices, error, words", [
-    (torch.ones(100).bool(), TypeError, "nonzero"), ([0.5], TypeError, "whole numbers"), ([[1]], TypeError, r"\(1, 1\)"),
+    (torch.ones(100).bool(), TypeError, "nonzero"), ([0.5], TypeError, "whole numbers"), ([[1]], TypeError, r"\(1, 1\)"), (None, TypeError, "indices is None"),
+    ("ab", TypeError, "indices is 'ab'"), ([[1], [2, 3]], TypeError, "indices is a list"), ([2**70], TypeError, "indices is a list"), (torch.tensor(1), TypeError, "tensor of int64"),
     ([100], IndexError, "from 100 to 100 in a set of 100"), ([-101], IndexError, "in a set of 100"),
 ])
 def test_indices_that_mean_something_else_are_refused(indices, error, words):
@@ -101,7 +181,7 @@ def test_indices_that_mean_something_else_are_refused(indices, error, words):
 
 
 def test_split_wants_a_set_of_texts():
-    with pytest.raises(TypeError, match="data are a list; expected a TextSet"):
+    with pytest.raises(TypeError, match="data is a list; expected a TextSet"):
         split_texts(["a", "b"])
 
 

@@ -6,48 +6,46 @@
 __all__ = ['sample_boxes', 'Augment']
 
 # %% ../../nbs/02_data/04_augment.ipynb #223f3ee8
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foundation.core.checks import (
+    check_floats, check_images, check_like, check_number, check_shares, check_whole, checked, got, precise
+)
+
 # %% ../../nbs/02_data/04_augment.ipynb #b98acd66
+@checked
 def sample_boxes(
     images: Tensor,  # (b, c, h, w) float
     centers: Tensor,  # (b, 2): x, y from -1 to 1
     halves: Tensor,  # (b, 2): half-sizes as shares of the image; a negative one mirrors
-    size: int | None = None,  # side of the result; None keeps h and w
-) -> Tensor:  # (b, c, size, size) float
-    "Read one box out of each image, bilinearly; outside of the image there are zeros."
-    _expect_images(images)
-    if not centers.shape == halves.shape == (len(images), 2):
-        raise ValueError(f"centers have shape {tuple(centers.shape)} and halves {tuple(halves.shape)}; "
-                         f"expected ({len(images)}, 2) for both, one box for each image")
-    if size is not None and size < 1:
-        raise ValueError(f"size is {size}; expected 1 or more pixels")
-    matrix = torch.diag_embed(halves)
-    matrix = torch.cat([matrix, centers[:, :, None]], 2)
-    b, c, h, w = images.shape
-    grid = F.affine_grid(matrix, [b, c, size or h, size or w], align_corners=False)
-    return F.grid_sample(images, grid.to(images.dtype), align_corners=False)
+    size: int | None = None,  # side of the result, in pixels; None keeps h and w
+) -> Tensor:  # (b, c, size, size), floats of the kind of the images
+    """Read one box out of each image, bilinearly; beyond its rim an image goes on as its last pixel.
 
-# %% ../../nbs/02_data/04_augment.ipynb #b847f628
-def _expect_images(images, floats=True):
-    "Refuse what is no batch of images; bytes are welcome where `floats` is not asked for"
-    if not isinstance(images, Tensor) or not (images.is_floating_point() or images.dtype == torch.uint8 and not floats):
-        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images are {got}; expected floats{'' if floats else ' from 0 to 1, or uint8'} (divide bytes by 255)")
-    if images.ndim != 4 or images.numel() == 0:
-        raise ValueError(f"images have shape {tuple(images.shape)}; expected (b, c, h, w), none of them 0")
+    Raises `TypeError`, `ValueError`."""
+    check_images(images, kind="floats")
+    for name, box in dict(centers=centers, halves=halves).items():
+        check_floats(box, name, "(b, 2)", finite=True)
+        check_like(box, name, (len(images), 2), images, "images")
+    (h, w) = images.shape[2:] if size is None else [check_whole(size, "size", 1, 2**14)] * 2
+    matrix = torch.cat([torch.diag_embed(halves), centers[:, :, None]], 2).to(precise(images))
+    grid = F.affine_grid(matrix, [len(images), 1, h, w], align_corners=False)
+    boxes = F.grid_sample(precise(images), grid, padding_mode="border", align_corners=False)
+    return boxes.to(images.dtype)
 
 # %% ../../nbs/02_data/04_augment.ipynb #bea29c51
 @dataclass(frozen=True)
 class Augment:
-    "Random crop, flip, light and erasing for a batch of images, each image with its own numbers."
+    """Random crop, flip, light and erasing for a batch of images, each image with its own numbers.
+
+    Raises `TypeError`, `ValueError` for ranges that make no sense."""
     area: tuple[float, float] = (0.3, 1.0)  # share of the image's area that a crop keeps
-    aspect: float = 4 / 3  # crops are up to this much wider or taller than square
+    aspect: float = 4 / 3  # crops are up to this much wider or taller than the image
     flip: float = 0.5  # chance of a mirror image
     contrast: float = 0.4  # contrast factor is drawn from 1 ± this
     brightness: float = 0.4  # likewise
@@ -56,21 +54,20 @@ class Augment:
     std: float = 1.0
 
     def __post_init__(self):
-        low, high = self.area
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"area is {self.area}; expected 0 < low <= high <= 1")
-        shares = (self.flip, self.erase, self.contrast, self.brightness)
-        sound = 1 <= self.aspect < math.inf and 0 < self.std < math.inf and math.isfinite(self.mean)
-        if not (sound and all(0 <= share <= 1 for share in shares)):
-            raise ValueError(f"got {self}; expected aspect >= 1, std > 0, "
-                             "and flip, erase, contrast and brightness from 0 to 1")
+        object.__setattr__(self, "area", _check_area(self.area))
+        check_number(self.aspect, "aspect", 1, 1000)
+        check_shares(flip=self.flip, contrast=self.contrast, brightness=self.brightness, erase=self.erase)
+        check_number(self.mean, "mean", -1e9, 1e9), check_number(self.std, "std", 1e-9, 1e9)
+        for name in ("aspect", "flip", "contrast", "brightness", "erase", "mean", "std"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # NumPy's numbers become plain
 
     @torch.no_grad()
+    @checked
     def __call__(
         self,
         images: Tensor,  # (b, c, h, w) uint8 from 0 to 255, or float from 0 to 1
         generator: torch.Generator | None = None,  # for a repeatable draw, on the images' device
-    ) -> Tensor:  # (b, c, h, w) float32, standardised
+    ) -> Tensor:  # (b, c, h, w) float32 (float64 for float64), standardised
         x = _as_floats(images, generator)
         u = torch.rand(8, len(x), device=x.device, generator=generator)  # one row for each choice
         x = _relight(self, _crop(self, x, u), u)
@@ -81,9 +78,11 @@ class Augment:
 # %% ../../nbs/02_data/04_augment.ipynb #3d6570e0
 def _crop(ranges: Augment, x: Tensor, u: Tensor) -> Tensor:  # (b, c, h, w), (8, b) -> (b, c, h, w)
     "One random box out of each picture, mirrored or not, at the size of the picture."
-    area = ranges.area[0] + (ranges.area[1] - ranges.area[0]) * u[0]
+    low, high = ranges.area
+    area = low + (high - low) * u[0]
     ratio = torch.exp((2 * u[1] - 1) * torch.log(torch.tensor(ranges.aspect)).item() / 2)
     halves = torch.stack([(area.sqrt() * ratio).clamp(max=1), (area.sqrt() / ratio).clamp(max=1)], 1)
+    halves = torch.maximum(halves, low / halves.flip(1)).clamp(max=1)  # one side cut off: the other makes up
     centers = (2 * u[2:4].T - 1) * (1 - halves)
     mirror = 1 - 2 * (u[4] < ranges.flip).float()
     return sample_boxes(x, centers, halves * torch.stack([mirror, torch.ones_like(mirror)], 1))
@@ -98,18 +97,32 @@ def _relight(ranges: Augment, x: Tensor, u: Tensor) -> Tensor:  # (b, c, h, w), 
     return ((x - middle) * gain[:, None, None, None] + middle).clamp_(0, 1)
 
 # %% ../../nbs/02_data/04_augment.ipynb #61ab8f3b
+def _check_area(area):
+    "Two plain numbers, 0 < low <= high <= 1"
+    if not isinstance(area, Sequence) or isinstance(area, str) or len(area) != 2:
+        raise TypeError(f"area is {got(area)}; expected two shares, (low, high)")
+    low, high = (check_number(share, "a share of area", above=0, most=1) for share in area)
+    if low > high:
+        raise ValueError(f"area is {low, high}; expected 0 < low <= high <= 1")
+    return low, high
+
+
 def _as_floats(images, generator):
     "Floats from 0 to 1 on the generator's device, or a sentence why not"
-    _expect_images(images, floats=False)
+    check_images(images, kind=None if images.dtype == torch.uint8 else "floats")
     if generator is not None and generator.device.type != images.device.type:
-        raise ValueError(f"the generator is on {generator.device}, the images are on {images.device}; "
-                         f"make it with torch.Generator({str(images.device)!r})")
+        raise ValueError(
+            f"the generator is on {generator.device}, the images are on {images.device}; "
+            f"expected one device: torch.Generator({str(images.device)!r}) makes it"
+        )
     if images.dtype == torch.uint8:
         return images.float() / 255
     if not (images.min() >= 0 and images.max() <= 1):  # NaN is refused too
-        raise ValueError(f"images run from {images.min():.3g} to {images.max():.3g}; expected floats from 0 to 1: "
-                         "augment first, standardise last")
-    return images
+        raise ValueError(
+            f"images run from {images.min():.3g} to {images.max():.3g}; expected floats from 0 to 1: "
+            "augment first, standardise last"
+        )
+    return precise(images)
 
 # %% ../../nbs/02_data/04_augment.ipynb #498167ab
 def _erase_mask(x: Tensor, chosen: Tensor, generator) -> Tensor:

@@ -8,14 +8,16 @@ __all__ = ['FIELDS', 'Gloss', 'read_glosses', 'TextSet', 'glosses', 'Snippet', '
 # %% ../../nbs/02_data/02_text.ipynb #0e02d507
 import hashlib
 import html
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Sequence
 
 import torch
 from torch import Tensor
 
+from ..core.checks import check_choice, check_labels, check_number, checked, got
 from ..core.sources import SOURCES, fetch
 
 # %% ../../nbs/02_data/02_text.ipynb #02832e91
@@ -36,39 +38,59 @@ class Gloss:
     examples: tuple[str, ...]  # of use; often none
 
 # %% ../../nbs/02_data/02_text.ipynb #b0ffd108
+@checked
 def read_glosses(
-    path: str | Path,  # one of WordNet's data files
+    path: Path | str,  # one of WordNet's data files
 ) -> list[Gloss]:
-    "Read the meanings in a WordNet data file (its licence, indented by two blanks, is passed over)."
-    try:
-        glosses = [_gloss(line) for line in _lines(path, "glosses") if line and not line.startswith("  ")]
-        if not glosses:
-            raise ValueError
-        return glosses
-    except (ValueError, IndexError):
-        raise ValueError(f"{Path(path).name} is not a data file of WordNet; "
-                         "expected one that `fetch('glosses')` gives") from None
+    """Read the meanings in a WordNet data file (its licence, indented by two blanks, is passed over).
+
+    Raises `FileNotFoundError`, and `ValueError` with the line that is none of WordNet's."""
+    glosses, name = [], Path(path).name
+    for i, line in enumerate(_lines(path, "glosses"), 1):
+        if line and not line.startswith("  "):
+            try:
+                glosses.append(_gloss(line))
+            except (ValueError, IndexError):
+                raise ValueError(f"{name} is not a data file of WordNet: line {i} is {line[:60]!r}; "
+                                 "expected one that `fetch('glosses')` gives") from None
+    if not glosses:
+        raise ValueError(f"{name} is not a data file of WordNet: it holds no meaning; "
+                         "expected one that `fetch('glosses')` gives")
+    return glosses
 
 
 def _lines(path, name):
     "The lines of a text file, or a sentence instead of an errno"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{Path(path).name} is not there; fetch({name!r}) brings it, and says where it looked")
-    return Path(path).read_text(encoding="utf-8").splitlines()
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{Path(path).name or path} is not there; fetch({name!r}) brings it, and says where it looked")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{Path(path).name} is no text in UTF-8 (byte {error.start:,}); "
+                         f"delete it, and fetch({name!r}) brings it anew") from None
 
 
 def _gloss(line):
     head, gloss = line.split(" | ", 1)
-    _, field_number, _, count, *rest = head.split()
-    words = tuple(word.replace("_", " ") for word in rest[: 2 * int(count, 16) : 2])
+    number, field_number, _, count, *rest = head.split()
+    if not re.fullmatch(r"\d{8} \d\d [0-9a-f]{2}", f"{number} {field_number} {count}", re.ASCII):
+        raise ValueError
+    words, rest = rest[: 2 * int(count, 16)], rest[2 * int(count, 16) :]  # each with a digit that tells senses apart
+    if not words or not all(re.fullmatch("[0-9a-f]", sense) for sense in words[1::2]) or not re.fullmatch(r"\d{3}", rest[0]):
+        raise ValueError
+    if len(rest) < 1 + 4 * int(rest[0]):  # what other meanings it is tied to, four entries each
+        raise ValueError
     definition, *_ = re.split(r'(?:^|[;:,]\s*)"', gloss.strip(), maxsplit=1)
     examples = tuple(re.findall(r'[;:,]\s*"([^"]*)"', gloss))
+    words = tuple(word.replace("_", " ") for word in words[::2])
     return Gloss(words, FIELDS[int(field_number)], definition.strip(" ;:,"), examples)
 
 # %% ../../nbs/02_data/02_text.ipynb #3d02eb93
 @dataclass(frozen=True)
 class TextSet:
-    "Texts with labels. Texts of one group (sentences of one article, say) belong on the same side of a split."
+    """Texts with labels. Texts of one group (sentences of one article, say) belong on the same side of a split.
+
+    Raises `TypeError`, `ValueError` for what does not fit together."""
     name: str
     texts: tuple[str, ...]  # n
     labels: Tensor  # (n,) int64
@@ -77,15 +99,13 @@ class TextSet:
     licence: str = ""
 
     def __post_init__(self):
-        if not isinstance(self.labels, Tensor) or self.labels.dtype != torch.int64 or self.labels.ndim != 1:
-            got = f"{tuple(self.labels.shape)} {self.labels.dtype}" if isinstance(self.labels, Tensor) else type(self.labels).__name__
-            raise TypeError(f"labels are {got}; expected a tensor (n,) of torch.int64")
-        if not len(self.texts) == len(self.labels) == len(self.groups) > 0:
-            raise ValueError(f"{len(self.texts)} texts, {len(self.labels)} labels and {len(self.groups)} groups; "
+        for name in ("texts", "classes", "groups"):
+            object.__setattr__(self, name, _check_texts(getattr(self, name), name))
+        labels = check_labels(self.labels, classes=len(self.classes))
+        if not len(self.texts) == len(labels) == len(self.groups) > 0:
+            raise ValueError(f"{len(self.texts)} texts, {len(labels)} labels and {len(self.groups)} groups; "
                              "expected the same number of each, and at least one")
-        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
-            raise ValueError(f"labels run from {int(self.labels.min())} to {int(self.labels.max())}; "
-                             f"expected 0 to {len(self.classes) - 1}")
+        object.__setattr__(self, "labels", labels)
 
     def __len__(self):
         return len(self.texts)
@@ -94,15 +114,35 @@ class TextSet:
         return f"TextSet({self.name}: {len(self):,} texts, {len(self.classes)} classes)"
 
     def take(self, indices: Sequence[int] | Tensor) -> "TextSet":
-        "The set of the texts with these indices."
-        indices = torch.as_tensor(indices)
-        if indices.ndim != 1 or len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool):
-            raise TypeError(f"indices are {tuple(indices.shape)} {indices.dtype}; expected whole numbers (mask.nonzero()[:, 0] for a mask)")
-        indices = indices.long()
-        if len(indices) and not -len(self) <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise IndexError(f"indices run from {int(indices.min())} to {int(indices.max())} in a set of {len(self)} texts")
+        "The set of the texts with these indices. Raises `TypeError`, `ValueError` for none, `IndexError`."
+        indices = _check_indices(indices, len(self))
         pick = lambda values: tuple(values[i] for i in indices.tolist())
         return TextSet(self.name, pick(self.texts), self.labels[indices], self.classes, pick(self.groups), self.licence)
+
+# %% ../../nbs/02_data/02_text.ipynb #9f32a4d9
+def _check_texts(texts, name):
+    "Strings as a tuple; a missing one is counted"
+    if not isinstance(texts, Sequence) or isinstance(texts, (str, bytes)):
+        raise TypeError(f"{name} is {got(texts)}; expected a tuple of strings")
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{name} hold {len(wrong)} of {len(texts)} that are no strings, the first is {got(wrong[0])}")
+    return tuple(texts)
+
+
+def _check_indices(indices, count):
+    "Whole numbers (n,) that are places in a set of `count`, also counted from its end"
+    try:
+        indices = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"indices is {got(indices)}; expected whole numbers") from None
+    if not indices.numel():
+        raise ValueError("there are no indices; expected at least one")
+    if indices.ndim != 1 or indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"indices is {got(indices)}; expected whole numbers (n,), as mask.nonzero()[:, 0] makes of a mask")
+    indices = indices.long()
+    if not -count <= int(indices.min()) <= int(indices.max()) < count:
+        raise IndexError(f"indices run from {int(indices.min())} to {int(indices.max())} in a set of {count} texts")
+    return indices
 
 # %% ../../nbs/02_data/02_text.ipynb #f1f8685d
 def _key(text):
@@ -115,24 +155,29 @@ def _collect(name, rows, classes, licence):
     first = {}
     for text, label, group in rows:
         first.setdefault(_key(text), (text, label, group or _key(text)))
+    if not first:
+        raise ValueError(f"{name}: no text is left; expected at least one, so leave out fewer")
     texts, labels, groups = zip(*first.values())
     index = {name: i for i, name in enumerate(classes)}
     return TextSet(name, texts, torch.tensor([index[k] for k in labels]), tuple(classes), groups, licence)
 
 
-def _choose(parts, known):
+def _choose(parts, source):
+    "Names of parts of a source, each once"
     parts = (parts,) if isinstance(parts, str) else tuple(parts)
-    if not parts or set(parts) - set(known):
-        raise ValueError(f"parts are {parts}; expected one or more of {', '.join(known)}")
-    return parts
+    if not parts:
+        raise ValueError(f"parts is empty; expected one or more of {', '.join(SOURCES[source].files)}")
+    for part in parts:
+        check_choice(part, "a part", SOURCES[source].files)
+    return tuple(dict.fromkeys(parts))
 
 # %% ../../nbs/02_data/02_text.ipynb #b13b80dd
+@checked
 def glosses(
     parts: str | Sequence[str] = "noun",  # of speech: noun, verb, adjective, adverb
 ) -> TextSet:
     "Definitions with their field of meaning as the class: 25 for nouns. WordNet 3.0, Princeton; keep its notice."
-    files = fetch("glosses")
-    parts = _choose(parts, files)
+    parts, files = _choose(parts, "glosses"), fetch("glosses")
     meanings = [gloss for part in parts for gloss in read_glosses(files[part])
                 if gloss.field != "noun.Tops"]  # 51 roots of the hierarchy: no field of meaning
     present = {gloss.field for gloss in meanings}
@@ -149,12 +194,13 @@ class Snippet:
     document: str | None  # that it is a sentence of; None if it stands alone
 
 
+@checked
 def read_snippets(
-    path: str | Path,  # a file of number, mean rating and text
+    path: Path | str,  # a file of number, mean rating and text
 ) -> list[Snippet]:
-    "Read a file of rated snippets."
+    "Read a file of rated snippets. Raises `FileNotFoundError`, and `ValueError` with the line that is none."
     snippets = []
-    for i, line in enumerate(_lines(path, "reviews") or [""], 1):
+    for i, line in enumerate(_lines(path, "reviews"), 1):
         try:
             number, valence, text = line.split("\t")
             document = number.split("_")[0] if "_" in number else None
@@ -167,18 +213,19 @@ def read_snippets(
     return snippets
 
 # %% ../../nbs/02_data/02_text.ipynb #39459c7c
+@checked
 def reviews(
     parts: str | Sequence[str] = "films",  # films, products, news, tweets
     task: str = "sentiment",  # or "genre": which part a text is from
     margin: float = 0.5,  # sentiment: leave out texts whose mean rating is nearer to 0 than this
 ) -> TextSet:
     "Snippets with their sentiment or genre as the class. Hutto & Gilbert 2014 (VADER), MIT."
-    if task not in ("sentiment", "genre") or not 0 <= margin < 4:
-        raise ValueError(f"task is {task!r}, margin {margin}; expected 'sentiment' or 'genre', and 0 ≤ margin < 4")
-    files = fetch("reviews")
-    parts = _choose(parts, files)
+    check_choice(task, "task", ("sentiment", "genre"))
+    check_number(margin, "margin", 0, below=4)
+    parts = _choose(parts, "reviews")
     if task == "genre" and len(parts) < 2:
         raise ValueError(f"genre needs two or more parts to tell apart, got {', '.join(parts)}")
+    files = fetch("reviews")
     rows = [(row, part) for part in parts for row in read_snippets(files[part])]
     if task == "sentiment":
         rows = [(row, part) for row, part in rows if row.valence and abs(row.valence) >= margin]
@@ -188,16 +235,14 @@ def reviews(
     return _collect(f"reviews ({task}: {', '.join(parts)})", named, classes, SOURCES["reviews"].licence)
 
 # %% ../../nbs/02_data/02_text.ipynb #d2e37ddb
+@checked
 def split_texts(
     data: TextSet,
     test: float = 0.2,  # share of the groups that go to the test side, about
     seed: int = 0,  # another seed deals anew
 ) -> tuple[TextSet, TextSet]:  # training side, test side
-    "Split by groups, the same way on every machine."
-    if not isinstance(data, TextSet):
-        raise TypeError(f"data are a {type(data).__name__}; expected a TextSet, as glosses() gives")
-    if not 0 < test < 1:
-        raise ValueError(f"test is {test}; expected a share between 0 and 1")
+    "Split by groups, the same way on every machine. Raises `TypeError`, `ValueError`."
+    check_number(test, "test", above=0, below=1)
     lots = {group: _lot(f"{seed} {group}") for group in data.groups}
     is_test = torch.tensor([lots[group] < test for group in data.groups])
     if is_test.all() or not is_test.any():
@@ -206,4 +251,4 @@ def split_texts(
 
 
 def _lot(text):  # a number in [0, 1) that depends on the text alone
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
