@@ -4,9 +4,11 @@ import copy
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +333,208 @@ def test_proofs_fail(learner, monkeypatch, change, words):
 def test_a_solved_stub_does_not_stop_a_learner(learner):
     exercise().prove(stub=lambda x: 2 * x, solution=lambda x: 2 * x, wrong=[lambda x: x, lambda x: x * x])
     assert not learner.exists()
+
+
+# What ends though it would not, and what stays apart -------------------------------------------------------------------
+
+
+def swallows(x):
+    while True:
+        try:
+            x = x + 0
+        except:  # noqa: E722
+            pass
+
+
+def swallows_in_calls(x):
+    def step(y):
+        return y + 0
+    while True:
+        try:
+            step(x)
+        except BaseException:
+            step(x)
+
+
+def swallows_deep(x):
+    def careful(y):
+        try:
+            return y + 0
+        except:  # noqa: E722
+            return y
+    while True:
+        try:
+            while True:
+                x = careful(x)
+        except BaseException:
+            pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarm clock there")
+@pytest.mark.parametrize("answer", [swallows, swallows_in_calls, swallows_deep])
+def test_an_answer_that_swallows_the_alarm_is_stopped(learner, answer):
+    begin, before = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    verdict = exercise(seconds=0.2).check(answer)
+    assert verdict.state == "broken" and "Still running" in repr(verdict) and time.monotonic() - begin < 15
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert exercise().check(lambda x: 2 * x)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarm clock there")
+def test_somebody_elses_alarm_is_set_again(learner):
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 50)
+        assert exercise().check(lambda x: 2 * x) and signal.getitimer(signal.ITIMER_REAL)[0] > 40
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped there")
+def test_a_sleeping_process_that_holds_the_lock_is_not_waited_for(learner):
+    code = ("import sys, time; from pathlib import Path; from foundation.core.exercises import _alone\n"
+            "with _alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(learner)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert holder.stdout.readline() == "held\n"
+    holder.send_signal(signal.SIGSTOP)
+    try:
+        begin = time.monotonic()
+        assert exercise().check(lambda x: 2 * x) and time.monotonic() - begin < 5
+        assert entry(learner)["tries"] == 1
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_checks_in_threads_keep_their_claims_their_luck_and_their_prints_apart(learner, capsys):
+    drawn = {}
+
+    def one(name):
+        def check(answer):
+            drawn[name] = []
+            for i in range(20):
+                drawn[name].append(answer())
+                require(True, f"{name} {i}")
+                time.sleep(0.001)
+
+        def answer():
+            print(name)
+            return torch.rand(()).item()
+        return Exercise("a/b", name, check, ["", ""]).check(answer)
+
+    names = ["one", "two", "three", "four"]
+    with ThreadPoolExecutor(4) as pool:
+        verdicts = [pool.submit(one, name) for name in names]
+        loud = pool.submit(lambda: [print("from outside"), time.sleep(0.01)])
+        verdicts = [v.result() for v in verdicts]
+        loud.result()
+    for name, verdict in zip(names, verdicts):
+        assert verdict and verdict.held == [f"{name} {i}" for i in range(20)]
+        assert set(re.findall("one|two|three|four", verdict.notes[0])) == {name}
+    assert len({tuple(values) for values in drawn.values()}) == 1  # each had the same random numbers
+
+
+def test_what_another_thread_prints_during_a_check_is_not_lost(learner, capsys):
+    import threading
+    inside, said = threading.Event(), threading.Event()
+
+    def other():
+        inside.wait(5)
+        print("from outside")
+        said.set()
+    thread = threading.Thread(target=other)
+    thread.start()
+    verdict = exercise(seconds=5).check(lambda x: [inside.set(), said.wait(5), 2 * x][2])
+    thread.join()
+    assert verdict and "from outside" in capsys.readouterr().out and "from outside" not in repr(verdict)
+
+
+def test_gradients_are_on_again_after_an_answer_that_turned_them_off(learner):
+    exercise().check(lambda x: torch.set_grad_enabled(False) and None)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("printed", ["````", "```", "`" * 30, "````\n</div><script>x</script>", "~~~~~\n"])
+def test_no_print_ends_the_fence_of_its_verdict(learner, printed):
+    def answer(x):
+        print(printed + "\n**bold** <b>html</b>")
+        raise ValueError(printed)
+    for text in (repr(exercise().check(answer)), repr(exercise().check(lambda x: print(printed) or 2 * x))):
+        opened = None
+        for line in text.split("\n"):
+            if opened is None and (start := re.match("(`{3,})text$", line)):
+                opened = start[1]
+            elif opened and re.fullmatch("`+", line.strip()) and len(line.strip()) >= len(opened):
+                opened = None
+            elif opened is None:
+                assert "<" not in line and "**bold" not in line
+        assert opened is None
+
+
+def test_complex_answers_are_compared_with_their_imaginary_part():
+    require_close(torch.tensor([1 + 2j]), torch.tensor([1 + 2j]), "equal")
+    for got, want in [(torch.tensor([1 + 2j]), torch.tensor([1 + 3j])), (torch.tensor([1 + 2j]), torch.tensor([1.0]))]:
+        with pytest.raises(exercises.Refused):
+            require_close(got, want, "equal")
+    with pytest.raises(ValueError, match="rtol is -1"):
+        require_close(1, 1, "equal", rtol=-1)
+
+
+def test_copies_of_damaged_files_are_numbered_and_reading_moves_nothing(learner):
+    contents = [b"{ first", b"{ second", b"{ third"]
+    for content in contents:
+        learner.write_bytes(content)
+        for _ in range(2):
+            assert "is damaged" in progress().note and learner.read_bytes() == content
+        assert exercise().check(lambda x: 2 * x)
+    copies = ["progress.json.corrupt", "progress.json.corrupt2", "progress.json.corrupt3"]
+    assert [learner.with_name(name).read_bytes() for name in copies] == contents
+
+
+@pytest.mark.parametrize("entry", [{"tries": True, "solved": None}, {"tries": -1, "solved": None}, {"tries": 1, "solved": "<b>"},
+                                   {"tries": 1}, {"tries": 1.5, "solved": None}, {"tries": 1, "solved": 20240101}, [1, 2], None])
+def test_entries_that_this_module_does_not_write_are_damage(learner, entry):
+    learner.write_text(json.dumps({"a/b#c": entry}))
+    assert "is damaged" in progress().note and "damaged" in repr(exercise().check(lambda x: 2 * x))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="homes are found another way there")
+@pytest.mark.parametrize("chosen", ["", "~nobody_of_this_name/progress.json"])
+def test_without_a_home_the_verdict_stands_and_a_sentence_is_added(monkeypatch, chosen):
+    def nobody(self):
+        if str(self).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return self
+    monkeypatch.setattr(exercises.Path, "expanduser", nobody)
+    monkeypatch.setattr(exercises, "_told", set())
+    for name in ("FOUNDATION_STATIC", "IN_TEST", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FOUNDATION_PROGRESS", chosen)
+    with pytest.raises(FileNotFoundError, match="no home folder for .*; set FOUNDATION_PROGRESS to a file"):
+        progress_file()
+    first, second = (exercise().check(lambda x: 2 * x) for _ in range(2))
+    assert first and second and "not kept: there is no home folder" in repr(first) and "home" not in repr(second)
+    assert "No progress is kept: there is no home folder" in progress().note
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a folder that is used cannot be deleted there")
+def test_progress_in_a_deleted_folder(learner, monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    table = progress("00_core/04_exercises")
+    assert "Mean of what is kept" in repr(table) and table.rows[0]["link"].endswith("00_core/04_exercises.ipynb")
+
+
+def test_another_kind_of_argument_is_a_sentence():
+    for call, words in [(lambda: Exercise(1, "b", check_double, ["", ""]), "lesson is 1; expected a string"),
+                        (lambda: Exercise("a", "b", 3, ["", ""]), "check is 3; expected a function"),
+                        (lambda: Exercise("a", "b", check_double, ["", ""], seconds=0), "seconds is 0"),
+                        (lambda: Exercise("a", "b", check_double, ["", ""], returns="float"), "returns is 'float'"),
+                        (lambda: progress(3), "lesson is 3"), (lambda: list_exercises(None), "folder is None")]:
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()
 
 
 # The progress file -----------------------------------------------------------------------------------------------------

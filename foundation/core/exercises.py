@@ -9,6 +9,7 @@ __all__ = ['CALLOUT', 'Refused', 'require', 'require_close', 'progress_file', 'V
 # %% ../../nbs/00_core/04_exercises.ipynb #697c999e
 import inspect
 import io
+import itertools
 import json
 import os
 import random
@@ -17,20 +18,22 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from functools import wraps
 from numbers import Number
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .basics import atomic_write, seed_everything
+from .checks import check_number, checked
+from .sources import alone
 
 # %% ../../nbs/00_core/04_exercises.ipynb #3ccd580c
 class Refused(Exception):
@@ -41,13 +44,22 @@ class Refused(Exception):
         self.claim, self.found = claim, found
 
 # %% ../../nbs/00_core/04_exercises.ipynb #cb800e14
-_held = []  # the claims that held in the running check, in order
+class _Held(threading.local):
+    "The claims that held in the running check of this thread, in order"
+
+    def __init__(self):
+        self.claims = []
+
+
+_held = _Held()
 
 
 def _code(text):
-    "A block of literal text that Markdown leaves alone"
+    "A block of literal text that Markdown leaves alone: its fence is longer than any in the text"
     text = text if len(text) <= 600 else text[:600] + " …"
-    return f"````text\n{text}\n````"
+    fence = "`" * max(4, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
+    return f"{fence}text\n{text}\n{fence}"
+
 
 def _kinds(returns):
     "`a Tensor`, or `a Tensor or a float`"
@@ -61,6 +73,7 @@ def _kind(value):
     return "nothing (None)" if value is None else _kinds(type(value))
 
 # %% ../../nbs/00_core/04_exercises.ipynb #b5cbbe57
+@checked
 def require(
     condition: Any,  # true, or a tensor that is true everywhere
     claim: str,  # a sentence that is true of every good answer
@@ -69,10 +82,11 @@ def require(
     "Claim something about an answer. Raises `Refused` when it does not hold."
     if not (condition.all() if hasattr(condition, "all") else condition):
         raise Refused(claim, "" if got is None else _code(f"got  {got!r}"))
-    if claim not in _held:
-        _held.append(claim)
+    if claim not in _held.claims:
+        _held.claims.append(claim)
 
 # %% ../../nbs/00_core/04_exercises.ipynb #247f91f4
+@checked
 def require_close(
     got: Any,  # a tensor or a number
     expected: Any,  # a tensor, a number or nested lists
@@ -81,9 +95,11 @@ def require_close(
     atol: float = 1e-5,  # allowed difference, absolute
 ) -> None:
     "Claim that two values agree in kind, shape and, within rounding, in value. Raises `Refused` otherwise."
+    check_number(rtol, "rtol", 0), check_number(atol, "atol", 0)
     if not isinstance(got, (Tensor, Number)):
         raise Refused(claim, f"Got {_kind(got)}, expected {_kind(expected)}.")
-    have, want = (torch.as_tensor(value).detach().cpu().double() for value in (got, expected))
+    have, want = (torch.as_tensor(value).detach().cpu() for value in (got, expected))
+    have, want = (v.to(torch.complex128 if have.is_complex() or want.is_complex() else torch.float64) for v in (have, want))
     if have.shape != want.shape:
         raise Refused(claim, f"Got the shape `{tuple(have.shape)}`, expected `{tuple(want.shape)}`.")
     agree = torch.isclose(have, want, rtol, atol, equal_nan=True)
@@ -146,29 +162,35 @@ def _same(before, after):
     return not isinstance(before, list) or len(before) == len(after) and all(a is b for a, b in zip(before, after))
 
 # %% ../../nbs/00_core/04_exercises.ipynb #cfbd5597
-@contextmanager
-def _clock(seconds):
-    "Stop a block that takes too long, where the system has an alarm clock (on Windows: interrupt the kernel)"
+def _timed(seconds, call):
+    "Call, and stop what takes too long, where the system has an alarm clock (on Windows: interrupt the kernel)"
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        return call()
+    rings = 0
 
-    def ring(*_):
+    def ring(_, frame):
+        nonlocal rings
+        rings += 1
+        if frame is not None and frame.f_code is _timed.__code__:
+            return  # the answer has ended, we are about to stop the clock
+        if rings == 5:  # the answer swallows what we raise: a storm of bells meets it outside its `try` as well
+            signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
         raise _TooSlow
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before, left = signal.signal(signal.SIGALRM, ring), (0, 0)
     try:
-        yield
+        left = signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
+        return call()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *left)
 
 
 @contextmanager
 def _same_luck():
-    "The same random numbers for every try; the lesson around it goes on with its own"
-    python, numpy = random.getstate(), np.random.get_state()
+    "The same random numbers for every try; the lesson around it goes on with its own, and with gradients on or off as before"
+    python, numpy, grad = random.getstate(), np.random.get_state(), torch.is_grad_enabled()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         seed_everything(0)
         try:
@@ -176,12 +198,19 @@ def _same_luck():
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+            torch.set_grad_enabled(grad)
 
 
 class _Printed(io.StringIO):
-    "The first 400 characters that an answer prints"
+    "The first 400 characters that an answer prints; what other threads print meanwhile goes where it belongs"
+
+    def __init__(self):
+        super().__init__()
+        self.thread, self.elsewhere = threading.get_ident(), sys.stdout
 
     def write(self, text):
+        if threading.get_ident() != self.thread:
+            return self.elsewhere.write(text)
         room = 400 - self.tell()
         super().write(text if len(text) <= room else text[:room] + " …" if room > 0 else "")
         return len(text)
@@ -210,17 +239,23 @@ def _fault(error, answer, check):
     return "broken", "Your code stopped with an error:\n\n" + _code(f"line {place.lineno}:  {place.line}\n{what}")
 
 # %% ../../nbs/00_core/04_exercises.ipynb #4af9147e
+@checked
 def progress_file() -> Path:
-    "Where progress is kept: `FOUNDATION_PROGRESS`, or a file in the user's data folder of this operating system."
-    if chosen := os.environ.get("FOUNDATION_PROGRESS"):
-        return Path(chosen).expanduser()
+    """Where progress is kept: `FOUNDATION_PROGRESS`, or a file in the user's data folder of this operating system.
+
+    Raises `FileNotFoundError` for a user without a home folder."""
+    chosen = os.environ.get("FOUNDATION_PROGRESS")
     if sys.platform == "win32":
         base = os.environ.get("APPDATA") or "~/AppData/Roaming"
     elif sys.platform == "darwin":
         base = "~/Library/Application Support"
     else:
-        base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(base).expanduser() / "foundation" / "progress.json"
+        base = os.environ.get("XDG_DATA_HOME", "")
+        base = base if os.path.isabs(base) else "~/.local/share"
+    try:
+        return Path(chosen).expanduser() if chosen else Path(base).expanduser() / "foundation" / "progress.json"
+    except RuntimeError:
+        raise FileNotFoundError(f"there is no home folder for {chosen or base}; set FOUNDATION_PROGRESS to a file") from None
 
 
 def _is_static():
@@ -229,31 +264,35 @@ def _is_static():
 
 # %% ../../nbs/00_core/04_exercises.ipynb #9dac287d
 def _load(path):
-    "The entries, `lesson#title` to `tries` and `solved`, and a note if the file had to be moved aside"
+    "The entries, `lesson#title` to `tries` and `solved`; None if the file is not what this module writes"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(e["tries"], int) and isinstance(e["solved"], str | None) for e in entries.values()):
-            return entries, ""
+        return entries if all("#" in key and _is_entry(entry["tries"], entry["solved"]) for key, entry in entries.items()) else None
     except FileNotFoundError:
-        return {}, ""
+        return {}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass  # not what this module writes
-    aside = path.with_name(path.name + ".corrupt")
+        return None
+
+
+def _is_entry(tries, solved):
+    whole = isinstance(tries, int) and not isinstance(tries, bool) and tries >= 0
+    return whole and (solved is None or bool(re.fullmatch(r"\d{4}-\d\d-\d\d", solved)))
+
+
+def _moved_aside(path):
+    "The new name of a damaged file; an older one is not overwritten"
+    names = (path.with_name(f"{path.name}.corrupt{n if n > 1 else ''}") for n in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
     os.replace(path, aside)
-    return {}, f"The progress file was damaged. It lies now beside the new one, as `{aside.name}`."
+    return aside
 
 
 @contextmanager
 def _alone(path):
-    "Keep other notebooks out while the file is changed; where files cannot be locked, go on without"
-    with open(path.with_name(path.name + ".lock"), "a") as file:
+    "Keep other notebooks out while the file is changed; after a second, or where files cannot be locked, go on without"
+    with ExitStack() as stack:
         with suppress(OSError):
-            try:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except ImportError:  # Windows
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            stack.enter_context(alone(path.with_name(path.name + ".lock"), patience=1))
         yield
 
 # %% ../../nbs/00_core/04_exercises.ipynb #afef1eb6
@@ -262,11 +301,14 @@ _told = set()  # files that could not be written: say so once
 
 def _remember(lesson, title, solved):
     "Count the tries up to the first success, and keep its day; what the learner should know comes back as a note"
-    path = progress_file()
+    path, note = None, ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = progress_file()
         with _alone(path):
-            entries, note = _load(path)
+            entries = _load(path)
+            if entries is None:
+                note = f"The progress file was damaged. It lies now beside the new one, as `{_moved_aside(path).name}`."
+                entries = {}
             entry = entries.setdefault(f"{lesson}#{title}", dict(tries=0, solved=None))
             if entry["solved"]:
                 return note
@@ -275,7 +317,8 @@ def _remember(lesson, title, solved):
                 json.dump(entries, file, indent=1, ensure_ascii=False)
         return note
     except OSError as error:
-        note = "" if path in _told else f"Your progress is not kept: `{path}` cannot be written ({error.strerror})."
+        where = f"`{path}` cannot be written ({error.strerror or error})" if path else str(error)
+        note = "" if path in _told else f"Your progress is not kept: {where}."
         _told.add(path)
         return note
 
@@ -309,15 +352,28 @@ def _folded(hints, number=1):
     return f"<details><summary>Hint {number}</summary>\n\n{inner}\n\n</details>"
 
 # %% ../../nbs/00_core/04_exercises.ipynb #0059b190
+_turn = threading.RLock()  # random numbers and what is printed belong to the process: checks in threads take turns
+
+
 def _attempt(exercise, answer):
     "Run the check of `exercise` on an answer, whatever the answer does"
-    state, reason, printed = "solved", "", _Printed()
-    _held.clear()
+    waited = _turn.acquire(timeout=2 * exercise.seconds)  # one that never ends, in a thread without a clock, holds it for ever
     try:
-        with _same_luck(), redirect_stdout(printed), _clock(exercise.seconds):
+        return _judged(exercise, answer)
+    finally:
+        if waited:
+            _turn.release()
+
+
+def _judged(exercise, answer):
+    "The verdict on an answer"
+    state, reason, printed, outer = "solved", "", _Printed(), _held.claims
+    _held.claims = held = []
+    try:
+        with _same_luck(), redirect_stdout(printed):
             if answer is None or answer is ...:
                 raise _Unfinished("The cell above is still to be filled in: write your answer, run it, then run this cell.")
-            exercise.claims(_watched(answer, exercise.returns))
+            _timed(exercise.seconds, lambda: exercise.claims(_watched(answer, exercise.returns)))
     except Refused as no:
         state, reason = "refused", f"✗ {no.claim}\n\n{no.found}".strip()
     except _Unfinished as no:
@@ -326,24 +382,28 @@ def _attempt(exercise, answer):
         state, reason = "broken", f"Still running after {exercise.seconds:g} seconds: is there a loop that never ends?"
     except (Exception, SystemExit) as error:
         state, reason = _fault(error, answer, exercise.claims)
+    finally:
+        _held.claims = outer
     notes = ["Your code printed:\n\n" + _code(printed.getvalue())] if printed.tell() else []
-    return Verdict(state, reason, list(_held), notes, exercise.hints)
+    return Verdict(state, reason, held, notes, exercise.hints)
 
 # %% ../../nbs/00_core/04_exercises.ipynb #8d43c155
 class Exercise:
     "A check that looks after its learner, with hints, and with `prove` for its author."
 
+    @checked
     def __init__(
         self,
         lesson: str,  # the notebook's path below nbs/, without ".ipynb"
         title: str,  # as in the Markdown call-out that sets the task
         check: Callable[[Any], None],  # makes claims about an answer, with `require` and `require_close`
-        hints: list[str],  # two or more, in Markdown, from a nudge to nearly there
+        hints: Sequence,  # two or more, in Markdown, from a nudge to nearly there
         returns: type | tuple | None = object,  # what an answer gives back; None: it may change its inputs instead
         seconds: float = 20,  # an answer that takes longer is stopped
     ):
-        if isinstance(hints, str) or len(hints) < 2:
-            raise ValueError(f"exercise {title!r} has hints={hints!r}; expected a list of two or more")
+        if isinstance(hints, str) or len(hints) < 2 or not all(isinstance(hint, str) for hint in hints):
+            raise ValueError(f"exercise {title!r} has hints={hints!r}; expected a list of two or more texts")
+        check_number(seconds, "seconds", above=0)
         self.lesson, self.title, self.claims, self.hints = lesson, title, check, tuple(hints)
         self.returns, self.seconds = returns, seconds
 
@@ -354,11 +414,12 @@ class Exercise:
             verdict.notes.append(_remember(self.lesson, self.title, bool(verdict)))
         return verdict
 
+    @checked
     def prove(
         self, *,
         stub: Any,  # what the learner finds, by its name
         solution: Any,  # must be accepted
-        wrong: list,  # two or more plausible wrong answers: a claim must refuse each
+        wrong: Sequence,  # two or more plausible wrong answers: a claim must refuse each
     ) -> None:
         "Show that the check is worth its name. Raises `AssertionError` where it is not."
         if len(wrong) < 2:
@@ -383,15 +444,20 @@ def _lessons_folder():
     "The folder of notebooks around us, if there is one"
     import foundation
 
-    here, repository = Path.cwd(), Path(foundation.__file__).parents[1]
-    places = [folder / sub for folder in (here, *here.parents, repository) for sub in ("", "nbs")]
+    try:
+        around = [here := Path.cwd(), *here.parents]
+    except FileNotFoundError:  # the folder we are in was deleted
+        around = []
+    places = [folder / sub for folder in (*around, Path(foundation.__file__).parents[1]) for sub in ("", "nbs")]
     return next((folder for folder in places if (folder / "00_core/04_exercises.ipynb").exists()), None)
 
 
+@checked
 def list_exercises(
-    folder: Path,  # the folder of notebooks
+    folder: Path | str,  # the folder of notebooks
 ) -> list[dict]:  # lesson, name, title, level, minutes, in reading order
     "All exercises that the notebooks below `folder` set, read from their call-outs."
+    folder = Path(folder)
     paths = [p.relative_to(folder) for p in folder.rglob("*.ipynb")]
     paths = [p for p in paths if not any(part[0] in "._" for part in p.parts)]
     found = []
@@ -408,8 +474,16 @@ def _markdown(path):
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
+
+
+def _link(path):
+    "How to go to a notebook from here; from a folder that was deleted, or on another drive, its whole path"
+    try:
+        return Path(os.path.relpath(path)).as_posix()
+    except (OSError, ValueError):
+        return path.as_posix()
 
 # %% ../../nbs/00_core/04_exercises.ipynb #88e41a30
 @dataclass
@@ -430,6 +504,7 @@ class Progress:
     _repr_markdown_ = __repr__
 
 
+@checked
 def progress(
     lesson: str = "",  # how the lessons' paths begin, such as "07_pretraining"; "" for all
 ) -> Progress:
@@ -442,16 +517,22 @@ def progress(
         names = [key.partition("#") for key in sorted(entries)]
         rows = [dict(lesson=place, name=place, title=title, level="", minutes="") for place, _, title in names]
     for row in rows:
-        row["link"] = Path(os.path.relpath(folder / f"{row['lesson']}.ipynb")).as_posix() if folder else ""
+        row["link"] = _link(folder / f"{row['lesson']}.ipynb") if folder else ""
         row |= entries.get(f"{row['lesson']}#{row['title']}", dict(tries=0, solved=None))
     return Progress([row for row in rows if row["lesson"].startswith(lesson)], note)
 
 # %% ../../nbs/00_core/04_exercises.ipynb #6b645e3b
 def _my_entries():
-    "The learner's entries, empty in tests and on pages, and a note"
+    "The learner's entries, empty in tests and on pages, and a note; reading leaves a damaged file where it is"
     if _is_static():
         return {}, ""
     try:
-        return _load(progress_file())
+        path = progress_file()
     except OSError as error:
-        return {}, f"The progress file cannot be read: `{progress_file()}` ({error.strerror})."
+        return {}, f"No progress is kept: {error}."
+    try:
+        entries = _load(path)
+    except OSError as error:
+        return {}, f"The progress file cannot be read: `{path}` ({error.strerror or error})."
+    damaged = f"The progress file is damaged: `{path}`. The next check puts it aside and begins a new one."
+    return ({}, damaged) if entries is None else (entries, "")
