@@ -360,10 +360,10 @@ def test_a_damaged_file_never_pushes_the_good_one_out(tmp_path, number):
 # Bad input -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, error, words", [
-    (dict(model={}), TypeError, "got a dict and a AdamW; expected a model and its optimizer"),
-    (dict(opt=None), TypeError, "expected a model and its optimizer"),
-    (dict(step=-1), ValueError, "step is -1; expected"), (dict(step=1.5), ValueError, "step is 1.5"),
-    (dict(step=True), ValueError, "step is True"), (dict(notes=[1]), TypeError, "notes are a list; expected a dictionary"),
+    (dict(model={}), TypeError, "model is a dict; expected a network"),
+    (dict(opt=None), TypeError, "opt is None; expected a.* Optimizer"),
+    (dict(step=-1), ValueError, "step is -1; expected"), (dict(step=1.5), TypeError, "step is 1.5; expected a whole number"),
+    (dict(step=True), TypeError, "step is True"), (dict(notes=[1]), TypeError, "notes is a list; expected a dict"),
     (dict(notes=dict(loss=torch.zeros(1))), TypeError, "what JSON can hold"),
 ])
 def test_what_cannot_be_saved_is_refused(tmp_path, change, error, words):
