@@ -69,6 +69,38 @@ def _slope(loss, at):
         raise ValueError("the loss does not depend on the weight; expected no detach, item or no_grad on the way to it")
     return grad
 
+# %% ../../nbs/01_objectives/04_descent.ipynb #05149514
+def _options_of(rule, options):
+    "All options of a rule, its defaults where none is given"
+    plan = list(inspect.signature(check_callable(rule, "rule", "(weight, grad, state, ...)")).parameters.values())[3:]
+    known = {p.name: p.default for p in plan if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    name, filled = getattr(rule, "__name__", "the rule"), known | options
+    if (unknown := set(options) - set(known)) and not any(p.kind == p.VAR_KEYWORD for p in plan):
+        raise ValueError(f"{name} knows no {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
+    if missing := [option for option, value in filled.items() if value is inspect.Parameter.empty]:
+        raise ValueError(f"{name} needs {', '.join(missing)}; expected a value for each")
+    return filled
+
+
+def _check_update(weight, grad, state, shapes, **numbers):
+    "A weight, its gradient and the notes on it that fit each other, and numbers from 0 on"
+    check_floats(weight, "weight", "(...)")
+    check_like(check_floats(grad, "grad", "(...)"), "grad", weight.shape, weight, "weight")
+    if grad.is_sparse:
+        raise ValueError("grad is sparse; expected a dense one, which grad.to_dense() makes")
+    kept = {name: tuple(getattr(x, "shape", ())) for name, x in state.items()}
+    if state and kept != (want := {name: tuple(shape) for name, shape in shapes.items()}):
+        raise ValueError(f"state holds {kept}; expected {{}} or {want}, what the last step of this weight gave back")
+    for name, x in numbers.items():
+        check_number(x, name, 0)
+
+
+def _check_betas(betas):
+    "Two shares of the past"
+    if isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}; expected two shares of the past that are kept")
+    return [check_number(x, f"betas[{i}]", 0, below=1) for i, x in enumerate(betas)]
+
 # %% ../../nbs/01_objectives/04_descent.ipynb #c891f69a
 @checked
 def adam(
@@ -198,35 +230,3 @@ class Descent(torch.optim.Optimizer):
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             for name, kept in state_dict["state"].get(i, {}).items():
                 self.state[p][name] = kept.to(p.device, copy=True) if isinstance(kept, Tensor) else kept
-
-# %% ../../nbs/01_objectives/04_descent.ipynb #7aba7d89
-def _options_of(rule, options):
-    "All options of a rule, its defaults where none is given"
-    plan = list(inspect.signature(check_callable(rule, "rule", "(weight, grad, state, ...)")).parameters.values())[3:]
-    known = {p.name: p.default for p in plan if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    name, filled = getattr(rule, "__name__", "the rule"), known | options
-    if (unknown := set(options) - set(known)) and not any(p.kind == p.VAR_KEYWORD for p in plan):
-        raise ValueError(f"{name} knows no {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
-    if missing := [option for option, value in filled.items() if value is inspect.Parameter.empty]:
-        raise ValueError(f"{name} needs {', '.join(missing)}; expected a value for each")
-    return filled
-
-
-def _check_update(weight, grad, state, shapes, **numbers):
-    "A weight, its gradient and the notes on it that fit each other, and numbers from 0 on"
-    check_floats(weight, "weight", "(...)")
-    check_like(check_floats(grad, "grad", "(...)"), "grad", weight.shape, weight, "weight")
-    if grad.is_sparse:
-        raise ValueError("grad is sparse; expected a dense one, which grad.to_dense() makes")
-    kept = {name: tuple(getattr(x, "shape", ())) for name, x in state.items()}
-    if state and kept != (want := {name: tuple(shape) for name, shape in shapes.items()}):
-        raise ValueError(f"state holds {kept}; expected {{}} or {want}, what the last step of this weight gave back")
-    for name, x in numbers.items():
-        check_number(x, name, 0)
-
-
-def _check_betas(betas):
-    "Two shares of the past"
-    if isinstance(betas, str) or len(betas) != 2:
-        raise ValueError(f"betas is {betas!r}; expected two shares of the past that are kept")
-    return [check_number(x, f"betas[{i}]", 0, below=1) for i, x in enumerate(betas)]
