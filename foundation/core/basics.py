@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'seed_everything', 'pick_device', 'supports_bf16', 'cpu_flags', 'count_parameters', 'count_nonzero',
-           'evaluating', 'count_macs', 'freeze', 'unfreeze', 'EMA', 'copy_model', 'Timing', 'measure', 'atomic_write',
-           'size_mb', 'sync_folder', 'legend']
+           'evaluating', 'count_macs', 'freeze', 'unfreeze', 'EMA', 'copy_model', 'memory_order', 'in_order', 'Timing',
+           'measure', 'atomic_write', 'size_mb', 'sync_folder', 'legend']
 
 # %% ../../nbs/00_core/01_basics.ipynb #19450021
 import errno
@@ -214,6 +214,34 @@ def _pairs(mine, new, kind):
         if found.setdefault(id(m), (m, new[name]))[1] is not new[name]:
             raise ValueError(f"{name} was tied to another of the {kind} and is no longer; expected the model that is followed")
     return list(found.values())
+
+# %% ../../nbs/00_core/01_basics.ipynb #dd8e7756
+@checked
+def memory_order(
+    model: nn.Module,
+) -> torch.memory_format:  # for `model.to(memory_format=...)`, and with `in_order` for its pictures
+    """Channels last, which convolutions like; the plain order for a float32 model that PyTorch could not train so.
+
+    That is one with a 1 × 1 convolution with a stride that reads fewer than 8 channels (a transposed one: writes them)."""
+    def narrow(m):
+        channels = m.out_channels if m.transposed else m.in_channels
+        return set(m.kernel_size) == {1} and max(m.stride) > 1 and channels < 8 * m.groups
+    flat = (nn.Conv2d, nn.ConvTranspose2d)
+    risky = any(isinstance(m, flat) and narrow(m) for m in model.modules())
+    return torch.contiguous_format if risky else torch.channels_last
+
+
+@checked
+def in_order(
+    images: Tensor,  # (b, c, h, w); a tensor with other axes has one order only, and passes
+    order: torch.memory_format,  # as `memory_order` gives it
+) -> Tensor:
+    "The same values in that order in memory. Raises `TypeError`."
+    if images.ndim != 4 or order != torch.contiguous_format:
+        return images.contiguous(memory_format=order) if images.ndim == 4 else images
+    wanted = torch.empty_like(images, device="meta", memory_format=order).stride()
+    # a single channel counts as contiguous in both orders, but convolutions go by its strides
+    return images if images.stride() == wanted else images.clone(memory_format=order)
 
 # %% ../../nbs/00_core/01_basics.ipynb #102a9ca5
 @dataclass(frozen=True)
