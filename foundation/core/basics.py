@@ -236,7 +236,8 @@ def in_order(
     images: Tensor,  # (b, c, h, w); a tensor with other axes has one order only, and passes
     order: torch.memory_format,  # as `memory_order` gives it
 ) -> Tensor:
-    "The same values in that order in memory. Raises `TypeError`."
+    "The same values in that order in memory. Raises `TypeError`, `ValueError`."
+    check_choice(order, "order", (torch.contiguous_format, torch.channels_last))
     if images.ndim != 4 or order != torch.contiguous_format:
         return images.contiguous(memory_format=order) if images.ndim == 4 else images
     wanted = torch.empty_like(images, device="meta", memory_format=order).stride()
