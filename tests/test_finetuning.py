@@ -1,10 +1,13 @@
 "Fine-tuning beyond what its lesson shows: modes, frozen layers, groups, early stopping, leaks, bad input."
 import copy
+import hashlib
+import io
 import json
 import tempfile
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,11 +24,11 @@ from foundation.evaluation.probes import fine_tune
 from foundation.evaluation.scores import predict
 from foundation.finetuning import loop
 from foundation.finetuning.loop import (
-    ARMS, PHOTO_ARMS, Best, ImageDataset, check_disjoint, check_labels, evaluate, finetune, frozen_norms, layer_groups, layers,
+    ARMS, PHOTO_ARMS, Best, ImageDataset, check_classes, check_disjoint, evaluate, finetune, frozen_norms, layer_groups, layers,
     load_vgg, number_labels, read_image, replace_head, thaw, thawed, train_epoch)
 from foundation.models.bert import BERT
 from foundation.models.convnets import VGG, ConvNet, EfficientNetLite, ResNet
-from foundation.models.pretrained import load_weights, read_card, save_weights
+from foundation.models.pretrained import BadWeights, load_weights, read_card, save_weights
 from foundation.models.vit import ViT
 
 
@@ -273,32 +276,67 @@ def test_weights_kept_by_reference_are_caught():
 # Real weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_vgg_is_taken_when_torchvision_has_it_and_missed_in_one_sentence(digits, tmp_path, monkeypatch):
-    from torchvision import models, transforms
+class TinyVGG(nn.Sequential):
+    def __init__(self, weights=None, init_weights=False):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 1000))
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    "Puts a file into torch's cache under the name that torchvision gives VGG11, with the right hash in it or not"
+    from torchvision import models
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"vgg11-\w+\.pth, are not on this machine; run torchvision.models.vgg11\(weights='DEFAULT'\)"):
+    monkeypatch.setattr(models, "get_model", lambda name, **options: TinyVGG(**options))
+    (tmp_path / "checkpoints").mkdir()
+
+    def put(thing, honest=True):
+        file = io.BytesIO()
+        torch.save(thing, file)
+        digest = hashlib.sha256(file.getvalue()).hexdigest() if honest else "8a719046"
+        name = f"vgg11-{digest[:8]}.pth"
+        (tmp_path / "checkpoints" / name).write_bytes(file.getvalue())
+        kind = SimpleNamespace(DEFAULT=SimpleNamespace(url=f"https://here.invalid/{name}"))
+        monkeypatch.setattr(models, "get_model_weights", lambda name: kind)
+
+    return put
+
+
+def test_vgg_is_taken_when_torchvision_has_it_and_missed_in_one_sentence(digits, cached, tmp_path):
+    from torchvision import transforms
+
+    with pytest.raises(FileNotFoundError, match=r"vgg11-\w+\.pth, are not on this machine; run torchvision.models.vgg11\("):
         load_vgg(10, "vgg11")
     with pytest.raises(ValueError, match="torchvision has no 'vgg12'; it has vgg11"):
         load_vgg(10, "vgg12")
-    asked = []
-
-    class Tiny(nn.Sequential):  # a narrow VGG
-        def __init__(self):
-            super().__init__()
-            self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            self.classifier = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 1000))
-
-    weights = models.VGG11_Weights.DEFAULT
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / weights.url.rsplit("/", 1)[1]).touch()
-    monkeypatch.setattr(models, "get_model", lambda name, weights: asked.append((name, weights)) or Tiny())
+    torch.manual_seed(1)
+    there = TinyVGG()
+    cached(there.state_dict())
     model = load_vgg(10, "vgg11")
-    assert asked == [("vgg11", weights)] and model.classifier[-1].out_features == 10
+    assert torch.equal(model.features[0].weight, there.features[0].weight) and model.classifier[-1].out_features == 10
     colours = transforms.Compose([transforms.ConvertImageDtype(torch.float), transforms.Lambda(lambda x: x.expand(3, -1, -1))])
     part = ImageDataset(digits.train_images[:64], digits.train_labels[:64], colours)
     train_epoch(model, part, 16, torch.optim.AdamW(layer_groups(model, 1e-4, 0.8, 1e-3)))
     assert 0 <= evaluate(model, part, 16) <= 1
+
+
+class Malice:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("honest", [False, True])
+def test_a_pickle_in_the_cache_is_not_run(cached, tmp_path, honest):
+    "Not under a name that promises another hash, and not under one that promises its own"
+    cached(Malice(tmp_path / "run"), honest)
+    with pytest.raises(BadWeights if not honest else Exception, match="not the file that its name speaks of" * (not honest)):
+        load_vgg(10, "vgg11")
+    assert not (tmp_path / "run").exists()
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -343,6 +381,303 @@ def test_images_are_read_in_the_channels_asked_for(tmp_path):
     assert 0 <= evaluate(VGG(2, 3, (4,), (1,)), part, 2) <= 1
 
 
+# Pictures from outside ------------------------------------------------------------------------------------------------
+
+
+def saved(folder, pixels, name="x.png", **options):
+    from PIL import Image
+
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(folder / name, **options)
+    return folder / name
+
+
+RAMP = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path, name, channels):
+    path = saved(tmp_path, RAMP + 255, name)
+    assert torch.equal(read_image(path, channels), torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(channels, -1, -1))
+
+
+def test_big_endian_sixteen_bits(tmp_path):
+    path = saved(tmp_path, RAMP.astype(">u2"), "x.tif")
+    assert torch.equal(read_image(path, 1).flatten(), torch.arange(256, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("kind, words", [(np.float32, "holds floats"), (np.int32, "holds whole numbers of 32 bits")])
+def test_numbers_without_a_white_are_refused(tmp_path, kind, words):
+    with pytest.raises(ValueError, match=f"x.tif {words}.*scale it"):
+        read_image(saved(tmp_path, np.ones((4, 4), kind), "x.tif"), 1)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("name", ["x.jpg", "x.png"])
+def test_a_picture_stands_the_way_up_that_the_camera_says(tmp_path, turn, name):
+    from PIL import Image
+
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :16] = 255  # top left
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
+              6: np.rot90(upright), 7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1)}[turn]
+    exif = Image.new("RGB", (1, 1)).getexif()
+    exif[0x0112] = turn
+    seen = read_image(saved(tmp_path, np.ascontiguousarray(stored), name, exif=exif))
+    assert seen.shape == (3, 16, 32)
+    assert (seen.float() - torch.from_numpy(upright).permute(2, 0, 1).float()).abs().mean() < 3
+
+
+def test_palettes_masks_and_inks(tmp_path):
+    from PIL import Image
+
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    want = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
+    for mode, name in (("P", "p.png"), ("P", "p.gif"), ("RGBA", "a.png"), ("CMYK", "c.tif")):
+        assert torch.equal(read_image(saved(tmp_path, red.convert(mode), name)), want), (mode, name)
+    bits = Image.fromarray(np.eye(4, dtype=np.uint8) * 255).convert("1")
+    for channels in (1, 3):
+        assert torch.equal(read_image(saved(tmp_path, bits, "b.png"), channels)[0], 255 * torch.eye(4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_one_can_see_through_is_white_whatever_hides_there(tmp_path, channels):
+    from PIL import Image
+
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[..., 3] = [[0, 255], [0, 255]]  # black, its left half see-through
+    want = torch.tensor([[255, 0], [255, 0]], dtype=torch.uint8).expand(channels, -1, -1)
+    assert torch.equal(read_image(saved(tmp_path, pixels), channels), want)
+    grey = Image.fromarray(pixels).convert("LA")
+    assert torch.equal(read_image(saved(tmp_path, grey, "la.png"), channels), want)
+    flat = Image.fromarray(np.array([[1, 0], [1, 0]], np.uint8)).convert("P")
+    flat.putpalette([0, 0, 0, 9, 9, 9])
+    assert torch.equal(read_image(saved(tmp_path, flat, "p.png", transparency=1), channels), want)
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.tif", "x.png", "x.webp"])
+def test_several_pictures_in_one_file_are_refused(tmp_path, name):
+    from PIL import Image
+
+    a, b = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    with pytest.raises(ValueError, match="holds 2 pictures; expected one"):
+        read_image(saved(tmp_path, a, name, save_all=True, append_images=[b]))
+
+
+def test_a_photo_with_its_preview_is_the_photo(tmp_path):
+    from PIL import Image
+
+    a, b = Image.new("RGB", (8, 4), "white"), Image.new("RGB", (4, 2), "black")
+    assert read_image(saved(tmp_path, a, "x.mpo", save_all=True, append_images=[b])).float().mean() == 255
+
+
+def test_damaged_files_get_one_sentence(tmp_path, monkeypatch):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("x.png", "x.jpg", "x.gif", "x.tif", "x.bmp", "x.webp"):
+        whole = saved(tmp_path, rng.integers(256, size=(20, 20, 3), dtype=np.uint8), name).read_bytes()
+        for n in range(30):
+            data = bytearray(whole[: int(rng.integers(len(whole)))] if n % 2 else whole)
+            for at in rng.integers(max(len(data), 1), size=4 * (n % 2 == 0)):
+                data[at] = rng.integers(256)
+            (tmp_path / name).write_bytes(data)
+            try:
+                assert read_image(tmp_path / name).dtype == torch.uint8
+            except ValueError as error:
+                assert name in str(error) and "\n" not in str(error)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="x.png cannot be read as an image .DecompressionBombError"):
+        read_image(saved(tmp_path, np.zeros((20, 20), np.uint8)))
+
+
+@pytest.mark.parametrize("path", ["", ".", "a\0b", "x" * 300, "x.png/y.png"])
+def test_paths_that_are_no_files(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path, np.zeros((2, 2), np.uint8))
+    with pytest.raises((ValueError, FileNotFoundError), match="cannot be read as an image|there is no image"):
+        read_image(path)
+
+
+# Names and labels from outside ----------------------------------------------------------------------------------------
+
+
+def test_missing_names_are_counted_and_no_class():
+    for names in ([1.0, float("nan"), 2.0], ["cat", None, "dog"], ["cat", " ", "dog"], np.array([1.0, np.nan, 2.0]), ["a", np.nan]):
+        with pytest.raises(ValueError, match=f"1 of {len(names)} names are missing"):
+            number_labels(names)
+    with pytest.raises(ValueError, match="1 of 2 classes are missing"):
+        number_labels(["a"], ["a", None])
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(ValueError, match="2 of 3 names are missing"):
+        number_labels(pandas.Series(["cat", None, pandas.NA]))
+
+
+def test_names_of_other_kinds():
+    for names in (["cat", 1], [1, 2.0], [True, 1]):
+        with pytest.raises(TypeError, match="expected one kind"):
+            number_labels(names)
+    for names in ("cat", [], np.array([])):
+        with pytest.raises(ValueError, match="expected a list of names"):
+            number_labels(names)
+    with pytest.raises(TypeError, match="a list"):
+        number_labels([["a"], ["b"]])
+    for names in (torch.tensor([7, 3, 7]), np.array([7, 3, 7]), (7, 3, 7)):
+        labels, classes = number_labels(names)
+        assert labels.tolist() == [1, 0, 1] and classes == (3, 7) and type(classes[0]) is int
+    assert number_labels(np.array(["b", "a"]))[1] == ("a", "b")
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "int32", "list", "tuple", "numpy"])
+def test_labels_of_any_whole_number_type_train_alike(digits, kind):
+    i = few_labels(digits.train_labels, 50, 0)
+    x, y = digits.train_images[i], digits.train_labels[i]
+    other = {"list": y.tolist(), "tuple": tuple(y.tolist()), "numpy": y.numpy().astype(np.int32)}.get(kind)
+    other = y.to(getattr(torch, kind)) if other is None else other
+    losses = [finetune(small(), x, labels, Augment(), steps=1, lr=1e-3, seed=1) for labels in (y, other)]
+    assert torch.equal(*losses)
+    part = ImageDataset(x.float() / 255, other)
+    model = small()
+    assert train_epoch(model, part, 25, torch.optim.SGD(model.parameters(), lr=0.1)) > 0 and 0 <= evaluate(model, part, 25) <= 1
+    assert check_classes(other, 10).dtype == torch.int64
+
+
+def test_labels_that_are_no_whole_numbers_are_not_cut_down():
+    class Half(ImageDataset):
+        def __getitem__(self, i):
+            return {"image": torch.zeros(1, 8, 8), "label": torch.tensor(1.7)}
+
+    with pytest.raises(TypeError, match="labels"):
+        evaluate(small(), Half(torch.zeros(2, 1, 8, 8), [0, 1]), 2)
+    with pytest.raises(TypeError, match="expected a dictionary with `image` and `label`"):
+        evaluate(small(), [(torch.zeros(1, 8, 8), 1)], 1)
+
+
+def test_the_classes_of_a_model_are_counted_at_its_head():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Linear(4, 3), nn.Linear(4, 4)
+
+    assert check_classes([0, 1, 2], Other()).tolist() == [0, 1, 2]
+
+
+def test_parts_that_hashes_cannot_compare_are_refused(digits, tmp_path):
+    x = digits.train_images[:4]
+    path = saved(tmp_path, x[0, 0].numpy())
+    for other in ([path], x.float()):
+        with pytest.raises(ValueError, match="which hashes cannot compare"):
+            check_disjoint(train=x, dev=other)
+    with pytest.raises(TypeError, match=r"dev\[0\] is"):
+        check_disjoint(train=x, dev=[None, None])
+    half = torch.rand(4, 1, 2, 2).bfloat16().requires_grad_()
+    assert check_disjoint(train=half[:2], dev=half[2:]) == 4
+
+
+# Modes and layers of every kind ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, None])
+@pytest.mark.parametrize("options", [dict(gradual=True), dict(), dict(lr=0.0, head_lr=1e-2)])
+def test_what_is_frozen_comes_back_also_after_ctrl_c(digits, stop, options):
+    model, i = small().eval(), few_labels(digits.train_labels, 50, 0)
+    freeze(model.body[1])
+    before = [p.requires_grad for p in model.parameters()]
+
+    def halt(step):
+        if step.n == 1 and stop:
+            raise stop
+
+    tune = lambda: finetune(model, digits.train_images[i], digits.train_labels[i], Augment(), each=halt, **dict(steps=4, lr=1e-3) | options)
+    if stop:
+        with pytest.raises(stop):
+            tune()
+    else:
+        tune()
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_refused_run_leaves_the_model_as_it_was(digits):
+    model, i = small(), few_labels(digits.train_labels, 50, 0)
+    freeze(model.body)
+    before, learns = state(model), [p.requires_grad for p in model.parameters()]
+    good = dict(images=digits.train_images[i], labels=digits.train_labels[i], augment=Augment(), steps=1, lr=1e-3)
+    for bad in (dict(steps=0), dict(steps=0.5), dict(batch_size=0), dict(smoothing=2.0), dict(weight_decay=-1.0), dict(head_lr=0.0),
+                dict(labels=digits.train_labels[i][:-1]), dict(images=digits.train_images[i].float()), dict(augment=None)):
+        with pytest.raises((ValueError, TypeError)):
+            finetune(model, **good | bad)
+        assert [p.requires_grad for p in model.parameters()] == learns and not changed(before, model)
+
+
+def test_each_norm_keeps_the_mode_that_it_has():
+    model, x = small().train(), torch.randn(4, 1, 28, 28)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0].eval()
+    modes = [m.training for m in model.modules()]
+    with frozen_norms(freeze(model)):
+        model(x)
+        assert [m.training for m in model.modules()] == modes
+    assert [m.training for m in model.modules()] == modes
+
+    class Stop(BaseException):
+        pass
+
+    def stop(*args):
+        raise Stop
+
+    norms[1].register_forward_pre_hook(stop)  # after ours: in the midst of the layer
+    with pytest.raises(Stop), frozen_norms(model):
+        norms[1]._forward_pre_hooks.move_to_end(next(iter(norms[1]._forward_pre_hooks)))
+        model(x)
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_a_sequence_with_a_parameter_of_its_own_has_a_rate_for_it():
+    class Scaled(nn.Sequential):
+        def __init__(self, *layers):
+            super().__init__(*layers)
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    model = nn.ModuleDict(dict(body=Scaled(nn.Linear(2, 2)), head=nn.Linear(2, 2)))
+    assert {id(p) for own in layers(model).values() for p in own} == {id(p) for p in model.parameters()}
+    thaw(model, 1)
+    assert not model["body"].scale.requires_grad and model["head"].weight.requires_grad
+
+
+def test_a_new_head_is_of_the_bodys_type_and_stands_under_each_name():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 10)
+            self.fc = self.head
+
+    model = replace_head(Two().bfloat16(), 3)
+    assert model.fc is model.head and model.head.weight.dtype == torch.bfloat16 and model.head.out_features == 3
+
+
+def test_the_best_state_holds_buffers_outside_the_state_dict_and_no_other_model():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+            self.register_buffer("n", torch.zeros(()), persistent=False)
+
+    model = Counts()
+    best = Best(model)
+    best.update(0.5)
+    model.n += 3
+    best.update(np.float32(0.25))
+    assert best.restore().n == 0
+    model.w = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="w is not what it was"):
+        best.restore()
+
+
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
@@ -355,28 +690,28 @@ def refusals(digits, tmp_path):
     tune = lambda y=digits.train_labels[i], **options: finetune(
         model, digits.train_images[i], y, Augment(), **dict(steps=1, lr=1e-3) | options)
     return {
-        "labels are 1 to 10": lambda: epoch(floats, torch.arange(1, 11)),
-        "labels are -1 to 8": lambda: epoch(floats, torch.arange(-1, 9)),
+        "labels run from 1 to 10; expected 0 to 9": lambda: epoch(floats, torch.arange(1, 11)),
+        "labels run from -1 to 8; expected 0": lambda: epoch(floats, torch.arange(-1, 9)),
         "no training example has the labels [9]": lambda: epoch(floats[:9], torch.arange(9)),
-        "labels are no numbers": lambda: check_labels(["a"], 2),
-        "labels are torch.float32": lambda: check_labels(torch.rand(3), 2),
-        "of shape (50, 1); expected one row": lambda: tune(digits.train_labels[i][:, None]),
+        "expected class numbers, whole numbers": lambda: check_classes(["a"], 2),
+        "labels is a tensor of float32": lambda: check_classes(torch.rand(3), 2),
+        "labels has shape (50, 1); expected one axis": lambda: tune(digits.train_labels[i][:, None]),
         "labels run from 11 to 11": lambda: evaluate(model, ImageDataset(floats[:2], [11, 11]), 2),
         "there is no image gone": lambda: check_disjoint(train=[tmp_path / "gone"], dev=floats),
         "gradual unfreezing needs a rate": lambda: tune(lr=0.0, head_lr=1e-2, gradual=True),
         "one size": lambda: evaluate(model, ImageDataset([torch.zeros(1, 8, 8), torch.zeros(1, 9, 9)], [0, 1]), 2),
-        "expected float images (b, 1, h, w)": lambda: evaluate(model, ImageDataset(torch.rand(2, 3, 8, 8), [0, 1]), 2),
-        "an image is torch.uint8": lambda: evaluate(model, ImageDataset(digits.train_images[:2], [0, 1]), 2),
+        "images has shape (2, 3, 8, 8); expected (b, 1, h, w)": lambda: evaluate(model, ImageDataset(torch.rand(2, 3, 8, 8), [0, 1]), 2),
+        "an image is a tensor of uint8": lambda: evaluate(model, ImageDataset(digits.train_images[:2], [0, 1]), 2),
         "the data set is empty": lambda: evaluate(model, [], 2),
-        "torn.png (8 bytes) cannot be read": lambda: read_image(torn),
+        "torn.png cannot be read as an image": lambda: read_image(torn),
         "there is no image gone.png": lambda: read_image(tmp_path / "gone.png"),
         "channels is 2": lambda: read_image(torn, 2),
-        "lr=0.0": lambda: layer_groups(model, 0.0),
-        "lr=nan": lambda: layer_groups(model, float("nan")),
-        "decay=1.5": lambda: layer_groups(model, 1e-3, 1.5),
-        "lr=-1.0": lambda: tune(lr=-1.0),
+        "lr is 0.0; expected a finite number above 0": lambda: layer_groups(model, 0.0),
+        "lr is nan": lambda: layer_groups(model, float("nan")),
+        "decay is 1.5": lambda: layer_groups(model, 1e-3, 1.5),
+        "lr is -1.0": lambda: tune(lr=-1.0),
         "head needs a rate": lambda: tune(lr=0.0),
-        "decay=0.0": lambda: tune(decay=0.0),
+        "decay is 0.0": lambda: tune(decay=0.0),
         "count is 9": lambda: thaw(model, 9),
         "expected a body and a head": lambda: layers(nn.Sequential(nn.Linear(2, 2))),
         "patience is 0": lambda: Best(model, 0),

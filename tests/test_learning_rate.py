@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from unittest.mock import patch
@@ -138,7 +139,7 @@ def test_it_comes_back_after_an_error_too_and_a_test_that_keeps_its_weights_is_s
     with pytest.raises(RuntimeError, match="midst"):
         range_test(model, stream(task), breaks, opt)
     assert same() and not opt.state
-    with patch("foundation.finetuning.learning_rate._restore"):
+    with patch("foundation.finetuning.learning_rate.restore"):
         range_test(model, stream(task), classify, opt)
     assert not same()
 
@@ -295,11 +296,12 @@ def test_pruned_and_diverged_trials_never_win(tmp_path):
 # bad input ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, words", [
-    (dict(lo=0.0), "lo < hi"), (dict(lo=-1.0), "lo < hi"), (dict(lo=1.0, hi=0.1), "lo < hi"), (dict(lo=1.0, hi=1.0), "lo < hi"),
-    (dict(lo=math.nan), "lo < hi"), (dict(hi=math.inf), "lo < hi"), (dict(steps=5), "20 or more")])
+    (dict(lo=0.0), "lo is 0.0"), (dict(lo=-1.0), "lo is -1.0"), (dict(lo=1.0, hi=0.1), "hi is 0.1; .* above 1.0"),
+    (dict(lo=1.0, hi=1.0), "hi is 1.0; .* above 1.0"), (dict(lo=math.nan), "lo is nan"), (dict(hi=math.inf), "hi is inf"),
+    (dict(steps=5), "steps is 5; expected a whole number from 20 on"), (dict(lo="a"), "lo is 'a'")])
 def test_range_tests_that_cannot_be(task, options, words):
     model = Net()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         range_test(model, stream(task), classify, make_optimizer("sgd", model, 1.0), **options)
 
 
@@ -317,13 +319,13 @@ def test_a_loss_that_is_nan_at_once_and_one_that_never_falls(task):
 
 @pytest.mark.parametrize("lr", [0.0, -1.0, math.nan, math.inf])
 def test_rates_that_are_none(lr):
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError, match="lr is .*; expected a finite number"):
         make_optimizer("sgd", Net(), lr)
 
 
 def test_other_bad_input(task, tmp_path):
     model = Net()
-    with pytest.raises(ValueError, match="sgd, adamw, adafactor"):
+    with pytest.raises(ValueError, match="'lion'; expected one of 'sgd', 'adamw', 'adafactor'"):
         make_optimizer("lion", model, 1.0)
     with pytest.raises(TypeError, match="no `head`"):
         make_optimizer("sgd", nn.Linear(2, 2), 1.0)
@@ -333,15 +335,15 @@ def test_other_bad_input(task, tmp_path):
     for labels, words in ((task.labels + 1, "expected 0 to"), (torch.zeros_like(task.labels), "no training example")):
         with pytest.raises(ValueError, match=words):
             next(dev_scores(model, task._replace(labels=labels), make_optimizer("sgd", model, 1.0), steps=2))
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="dev is 0"):
         few_label_task(image_set(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)), 30, 0)
     for rates in ([1e-3], [1e-2, 1e-3], [0.0, 1.0], [-1.0, 1.0]):
-        with pytest.raises(ValueError, match="rising"):
+        with pytest.raises(ValueError, match="rising|above 0"):
             sweep(lambda lr, seed: 1.0, rates)
-    for space in ({}, dict(lr=(0.0, 1.0)), dict(lr=(1.0, 0.1))):
-        with pytest.raises(ValueError, match="0 < lo < hi"):
+    for space in ({}, dict(lr=(0.0, 1.0)), dict(lr=(1.0, 0.1)), dict(lr=(1.0,)), dict(lr=3), {1: (0.1, 1)}):
+        with pytest.raises((ValueError, TypeError), match="0 < lo < hi|bound of lr"):
             search(hill, space, tmp_path / "j")
-    with pytest.raises(ValueError, match="1 or more"):
+    with pytest.raises(ValueError, match="trials is 0"):
         search(hill, SPACE, tmp_path / "j", trials=0)
     with pytest.raises(ValueError, match="none of 1"):
         best_trial([Trial({}, (), True)])
@@ -361,3 +363,151 @@ def test_without_optuna_there_is_one_clear_sentence(tmp_path):
         return real(name, *args, **kwargs)
     with patch.object(builtins, "__import__", without), pytest.raises(ImportError, match="pip install optuna"):
         search(hill, SPACE, tmp_path / "j")
+
+
+# order, buffers, journals ---------------------------------------------------------------------------
+
+class Deep(nn.Module):
+    "A head of several layers, so that it has an order"
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Sequential(*(nn.Linear(4, 4 + i) if i == 0 else nn.Linear(3 + i, 4 + i) for i in range(6)))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor"])
+def test_parameters_go_into_an_optimizer_in_the_order_of_the_model(name):
+    "A checkpoint goes by place: an order by memory address hands moments to the wrong weights, or beyond them"
+    kept = []
+    for _ in range(20):
+        kept.append(model := Deep())  # all alive, so that each lies elsewhere
+        body, head = (group["params"] for group in make_optimizer(name, model, 1e-3).param_groups)
+        assert all(a is b for a, b in zip(body, model.body.parameters(), strict=True))
+        assert all(a is b for a, b in zip(head, model.head.parameters(), strict=True))
+
+
+def test_a_head_tied_to_the_body_is_in_one_group():
+    model = Deep()
+    model.head[0].weight = model.body.weight
+    groups = make_optimizer("adamw", model, 1e-3).param_groups
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert len(ids) == len(set(ids)) == len([*model.parameters()])
+    with pytest.raises(TypeError, match="no `head` with parameters"):
+        make_optimizer("sgd", nn.ModuleDict(dict(head=nn.Identity(), body=nn.Linear(2, 2))), 1.0)
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.rest = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2), requires_grad=False)
+        self.register_buffer("n", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        self.n += 1
+        return x * self.w + self.n
+
+
+def test_buffers_outside_the_state_dict_and_what_is_frozen_come_back_too():
+    model = Counts()
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def objective(model, batch):
+        model.rest.requires_grad_(True)
+        return model(torch.ones(3)).square().mean(), {}
+
+    range_test(model, range(40), objective, opt, steps=25)
+    assert model.n == 0 and not model.rest.requires_grad and torch.equal(model.w, torch.ones(3))
+
+
+def test_labels_of_another_whole_number_type_train_alike(task):
+    scores = []
+    for kind in (torch.int64, torch.int32, torch.uint8):
+        seed_everything(0)
+        model, other = Net(), task._replace(labels=task.labels.to(kind), dev_labels=task.dev_labels.to(kind))
+        scores.append(list(dev_scores(model, other, make_optimizer("adamw", model, 1e-2), steps=np.int64(6), every=2, precision="fp32")))
+    assert scores[0] == scores[1] == scores[2] and len(scores[0]) == 3
+
+
+def test_numbers_of_numpy_are_plain_ones(tmp_path):
+    space = dict(lr=(np.float32(1e-4), np.float64(1e-1)), decay=[np.float32(1e-3), 1])
+    found = search(hill, space, tmp_path / "j", trials=np.int64(3), seed=np.int32(0))
+    assert found == search(hill, space, tmp_path / "j", trials=3) and len(found) == 3
+    assert sweep(lambda lr, seed: 1 - lr, np.array([1e-3, 1e-2], np.float32), np.arange(2)).best == pytest.approx(1e-3)
+
+
+def test_runs_that_give_no_scores(tmp_path):
+    for run, words in ((lambda **p: 0.5, "run gave 0.5; expected dev scores"), (lambda **p: [None], "run gave None; expected a score"),
+                       (lambda **p: "abc", "run gave 'abc'")):
+        with pytest.raises(TypeError, match=words):
+            search(run, SPACE, tmp_path / words[9:11], trials=1)
+    with pytest.raises(TypeError, match="run gave None"):
+        sweep(lambda lr, seed: None, [1e-3, 1e-2])
+
+
+def test_a_torn_last_line_of_a_journal_is_left_out_and_the_trials_are_the_same(tmp_path):
+    "What a full disk leaves: cut anywhere, the search goes on to the trials that it would have found"
+    whole = search(hill, SPACE, tmp_path / "whole", trials=6)
+    data = (tmp_path / "whole").read_bytes()
+    lines = len(data.splitlines())
+    for at in [1, 5, 60, len(data) - 1, *range(97, len(data), len(data) // 8)]:
+        (tmp_path / "torn").write_bytes(data[:at])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert search(hill, SPACE, tmp_path / "torn", trials=6) == whole, at
+        assert lines <= len((tmp_path / "torn").read_bytes().splitlines())
+    (tmp_path / "torn").write_bytes(data + b"\0" * 300)  # what a power cut leaves
+    with pytest.warns(UserWarning, match="last line of torn was cut short"):
+        assert search(hill, SPACE, tmp_path / "torn", trials=6) == whole
+
+
+def test_a_damaged_journal_is_named_and_stays_as_it_is(tmp_path):
+    search(hill, SPACE, tmp_path / "whole", trials=3)
+    data, rng = (tmp_path / "whole").read_bytes(), random.Random(0)
+    path = tmp_path / "spoilt"
+    for _ in range(25):
+        spoilt = bytearray(data)
+        spoilt[rng.randrange(len(data) - 1)] = rng.randrange(256)
+        path.write_bytes(spoilt)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                search(hill, SPACE, path, trials=3)
+        except ValueError as error:
+            assert "spoilt" in str(error)
+    for text in (b"a shopping list", b"one\ntwo\n", b"[]\n", b"{}\n", b'{"op_code": 99}\n'):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match="spoilt"):
+            search(hill, SPACE, path, trials=3)
+        assert path.read_bytes() == text
+    with pytest.raises(ValueError, match="no journal that can be used"):
+        search(hill, SPACE, tmp_path, trials=3)
+
+
+def test_a_search_runs_where_links_are_not_allowed(tmp_path, monkeypatch):
+    import os
+
+    whole = search(hill, SPACE, tmp_path / "whole", trials=3)
+
+    def no_links(*args, **options):
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(os, "symlink", no_links)
+    assert search(hill, SPACE, tmp_path / "other", trials=3) == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "whole"]  # no locks, no litter
+
+
+def test_a_journal_of_other_data_is_refused_where_the_recipe_says_so(tmp_path):
+    search(hill, SPACE, tmp_path / "j", trials=2, recipe=dict(data="a", size=(1, 2)))
+    search(hill, SPACE, tmp_path / "j", trials=2, recipe=dict(data="a", size=(1, 2)))
+    for other in (dict(data="b", size=(1, 2)), None):
+        with pytest.raises(ValueError, match="another search"):
+            search(hill, SPACE, tmp_path / "j", trials=3, recipe=other)
+    with pytest.raises(TypeError, match="recipe cannot be kept"):
+        search(hill, SPACE, tmp_path / "k", recipe=dict(data=torch.ones(2)))
+
+
+def test_a_flat_curve_is_drawn_without_a_suggestion():
+    assert RangeTest(torch.logspace(-5, -4, 30), torch.full((30,), 2.3)).plot(alt="flat") is not None

@@ -224,22 +224,22 @@ def test_targets_match_whole_names():
     (lambda: add_lora(bert(), targets=["attention.qurey"]), ValueError, "no layer is called 'attention.qurey'"),
     (lambda: add_lora(bert(), targets="mlp.0"), ValueError, "expected a list"),
     (lambda: add_lora(bert(), targets=[]), ValueError, "expected a list"),
-    (lambda: add_lora(bert(), targets=["norm1"]), TypeError, "LayerNorm; expected an nn.Linear"),
+    (lambda: add_lora(bert(), targets=["norm1"]), TypeError, "norm1 is a LayerNorm; expected a layer of the class Linear"),
     (lambda: add_lora(bert(), 0), ValueError, "rank is 0"),
     (lambda: add_lora(bert(), -3), ValueError, "rank is -3"),
     (lambda: add_lora(bert(), 33), ValueError, "rank is 33; expected a whole number from 1 to 32"),
-    (lambda: add_lora(bert(), 2.0), ValueError, "rank is 2.0"),
+    (lambda: add_lora(bert(), 2.0), TypeError, "rank is 2.0"),
     (lambda: add_lora(bert(), 2, 0.0), ValueError, "alpha is 0.0"),
     (lambda: add_lora(bert(), 2, float("nan")), ValueError, "alpha is nan"),
     (lambda: add_lora(add_lora(bert())), ValueError, "changed at blocks.0.attention.query already"),
     (lambda: add_adapters(add_lora(bert())), ValueError, "already"),
-    (lambda: LoRA(LoRA(nn.Linear(4, 4), 1), 1), ValueError, "holds a LoRA already"),
+    (lambda: LoRA(LoRA(nn.Linear(4, 4), 1), 1), TypeError, "base is a LoRA; expected a"),
     (lambda: add_adapters(bert(), 0), ValueError, "width is 0"),
     (lambda: add_prefix(bert(), -1), ValueError, "length is -1"),
-    (lambda: add_prefix(bert(), 3, IDS[0]), ValueError, "words have shape"),
-    (lambda: Prefix(nn.Linear(4, 4), torch.zeros(1, 4), torch.zeros(1, 4)), TypeError, "expected an Attention"),
+    (lambda: add_prefix(bert(), 3, IDS[0]), ValueError, r"words has shape \(5,\); expected \(3,\)"),
+    (lambda: Prefix(nn.Linear(4, 4), torch.zeros(1, 4), torch.zeros(1, 4)), TypeError, "base is a Linear; expected an? Attention"),
     (lambda: train_biases(nn.Linear(3, 3, bias=False)), ValueError, "no parameter called bias"),
-    (lambda: Adapter(nn.ReLU()), TypeError, "expected an nn.Linear"),
+    (lambda: Adapter(nn.ReLU()), TypeError, "base is a ReLU; expected a Linear"),
 ])
 def test_bad_changes(call, error, match):
     with pytest.raises(error, match=match):
@@ -254,18 +254,20 @@ def test_a_refused_change_leaves_the_model_alone():
 
 
 @pytest.mark.parametrize("labels, options, match", [
-    (torch.tensor([0, 3]), {}, "expected 0 to 2"), (torch.tensor([-1, 0]), {}, "expected 0 to 2"), (torch.tensor([0.0, 1.0]), {}, "whole numbers"),
-    (torch.tensor([[0], [1]]), {}, "one row"), (torch.tensor([], dtype=torch.int64), {}, "labels are none"), ([0, 1], {}, r"has the labels \[2\]"),
-    (torch.tensor([0, 1, 2]), {}, "got 2 texts, 3 labels"), (torch.tensor([0, 1, 2]), dict(batch_size=0), "batch_size=0"), (torch.tensor([0, 1]), dict(lr=0.0), "rates above 0"),
-    (torch.tensor([0, 1]), dict(lr=-1e-3), "rates above 0"), (torch.tensor([0, 1]), dict(lr=float("nan")), "rates above 0"),
-    (torch.tensor([0, 1]), dict(steps=0), "steps from 1")])
+    (torch.tensor([0, 3]), {}, "expected 0 to 2"), (torch.tensor([-1, 0]), {}, "expected 0 to 2"),
+    (torch.tensor([0.0, 1.0]), {}, "whole numbers"), (torch.tensor([[0], [1]]), {}, "one axis"),
+    (torch.tensor([], dtype=torch.int64), {}, "labels is empty"), ([0, 1], {}, r"has the labels \[2\]"),
+    (torch.tensor([0, 1, 2]), {}, "tokens 2, labels 3"), (torch.tensor([0, 1, 2]), dict(batch_size=0), "batch_size is 0"),
+    (torch.tensor([0, 1]), dict(lr=0.0), "lr is 0.0"), (torch.tensor([0, 1]), dict(lr=-1e-3), "lr is -0.001"),
+    (torch.tensor([0, 1]), dict(lr=float("nan")), "lr is nan"), (torch.tensor([0, 1]), dict(steps=0), "steps is 0"),
+    (torch.tensor([0, 1]), dict(steps=0.5), "steps is 0.5")])
 def test_bad_training(labels, options, match):
     with pytest.raises((ValueError, TypeError), match=match):
         adapt(MeanClassifier(bert(), 3), IDS, labels, **options)
 
 
 def test_unknown_method(task):
-    with pytest.raises(ValueError, match="no method 'LORA'"):
+    with pytest.raises(ValueError, match="method is 'LORA'; expected one of 'head only'"):
         prepared(bert(), "LORA", task)
 
 
@@ -280,3 +282,392 @@ def test_the_shipped_card_holds_what_the_lesson_claims():
     assert min(mean[m] for m in METHODS) > mean["TF-IDF"] + 0.15
     assert mean["LoRA"] > mean["full"] - 0.01 and costs["LoRA"]["share"] <= 0.02
     assert mean["LoRA"] > mean["LoRA, both random"]
+
+
+# Layers of every kind ---------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x):
+        return self.out(self.words(x))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def lora(model, targets, **options):
+    return randomise(add_lora(model, 2, targets=targets, **options), 0.3)
+
+
+@pytest.mark.parametrize("whole", [merge, lambda model: model.out.merge()])
+def test_merging_a_tied_layer_leaves_the_embedding_alone_and_unmerging_ties_it_again(whole):
+    torch.manual_seed(0)
+    model, x = Tied(), torch.arange(11)
+    words = model.words.weight.clone()
+    apart = lora(model, ["out"])(x)
+    whole(model)
+    assert_close(model(x), apart, rtol=0, atol=1e-5)
+    assert torch.equal(model.words.weight, words)
+    unmerge(model)
+    assert model.out.base.weight is model.words.weight and torch.equal(model.words.weight, words)
+    again = deepcopy(merge(model))
+    unmerge(again)
+    assert again.out.base.weight is again.words.weight and again.words.weight is not model.words.weight
+
+
+def test_two_layers_with_one_weight_merge_each_for_itself():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    x = torch.randn(5, 4)
+    apart = lora(model, ["0", "2"])(x)
+    assert_close(merge(model)(x), apart, rtol=0, atol=1e-5)
+    assert_close(unmerge(model)(x), apart, rtol=0, atol=0)
+    assert model[0].base.weight is model[2].base.weight
+
+
+@pytest.mark.parametrize("targets", [["a"], ["b"], ["a", "b"]])
+@pytest.mark.parametrize("change", [add_lora, add_adapters])
+def test_a_layer_under_two_names_becomes_the_same_new_layer_at_both(targets, change):
+    torch.manual_seed(0)
+    model = Twice()
+    assert find_layers(model, targets) == targets
+    randomise(change(model, 2, targets=targets), 0.3)
+    assert model.a is model.b and isinstance(model.a, (LoRA, Adapter))
+    if change is add_lora:
+        x = torch.randn(3, 4)
+        apart = model(x)
+        assert_close(merge(model)(x), apart, rtol=0, atol=1e-5)
+
+
+def test_blocks_that_are_one_block_share_their_new_layers():
+    model = bert()
+    model.blocks[1] = model.blocks[0]
+    add_lora(model)
+    assert model.blocks[1].mlp[0] is model.blocks[0].mlp[0] and isinstance(model.blocks[0].mlp[0], LoRA)
+    assert len([m for m in model.modules() if isinstance(m, LoRA)]) == 6
+
+
+def test_names_are_found_in_a_flat_model_and_under_second_names():
+    with pytest.raises(ValueError, match="no layer is called 'c'; there are, among others: a, b"):
+        find_layers(Twice(), ["c"])
+
+    class Around(nn.Module):  # a model of one's own may call its body `base`
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Sequential(nn.Linear(3, 3))
+
+    assert find_layers(Around(), ["base.0"]) == ["base.0"]
+
+
+@pytest.mark.parametrize("change", [add_lora, add_adapters])
+def test_a_layer_that_is_read_but_never_called_is_refused_when_added(change):
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    names = [["self_attn.out_proj"]] + [["linear1"]] * (change is add_adapters)
+    for targets in names:
+        before = deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+        with pytest.raises(ValueError, match="reads its weight without calling it"):
+            change(model, 2, targets=targets)
+        assert [p.requires_grad for p in model.parameters()] == before[1]
+
+
+def test_lora_where_pytorch_reads_the_matrix_on_its_fast_path():
+    "An encoder layer in eval mode, without gradients, hands `linear1.weight` to one fused kernel"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    x = torch.randn(2, 5, 8)
+    slow = lora(model, ["linear1", "linear2"])(x)
+    with torch.no_grad():
+        assert_close(model(x), slow, rtol=1e-4, atol=1e-5)
+        assert_close(merge(model)(x), slow, rtol=1e-4, atol=1e-5)
+
+
+def weights_that_are_computed():
+    from torch.nn.utils import parametrizations, prune
+
+    return {"weight_norm": lambda m: parametrizations.weight_norm(m), "spectral": lambda m: parametrizations.spectral_norm(m),
+            "old weight_norm": lambda m: nn.utils.weight_norm(m), "pruned": lambda m: prune.l1_unstructured(m, "weight", 0.5)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", list(weights_that_are_computed()))
+def test_a_computed_weight_is_adapted_but_not_merged_into(kind):
+    torch.manual_seed(0)
+    base, x = weights_that_are_computed()[kind](nn.Linear(4, 6)).eval(), torch.randn(5, 4)
+    model = nn.Sequential(base, nn.Linear(6, 3)).eval()
+    want = base(x).detach()
+    add_lora(model, 2, targets=["0", "1"])
+    assert_close(model[0](x), want, rtol=0, atol=0)
+    apart = randomise(model, 1.0)(x)
+    with pytest.raises(ValueError, match="computes its weight at each call"):
+        merge(model)
+    assert not model[0].merged and not model[1].merged and torch.equal(model(x), apart)
+
+
+def test_nothing_is_changed_after_a_refusal():
+    model = nn.ModuleDict(dict(lin=nn.Linear(4, 4), conv=nn.Conv2d(3, 3, 1), small=nn.Linear(2, 2)))
+    for call in (lambda: add_lora(model, 2, targets=["lin", "conv"]), lambda: add_lora(model, 3, targets=["lin", "small"]),
+                 lambda: add_adapters(model, 0, targets=["lin"]), lambda: add_lora(model, 2, -1.0, ["lin"])):
+        luck = torch.get_rng_state()
+        with pytest.raises((TypeError, ValueError)):
+            call()
+        assert all(p.requires_grad for p in model.parameters()) and torch.equal(torch.get_rng_state(), luck)
+        assert type(model["lin"]) is nn.Linear
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_what_learns_beside_a_half_base_is_float32_and_the_output_is_half(half):
+    layer = nn.Linear(8, 8).to(half)
+    for new in (LoRA(deepcopy(layer), 2), Adapter(deepcopy(layer), 2)):
+        assert {p.dtype for p in new.parameters() if p.requires_grad} == {torch.float32}
+        x = torch.randn(3, 8).to(half)
+        assert new(x).dtype == half and torch.equal(new(x), layer(x))
+        new(randomise(new) and x).float().square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in new.parameters() if p.requires_grad)
+    model = add_prefix(bert().to(half), 3, IDS[0, :3].to(torch.int32))
+    assert model.blocks[0].attention.keys.dtype == torch.float32
+    assert model.encode(IDS, IDS != 0).dtype == half
+    assert LoRA(nn.Linear(4, 4).double(), 2).A.dtype == torch.float64
+
+
+def test_small_steps_count_beside_a_half_base():
+    "In bfloat16 a step below half a unit in the last place is no step: the loss stays where it is"
+    def train_lora(spoil):
+        torch.manual_seed(0)
+        layer = LoRA(nn.Linear(8, 8).bfloat16(), 2)
+        spoil(layer)
+        x = torch.randn(256, 8)
+        y = x @ (layer.base.weight.float() + 0.3 * torch.randn(8, 1) @ torch.randn(1, 8)).T + layer.base.bias.float()
+        opt = torch.optim.AdamW([layer.A, layer.B], lr=1e-3)
+        for _ in range(400):
+            opt.zero_grad()
+            loss = (layer(x.bfloat16()).float() - y).square().mean()
+            loss.backward()
+            opt.step()
+        return loss.item()
+
+    fine, coarse = train_lora(lambda layer: None), train_lora(lambda layer: layer.bfloat16())
+    assert fine < 0.8 * coarse
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_merging_into_halves_rounds_once_and_unmerging_brings_back_each_bit(half):
+    torch.manual_seed(0)
+    layer = randomise(LoRA(nn.Linear(64, 64).to(half), 4), 0.02)
+    before = layer.base.weight.clone()
+    want = (before.float() + 4 * layer.B @ layer.A).to(half)
+    layer.merge()
+    assert torch.equal(layer.base.weight, want)
+    layer.unmerge()
+    assert torch.equal(layer.base.weight, before)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda m: m[0].B.data.fill_(float("nan")), "from B"), (lambda m: m[0].A.data.fill_(float("inf")), "from A"),
+    (lambda m: m.half() and m[0].A.data.fill_(6e4) is m[0].B.data.fill_(6e4), "cannot hold")])
+def test_nan_is_not_merged(spoil, words):
+    model = lora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["0", "1"])
+    spoil(model)
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"nothing is merged|{words}"):
+        merge(model)
+    assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items())
+    assert not any(layer.merged for layer in model)
+
+
+def test_a_merged_state_and_an_unmerged_model_do_not_mix():
+    torch.manual_seed(0)
+    one, x = lora(nn.Sequential(nn.Linear(4, 4)), ["0"]), torch.randn(3, 4)
+    other, want = deepcopy(one), one(x)
+    apart, merged = deepcopy(one.state_dict()), deepcopy(merge(one).state_dict())
+    with pytest.raises(ValueError, match="0 is not merged, the state to load is merged; merge the model first"):
+        other.load_state_dict(merged)
+    with pytest.raises(ValueError, match="0 is merged, the state to load is not; unmerge the model first"):
+        one.load_state_dict(apart)
+    one.load_state_dict(merged), other.load_state_dict(apart)
+    assert_close(one(x), want), assert_close(unmerge(one)(x), want), assert_close(other(x), want)
+    assert set(apart) == {"0.A", "0.B", "0.base.weight", "0.base.bias"}
+
+
+def test_what_was_changed_while_merged_stays_changed():
+    torch.manual_seed(0)
+    layer, x = randomise(LoRA(nn.Linear(4, 4), 2), 1.0), torch.randn(3, 4)
+    layer.merge()
+    with torch.no_grad():
+        layer.base.weight += 1
+    want = layer(x)
+    layer.unmerge()
+    assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_modes_and_devices_of_new_layers_are_those_of_the_old():
+    model = add_adapters(add_lora_free := bert())
+    assert not any(m.training for m in model.modules() if isinstance(m, Adapter)) and model is add_lora_free
+
+
+# A prefix and its cache -------------------------------------------------------------------------------------------------
+
+
+def gpt_with_prefix(length=3):
+    torch.manual_seed(0)
+    return randomise(add_prefix(GPT(20, 16, 16, 2, 2), length), 0.5).eval()
+
+
+@pytest.mark.parametrize("pieces", [[1] * 8, [5, 3], [8], [1, 6, 1]])
+def test_a_prefix_and_a_cache_give_what_the_whole_text_gives(pieces):
+    model, ids = gpt_with_prefix(), torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1))
+    caches = model.new_caches()
+    parts = [model(part, caches) for part in ids.split(pieces, 1)]
+    assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-5)
+    assert len(caches[0]) == 11
+
+
+def test_a_prefix_takes_no_place_of_the_context():
+    model, start = gpt_with_prefix(), torch.tensor([[1, 2, 3, 4]])
+    text = model.generate(start, 12, temperature=0)
+    for n in range(4, 16):
+        assert text[0, n] == model(text[:, :n])[0, -1].argmax()
+
+
+def test_a_prefix_is_seen_by_the_places_that_are_asked_for():
+    "BERT asks with some tokens only in its last block; the prefix must stand before them as well"
+    model, places = randomise(add_prefix(bert(), 3), 0.5), torch.zeros_like(IDS).bool()
+    places[0, 2] = places[1, 1] = True
+    assert_close(model(IDS, IDS != 0, places=places), model(IDS, IDS != 0)[places], rtol=1e-4, atol=1e-5)
+
+
+def test_real_words_are_read_without_dropout_and_hooks_are_taken_off():
+    torch.manual_seed(0)
+    model = BERT(50, context=16, dim=32, depth=2, heads=4, dropout=0.5).train()
+    one, two = (add_prefix(deepcopy(model), 3, IDS[0, :3]) for _ in range(2))
+    assert torch.equal(one.blocks[0].attention.keys, two.blocks[0].attention.keys)
+    assert all(m.training for m in one.modules()) and not any(m._forward_pre_hooks for m in one.modules())
+    with pytest.raises((ValueError, IndexError)):
+        add_prefix(model, 1, torch.tensor([99]))
+    assert not any(m._forward_pre_hooks for m in model.modules()) and all(m.training for m in model.modules())
+
+
+# Texts, labels, deltas ----------------------------------------------------------------------------------------------------
+
+
+def test_a_text_of_padding_has_features_of_zero_and_padding_may_stand_anywhere():
+    model = MeanClassifier(bert(), 3).eval()
+    nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        out = model(torch.tensor([[1, 2, 0], [0, 0, 0]]))
+        assert torch.equal(out[1], model.head.bias) and out.isfinite().all()
+        assert torch.equal(model(torch.zeros(2, 3, dtype=torch.int64)), model.head.bias.expand(2, -1))
+        assert_close(out[:1], model(torch.tensor([[1, 2]])))
+        seen = model.encode(torch.tensor([[0, 5, 3]]))  # on the left: its last token is not cut off
+        assert (seen - model.encode(torch.tensor([[0, 5, 7]]))).abs().max() > 1e-3
+    loss = model(torch.tensor([[1, 2, 0], [0, 0, 0]])).square().sum()
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, "numpy", "list"])
+def test_labels_and_tokens_of_any_whole_number_type_train_alike(task, kind):
+    labels, tokens = task.labels[task.pool], task.tokens[task.pool]
+    other = labels.tolist() if kind == "list" else labels.int().numpy() if kind == "numpy" else labels.to(kind)
+    small = tokens.int().numpy() if kind == "numpy" else tokens.to(kind) if kind != "list" else tokens
+    models = [prepared(bert(), "LoRA", task) for _ in range(2)]
+    for model, x, y in zip(models, (tokens, small), (labels, other)):
+        adapt(model, x, y, steps=2, precision="fp32")
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+def test_a_head_that_is_adapted_itself_can_be_trained(task):
+    model = MeanClassifier(bert(), 3)
+    model.head = LoRA(model.head, 2)
+    before = model.head.B.clone()
+    adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=2, precision="fp32")
+    assert not torch.equal(model.head.B, before)
+
+
+def test_a_head_tied_to_the_encoder_stands_in_one_group(task):
+    model = MeanClassifier(BERT(3, context=16, dim=32, depth=1, heads=4), 3)
+    model.head.weight = model.encoder.embedding.token.weight
+    opt = adapt(model, task.tokens[task.pool].clamp(max=2), task.labels[task.pool], steps=1, precision="fp32")
+    ids = [id(p) for group in opt.param_groups for p in group["params"]]
+    assert len(ids) == len(set(ids)) == len([*model.parameters()])
+
+
+def test_every_kind_of_bias_is_trained():
+    model = train_biases(nn.Sequential(nn.MultiheadAttention(4, 2), nn.LSTM(4, 4), nn.Linear(4, 4)))
+    learn = {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad}
+    assert learn == {"in_proj_bias", "bias", "bias_ih_l0", "bias_hh_l0"}
+
+
+def test_a_delta_holds_statistics_too_and_takes_no_other_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[0].requires_grad_(False)
+    state = Delta(model).state_dict()
+    assert set(state) == {"1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    with pytest.raises(ValueError, match="1.bias is not in the state"):
+        Delta(model).load_state_dict({k: v for k, v in state.items() if k != "1.bias"})
+    with pytest.raises(ValueError, match="2.x is not in this model"):
+        Delta(model).load_state_dict(state | {"2.x": torch.ones(1)})
+
+
+# The recipe -----------------------------------------------------------------------------------------------------------
+
+
+def recipe(task, tmp_path, monkeypatch, encoder, spy=None, **options):
+    from foundation.finetuning import peft
+
+    for name, value in dict(load_minilm=lambda: (encoder, None), noun_task=lambda tokenizer: task, cache_folder=lambda: tmp_path,
+                            RATES={"LoRA": (1e-3,), "prefix": (1e-3,)}, VARIANTS={}, BEYOND={}).items():
+        monkeypatch.setattr(peft, name, value)
+    monkeypatch.setattr(NounTask, "draw", lambda self, seed, count=40: self.pool)
+    monkeypatch.setattr(peft, "step_costs", lambda *a: {})
+    monkeypatch.setattr(peft, "score", spy)
+    monkeypatch.setattr(peft, "adapt", lambda *a, **k: None)
+    return peft.make_adapter("delta", range(1), tmp_path / "out", **options)
+
+
+def test_scores_of_an_interrupted_run_are_kept_for_the_same_run_alone(task, tmp_path, monkeypatch):
+    asked = []
+
+    def spy(encoder, method, *rest):
+        asked.append(method)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return 0.5
+
+    (tmp_path / "out").mkdir()
+    make = lambda encoder, task=task: recipe(task, tmp_path, monkeypatch, encoder, spy)
+    with pytest.raises(KeyboardInterrupt):
+        make(bert())
+    make(bert())
+    assert len(asked) == 2 + 4 and not list((tmp_path / "runs").glob("*"))  # one was done; what is shipped is not kept
+    for encoder, other in ((bert(1), task), (bert(), task._replace(labels=(task.labels + 1) % 3))):
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            make(bert())
+        asked.append("more")
+        make(encoder, other)
+        assert len(asked) == 3 + 5  # nothing of the other run was taken
+    for text in ("", "{", "[]", '{"recipe": 1}'):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs" / "delta.json").write_text(text)
+        make(bert())
+
+
+def test_the_draw_that_rates_are_picked_on_is_not_counted(task, tmp_path, monkeypatch):
+    from foundation.finetuning import peft
+
+    monkeypatch.setattr(peft, "load_minilm", lambda: (bert(), None))
+    with pytest.raises(ValueError, match="without 999"):
+        peft.make_adapter(seeds=[0, 999], folder=tmp_path)

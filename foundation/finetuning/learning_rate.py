@@ -9,6 +9,9 @@ __all__ = ['Task', 'few_label_task', 'make_optimizer', 'dev_scores', 'restored',
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #7707ec7f
 import json
 import math
+import os
+import secrets
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,13 +21,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import check_choice, check_labels, check_model, check_number, check_rows, check_sizes
+from ..core.checks import check_whole, checked, got
 from ..core.plots import PALETTE, Picture, draw
 from ..data.batches import endless
 from ..data.images import ImageSet, few_labels
 from ..evaluation.comparison import Comparison, compare
 from ..evaluation.scores import accuracy, predict
-from .loop import _outputs, check_labels
-from ..training.checkpoint import _pack, _restore
+from .loop import check_classes
+from ..training.checkpoint import restore, snapshot
 from ..training.loop import Objective, TrainingDiverged, classify, train
 from ..training.schedules import warmup_cosine
 
@@ -37,6 +42,7 @@ class Task(NamedTuple):
     dev_labels: Tensor  # (m,)
 
 
+@checked
 def few_label_task(
     data: ImageSet,
     labels: int = 100,  # to learn from, balanced
@@ -44,8 +50,7 @@ def few_label_task(
     seed: int = 0,
 ) -> Task:
     "A seeded draw of two disjoint parts. Raises `ValueError` for an empty dev set, and what `few_labels` raises."
-    if dev < 1:
-        raise ValueError(f"the dev set has {dev} images, so no rate could be chosen by it; expected at least one")
+    check_sizes(labels=labels, dev=dev)
     rows = few_labels(data.train_labels, labels + dev, seed).split([labels, dev])
     return Task(*(part for row in rows for part in (data.floats(data.train_images[row]), data.train_labels[row])))
 
@@ -54,25 +59,26 @@ _OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, momentum=0.9, fused=True), adamw
                    adafactor=torch.optim.Adafactor)
 
 
+@checked
 def make_optimizer(
     name: str,  # "sgd" (momentum 0.9), "adamw" or "adafactor"
     model: nn.Module,  # with a `head`
     lr: float,  # of all but the head
     head_factor: float = 10.0,  # the head's rate is so many times lr
     **options,  # of the optimizer: weight_decay …
-) -> torch.optim.Optimizer:  # the first group is the body
+) -> torch.optim.Optimizer:  # the first group is the body; both are in the order of the model
     "An optimizer with a rate of its own for the head. Raises `ValueError` for unknown names and rates that are not above 0."
-    if name not in _OPTIMIZERS:
-        raise ValueError(f"no optimizer is called {name!r}; known: {', '.join(_OPTIMIZERS)}")
-    if not 0 < lr < math.inf or not 0 < head_factor < math.inf:
-        raise ValueError(f"got lr={lr}, head_factor={head_factor}; expected finite numbers above 0")
-    if not isinstance(getattr(model, "head", None), nn.Module):
-        raise TypeError(f"{type(model).__name__} has no `head`; expected a model whose last layer is called so")
-    head = set(model.head.parameters())
-    body = [p for p in model.parameters() if p not in head]
-    return _OPTIMIZERS[name]([dict(params=body, lr=lr), dict(params=list(head), lr=lr * head_factor)], **options)
+    check_choice(name, "the optimizer's name", _OPTIMIZERS)
+    check_number(lr, "lr", above=0)
+    check_number(head_factor, "head_factor", above=0)
+    if not isinstance(getattr(model, "head", None), nn.Module) or not any(True for _ in model.head.parameters()):
+        raise TypeError(f"{type(model).__name__} has no `head` with parameters; expected a model whose last layer is called so")
+    head = list(model.head.parameters())  # in the order of the model, as the body: a checkpoint goes by place
+    body = [p for p in model.parameters() if p not in set(head)]
+    return _OPTIMIZERS[name]([dict(params=body, lr=lr), dict(params=head, lr=lr * head_factor)], **options)
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #ed1e693c
+@checked
 def dev_scores(
     model: nn.Module,  # trained in place
     task: Task,
@@ -82,34 +88,36 @@ def dev_scores(
     every: int | None = None,  # steps between looks; None looks once, at the end
     batch_size: int = 20,
     seed: int = 0,  # of the order of the batches
-    schedule: Sequence[float] | None = None,  # None: warmup over a tenth, then cosine
+    schedule: Sequence | Tensor | None = None,  # None: warmup over a tenth, then cosine
     **options,  # of `train`
 ) -> Iterator[float]:  # dev accuracies, the last one after the last step
     "Fine-tune, and give the dev accuracy on the way: `break` stops. Raises `TrainingDiverged`, `ValueError`."
+    check_sizes(steps=steps, every=every or 1, batch_size=batch_size)
     if len(task.dev_labels) == 0:
         raise ValueError("the dev set is empty, so nothing can be chosen by it; expected at least one image")
-    check_labels(task.labels, _outputs(model))
+    labels, dev_labels = check_classes(task.labels, model), check_labels(task.dev_labels, "dev_labels")
+    check_rows(images=task.images, labels=labels), check_rows(dev_images=task.dev_images, dev_labels=dev_labels)
     schedule = warmup_cosine(steps, steps // 10) if schedule is None else schedule
-    batches = endless(task.images, task.labels, batch_size=min(batch_size, len(task.labels)), seed=seed)
-    options = dict(precision="auto", clip=1.0) | options
-    for step in train(model, batches, classify, opt, steps=steps, schedule=schedule, **options):
-        if step.n + 1 == steps or every and (step.n + 1) % every == 0:
-            yield accuracy(predict(model, task.dev_images), task.dev_labels)
+    batches = endless(task.images, labels, batch_size=min(batch_size, len(labels)), seed=seed)
+    run = train(model, batches, classify, opt, steps=steps, schedule=schedule, **dict(precision="auto", clip=1.0) | options)
+    return (accuracy(predict(model, task.dev_images), dev_labels)
+            for step in run if step.n + 1 == steps or every and (step.n + 1) % every == 0)
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #d42411b0
 @contextmanager
-def restored(model: nn.Module, opt: torch.optim.Optimizer):
-    "Whatever the block does to model, optimizer, gradients, modes and random generators is undone at its end."
-    tensors, about = _pack(model, opt)
+def restored(model: nn.Module, opt: torch.optim.Optimizer) -> Iterator[None]:
+    "Whatever the block does to model, buffers, optimizer, gradients, modes and random generators is undone at its end."
+    state = snapshot(check_model(model), opt)
     modes = {module: module.training for module in model.modules()}
-    grads = {p: p.grad for p in model.parameters()}
+    learns = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         yield
     finally:
-        _restore(model, opt, tensors, about)
+        restore(state, model, opt)
         for module, mode in modes.items():
             module.training = mode
-        for p, grad in grads.items():
+        for p, learnt, grad in learns:
+            p.requires_grad_(learnt)
             p.grad = grad
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #fc333529
@@ -128,8 +136,7 @@ class RangeTest(NamedTuple):
     def suggest(self, rule: str = "steepest") -> float:
         """A rate. "steepest": where the smoothed loss falls fastest; "minimum", "minimum/10" of the smoothed
         loss; "raw": the steepest fall without smoothing. Raises `ValueError` for other rules, and where no fall is seen."""
-        if rule not in ("steepest", "minimum", "minimum/10", "raw"):
-            raise ValueError(f"rule is {rule!r}; expected 'steepest', 'minimum', 'minimum/10' or 'raw'")
+        check_choice(rule, "rule", ("steepest", "minimum", "minimum/10", "raw"))
         curve = self.losses if rule == "raw" else self.smooth
         lowest = int(curve.argmin())
         if lowest < 2 or curve[lowest] > 0.95 * curve[0]:
@@ -139,21 +146,29 @@ class RangeTest(NamedTuple):
             return self.rates[lowest].item() / (10 if rule == "minimum/10" else 1)
         return self.rates[torch.gradient(curve[: lowest + 1])[0].argmin()].item()
 
+    def _found(self):
+        try:
+            return self.suggest()
+        except ValueError:
+            return None
+
     def plot(self, *, alt: str, title: str | None = None) -> Picture:
-        "Raw and smoothed loss over the rate, and the suggestion."
+        "Raw and smoothed loss over the rate, and the suggestion where there is one."
         def paint(ax):
             ax.plot(self.rates, self.losses, color="#bbbbbb", label="each batch")
             ax.plot(self.rates, self.smooth, color=PALETTE["blue"], label="smoothed")
-            ax.axvline(self.suggest(), color=PALETTE["vermilion"], linestyle="--", label=f"suggestion {self.suggest():.2g}")
+            if rate := self._found():
+                ax.axvline(rate, color=PALETTE["vermilion"], linestyle="--", label=f"suggestion {rate:.2g}")
             ax.legend(frameon=False)
         top = 1.4 * self.losses[0].item()
         return draw(paint, alt=alt, title=title, xscale="log", ylim=(0, top), xlabel="learning rate", ylabel="loss")
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #e47cab72
+@checked
 def range_test(
     model: nn.Module,
     batches: Iterable,  # a stream of its own: as many as are used are gone from an iterator
-    objective: Objective,
+    objective: Callable,  # (model, batch) -> loss, things worth logging
     opt: torch.optim.Optimizer,  # groups keep the ratios of their rates
     *,
     lo: float = 1e-6,  # first rate of the first group
@@ -164,11 +179,10 @@ def range_test(
     """Raise the rate with each step and watch the loss (Smith 2017, section 3.3); nothing is changed afterwards.
 
     Raises `ValueError` for bad bounds, too few steps, or a loss that is not finite at once."""
-    if not 0 < lo < hi < math.inf:
-        raise ValueError(f"got lo={lo}, hi={hi}; expected 0 < lo < hi, such as 1e-6 and 1")
-    if steps < 20:
-        raise ValueError(f"steps is {steps}; expected 20 or more, or the curve is too coarse to read")
-    base, losses = opt.param_groups[0].get("initial_lr", opt.param_groups[0]["lr"]), []
+    check_number(lo, "lo", above=0)
+    check_number(hi, "hi", above=lo, why="the last rate is higher than the first, lo")
+    check_whole(steps, "steps", 20, why="with fewer the curve is too coarse to read")
+    base, losses = float(opt.param_groups[0].get("initial_lr", opt.param_groups[0]["lr"])), []
     if not base > 0:
         raise ValueError(f"the optimizer's first rate is {base}; expected one above 0, which fixes the ratios of the groups")
     rates = torch.logspace(math.log10(lo), math.log10(hi), steps, dtype=torch.double)
@@ -227,25 +241,34 @@ class Sweep(NamedTuple):
         return draw(paint, alt=alt, title=title, xscale="log", xlabel="learning rate", ylabel="dev accuracy")
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #00301d88
+@checked
 def sweep(
     run: Callable[[float, int], float],  # rate, seed -> score, higher is better
-    rates: Sequence[float],  # rising, above 0
-    seeds: Sequence[int] = range(3),
+    rates: Sequence | Tensor,  # rising, above 0
+    seeds: Iterable = range(3),
     diverged: float = 0.0,  # the score of a run that raises `TrainingDiverged` or gives NaN
 ) -> Sweep:
     "Run each rate with each seed. Raises `ValueError` for rates that are not rising from above 0, and what `compare` raises."
-    rates = torch.as_tensor(rates, dtype=torch.double)
-    if rates.ndim != 1 or len(rates) < 2 or not 0 < rates[0] < math.inf or not (rates.diff() > 0).all():
-        raise ValueError(f"rates are {rates.tolist()}; expected two or more, above 0 and rising")
+    rates = torch.tensor([check_number(rate, f"rates[{i}]", above=0) for i, rate in enumerate(rates)], dtype=torch.double)
+    if len(rates) < 2 or not (rates.diff() > 0).all() or len({f"{lr:g}" for lr in rates.tolist()}) < len(rates):
+        raise ValueError(f"rates are {rates.tolist()}; expected two or more, rising, each apart in six digits")
 
     def score(lr, seed):
         try:
-            value = float(run(lr, seed))
+            value = _score(run(lr, seed))
         except TrainingDiverged:
             return diverged
         return value if math.isfinite(value) else diverged
 
     return Sweep(rates, compare({f"{lr:g}": partial(score, lr) for lr in rates.tolist()}, seeds, progress=False))
+
+
+def _score(value) -> float:
+    "What a run gave back, as a number; NaN and infinity say that it diverged"
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"run gave {got(value)}; expected a score, higher is better") from None
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #85d92666
 class Trial(NamedTuple):
@@ -255,14 +278,16 @@ class Trial(NamedTuple):
     pruned: bool  # stopped below the median, or diverged
 
 
+@checked
 def best_trial(trials: Sequence[Trial]) -> Trial:
     "The finished trial with the highest last score; a pruned one never wins. Raises `ValueError` when none has finished."
-    finished = [trial for trial in trials if not trial.pruned]
+    finished = [trial for trial in trials if not trial.pruned and trial.scores]
     if not finished:
         raise ValueError(f"none of {len(trials)} trials has finished; run more, or lower the upper bounds")
     return max(finished, key=lambda trial: trial.scores[-1])
 
 
+@checked
 def search(
     run: Callable[..., Iterable[float]],  # keywords of `space` -> dev scores on the way, higher is better
     space: Mapping[str, tuple[float, float]],  # name -> bounds above 0; drawn evenly in the logarithm
@@ -271,11 +296,15 @@ def search(
     trials: int = 12,  # finished ones in all, those of earlier calls included
     startup: int = 4,  # trials drawn blindly, and never pruned
     seed: int = 0,
+    recipe: dict | None = None,  # what else the scores depend on, as JSON can hold it: a `fingerprint` of the data
 ) -> list[Trial]:  # in the order in which they finished
     """Search with TPE and median pruning. Killed and called again, it goes on to the same trials, if one process at a
-    time uses the journal. Raises `ValueError` for bad bounds or the journal of another search, `ImportError` without Optuna."""
-    _expect_space(space, trials, startup)
-    study = _open_study(path, dict(space={k: list(v) for k, v in space.items()}, startup=startup, seed=seed))
+    time uses the journal. Raises `ValueError` for bad bounds, and for a journal that is damaged or of another search;
+    `ImportError` without Optuna."""
+    space = _check_space(space)
+    check_sizes(trials=trials, startup=startup)
+    about = dict(space={k: list(v) for k, v in space.items()}, startup=startup, seed=seed) | (recipe and dict(recipe=recipe) or {})
+    study = _open_study(Path(path), about)
     while len(done := _finished(study)) < trials:
         study.sampler = _sampler(startup, seed + 1_000_003 * len(done))
         _run_trial(study, run, space)
@@ -290,15 +319,18 @@ def _run_trial(study, run, space):
     params = {name: trial.suggest_float(name, lo, hi, log=True) for name, (lo, hi) in space.items()}
     score = math.nan
     try:
-        for n, score in enumerate(run(**params)):
+        scores = run(**params)
+        if not isinstance(scores, Iterable) or isinstance(scores, (str, bytes)):
+            raise TypeError(f"run gave {got(scores)}; expected dev scores on the way, as `dev_scores` gives them")
+        for n, score in enumerate(map(_score, scores)):
             if not math.isfinite(score):
                 break
-            trial.report(float(score), n)
+            trial.report(score, n)
             if trial.should_prune():
                 return study.tell(trial, state=TrialState.PRUNED)
     except TrainingDiverged:
         score = math.nan
-    return study.tell(trial, float(score)) if math.isfinite(score) else study.tell(trial, state=TrialState.PRUNED)
+    return study.tell(trial, score) if math.isfinite(score) else study.tell(trial, state=TrialState.PRUNED)
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #20d37153
 def _optuna():
@@ -321,27 +353,81 @@ def _finished(study):
     return sorted(done, key=lambda t: t.number)
 
 
-def _expect_space(space, trials, startup):
-    if not space or any(not 0 < lo < hi < math.inf for lo, hi in space.values()):
-        raise ValueError(f"the space is {dict(space)}; expected bounds 0 < lo < hi for at least one name")
-    if trials < 1 or startup < 1:
-        raise ValueError(f"got trials={trials}, startup={startup}; expected 1 or more of each")
+def _check_space(space) -> dict[str, tuple[float, float]]:
+    "Bounds as plain numbers, at least one pair"
+    found = {}
+    for name, bounds in space.items():
+        if not isinstance(name, str) or not hasattr(bounds, "__len__") or len(bounds) != 2:
+            raise TypeError(f"the space holds {name!r} -> {got(bounds)}; expected a name and two bounds, 0 < lo < hi")
+        lo = check_number(bounds[0], f"the lower bound of {name}", above=0)
+        found[name] = lo, check_number(bounds[1], f"the upper bound of {name}", above=lo)
+    if not found:
+        raise ValueError("the space is empty; expected bounds 0 < lo < hi for at least one name")
+    return found
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #504c9f12
 def _open_study(path, recipe):
     "The study in the journal; trials that a killed process left open are closed as failed and do not count"
-    optuna = _optuna()
+    optuna, recipe = _optuna(), _as_json(recipe)
     from optuna.storages.journal import JournalFileBackend
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-    study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True, direction="maximize",
-                                pruner=optuna.pruners.MedianPruner(n_startup_trials=recipe["startup"], n_warmup_steps=0))
-    there, recipe = study.user_attrs.get("recipe"), json.loads(json.dumps(recipe))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _mend_journal(path)
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=_lock(path)))
+        study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True, direction="maximize",
+                                    pruner=optuna.pruners.MedianPruner(n_startup_trials=recipe["startup"], n_warmup_steps=0))
+        there = study.user_attrs.get("recipe")
+        open_trials = [t.number for t in study.get_trials(deepcopy=False) if t.state.name == "RUNNING"]
+    except Exception as error:  # whatever a damaged entry leads Optuna to
+        if type(error) is ValueError and str(error).startswith(path.name):
+            raise
+        raise ValueError(f"{path.name} is no journal that can be used ({type(error).__name__}: {str(error)[:80]}); "
+                         "delete it to start anew, or name another file") from error
     if there not in (None, recipe):
-        raise ValueError(f"{Path(path).name} is the journal of another search: {there}; this one is {recipe}. Name another file")
+        raise ValueError(f"{path.name} is the journal of another search: {there}; this one is {recipe}. Name another file")
     study.set_user_attr("recipe", recipe)
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state.name == "RUNNING":
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    for number in open_trials:
+        study.tell(number, state=optuna.trial.TrialState.FAIL)
     return study
+
+
+def _as_json(recipe):
+    "As it will be read again"
+    try:
+        return json.loads(json.dumps(recipe))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"recipe cannot be kept ({error}); expected what JSON can hold: numbers, texts, lists") from None
+
+
+def _mend_journal(path):
+    "Cut off a last line that a full disk or a power cut left torn, and name any other line that cannot be read"
+    begin, whole = b'{"op_code"', 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for n, line in enumerate(lines, 1):
+        try:
+            sound = "op_code" in json.loads(line) and line.endswith(b"\n")
+        except (ValueError, TypeError, RecursionError):
+            sound = False
+        if not sound and (n < len(lines) or not whole and not begin.startswith(line[: len(begin)])):
+            raise ValueError(f"{path.name} is damaged in line {n:,} of {len(lines):,}, or no journal at all; get it from a "
+                             "copy, delete it to start anew, or name another file")
+        whole += len(line) * sound
+    if whole < path.stat().st_size:
+        warnings.warn(f"the last line of {path.name} was cut short and is left out", stacklevel=4)
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def _lock(path):
+    "Optuna locks by a symbolic link; where links are not allowed (Windows, some shares), by a file"
+    from optuna.storages.journal import JournalFileOpenLock, JournalFileSymlinkLock
+
+    probe = path.with_name(f".{secrets.token_hex(8)}.probe")
+    try:
+        os.symlink(path.name, probe)
+        probe.unlink()
+    except (OSError, NotImplementedError, AttributeError):
+        return JournalFileOpenLock(str(path))
+    return JournalFileSymlinkLock(str(path))

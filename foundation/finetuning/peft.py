@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,16 +22,20 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..core.basics import atomic_write, count_parameters, freeze, unfreeze
+from ..core.basics import atomic_write, count_parameters, evaluating, freeze, unfreeze
+from ..core.checks import check_choice, check_floats, check_model, check_number, check_rows, check_sizes, check_tokens
+from ..core.checks import check_whole, checked, got, precise
 from ..core.sources import cache_folder
 from ..data.images import few_labels
 from ..data.text import glosses, split_texts
 from ..evaluation.probes import encode_all
 from ..evaluation.scores import accuracy, predict
-from .loop import check_labels
+from .loop import check_classes
 from ..layers.attention import Attention, KeyValueCache
 from ..models.bert import BERT
 from ..models.pretrained import WEIGHTS, load_minilm, load_weights, save_weights
+from ..pretraining.masked_text import mean_tokens
+from ..training.checkpoint import fingerprint
 from ..training.loop import classify, train
 from ..training.schedules import warmup_cosine
 from ..training.speed import throughput
@@ -39,6 +44,7 @@ from ..training.speed import throughput
 class LoRA(nn.Module):
     "A frozen linear layer plus a trainable product of two thin matrices, W + alpha/r · B A (Hu et al. 2021, equation 3)."
 
+    @checked
     def __init__(
         self,
         base: nn.Linear,  # W (out, in); frozen in place
@@ -46,149 +52,236 @@ class LoRA(nn.Module):
         alpha: float = 16.0,  # the product is scaled by alpha / r
     ):
         super().__init__()
-        _expect_linear(base)
-        _expect_size("rank", rank, min(base.weight.shape), "the smaller side of the layer")
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"alpha is {alpha}; expected a number above 0, or the product would count for nothing")
+        out, into, new = base.out_features, base.in_features, _kind(base)
+        check_whole(rank, "rank", 1, min(out, into), "the smaller side of the layer")
+        check_number(alpha, "alpha", above=0)
         self.base, self.rank, self.alpha, self.merged = freeze(base), rank, alpha, False
-        out, into = base.weight.shape
-        self.A = nn.Parameter(nn.init.kaiming_uniform_(base.weight.new_empty(rank, into), math.sqrt(5)))  # (r, in)
-        self.B = nn.Parameter(base.weight.new_zeros(out, rank))  # zero: the layer starts as it was
+        A = nn.init.kaiming_uniform_(torch.empty(rank, into, **new), math.sqrt(5))
+        self.A = nn.Parameter(A)  # (r, in)
+        self.B = nn.Parameter(torch.zeros(out, rank, **new))  # zero: the layer starts as it was
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), in the dtype of the base
+        h = self.base(x)
         if self.merged:
-            return self.base(x)
-        return self.base(x) + self.alpha / self.rank * (x @ self.A.T @ self.B.T)
+            return h
+        return (h + self.alpha / self.rank * (x.to(self.A.dtype) @ self.A.T @ self.B.T)).to(h.dtype)
 
-    @torch.no_grad()
     def merge(self) -> None:
-        "Write the product into W: from here on the layer costs what it did before. Raises `ValueError` a second time."
-        self._switch(True)
-        self.base.weight += self.alpha / self.rank * self.B @ self.A
+        """Put W + alpha/r · B A in the place of W: from here on the layer costs what it did before.
 
-    @torch.no_grad()
+        Raises `ValueError` a second time, for numbers that are not finite, and where W is computed anew at each call."""
+        whole = _whole(self)
+        self.kept, self.merged = [self.base.weight], True  # whoever shares W keeps it
+        self.base.weight = nn.Parameter(whole, requires_grad=False)
+
     def unmerge(self) -> None:
-        "Take it out again. Raises `ValueError` when it is not in."
-        self._switch(False)
-        self.base.weight -= self.alpha / self.rank * self.B @ self.A
-
-    def _switch(self, merged):
-        if self.merged == merged:
-            raise ValueError(f"this layer is {'merged already' if merged else 'not merged'}; "
-                             f"call {'unmerge' if merged else 'merge'} first")
-        self.merged = merged
+        "Put W back. Raises `ValueError` when the product is not in."
+        _check_merged(self, True)
+        self.base.weight, self.merged, self.kept = _before(self), False, []
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #1875cf35
-def _expect_size(name, value, most=math.inf, why=""):
-    "Refuse what is no whole number from 1 to `most`"
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        upper = f" to {most}, {why}" if most < math.inf else " on"
-        raise ValueError(f"{name} is {value!r}; expected a whole number from 1{upper}")
+def _kind(base):
+    "Dtype and device of what learns beside a layer: its own, but float32 at least, or small steps would be lost"
+    like = next(base.parameters())
+    if nn.parameter.is_lazy(like):
+        raise ValueError("the layer has no weights yet; run one batch through the model first")
+    return dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
-def _wraps(layer):
-    "Is this one of ours, with a layer of the model inside?"
-    return isinstance(getattr(layer, "base", None), nn.Module)
+def _check_merged(layer, merged):
+    if layer.merged != merged:
+        raise ValueError(f"this layer is {'merged already' if layer.merged else 'not merged'}; "
+                         f"call {'unmerge' if layer.merged else 'merge'} first")
 
 
-def _expect_linear(base):
-    "Refuse what is no plain linear layer"
-    if _wraps(base):
-        raise ValueError(f"this layer holds a {type(base).__name__} already; add to a fresh copy of the model")
-    if not isinstance(base, nn.Linear):
-        raise TypeError(f"got a {type(base).__name__}; expected an nn.Linear: name other targets")
+def _plus(W, layer, sign=1):
+    "W and the product, summed in float32 and rounded once"
+    return (precise(W) + sign * layer.alpha / layer.rank * layer.B @ layer.A).to(W.dtype)
+
+
+@torch.no_grad()
+def _whole(layer):
+    "The sum, as a tensor of its own, if it can stand in the place of W"
+    _check_merged(layer, False)
+    base = layer.base
+    if "weight" not in base._parameters or type(base).forward is not nn.Linear.forward:
+        raise ValueError("this layer computes its weight at each call (weight_norm, a parametrization, pruning, a "
+                         "forward of its own), so nothing can be merged into it; take that off first, as with "
+                         "parametrize.remove_parametrizations or prune.remove")
+    whole = _plus(base.weight, layer)
+    if not whole.isfinite().all():
+        parts = dict(W=base.weight, A=layer.A, B=layer.B)
+        bad = [name for name, p in parts.items() if not p.isfinite().all()]
+        raise ValueError("merging would write NaN or infinite weights: they come from "
+                         f"{' and '.join(bad) or f'a sum that {whole.dtype} cannot hold'}; nothing is merged")
+    return whole
+
+
+@torch.no_grad()
+def _before(layer):
+    "W as it was, to the last bit; where the sum was changed while it stood there, the sum less the product"
+    whole, kept = layer.base.weight, layer.kept
+    if kept and (kept[0].device, kept[0].dtype) != (whole.device, whole.dtype):
+        kept[0].data = kept[0].data.to(whole)  # the model moved meanwhile
+    if kept and torch.equal(whole, _plus(kept[0], layer)):
+        return kept[0]
+    return nn.Parameter(_plus(whole, layer, -1), requires_grad=False)
+
+
+LoRA.weight = property(lambda self: self.base.weight if self.merged else _plus(self.base.weight, self),
+                       doc="For a module that reads the matrix and never calls the layer, as PyTorch's fast paths do")
+LoRA.bias = property(lambda self: self.base.bias)
+
+
+def _save(self, destination, prefix, keep_vars):
+    "A state says if it is merged: the sum read as W would count the product twice"
+    nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+    if self.merged:
+        destination[f"{prefix}merged"] = torch.tensor(True)
+
+
+def _load(self, state, prefix, *rest):
+    there = bool(state.pop(f"{prefix}merged", False))
+    if there != self.merged and (f"{prefix}A" in state or f"{prefix}base.weight" in state):
+        raise ValueError(f"{prefix.rstrip('.') or 'this LoRA'} is {'merged' if self.merged else 'not merged'}, the state "
+                         f"to load is {'merged' if there else 'not'}; "
+                         f"{'unmerge' if self.merged else 'merge'} the model first")
+    nn.Module._load_from_state_dict(self, state, prefix, *rest)
+
+
+LoRA._save_to_state_dict, LoRA._load_from_state_dict = _save, _load
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #1b72b31f
+@checked
 def find_layers(
     model: nn.Module,
     targets: Sequence[str],  # ends of module names, as "attention.query" or "mlp.0"
-) -> list[str]:  # full names
+) -> list[str]:  # full names; a layer that stands under two names has both
     "Names of the layers that `targets` mean. Raises `ValueError` for one that no layer has, and for a model changed before."
     if isinstance(targets, str) or not len(targets):
-        raise ValueError(f"targets are {targets!r}; expected a list of one or more ends of names, as ['attention.query']")
+        raise ValueError(f"targets is {got(targets)}; expected a list of one or more ends of names, as ['attention.query']")
     if done := [name for name, m in model.named_modules() if _wraps(m)]:
-        raise ValueError(f"the model has been changed at {done[0]} already; start from a fresh copy")
-    names, found = [name for name, _ in model.named_modules() if name], []
+        raise ValueError(f"the model has been changed at {done[0] or 'its top'} already; start from a fresh copy")
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and ".parametrizations" not in name]
+    found = []
     for target in targets:
         hits = [name for name in names if f".{name}".endswith(f".{target}")]
         if not hits:
-            some = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in names if name.count(".") > 1})[:8])
-            raise ValueError(f"no layer is called {target!r}; there are, among others: {some}")
+            some = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in names})[:8])
+            raise ValueError(f"no layer is called {target!r}; there are, among others: {some or 'none'}")
         found += [name for name in hits if name not in found]
     return found
 
+# %% ../../nbs/08_finetuning/04_peft.ipynb #720113f6
+def _wraps(layer):
+    "Is this one of ours, with a layer of the model inside?"
+    ours = {kind.__name__ for kind in type(layer).__mro__} & {"LoRA", "Adapter", "Prefix"}
+    return bool(ours) and isinstance(getattr(layer, "base", None), nn.Module)
 
-def _replace(model: nn.Module, targets: Sequence[str], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    "Freeze the model, and put `make(layer)` in the place of each layer that is meant"
-    made = {name: make(model.get_submodule(name)) for name in find_layers(model, targets)}  # all fit, or nothing changes
+
+def _replace(model: nn.Module, targets: Sequence[str], kind: type, make: Callable, readers: tuple = ()) -> nn.Module:
+    "Freeze the model, and put `make(layer)` in the place of each layer that is meant, at each of its names"
+    old = {name: model.get_submodule(name) for name in find_layers(model, targets)}
+    for name, layer in old.items():
+        if not isinstance(layer, kind):
+            raise TypeError(f"{name} is {got(layer)}; expected {got(kind).replace('the class', 'a layer of the class')}, "
+                            "so name other targets")
+        _check_called(model, name, readers)
+    learns, luck = [(p, p.requires_grad) for p in model.parameters()], torch.get_rng_state()
+    try:
+        new = {layer: make(layer) for layer in dict.fromkeys(old.values())}  # all fit, or nothing changes
+    except Exception:
+        for p, learnt in learns:
+            p.requires_grad_(learnt)
+        torch.set_rng_state(luck)
+        raise
     freeze(model)
-    for name, layer in made.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, unfreeze(layer))
-        freeze(layer.base)
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if layer in new:
+            parent, _, leaf = name.rpartition(".")
+            new[layer].training = layer.training
+            setattr(model.get_submodule(parent), leaf, new[layer])
     return model
+
+
+def _check_called(model, name, readers):
+    "Refuse a layer inside a module that reads its weight and does not call it"
+    parts = name.split(".")
+    for i in range(len(parts)):
+        above = model.get_submodule(".".join(parts[:i]))
+        if isinstance(above, nn.MultiheadAttention) or isinstance(above, readers) and i == len(parts) - 1:
+            raise ValueError(f"{name} is inside {got(above)}, which reads its weight without calling it, so that what is "
+                             "put beside it would be left out; name other targets")
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #de6a551e
 LINEAR = ("attention.query", "attention.key", "attention.value", "attention.out", "mlp.0", "mlp.3")
 
 
+@checked
 def add_lora(
     model: nn.Module,  # changed in place and frozen, but for the new matrices
     rank: int = 8,
     alpha: float = 16.0,
     targets: Sequence[str] = LINEAR,
 ) -> nn.Module:
-    "LoRA on each linear layer that `targets` mean. Raises `ValueError` or `TypeError` for layers and ranks that do not fit."
-    return _replace(model, targets, lambda layer: LoRA(layer, rank, alpha))
+    """LoRA on each linear layer that `targets` mean, at each of its names.
+
+    Raises `ValueError` or `TypeError` for layers and ranks that do not fit; nothing is changed then."""
+    return _replace(model, targets, nn.Linear, lambda layer: LoRA(layer, rank, alpha))
 
 
+@checked
 def merge(model: nn.Module) -> nn.Module:
-    "Merge every LoRA of the model. Raises `ValueError` when there is none, or when it is merged."
-    return _each_lora(model, LoRA.merge)
+    "Merge every LoRA of the model, or none: raises `ValueError` when there is none, or one that cannot be merged."
+    return _each_lora(model, _whole, LoRA.merge)
 
 
+@checked
 def unmerge(model: nn.Module) -> nn.Module:
-    "Take every LoRA out of the weights again. Raises `ValueError` when there is none, or when it is not merged."
-    return _each_lora(model, LoRA.unmerge)
+    "Take every LoRA out of the weights again. Raises `ValueError` when there is none, or one is not merged."
+    return _each_lora(model, partial(_check_merged, merged=True), LoRA.unmerge)
 
 
-def _each_lora(model, do):
+def _each_lora(model, check, do):
     layers = [layer for layer in model.modules() if isinstance(layer, LoRA)]
     if not layers:
         raise ValueError(f"this {type(model).__name__} holds no LoRA; call add_lora first")
-    for layer in layers:
-        do(layer)
+    for step in (check, do):
+        for layer in layers:
+            step(layer)
     return model
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #574a7a74
 class Adapter(nn.Module):
     "A frozen linear layer, then a small network beside the stream: h + up(gelu(down(h))) (Houlsby et al. 2019, figure 2)."
 
+    @checked
     def __init__(self, base: nn.Linear, width: int = 16):
         super().__init__()
-        _expect_linear(base)
-        _expect_size("width", width)
-        dim = base.out_features
-        self.base, self.down, self.up = freeze(base), nn.Linear(dim, width), nn.Linear(width, dim)
+        check_whole(width, "width", 1)
+        dim, new = base.out_features, _kind(base)
+        self.base, self.down, self.up = freeze(base), nn.Linear(dim, width, **new), nn.Linear(width, dim, **new)
         nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)  # starts as the identity
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), in the dtype of the base
         h = self.base(x)
-        return h + self.up(nn.functional.gelu(self.down(h)))
+        return (h + self.up(nn.functional.gelu(self.down(h.to(self.up.weight.dtype))))).to(h.dtype)
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #03313839
+@checked
 def add_adapters(
     model: nn.Module,  # changed in place and frozen, but for the adapters
     width: int = 16,
     targets: Sequence[str] = ("attention.out", "mlp.3"),  # the ends of both halves of a block
 ) -> nn.Module:
     "An adapter behind each layer that `targets` mean. Raises what `add_lora` raises."
-    return _replace(model, targets, lambda layer: Adapter(layer, width))
+    return _replace(model, targets, nn.Linear, lambda layer: Adapter(layer, width), (nn.TransformerEncoderLayer,))
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #c5bde8c7
 class Prefix(nn.Module):
     "Attention whose queries also see learnt keys and values (Li & Liang 2021): a cache of tokens that nobody wrote."
 
+    @checked
     def __init__(
         self,
         base: Attention,  # frozen in place
@@ -196,11 +289,9 @@ class Prefix(nn.Module):
         values: Tensor,  # (p, d)
     ):
         super().__init__()
-        if not isinstance(base, Attention):
-            raise TypeError(f"got a {type(base).__name__}; expected an Attention of its own, without a prefix")
-        if keys.shape != values.shape or keys.shape[1:] != (base.dim,):
-            raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)}; expected (p, {base.dim}) both")
-        self.base, self.keys, self.values = freeze(base), nn.Parameter(keys.clone()), nn.Parameter(values.clone())
+        _check_places(keys, values, base.dim)
+        self.base = freeze(base)
+        self.keys, self.values = (nn.Parameter(precise(t.detach()).clone()) for t in (keys, values))
 
     def forward(self, x, context=None, mask=None, causal=False, cache=None) -> Tensor:  # (b, n, d)
         length = len(self.keys)
@@ -208,44 +299,61 @@ class Prefix(nn.Module):
             return self.base(x, context, mask, causal, cache)
         cache = KeyValueCache() if cache is None else cache
         if not len(cache):
-            split = lambda t: rearrange(t, "p (h e) -> h p e", h=self.base.heads).expand(len(x), -1, -1, -1)
-            cache.extend(split(self.keys), split(self.values))
+            cache.extend(self._heads(self.keys, x), self._heads(self.values, x), places=0)  # no place of the text
         if mask is not None:
             mask = nn.functional.pad(mask, (length, 0), value=True)  # everybody sees the prefix
         return self.base(x, context, mask, causal, cache)
 
+    def _heads(self, t, x):  # (p, d) -> (b, h, p, e), in the dtype in which the base computes
+        t = rearrange(t, "p (h e) -> h p e", h=self.base.heads).expand(len(x), -1, -1, -1)
+        return t.to(next(self.base.key.parameters()).dtype)
+
 # %% ../../nbs/08_finetuning/04_peft.ipynb #bce32654
+@checked
 def add_prefix(
-    model: BERT,  # changed in place and frozen, but for the prefixes
+    model: nn.Module,  # a `BERT` or `GPT`, changed in place and frozen, but for the prefixes
     length: int = 8,  # learnt keys and values in each block
     words: Tensor | None = None,  # ids of `length` real tokens to begin with, (p,); None: small random numbers
-) -> BERT:
+) -> nn.Module:
     "A prefix for each attention. Raises `ValueError` for a negative length, or words that are not as many."
-    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-        raise ValueError(f"length is {length!r}; expected a whole number from 0 on")
-    if words is not None and words.shape != (length,):
-        raise ValueError(f"words have shape {tuple(words.shape)}; expected ({length},), one id for each place")
-    held = {} if words is None else _held(model, words)
-    draw = lambda layer: 0.02 * torch.randn(2, length, layer.dim, device=layer.query.weight.device)
-    return _replace(model, ["attention"], lambda layer: Prefix(layer, *held.get(layer, draw(layer))))
+    check_whole(length, "length", 0)
+    held = {}
+    if words is not None and (length or words.numel()):
+        words = check_tokens(words, "words", shape=f"({length},)")
+        held = _held(check_model(model, "model", "encode"), words)
+    place = lambda layer: next(layer.query.parameters()).device
+    draw = lambda layer: 0.02 * torch.randn(2, length, layer.dim, device=place(layer))
+    return _replace(model, ["attention"], Attention, lambda layer: Prefix(layer, *held.get(layer, draw(layer))))
 
 
-@torch.no_grad()
 def _held(model, words):
     "The keys and values (p, d) that each attention computes when the model reads real words"
-    held = {}
+    held, hooks = {}, []
     def listen(layer, inputs):
         held[layer] = [rearrange(t, "1 h p e -> p (h e)") for t in layer.project(inputs[0])[1:]]
-    hooks = [m.register_forward_pre_hook(listen) for m in model.modules() if isinstance(m, Attention)]
-    model.encode(words[None])
-    for hook in hooks:
-        hook.remove()
+    try:
+        for layer in model.modules():
+            if isinstance(layer, Attention):
+                hooks.append(layer.register_forward_pre_hook(listen))
+        with evaluating(model):
+            model.encode(words[None].to(next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return held
 
+
+def _check_places(keys, values, dim):
+    for name, t in dict(keys=keys, values=values).items():
+        if not t.is_floating_point() or t.shape != keys.shape or t.shape[1:] != (dim,) or t.ndim != 2:
+            raise ValueError(f"{name} is {got(t)}; expected floats (p, {dim}), keys and values alike")
+
 # %% ../../nbs/08_finetuning/04_peft.ipynb #61c8e5d7
+@checked
 def train_biases(model: nn.Module) -> nn.Module:
     "BitFit (Ben Zaken et al. 2021): freeze all but the biases. Raises `ValueError` when there are none."
-    biases = [p for name, p in model.named_parameters() if name.split(".")[-1] == "bias"]
+    own = lambda name: name.split("parametrizations.")[-1].split(".")[0 if "parametrizations." in name else -1]
+    biases = [p for name, p in model.named_parameters() if "bias" in own(name)]
     if not biases:
         raise ValueError(f"this {type(model).__name__} has no parameter called bias; BitFit cannot train it")
     freeze(model)
@@ -255,19 +363,28 @@ def train_biases(model: nn.Module) -> nn.Module:
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #61ebf0a4
 class Delta(nn.Module):
-    "What training may change of a model, as a thing of its own: `save_weights` and `load_weights` handle only that part."
+    """What training may change of a model, as a thing of its own: `save_weights` and `load_weights` handle only that part.
 
+    These are the parameters that learn and the statistics that norms keep. Loading raises `ValueError` for other names."""
+
+    @checked
     def __init__(self, model: nn.Module, **config):  # what the next reader needs to rebuild the model
         super().__init__()
         self.model, self.config = model, config
 
     def state_dict(self, *args, **options) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        names = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        names |= {name for name, _ in self.model.named_buffers()}
+        return {name: t.detach() for name, t in self.model.state_dict().items() if name in names}
 
     def load_state_dict(self, state, strict: bool = True):
+        if strict and (odd := sorted(state.keys() ^ self.state_dict().keys())):
+            raise ValueError(f"{odd[0]} is {'not in this model' if odd[0] in state else 'not in the state'}; expected what a "
+                             "model that was changed and frozen in the same way learns")
         return self.model.load_state_dict(state, strict=False)
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #7fe4e45e
+@checked
 def optimizer_bytes(opt: torch.optim.Optimizer) -> int:
     "Bytes that an optimizer keeps beside the weights; 0 before its first step."
     held = [t for values in opt.state.values() for t in values.values() if isinstance(t, Tensor)]
@@ -277,16 +394,23 @@ def optimizer_bytes(opt: torch.optim.Optimizer) -> int:
 class MeanClassifier(nn.Module):
     "The mean of a text's token features, and one linear layer that starts at zero: tokens (b, n) -> logits (b, k)."
 
-    def __init__(self, encoder: BERT, classes: int):
+    @checked
+    def __init__(
+        self,
+        encoder: BERT,  # its own head, which guesses words, is taken off
+        classes: int,  # k
+    ):
         super().__init__()
-        encoder.head, encoder.bias = nn.Identity(), None  # they guess words; here nothing does
+        check_whole(classes, "classes", 1)
+        encoder.head, encoder.bias = nn.Identity(), None
         self.encoder, self.dim, self.head = encoder, encoder.dim, nn.Linear(encoder.dim, classes)
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
-    def encode(self, tokens: Tensor) -> Tensor:  # (b, n), 0 = padding at the end -> (b, d)
-        tokens = tokens[:, : int((tokens != 0).sum(1).max())]
-        real = tokens != 0
-        return (self.encoder.encode(tokens, real) * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+    def encode(self, tokens: Tensor) -> Tensor:  # (b, n), 0 = padding -> (b, d); 0 for a text of padding only
+        tokens = check_tokens(tokens)
+        used = int(((tokens != 0).any(0) * torch.arange(1, 1 + tokens.shape[1], device=tokens.device)).max())
+        tokens = tokens[:, : used or 1]  # what all rows pad is cut
+        return mean_tokens(self.encoder.encode(tokens, tokens != 0), tokens != 0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.encode(tokens))
@@ -306,6 +430,7 @@ class NounTask(NamedTuple):
         return self.pool[few_labels(self.labels[self.pool], count, seed)]
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #1a490ca2
+@checked
 def noun_task(
     tokenizer,  # as `load_minilm` gives it
     pool: int = 5000,
@@ -313,8 +438,9 @@ def noun_task(
     test: int = 1000,
 ) -> NounTask:
     "The task behind the card, the same on every machine. Raises `ValueError` for more texts than there are."
+    check_sizes(pool=pool, valid=valid, test=test)
     train_side, held = split_texts(glosses("noun"), 0.1)
-    if min(pool, valid, test) < 1 or pool + valid > len(train_side) or test > len(held):
+    if pool + valid > len(train_side) or test > len(held):
         raise ValueError(f"asked for {pool} + {valid} and {test} texts; there are {len(train_side):,} and {len(held):,}")
     pick = lambda data, count: data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
     train_side, held = pick(train_side, pool + valid), pick(held, test)
@@ -329,15 +455,18 @@ def noun_task(
 
 def _unpadded(tokenizer, texts):
     "Encodings without padding; the tokenizer that was handed in stays as it is"
+    if not callable(getattr(tokenizer, "to_str", None)):
+        raise TypeError(f"tokenizer is {got(tokenizer)}; expected a tokenizers.Tokenizer, as `load_minilm` gives it")
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())
     tokenizer.no_padding()
     return tokenizer.encode_batch(list(texts))
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #9fbf5b62
+@checked
 def adapt(
     model: nn.Module,  # trained in place, where it is not frozen; has a linear `head`
-    tokens: Tensor,  # (m, n), 0 = padding
-    labels: Tensor,  # (m,) int64, 0 … k-1
+    tokens: Tensor,  # (m, n), 0 = padding; or features (m, d) for a head alone
+    labels: Tensor | Sequence,  # (m,) whole numbers, 0 … k-1
     *,
     steps: int = 100,
     lr: float = 1e-3,  # of all but the head
@@ -347,12 +476,14 @@ def adapt(
     precision: str = "auto",
 ) -> torch.optim.Optimizer:  # as it is after the last step
     "AdamW with warmup and cosine on batches of texts of like length. Raises `ValueError`, `TypeError` for bad labels and rates."
-    if not 0 < lr < math.inf or not 0 < head_lr < math.inf or steps < 1:
-        raise ValueError(f"got lr={lr}, head_lr={head_lr}, steps={steps}; expected rates above 0 and steps from 1 on")
-    labels = torch.as_tensor(labels)
-    check_labels(labels, model.head.out_features)
-    if len(labels) != len(tokens) or batch_size < 1:
-        raise ValueError(f"got {len(tokens)} texts, {len(labels)} labels and batch_size={batch_size}; expected a label for each text, and 1 or more")
+    check_sizes(steps=steps, batch_size=batch_size)
+    check_number(lr, "lr", above=0)
+    check_number(head_lr, "head_lr", above=0)
+    if not isinstance(getattr(model, "head", None), nn.Module):
+        raise TypeError(f"{type(model).__name__} has no `head`; expected a model whose last layer is called so")
+    labels = check_classes(labels, model)
+    tokens = check_floats(tokens, "tokens", "(m, d)") if tokens.is_floating_point() else check_tokens(tokens, shape="(m, n)")
+    check_rows(tokens=tokens, labels=labels)
     opt, batches = _adamw(model, lr, head_lr), _alike(tokens, labels, batch_size, seed)
     for _ in train(model, batches, classify, opt, steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0,
                    precision=precision):
@@ -361,14 +492,15 @@ def adapt(
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #f734f546
 def _adamw(model, lr, head_lr):
-    rest = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head.")]
-    groups = [dict(params=list(model.head.parameters()), lr=head_lr), *([dict(params=rest, lr=lr)] if rest else [])]
+    head = list(model.head.parameters())  # lists in the order of the model: a checkpoint goes by place
+    rest = [p for p in model.parameters() if p.requires_grad and p not in set(head)]
+    groups = [dict(params=head, lr=head_lr), *([dict(params=rest, lr=lr)] if rest else [])]
     return torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
 
 
 def _alike(tokens, labels, batch_size, seed) -> Iterator[tuple[Tensor, Tensor]]:
     "Endless batches of texts of about one length, in random order: little padding"
-    rng, lengths = torch.Generator().manual_seed(seed), (tokens != 0).sum(1)
+    rng, lengths = torch.Generator().manual_seed(seed), (tokens != 0).sum(1).cpu()
     while True:
         order = torch.randperm(len(tokens), generator=rng)
         batches = order[lengths[order].argsort(stable=True)].split(batch_size)
@@ -400,6 +532,7 @@ def _both_random(model):
     return model
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #0c7847ca
+@checked
 def prepared(
     encoder: BERT,  # copied
     method: str,  # of METHODS or VARIANTS
@@ -408,14 +541,14 @@ def prepared(
 ) -> MeanClassifier:
     "A classifier on a copy of the encoder, ready to be trained by this method. Raises `ValueError` for an unknown one."
     ways = METHODS | VARIANTS
-    if method not in ways:
-        raise ValueError(f"there is no method {method!r}; there are {', '.join(ways)}")
+    check_choice(method, "method", ways)
     torch.manual_seed(seed)
     model = MeanClassifier(deepcopy(encoder), len(task.classes))
     ways[method](model, task.tokens[task.pool[0], :8])
     return model
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #556bb641
+@checked
 def score(
     encoder: BERT,
     method: str,  # "TF-IDF", or one of METHODS, VARIANTS
@@ -426,6 +559,9 @@ def score(
     steps: int = 100,
 ) -> float:  # accuracy
     "Train on one draw and score."
+    check_choice(method, "method", ["TF-IDF", *METHODS, *VARIANTS])
+    check_number(rate, "rate", above=0)
+    check_sizes(steps=steps)
     i, y = task.draw(seed), task.labels
     if method == "TF-IDF":
         return _count_words(task, i, where, rate)
@@ -447,6 +583,7 @@ def _count_words(task, i, where, C):
     return LogisticRegression(C=C, max_iter=1000).fit(counts[i], y[i]).score(counts[where], y[where])
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #1d561194
+@checked
 def step_costs(
     encoder: BERT,
     task: NounTask,
@@ -454,6 +591,8 @@ def step_costs(
     rounds: int = 5,
 ) -> dict[str, dict]:  # method -> parameters, share of the whole model, optimizer_bytes, step (1 = full)
     "What one training step of each method costs: counted, and timed in turns on one batch of 20 texts."
+    methods = [check_choice(method, "methods", METHODS | VARIANTS) for method in methods]
+    check_sizes(rounds=rounds)
     i, ways, found = task.draw(0)[:20], {}, {}
     for method in dict.fromkeys(["full", *methods]):
         model = prepared(encoder, method, task)
@@ -468,6 +607,7 @@ def step_costs(
     return {method: found[method] | dict(step=1 / speed.ratio(method)) for method in methods}
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #83271c50
+@checked
 def make_adapter(
     name: str = "minilm_glosses_lora",
     seeds: Sequence[int] = range(3),  # draws of the labels
@@ -475,11 +615,16 @@ def make_adapter(
 ) -> Path:
     """Tune and run every method, ship the LoRA of the first draw, and write all scores in its card.
 
-    Each score is kept in the cache as soon as it is there, so an interrupted run goes on where it stopped."""
+    Each score is kept in the cache as soon as it is there, so an interrupted run goes on where it stopped, if encoder,
+    texts and settings are the same. What was shipped is not kept any longer."""
     from tqdm.auto import tqdm
 
     (encoder, tokenizer), kept = load_minilm(), cache_folder() / "runs" / f"{name}.json"
-    task, scores = noun_task(tokenizer), json.loads(kept.read_text()) if kept.exists() else {}
+    if 999 in seeds or not len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; expected one or more, without 999, the draw that rates are picked on")
+    task = noun_task(tokenizer)
+    recipe = fingerprint(task, encoder, list(METHODS), list(VARIANTS), RATES, BEYOND)
+    scores = _kept_scores(kept, recipe)
     bar = tqdm(total=sum(map(len, [*RATES.values(), *BEYOND.values()])) + len(seeds) * len(RATES | VARIANTS), desc=name)
 
     def run(method, rate, seed, where):
@@ -487,7 +632,7 @@ def make_adapter(
         if key not in scores:
             scores[key] = score(encoder, method, task, rate, seed, where)
             with atomic_write(kept, "w") as file:
-                json.dump(scores, file)
+                json.dump(dict(recipe=recipe, scores=scores), file)
         bar.update()
         return scores[key]
 
@@ -503,9 +648,21 @@ def make_adapter(
     card = dict(data="500 WordNet noun glosses, 25 fields", method="LoRA and head on all-MiniLM-L6-v2", steps=100, batch_size=20,
                 seconds=seconds, classes=task.classes, labels_per_draw=500, test_texts=len(task.test), seeds=list(seeds), rates=best, tuning=tuning, beyond=beyond,
                 metrics=dict(accuracy=accuracies, shipped=accuracies["LoRA"][0], costs=step_costs(encoder, task)))
-    return save_weights(Delta(model, base="minilm", method="LoRA"), name, card, folder)
+    path = save_weights(Delta(model, base="minilm", method="LoRA"), name, card, folder)
+    kept.unlink(missing_ok=True)
+    return path
+
+
+def _kept_scores(path, recipe) -> dict[str, float]:
+    "Scores of an interrupted run of this recipe; none where it was another one, or the file is damaged"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        return there["scores"] if there["recipe"] == recipe else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #8fcbbce8
+@checked
 def load_adapter(
     encoder: BERT,  # as `load_minilm` gives it; copied
     task: NounTask,
