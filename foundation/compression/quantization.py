@@ -4,43 +4,62 @@
 
 # %% auto #0
 __all__ = ['integer_range', 'affine_map', 'Quantized', 'quantize_tensor', 'value_range', 'calibrate', 'fake_quantize',
-           'quantize_weights', 'integer_matmul', 'fold_batch_norm', 'IntegerLayer', 'quantize_static',
+           'plain_copy', 'quantize_weights', 'integer_matmul', 'fold_batch_norm', 'IntegerLayer', 'quantize_static',
            'quantize_dynamic', 'classify_rounded']
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #00757169
+import math
 import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import Parameter, signature
+from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .pruning import layer_weights
+from ..core import checks
+from ..core.checks import (
+    check_choice, check_floats, check_labels, check_like, check_number, check_whole, checked, got, may_look, precise)
 from ..evaluation.scores import evaluating
 from ..training.loop import Objective
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #c05e22a9
+@checked
 def integer_range(
     bits: int,  # 2 to 8
     symmetric: bool = True,  # as many marks below zero as above; otherwise from zero up
 ) -> tuple[int, int]:
     "The smallest and the largest mark of the ruler. Raises `ValueError` unless 2 <= bits <= 8."
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"bits is {bits!r}; expected a whole number from 2 to 8")
+    check_whole(bits, "bits", 2, 8)
     return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #85c49f58
+@checked
 def affine_map(
     low: Tensor,  # smallest value to write, any shape (one ruler each)
     high: Tensor,  # largest value to write, the same shape
     bits: int = 8,
     symmetric: bool = True,
 ) -> tuple[Tensor, Tensor]:  # scale and zero point, both of the same shape, float32 and int32
-    "Scale and zero point of the ruler that reaches from `low` to `high`, zero always among its marks."
+    "Scale and zero point of the ruler from `low` to `high`, zero among its marks. Raises `ValueError` for NaN or infinity."
     start, stop = integer_range(bits, symmetric)
-    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
-    scale = torch.maximum(-low, high) / stop if symmetric else (high - low) / stop
+    low, high = _check_ends(low, high)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / stop
+    else:  # the difference of two huge numbers may be infinite though each part of it is not
+        scale = torch.where((high - low).isfinite(), (high - low) / stop, high / stop - low / stop)
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros still needs a ruler
     zero_point = torch.zeros_like(scale) if symmetric else (start - low / scale).round().clamp(start, stop)
     return scale, zero_point.int()
@@ -64,17 +83,67 @@ def _from_rows(rows, shape, axis, group):
     rest = [size for i, size in enumerate(shape) if i != axis % len(shape)]
     return rows.reshape(axis_size, *rest).movedim(0, axis)
 
+# %% ../../nbs/09_compression/03_quantization.ipynb #dec8f436
+#| code-fold: true
+#| code-summary: "What has no ruler is refused in a sentence"
+def _check_ends(low, high):
+    "Both in float32, if a ruler can reach from one to the other"
+    check_like(high, "high", low.shape, low, "low")
+    if low.is_complex() or high.is_complex():
+        raise TypeError(f"low is {got(low)} and high {got(high)}; expected real numbers")
+    low, high = low.float(), high.float()
+    if may_look(low) and not (low.isfinite() & high.isfinite() & (low <= high)).all():
+        raise ValueError(f"the values to write run from {float(low.min())} to {float(high.max())}; "
+                         "expected finite ends in float32, each low one at or below its high one")
+    return low, high
 
-def _check_values(x, axis, group):
-    "One clear sentence for input that has no ruler"
-    if not x.is_floating_point() or x.numel() == 0:
-        raise ValueError(f"got {x.dtype} of shape {tuple(x.shape)}; expected a floating tensor with at least one value")
-    if not torch.isfinite(x).all():
-        raise ValueError("the tensor holds NaN or infinite values; no ruler reaches them")
-    if axis is not None and not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis is {axis}; expected None or an axis of a tensor with {x.ndim} dimensions")
-    if group is not None and (axis is None or group < 1):
-        raise ValueError(f"group is {group} with axis {axis}; expected at least 1, and rows to group: give axis=0")
+
+def _check_values(x, axis=None, group=None, name="x"):
+    "`x` in float32, if it can be written on rulers along this axis"
+    x = check_floats(x, name, "(...)")
+    if axis is not None:
+        check_whole(axis, "axis", -x.ndim, x.ndim - 1, f"{name} has shape {tuple(x.shape)}")
+    if group is not None:
+        check_whole(group, "group", 1)
+        if axis is None:
+            raise ValueError(f"group is {group} and axis None; expected rows to group: give axis=0")
+    values = x.float()
+    if not torch.isfinite(values).all():
+        bad = values.numel() - int(values.isfinite().sum())
+        raise ValueError(f"{name} holds {bad:,} NaN or infinite values (in float32) among {values.numel():,}; "
+                         "no ruler reaches them")
+    return values
+
+
+def _check_ruler(scale, zero_point, rows, start, stop):
+    "A ruler that was handed in, as two columns: one entry, or one for each row"
+    scale = torch.as_tensor(scale, device=rows.device).float().reshape(-1, 1)
+    zero_point = torch.as_tensor(0 if zero_point is None else zero_point, device=rows.device).reshape(-1, 1)
+    for name, x in (("scale", scale), ("zero_point", zero_point)):
+        if len(x) not in (1, len(rows)):
+            raise ValueError(f"{name} has {len(x)} entries; expected one, or one for each of {len(rows)} rows")
+    if may_look(scale) and not (scale.isfinite() & (scale > 0)).all():
+        raise ValueError(f"scale runs from {float(scale.min())} to {float(scale.max())}; expected finite, above 0")
+    if may_look(scale) and not ((start <= zero_point) & (zero_point <= stop) & (zero_point == zero_point.round())).all():
+        raise ValueError(f"zero_point runs from {float(zero_point.min())} to {float(zero_point.max())}; "
+                         f"expected whole numbers from {start} to {stop}")
+    return scale, zero_point
+
+
+def _short_scale(scale, dtype, stop, symmetric, zeros):
+    "Scales in another type; upward where the nearest smaller one would cut off more than half a step"
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"scale_dtype is {dtype}; expected a floating type such as torch.bfloat16")
+    if dtype.itemsize > 2:
+        return scale.to(dtype)
+    info = torch.finfo(dtype)
+    scale = torch.where(zeros, scale.clamp(min=info.tiny), scale)  # any ruler will do
+    short, room = scale.to(dtype), stop + 0.5 if symmetric else stop
+    short = torch.where(short.float() * room < scale * stop, (scale * (1 + info.eps)).to(dtype), short)
+    if not ((short.float() - scale).abs() <= 2 * info.eps * scale).all():
+        raise ValueError(f"scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} do not fit {dtype}; "
+                         "expected scale_dtype=torch.float32")
+    return short
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #76886e38
 @dataclass(frozen=True)
@@ -91,9 +160,16 @@ class Quantized:
         "Read the numbers off the ruler: s (q - z)."
         rows = _to_rows(self.values.float(), self.axis, self.group)
         rows = (rows - self.zero_point[:, None]) * self.scale.float()[:, None]
-        return _from_rows(rows, self.values.shape, self.axis, self.group)
+        return _from_rows(_in_reach(rows), self.values.shape, self.axis, self.group)
+
+
+def _in_reach(x, dtype=torch.float32):
+    "The last mark may lie half a step beyond the largest number of a type: that number, not infinity"
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return x.clamp(-most, most)
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #c97aa75d
+@checked
 @torch.no_grad()
 def quantize_tensor(
     x: Tensor,  # floating, any shape
@@ -103,102 +179,167 @@ def quantize_tensor(
     group: int | None = None,  # with an axis: one ruler for every so many neighbours
     scale_dtype: torch.dtype = torch.float32,  # scales are rounded to this type before they are used
 ) -> Quantized:
-    "Round `x` to integers; equation (1). Raises `ValueError` for NaN, no values, bits outside 2...8 or a wrong axis."
-    _check_values(x, axis, group)
-    rows = _to_rows(x.float(), axis, group)
-    scale, zero_point = affine_map(rows.amin(1), rows.amax(1), bits, symmetric)
-    scale = scale.to(scale_dtype)
+    "Round `x` to integers; equation (1). Raises `ValueError` for NaN, no values, a wrong axis, scales that do not fit."
+    rows = _to_rows(_check_values(x, axis, group), axis, group)
+    (start, stop), low = integer_range(bits, symmetric), rows.amin(1)
+    scale, zero_point = affine_map(low, rows.amax(1), bits, symmetric)
+    if scale_dtype != torch.float32:
+        scale = _short_scale(scale, scale_dtype, stop, symmetric, zeros=~rows.any(1))
+        zero_point = zero_point if symmetric else (-low.clamp(max=0) / scale.float()).round().clamp(0, stop).int()
     marks = (rows * (1 / scale.float()[:, None])).round() + zero_point[:, None]
-    values = _from_rows(marks.clamp(*integer_range(bits, symmetric)), x.shape, axis, group)
+    values = _from_rows(marks.clamp(start, stop), x.shape, axis, group)
     return Quantized(values.to(torch.int8 if symmetric else torch.uint8), scale, zero_point, bits, axis, group)
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #7e90fed1
+@checked
 def value_range(
-    x: Tensor,  # any shape
+    x: Tensor,  # floating, any shape
     percentile: float = 100.0,  # 100: smallest and largest; 99.9: leave out 0.1 % at either end
-) -> tuple[Tensor, Tensor]:
-    "Where the values of `x` begin and end."
-    if not 50 < percentile <= 100:
-        raise ValueError(f"percentile is {percentile}; expected more than 50 and at most 100")
-    flat = x.detach().flatten()
-    if percentile == 100 and flat.numel():
+) -> tuple[Tensor, Tensor]:  # both scalar, float32
+    "Where the values of `x` begin and end. Raises `ValueError` for NaN, infinity or no values."
+    check_number(percentile, "percentile", above=50, most=100)
+    flat = check_floats(x.detach(), "x", "(...)").flatten()
+    if percentile == 100:
         ends = torch.stack(torch.aminmax(flat))
-        _check_values(ends, None, None)  # NaN and infinity reach the ends: no need to look at all
-        return ends.float().unbind()
-    _check_values(flat, None, None)
+        return _check_values(ends).unbind()  # NaN and infinity reach the ends: no need to look at all
+    flat = _check_values(flat)
     drop = min(int((1 - percentile / 100) * flat.numel()), (flat.numel() - 1) // 2)
-    return flat.float().kthvalue(1 + drop).values, flat.float().kthvalue(flat.numel() - drop).values
+    return flat.kthvalue(1 + drop).values, flat.kthvalue(flat.numel() - drop).values
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #c8d6696b
+@checked
 def calibrate(
-    batches,  # iterable of tensors: what passed one place of the network
+    batches: Iterable,  # of tensors: what passed one place of the network
     bits: int = 8,
     symmetric: bool = False,
     percentile: float = 100.0,  # as in `value_range`, over all batches together
     method: str = "range",  # "range": the ends of `value_range`; "mse": the ends with the least squared error
 ) -> tuple[Tensor, Tensor]:  # scale and zero point, both scalar
     "Choose a ruler by looking at data. Raises `ValueError` when there is none, or for a method that is not known."
-    seen = [batch.detach().flatten() for batch in batches]
+    check_choice(method, "method", ("range", "mse"))
+    batches = [batches] if isinstance(batches, Tensor) else batches
+    seen = [check_floats(batch, f"batch {i}", "(...)").detach().flatten() for i, batch in enumerate(batches)]
     if not seen:
         raise ValueError("the calibration set is empty; expected at least one batch of activations")
-    if method not in ("range", "mse"):
-        raise ValueError(f'method is {method!r}; expected "range" or "mse"')
     low, high = value_range(torch.cat(seen), percentile)
     if method == "range":
         return affine_map(low, high, bits, symmetric)
     sample = torch.cat(seen).float()
     sample = sample[:: -(-len(sample) // 2**16)]  # 65,536 values tell as much as all
     rulers = [affine_map(low * share, high * share, bits, symmetric) for share in torch.logspace(-2, 0, 80)]
-    loss = lambda r: (fake_quantize(sample, bits, symmetric=symmetric, scale=r[0], zero_point=r[1]) - sample).square().sum()
+    unit = 2.0 ** math.frexp(float(sample.abs().max()))[1]  # a power of two changes no digit, and no square is infinite
+    def loss(ruler):
+        read = fake_quantize(sample, bits, symmetric=symmetric, scale=ruler[0], zero_point=ruler[1])
+        return ((read - sample).double() / unit).float().square().sum()
     return min(rulers, key=loss)
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #e0334776
+@checked
 def fake_quantize(
     x: Tensor,  # floating, any shape
     bits: int = 8,
     axis: int | None = None,
     symmetric: bool = True,
     group: int | None = None,  # as in `quantize_tensor`
-    scale: Tensor | None = None,  # a ruler from `calibrate`, scalar or (rows,); None takes it from x
-    zero_point: Tensor | None = None,
-) -> Tensor:  # the shape of x
-    "Round to marks; within the ruler the gradient passes straight through (Bengio et al. 2013, https://arxiv.org/abs/1308.3432)."
-    _check_values(x, axis, group)
-    rows = _to_rows(x.float(), axis, group)
+    scale: float | Tensor | None = None,  # a ruler from `calibrate`, scalar or (rows,); None takes it from x
+    zero_point: int | Tensor | None = None,
+) -> Tensor:  # the shape and type of x
+    """Round to marks; within the ruler the gradient passes straight through (Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
+
+    The ruler gets none. Raises `ValueError` for what has no ruler, or for a ruler that does not fit."""
+    rows = _to_rows(_check_values(x, axis, group), axis, group)
     start, stop = integer_range(bits, symmetric)
+    if scale is None and zero_point is not None:
+        raise ValueError("zero_point is given without a scale; expected both, or neither")
     if scale is None:
         scale, zero_point = affine_map(rows.detach().amin(1), rows.detach().amax(1), bits, symmetric)
-    scale = torch.as_tensor(scale).reshape(-1, 1)
-    zero_point = torch.as_tensor(0 if zero_point is None else zero_point).reshape(-1, 1)
+    scale, zero_point = _check_ruler(scale, zero_point, rows, start, stop)
     marks = (rows.detach() * (1 / scale)).round() + zero_point
-    read = (marks.clamp(start, stop) - zero_point) * scale
+    read = _in_reach((marks.clamp(start, stop) - zero_point) * scale, x.dtype)
     inside = (start <= marks) & (marks <= stop)
     through = torch.where(inside, rows, rows.detach())
     return _from_rows(through + (read - through).detach(), x.shape, axis, group).to(x.dtype)
 
+# %% ../../nbs/09_compression/03_quantization.ipynb #4de62321
+@checked
+def plain_copy(
+    model: nn.Module,
+    skip: str | Sequence[str] = (),  # modules to leave as they are
+) -> nn.Module:
+    """A copy whose convolutions and linear layers own their weights.
+
+    Weight and spectral norm, parametrizations, masks of `torch.nn.utils.prune` are worked in, as eval mode has them."""
+    copy = _copied(model)
+    kept = _kept(copy, skip)
+    for layer in list(copy.modules()):
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and id(layer) not in kept:
+            _settle(layer)
+    return copy
+
 # %% ../../nbs/09_compression/03_quantization.ipynb #fb07a37e
+@checked
 def quantize_weights(
     model: nn.Module,
     bits: int = 8,
     group: int | None = None,  # None: one ruler for each output channel; 32 is usual at 4 bits
-    skip: tuple[str, ...] = (),  # modules to leave in float
+    skip: str | Sequence[str] = (),  # modules to leave in float
 ) -> tuple[nn.Module, dict[str, Quantized]]:
-    "A copy of the model with the weights of convolutions and linear layers rounded, and the integers by name."
-    copy = deepcopy(model)
-    integers = {name: quantize_tensor(w, bits, axis=0, group=group) for name, w in layer_weights(copy, skip).items()}
+    "A copy with the weights of convolutions and linear layers rounded, and the integers by name. Raises `ValueError`."
+    integer_range(bits)
+    copy, integers = plain_copy(model, skip), {}
+    for name, weight in layer_weights(copy, skip).items():
+        _check_values(weight, 0, group, name)
+        integers[name] = quantize_tensor(weight, bits, axis=0, group=group)
     with torch.no_grad():
         for name, quantized in integers.items():
             copy.get_parameter(name).copy_(quantized.dequantize())
     return copy, integers
 
+# %% ../../nbs/09_compression/03_quantization.ipynb #f36afc76
+#| code-fold: true
+#| code-summary: "How a computed weight is made a plain one"
+def _copied(model):
+    "A deep copy, also of a model whose layers hold a weight that was computed from others"
+    held = [t for m in model.modules() for t in [*vars(m).values(), *m._buffers.values()] if isinstance(t, Tensor)]
+    return deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
+
+
+def _kept(model, skip):
+    "The ids of all modules at and below the names to skip, whatever other names they have"
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    return {id(m) for name, m in model.named_modules(remove_duplicate=False)
+            if any(f"{name}.".startswith(f"{s}.") for s in skip)}
+
+
+def _settle(layer):
+    "Work what computes this layer's parameters into them, in place"
+    mode, layer.training = layer.training, False  # spectral norm moves on in train mode
+    if parametrize.is_parametrized(layer):
+        kind = type(layer)  # a class that all copies share, and that removing would change: this one gets its own
+        layer.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
+        for name in list(layer.parametrizations):
+            parametrize.remove_parametrizations(layer, name)
+    for hook in list(layer._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(layer, hook._tensor_name)
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(layer, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(layer, hook.name)
+    layer.training = mode
+
 # %% ../../nbs/09_compression/03_quantization.ipynb #f59734ae
+@checked
 def integer_matmul(
     a: Tensor,  # int8, (n, d)
     b: Tensor,  # int8, (d, k)
 ) -> Tensor:  # int32, (n, k), exact
     "Multiply bytes, add in 32 bits; on a GPU by its integer units, for which sizes are filled up. Raises `ValueError`."
     if a.dtype != torch.int8 or b.dtype != torch.int8 or a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-        raise ValueError(f"got {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}; expected int8 (n, d) and int8 (d, k)")
+        raise ValueError(f"a is {got(a)} and b {got(b)}; expected int8 (n, d) and int8 (d, k)")
+    if a.device != b.device or a.shape[1] >= 2**17:  # 2**17 products of -128 and -128 make 2**31
+        raise ValueError(f"a is {got(a)} on {a.device}, b is on {b.device}; expected one device and d below {2**17:,}, "
+                         "beyond which sums may leave 32 bits")
     if not a.is_cuda:
         return torch._int_mm(a, b)
     (n, d), k = a.shape, b.shape[1]  # cuBLAS wants more than 16 rows, and multiples of 8
@@ -207,140 +348,430 @@ def integer_matmul(
     return torch._int_mm(a, b)[:n, :k]
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #8f0c65ed
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    "A copy in which each batch norm right after a convolution or linear layer of a `Sequential` has become part of it."
-    copy = deepcopy(model)
-    for parent in [m for m in copy.modules() if isinstance(m, nn.Sequential)]:
-        children = list(parent.named_children())
-        for (name, layer), (after, norm) in zip(children, children[1:]):
-            if isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                _fold(layer, norm)
-                setattr(parent, after, nn.Identity())
-    return copy
+@checked
+def fold_batch_norm(
+    model: nn.Module,
+    example: Tensor | None = None,  # a batch as the model takes it: tells what a trace cannot
+) -> nn.Module:
+    """A copy in which each batch norm right after a convolution or linear layer of a `Sequential` has become part of it.
+
+    What cannot be folded exactly stays, with a warning: a layer that others read too, a norm over another axis.
+    Raises `ValueError` for a norm without running statistics."""
+    return _folded(model, example)[0]
+
+# %% ../../nbs/09_compression/03_quantization.ipynb #b2a99d32
+def _folded(model, example, level=4):
+    "The folded copy, and how its layers follow each other"
+    copy = _copied(model)
+    flow, left = _follow(copy, example), []
+    for name, layer, norm in _pairs(copy):
+        why = _reason_against(layer, norm, flow) or _fold(layer, norm)
+        if why:
+            left.append(f"{name} ({why})")
+        else:
+            _replace(copy, {norm: nn.Identity()})
+    if left:
+        warnings.warn(f"batch norm is left as it is after {', '.join(left)}", stacklevel=level)
+    return copy, flow
 
 
 @torch.no_grad()
 def _fold(layer, norm):
-    "Scale the layer's output channels and move its bias, in place"
+    "Scale the layer's output channels and move its bias; or say why not, and change nothing"
     if norm.running_mean is None:
         raise ValueError(f"{norm} keeps no running statistics, so it cannot be folded")
-    factor = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+    _settle(layer)
+    factor = (precise(norm.running_var) + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
     bias = (0 if layer.bias is None else layer.bias) - norm.running_mean
-    layer.bias = nn.Parameter(bias * factor + (0 if norm.bias is None else norm.bias))
-    layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.ndim - 1)))
+    bias = bias * factor + (0 if norm.bias is None else norm.bias)
+    weight = layer.weight * factor.view(-1, *[1] * (layer.weight.ndim - 1))
+    before, want = (layer.weight, layer.bias), _own_way(layer, norm)
+    layer.weight, layer.bias = (nn.Parameter(x.to(layer.weight.dtype), layer.weight.requires_grad) for x in (weight, bias))
+    finite = layer.weight.isfinite().all() and layer.bias.isfinite().all()
+    if not finite or want is not None and not torch.allclose(_own_way(layer), want, 1e-3, 1e-3 * float(want.abs().max())):
+        layer.weight, layer.bias = before
+        return "its class does more with the weight" if finite else "the product would be NaN or infinite"
+
+
+def _pairs(model):
+    "Name, layer and norm wherever one follows the other in a `Sequential`"
+    found = []
+    for parent_name, parent in model.named_modules():
+        if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
+            children = list(parent._modules.items())
+            for (name, layer), (_, norm) in zip(children, children[1:]):
+                if isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                    found.append((f"{parent_name}.{name}".lstrip("."), layer, norm))
+    return found
+
+
+def _own_way(layer, norm=None):
+    "What a layer of somebody's own class, and a norm behind it, make of noise; None for PyTorch's classes"
+    if type(layer) in _LEAVES:
+        return None
+    shape = (layer.in_features,) if isinstance(layer, nn.Linear) else (layer.in_channels, *(
+        2 * d * k for d, k in zip(layer.dilation, layer.kernel_size)))
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(layer.weight)
+    both = nn.Sequential(layer, norm or nn.Identity())
+    with evaluating(both):
+        return both(noise)
+
+# %% ../../nbs/09_compression/03_quantization.ipynb #d9978ffc
+#| code-fold: true
+#| code-summary: "Who reads what a layer writes: one run with an example, or a trace"
+_LEAVES = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class _Flow:
+    "For each layer its calls (what it read, what it wrote, is that flat); how often each was read; parameters read directly"
+
+    def __init__(self):
+        self.calls, self.readers, self.direct, self.known, self.alive = defaultdict(list), Counter(), set(), True, []
+
+    def join(self, other):
+        for layer, calls in other.calls.items():
+            self.calls[layer] += calls
+        self.readers += other.readers
+        self.direct |= other.direct
+        self.alive += other.alive  # an id means nothing once its tensor is gone
+
+
+def _follow(model, example):
+    "The flow: of one run with the example, or by a trace, or by runs on noise of a shape that the model takes"
+    flow = _Flow()
+    with _looking(model):
+        if example is not None:
+            _run(model, example, flow)
+        elif not _trace(model, flow) and not _guess(model, flow):
+            flow.known = False
+    flow.direct = {m for m in model.modules() if isinstance(m, _LEAVES) and flow.direct & {id(p) for p in m.parameters()}}
+    return flow
+
+
+@contextmanager
+def _looking(model):
+    "Eval mode and no gradients; afterwards modes, buffers and random numbers are what they were"
+    held = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        with torch.no_grad():
+            for m, name, buffer, value in held:
+                m._buffers[name] = buffer.copy_(value)
+
+
+def _reason_against(layer, norm, flow):
+    "Why this norm cannot become part of this layer, or None"
+    wrote, read = flow.calls[layer], flow.calls[norm]
+    if not flow.known:
+        return "its use cannot be traced: give an example"
+    if not wrote or {w[1] for w in wrote} != {r[0] for r in read} or any(flow.readers[w[1]] != 1 for w in wrote):
+        return "the norm is not the only one to read it, or reads others too"
+    if isinstance(layer, nn.Linear) and not all(w[2] for w in wrote):
+        return "a norm on (b, n, d) works on another axis; for (b, d) give an example"
+    if flow.direct & {layer, norm}:
+        return "its parameters are read directly"
+    ours = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
+    hooks = [h for m in (layer, norm) for h in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]]
+    if not all(isinstance(h, ours) for h in hooks) or type(norm) not in _LEAVES:
+        return "there are hooks, or a norm of its own class"
+
+# %% ../../nbs/09_compression/03_quantization.ipynb #09c48490
+#| code-fold: true
+#| code-summary: "The run and the trace"
+class _Readers(TorchFunctionMode):
+    "Notes every function outside PyTorch's layers that is handed one of their outputs or parameters"
+
+    def __init__(self, flow, watched):
+        super().__init__()
+        self.flow, self.watched, self.inside = flow, watched, 0  # watched: id -> tensor, kept alive
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
+        reads = name in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__")
+        if not self.inside and (reads or any(isinstance(t, Tensor) for t in tree_leaves(result))):  # not only its size
+            self.note(args, kwargs)
+        return result
+
+    def note(self, *values):
+        for key in {id(t) for t in tree_leaves(values) if isinstance(t, Tensor)} & self.watched.keys():
+            self.flow.readers[key] += 1
+            self.flow.direct.add(key)
+
+
+def _run(model, example, flow):
+    "Follow one batch"
+    mode = _Readers(flow, {id(p): p for p in model.parameters()})
+
+    def before(layer, args, kwargs):
+        mode.inside += 1
+        if isinstance(layer, _LEAVES):
+            key = id(next(chain(args, kwargs.values())))
+            if key in mode.watched:  # others are free to go, and their ids with them
+                flow.readers[key] += mode.inside == 1
+            flow.calls[layer].append([key if key in mode.watched else None, None, None])
+
+    def after(layer, args, kwargs, output):
+        mode.inside -= 1
+        if isinstance(layer, _LEAVES):
+            mode.watched[id(output)] = output
+            flow.calls[layer][-1][1:] = id(output), output.ndim == 2
+
+    layers = [m for m in model.modules() if _is_torchs(m)]
+    hooks = [hook for m in layers for hook in (m.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+                                               m.register_forward_hook(after, with_kwargs=True))]
+    try:
+        with mode:
+            mode.note(_attempt(model, example, "the example"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    flow.alive.append(mode.watched)
+
+
+def _is_torchs(module):
+    "A layer of PyTorch, or of a class made from one; a container is none"
+    bases = [k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules") and k is not nn.Module]
+    return bool(bases) and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
+
+def _guess(model, flow):
+    "Runs on noise that the first layer takes, with an axis more where that layer leaves it open; did one come through?"
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
+    images = [(1, first.in_channels, side, side) for side in (32, 28, 64, 16, 8, 96, 224)] if isinstance(first, nn.Conv2d) else []
+    rows = [(1, first.in_features), (1, first.out_features, first.in_features)] if isinstance(first, nn.Linear) else []
+    done = []
+    for shape in images + rows:
+        try:
+            part = _Flow()
+            _run(model, torch.randn(shape).to(next(first.parameters())), part)
+        except ValueError:
+            continue
+        flow.join(part)
+        done.append(shape)
+        if images:
+            break
+    return bool(done)
+
+
+class _Tracer(fx.Tracer):
+    "Stops at the layers; checks of input are steps like others"
+
+    def __init__(self):
+        super().__init__(autowrap_functions=tuple(getattr(checks, name) for name in checks.__all__ if name != "may_look"))
+
+    def is_leaf_module(self, module, name):
+        return isinstance(module, _LEAVES) or super().is_leaf_module(module, name)
+
+
+def _trace(model, flow):
+    "Every batch at once, where `forward` can be written down; could it?"
+    given = {n: p.default for n, p in signature(model.forward).parameters.items() if p.default is not Parameter.empty}
+    try:
+        nodes = _Tracer().trace(model, concrete_args=given).nodes
+    except Exception:  # a trace ends at whatever a forward pass asks of a value
+        return False
+    flat = {}
+    for node in nodes:
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        source = node.args[0] if node.args else None
+        flat[node] = isinstance(module, nn.Flatten) and module.start_dim == 1 or flat.get(source, False) and isinstance(
+            module, (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity))
+        flow.readers[node] = len(node.users)
+        if isinstance(module, _LEAVES):
+            flow.calls[module].append((source, node, flat[node]))
+        elif node.op == "get_attr" and not isinstance(model, _LEAVES):  # a layer alone reads its own
+            parent, _, name = node.target.rpartition(".")
+            flow.direct.add(id(getattr(model.get_submodule(parent), name)))
+    return True
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #3483921b
 class IntegerLayer(nn.Module):
     "A convolution or linear layer on whole numbers: inputs on one affine ruler, weights on one for each output channel."
 
+    @checked
     def __init__(
         self,
         layer: nn.Conv2d | nn.Linear,
-        ruler: tuple[Tensor, Tensor] | None = None,  # of the inputs, from `calibrate`; None: a new one for each batch
+        ruler: tuple | None = None,  # (scale, zero point) of the inputs, from `calibrate`; None: a new one for each batch
         bits: int = 8,
     ):
         super().__init__()
-        weight, (input_scale, input_zero) = quantize_tensor(layer.weight, bits, axis=0), ruler or (None, None)
-        self.bits = bits
-        self.conv = {} if isinstance(layer, nn.Linear) else {
-            name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        self.bits, self.ends = bits, integer_range(bits, symmetric=False)
+        self.conv = {} if isinstance(layer, nn.Linear) else _conv_options(layer)
+        layer = plain_copy(layer)
+        weight = quantize_tensor(layer.weight, bits, axis=0)
+        input_scale, input_zero = _check_input_ruler(ruler, layer.weight, *self.ends)
         for name, value in dict(weight=weight.values, scale=weight.scale, bias=layer.bias,
                                 input_scale=input_scale, input_zero=input_zero).items():
             self.register_buffer(name, None if value is None else value.detach())
 
     def marks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # q as floats, scale, zero point
         "The inputs as whole numbers."
-        scale, zero = self.input_scale, self.input_zero
+        x, scale, zero = x.float(), self.input_scale, self.input_zero
         if scale is None:
-            scale, zero = affine_map(*x.detach().aminmax(), self.bits, symmetric=False)
-        return ((x * (1 / scale)).round() + zero).clamp(*integer_range(self.bits, symmetric=False)), scale, zero
+            ends = x.detach().aminmax() if x.numel() else x.new_zeros(2)
+            scale, zero = affine_map(*ends, self.bits, symmetric=False)
+        return ((x * (1 / scale)).round() + zero).clamp(*self.ends), scale, zero
 
     def forward(self, x: Tensor) -> Tensor:
-        q, scale, zero = self.marks(x)
-        apply = nn.functional.conv2d if self.conv else nn.functional.linear
-        sums, shape = apply(q - zero, self.weight.float(), **self.conv), (-1, 1, 1) if self.conv else (-1,)
-        out = sums * (scale * self.scale).view(shape)
-        return out if self.bias is None else out + self.bias.view(shape)
+        with torch.autocast(x.device.type, enabled=False):  # a sum of whole numbers needs all of float32's digits
+            q, scale, zero = self.marks(x)
+            apply = nn.functional.conv2d if self.conv else nn.functional.linear
+            sums, shape = apply(q - zero, self.weight.float(), **self.conv), (-1, 1, 1) if self.conv else (-1,)
+            out = sums * (scale * self.scale).view(shape)
+            return (out if self.bias is None else out + self.bias.view(shape)).to(x.dtype)
 
     def exact(self, x: Tensor) -> Tensor:  # (n, d) -> (n, k), linear layers only
         "Equation (3) in bytes: marks are shifted by 128 to fit int8, and the shift is taken back with the zero point."
-        q, scale, zero = self.marks(x)
+        if self.conv:
+            raise ValueError("this layer is a convolution; expected a linear one, whose product is that of two matrices")
+        q, scale, zero = self.marks(check_floats(x, "x", "(n, d)"))
         sums = integer_matmul((q - 128).to(torch.int8), self.weight.T.contiguous())
-        sums = sums + (128 - zero) * self.weight.int().sum(1)
+        sums = sums.long() + (128 - zero) * self.weight.long().sum(1)
         out = sums * (scale * self.scale)
-        return out if self.bias is None else out + self.bias
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
+
+# %% ../../nbs/09_compression/03_quantization.ipynb #545968e2
+def _conv_options(layer):
+    "What a convolution does besides multiplying"
+    if layer.padding_mode != "zeros":
+        raise ValueError(f"layer has padding_mode {layer.padding_mode!r}; expected 'zeros'")
+    return {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+
+
+def _check_input_ruler(ruler, like, start, stop):
+    "Scale and zero point of the inputs as two scalars, or two times None"
+    if ruler is None:
+        return None, None
+    if len(ruler) != 2 or not all(isinstance(x, (Tensor, int, float)) for x in ruler):
+        raise TypeError(f"ruler is a tuple of {', '.join(map(got, ruler)) or 'nothing'}; expected scale and zero point, from `calibrate`")
+    scale, zero = _check_ruler(*ruler, like.detach().reshape(1, -1), start, stop)
+    return scale.squeeze(), zero.squeeze()
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #154e19c0
-def _integer_parts(model, skip):
-    "Layers to turn into integers by name; warns of layers with weights that stay in float"
+def _prepared(model, skip, example):
+    "A copy with batch norm folded in, and the layers to turn into integers with their names"
+    copy, flow = _folded(model, example, level=5)
+    kept = _kept(copy, skip)
+    for layer in [m for m in copy.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and id(m) not in kept]:
+        _settle(layer)
+    return copy, _integer_parts(copy, skip, kept, flow)
+
+
+def _integer_parts(model, skip, kept, flow):
+    "Layer -> name; warns of layers with weights that stay in float"
     layer_weights(model, skip)  # refuses NaN and unknown names
-    kept = lambda name: any(f"{name}.".startswith(f"{s}.") for s in ((skip,) if isinstance(skip, str) else skip))
-    parts, left = {}, []
-    for name, m in model.named_modules():
-        if type(m) in (nn.Conv2d, nn.Linear) and getattr(m, "padding_mode", "zeros") == "zeros":
-            parts |= {} if kept(name) else {name: m}
+    inner = {child for m in model.modules() if _is_torchs(m) for child in m.children()}  # PyTorch may read their weights
+    parts, left = {}, {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        plain = type(m) in (nn.Conv2d, nn.Linear) and getattr(m, "padding_mode", "zeros") == "zeros"
+        if plain and m not in inner and m not in flow.direct and not (m._forward_hooks or m._forward_pre_hooks):
+            parts |= {} if id(m) in kept else {m: parts.get(m, name)}
         elif any(p.ndim > 1 for p in m.parameters(recurse=False)):
-            left.append(f"{name} ({type(m).__name__})")
+            left.setdefault(m, f"{name} ({type(m).__name__})")
     if left:
-        warnings.warn(f"left in float, since only Conv2d and Linear are supported: {', '.join(left)}", stacklevel=3)
+        warnings.warn("left in float, since only Conv2d and Linear are supported, padded with zeros, without hooks, "
+                      "called and not only read: "
+                      f"{', '.join(left.values())}", stacklevel=5)
     return parts
 
 
-def _with_integers(model, parts, rulers, bits):
-    "Put an `IntegerLayer` in the place of each part, in the model itself"
-    for name, layer in parts.items():
-        if not name:
-            return IntegerLayer(layer, rulers.get(name), bits)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, IntegerLayer(layer, rulers.get(name), bits))
-    return model.eval()
+def _replace(model, new):
+    "Put the new module in the place of the old one under all its names; the model, or what stands for it"
+    for name, m in list(model.named_modules(remove_duplicate=False)):
+        if name and m in new:
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent)._modules[child] = new[m]
+    return new.get(model, model)
+
+
+def _attempt(model, batch, what):
+    "What the model says; a sentence where it fails"
+    try:
+        return model(batch)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the model fails on {what}, {got(batch)}: {reason}") from error
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #6c7f6120
+@checked
 def quantize_static(
     model: nn.Module,
-    batches,  # iterable of inputs as the model takes them; a few hundred images in all
+    batches: Iterable,  # inputs as the model takes them; a few hundred images in all
     bits: int = 8,
-    skip: tuple[str, ...] = (),  # modules to leave in float
+    skip: str | Sequence[str] = (),  # modules to leave in float
     **options,  # of `calibrate`: percentile, method
 ) -> nn.Module:
     "A copy on whole numbers with calibrated rulers (Jacob et al. 2018). Raises `ValueError` for no data or NaN."
-    integer_range(bits)
-    copy, seen = fold_batch_norm(model), {}
-    parts = _integer_parts(copy, skip)
-    hooks = [m.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0].detach()))
-             for name, m in parts.items()]
-    with evaluating(copy):
-        for batch in batches:
-            copy(batch)
-    for hook in hooks:
-        hook.remove()
-    if not seen:
+    calibrate([torch.zeros(1)], bits, **options)  # refuses bits and options now, not after the run
+    batches = iter([batches] if isinstance(batches, Tensor) else batches)
+    first = next(batches, None)
+    if first is None:
         raise ValueError("the calibration set is empty; expected at least one batch of inputs")
-    rulers = {name: calibrate(values, bits, **options) for name, values in seen.items()}
-    return _with_integers(copy, {name: m for name, m in parts.items() if name in seen}, rulers, bits)
+    copy, parts = _prepared(model, skip, first)
+    seen, rulers = _inputs_of(parts, copy, chain([first], batches)), {}
+    for layer, name in parts.items():
+        if layer not in seen:
+            warnings.warn(f"{name} is left in float, since no batch passes it", stacklevel=3)
+            continue
+        try:
+            rulers[layer] = calibrate(seen[layer], bits, **options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"what comes into {name or 'the layer'} cannot be written in integers: {error}") from None
+    return _replace(copy, {layer: IntegerLayer(layer, ruler, bits) for layer, ruler in rulers.items()}).eval()
+
+
+def _inputs_of(parts, model, batches):
+    "Layer -> all that passed into it"
+    seen = {}
+    def note(layer, args, kwargs):
+        seen.setdefault(layer, []).append(next(chain(args, kwargs.values())).detach())
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in parts]
+    try:
+        with _looking(model):
+            for i, batch in enumerate(batches):
+                _attempt(model, batch, f"calibration batch {i}")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #cca7f810
+@checked
 def quantize_dynamic(
     model: nn.Module,
     bits: int = 8,
-    skip: tuple[str, ...] = (),
+    skip: str | Sequence[str] = (),
+    example: Tensor | None = None,  # a batch, for `fold_batch_norm`
 ) -> nn.Module:
     "A copy on whole numbers that makes the rulers of its inputs anew for each batch: no data needed."
     integer_range(bits)
-    copy = fold_batch_norm(model)
-    return _with_integers(copy, _integer_parts(copy, skip), {}, bits)
+    copy, parts = _prepared(model, skip, example)
+    return _replace(copy, {layer: IntegerLayer(layer, None, bits) for layer in parts}).eval()
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #870ec5af
+@checked
 def classify_rounded(
     bits: int,
     group: int | None = None,
-    skip: tuple[str, ...] = (),
+    skip: str | Sequence[str] = (),
 ) -> Objective:
-    "Objective for quantisation-aware training: classify with rounded weights; gradients reach the floats behind them."
+    """Objective for quantisation-aware training: classify with rounded weights; gradients reach the floats behind them.
+
+    It raises `ValueError` for a layer whose weight is computed from others: there is no float behind it."""
     integer_range(bits)
+    if group is not None:
+        check_whole(group, "group", 1)
 
     def objective(model, batch):
-        weights = {name: fake_quantize(w, bits, axis=0, group=group) for name, w in layer_weights(model, skip).items()}
-        logits = functional_call(model, weights, (batch[0],))
-        return nn.functional.cross_entropy(logits.float(), batch[1]), {}
+        kept = _kept(model, skip)
+        for name, m in model.named_modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear)) and "weight" not in m._parameters and id(m) not in kept:
+                raise ValueError(f"the weight of {name} is computed; train `plain_copy(model)`, or name it in skip")
+        rounded = {name: fake_quantize(w, bits, axis=0, group=group) for name, w in layer_weights(model, skip).items()}
+        logits = functional_call(model, rounded, (batch[0],))
+        labels = check_labels(batch[1], classes=logits.shape[-1])
+        return nn.functional.cross_entropy(logits.float(), labels), {}
     return objective
