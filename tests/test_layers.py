@@ -445,7 +445,7 @@ def test_padding_is_hidden_from_every_query_and_the_last_real_token_is_not():
 def test_images_of_another_type_than_the_weights_get_a_sentence():
     embed, images = PatchEmbedding(4, 2, 1, 8), torch.zeros(1, 1, 4, 4)
     for other in (torch.float64, torch.float16):
-        with pytest.raises(TypeError, match="the weights' type"):
+        with pytest.raises(TypeError, match="the type of the weights"):
             embed(images.to(other))
     with torch.autocast("cpu", torch.bfloat16):
         assert embed(images.bfloat16()).dtype == torch.bfloat16

@@ -15,8 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..core.checks import check_floats, check_mask, check_number, check_sizes, check_tokens
+from ..core.checks import check_floats, check_mask, check_number, check_sizes, check_tokens, check_whole
 from ..core.checks import checked, may_look, precise, refuse_nan
+from .embedding import check_type
 
 # %% ../../nbs/03_layers/02_attention.ipynb #f8903fdc
 @checked
@@ -93,7 +94,7 @@ class KeyValueCache:
             held, new = (tuple(x.shape[:2] + x.shape[3:]) for x in (self.keys, k))
             if held != new:
                 raise ValueError(f"the cache holds (b, h, e) = {held}, got {new}; use one cache for each layer and batch")
-        new = k.shape[2] if places is None else places
+        new = k.shape[2] if places is None else check_whole(places, "places", 0)
         if self.keys is not None:
             k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         self.keys, self.values, self.places = k, v, self.places + new
@@ -126,11 +127,13 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
 
     def project(self, x, context=None):  # (b, h, n, e), (b, h, m, e), (b, h, m, e)
-        x = check_floats(x, "x", f"(b, n, {self.dim})")
-        context = x if context is None else check_floats(context, "context", f"(b, m, {self.dim})")
+        fit = lambda t, name: check_type(check_floats(t, name, f"(b, n, {self.dim})"), name, self)
+        x = fit(x, "x")
+        context = x if context is None else fit(context, "context")
         split = lambda t: rearrange(t, "b n (h e) -> b h n e", h=self.heads)
         return split(self.query(x)), split(self.key(context)), split(self.value(context))
 
+    @checked
     def forward(
         self,
         x: Tensor,  # tokens that ask, (b, n, d)

@@ -41,7 +41,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         check_number(eps, "eps", 0)
-        hidden = int(round(dim * check_number(mlp_ratio, "mlp_ratio", above=0), 3))  # 2.9 · 100 is 290, not 289.99…
+        hidden = int(round(dim * check_number(mlp_ratio, "mlp_ratio", most=1000, above=0), 3))  # 2.9 · 100 is 290, not 289.99…
         self.attention, self.mlp = Attention(dim, heads, dropout), MLP(dim, hidden, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
         self.drop, self.norm_first = nn.Dropout(dropout), norm_first

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.checks import check_images, check_sizes, check_whole, checked, got
+from ..core.checks import check_images, check_sizes, check_whole, checked
 from ..layers.convolution import ConvBlock, ResidualBlock
+from ..layers.embedding import check_type
 
 # %% ../../nbs/04_models/01_convnets.ipynb #bdd9545b
 class Backbone(nn.Module):
@@ -30,7 +31,7 @@ class Backbone(nn.Module):
     def encode(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, d)
         "Features: the mean of the last feature map over its places. Raises `TypeError`, `ValueError` for other images."
         x = check_images(x, "images", f"(b, {self.config['channels']}, h, w)", "floats")
-        _check_type(x, self)
+        check_type(x, "images", self)
         return self.body(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, k)
@@ -103,10 +104,7 @@ class VGG(Backbone):
 
     def encode(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, d)
         "Features: the mean of the last feature map. Raises `ValueError` for images that vanish in the pooling."
-        h, w = check_images(x).shape[2:]
-        least = 2 ** len(self.config["depths"])
-        if min(h, w) < least:
-            raise ValueError(f"images are {h} × {w}; expected at least {least} × {least}: each stage halves them")
+        _check_room(check_images(x), 2 ** len(self.config["depths"]))
         return super().encode(x)
 
 # %% ../../nbs/04_models/01_convnets.ipynb #34a78773
@@ -186,8 +184,7 @@ def _five(stage):
     return [check_whole(n, "stages", 1) for n in stage]
 
 
-def _check_type(x, model):
-    "Images in the type of the weights; under autocast PyTorch converts them"
-    weight = next(model.parameters(), x)
-    if weight.is_floating_point() and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"images is {got(x)}; expected the weights' type, which images.to({weight.dtype}) makes")
+def _check_room(images, least):
+    "Images that survive all halvings; a recorded graph has no sizes to look at"
+    if isinstance(images, Tensor) and min(images.shape[2:]) < least:
+        raise ValueError(f"images has shape {tuple(images.shape)}; expected at least {least} × {least}: each stage halves them")

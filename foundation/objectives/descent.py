@@ -72,7 +72,9 @@ def _slope(loss, at):
 # %% ../../nbs/01_objectives/04_descent.ipynb #05149514
 def _options_of(rule, options):
     "All options of a rule, its defaults where none is given"
-    plan = list(inspect.signature(check_callable(rule, "rule", "(weight, grad, state, ...)")).parameters.values())[3:]
+    if isinstance(check_callable(rule, "rule", "(weight, grad, state, ...)"), type):
+        raise TypeError(f"rule is {got(rule)}; expected a function of (weight, grad, state, ...)")
+    plan = list(inspect.signature(rule).parameters.values())[3:]
     known = {p.name: p.default for p in plan if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     name, filled = getattr(rule, "__name__", "the rule"), known | options
     if (unknown := set(options) - set(known)) and not any(p.kind == p.VAR_KEYWORD for p in plan):
@@ -196,7 +198,9 @@ class Descent(torch.optim.Optimizer):
         rule: Callable,  # sgd, adam ...
         **options,  # of the rule
     ):
-        options = _options_of(rule, options)
+        params, options = [] if isinstance(params, Tensor) else list(params), _options_of(rule, options)
+        if not params or not all(isinstance(p, (Tensor, dict, tuple)) for p in params):
+            raise TypeError(f"params is {got(params)}; expected a list of tensors or of groups, with at least one")
         self.rule, self.names = rule, list(options)
         super().__init__(params, options)
 

@@ -102,6 +102,7 @@ def masked_likelihood(
     Devlin et al. 2018, section 3.1."""
     b, n, v = check_floats(logits, "logits", "(b, n, v)").shape
     targets = check_labels(targets, "targets", v, (b, n))
+    check_like(targets, "targets", (b, n), logits, "logits")
     check_like(check_mask(visible, "visible"), "visible", (b, n), logits, "logits")
     if may_look(visible) and visible.all():
         raise ValueError("visible is True everywhere; expected a masked place: there is nothing to predict")
