@@ -20,8 +20,8 @@ from foundation.models.convnets import (
     VGG, Backbone, ConvNet, EfficientNetLite, InvertedBlock, ResNet, SameConv)
 from foundation.models.gpt import GPT
 from foundation.models.pretrained import (
-    BadWeights, embed_texts, imagenet_inputs, load_efficientnet_lite0, load_minilm, load_weights,
-    rename_bert, save_weights)
+    BadWeights, embed_texts, imagenet_inputs, load_efficientnet_lite0, load_minilm, load_weights, read_card,
+    rename_bert, save_weights, write_card)
 from foundation.models.vit import ViT
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -229,7 +229,7 @@ IDS = torch.zeros(2, 6, dtype=torch.long)
     (lambda: GPT(9).generate(IDS[:, :0], 3), "tokens is empty"),
     (lambda: EfficientNetLite()(torch.zeros(1, 1, 64, 64)), r"images has shape \(1, 1, 64, 64\); expected \(b, 3, h, w\)"),
     (lambda: imagenet_inputs(torch.zeros(1, 2, 9, 9, dtype=torch.uint8)), "2 channels; expected 1 .* or 3"),
-    (lambda: imagenet_inputs(torch.zeros(1, 3, 9, 9)), "expected a torch.uint8 tensor"),
+    (lambda: imagenet_inputs(torch.zeros(1, 3, 9, 9)), "expected bytes"),
     (lambda: embed_texts(BERT(9), None, "one text"), "expected a list of at least one text"),
     (lambda: embed_texts(BERT(9), None, []), "expected a list of at least one text"),
 ])
@@ -395,7 +395,7 @@ def test_same_conv_gives_as_many_places_as_tensorflow(size, stride, dilation, ke
     (lambda: Backbone(torch.nn.Identity(), 3, {}), "classes is None"),
     (lambda: Backbone(None, 3, dict(classes=2, channels=1)), "body is None"),
     (lambda: InvertedBlock(4, 4, 3, 0, 1), "stride is 0"),
-    (lambda: ConvNet()(torch.zeros(1, 1, 8, 8).double()), "the weights' type"),
+    (lambda: ConvNet()(torch.zeros(1, 1, 8, 8).double()), "the type of the weights"),
     (lambda: ConvNet()(torch.zeros(1, 1, 8, 8).byte()), "expected floats"),
     (lambda: ConvNet()([[1.0]]), "images is a list"),
     (lambda: BERT(9, segments=-1), "segments is -1"),
@@ -435,9 +435,8 @@ def test_every_model_travels_with_its_card(model, x, tmp_path):
 
 
 def test_a_card_with_an_unknown_architecture_is_refused(tmp_path):
-    save_weights(MODELS[0][0], "it", {}, tmp_path)
-    card = tmp_path / "it.json"
-    card.write_text(card.read_text().replace("ResNet", "Oracle"))
+    path = save_weights(MODELS[0][0], "it", {}, tmp_path)
+    write_card(path, read_card("it", tmp_path) | dict(architecture="Oracle"))
     with pytest.raises(BadWeights, match="names 'Oracle'; this library builds: ResNet"):
         load_weights("it", folder=tmp_path)
 
