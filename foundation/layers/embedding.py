@@ -135,13 +135,3 @@ def check_type(
         want = next(p.dtype for p in module.parameters() if p.is_floating_point())
         raise TypeError(f"{name} is {got(x)}; expected the type of the weights, which {name}.to({want}) makes")
     return x
-
-
-def _expect_sizes(**sizes):
-    "Refuse sizes that are not whole numbers above zero"
-    check_sizes(**sizes)
-
-
-def _expect_tokens(x, dim: int, name: str = "x"):
-    "Refuse anything but float tokens (b, n, dim), none of them empty"
-    check_floats(x, name, f"(b, n, {dim})")

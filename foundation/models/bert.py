@@ -9,7 +9,7 @@ __all__ = ['BERT']
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import check_mask, check_sizes, checked
+from ..core.checks import check_mask, check_shares, check_sizes, checked
 from ..layers.block import Block
 from ..layers.embedding import TokenEmbedding
 
@@ -35,6 +35,7 @@ class BERT(nn.Module):
     ):
         super().__init__()
         check_sizes(depth=depth)
+        check_shares(dropout=dropout)
         self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth, heads=heads,
                            mlp_ratio=mlp_ratio, segments=segments, dropout=dropout, eps=eps)
         self.dim = dim

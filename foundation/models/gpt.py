@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import evaluating
-from ..core.checks import check_number, check_sizes, check_tokens, check_whole, checked, got, refuse_nan
+from ..core.checks import check_number, check_shares, check_sizes, check_tokens, check_whole
+from ..core.checks import checked, got, refuse_nan
 from ..layers.attention import KeyValueCache
 from ..layers.block import Block
 from ..layers.embedding import TokenEmbedding
@@ -38,6 +39,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         check_sizes(depth=depth)
+        check_shares(dropout=dropout)
         self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth, heads=heads,
                            mlp_ratio=mlp_ratio, dropout=dropout, eps=eps)
         self.dim = dim

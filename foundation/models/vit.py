@@ -9,7 +9,7 @@ __all__ = ['ViT']
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import check_choice, check_sizes, checked
+from ..core.checks import check_choice, check_shares, check_sizes, checked
 from ..layers.block import Block
 from ..layers.embedding import PatchEmbedding
 
@@ -35,6 +35,7 @@ class ViT(nn.Module):
     ):
         super().__init__()
         check_sizes(classes=classes, depth=depth)
+        check_shares(dropout=dropout)
         check_choice(pool, "pool", ("mean", "class"))
         self.config = dict(image_size=image_size, patch_size=patch_size, channels=channels, classes=classes, dim=dim,
                            depth=depth, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, pool=pool)
