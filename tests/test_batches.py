@@ -222,7 +222,7 @@ same = lambda x, generator: x
     (lambda: padded([[1], []], batch_size=1), ValueError, "row 1 is empty"), (lambda: padded([[1]], x, batch_size=1), ValueError, r"lengths \[1, 6\]"),
     (lambda: padded([[1]], batch_size=1, longest=0), ValueError, "longest is 0"), (lambda: padded([], batch_size=1), ValueError, "rows is empty"),
     (lambda: padded([1, 2], batch_size=1), TypeError, "rows is a list; expected Documents"), (lambda: padded(None, batch_size=1), TypeError, "rows is None"),
-    (lambda: padded("ab", batch_size=1), TypeError, "rows is 'ab'"), (lambda: padded({1: [2]}, batch_size=1), TypeError, "rows is a dict"),
+    (lambda: padded("ab", batch_size=1), TypeError, "rows is 'ab'"), (lambda: padded(iter([[1]]), batch_size=1), TypeError, "rows is a list_iterator"), (lambda: padded({1: [2]}, batch_size=1), TypeError, "rows is a dict"),
     (lambda: padded([[1]], [2], batch_size=1), TypeError, "a list; expected a tensor"), (lambda: padded([[1]], batch_size=1, value=None), TypeError, "value is None"),
     (lambda: join([]), ValueError, "at least one row"), (lambda: join([[1], []]), ValueError, "row 1 is empty"), (lambda: join([1, 2]), ValueError, "row 0 has shape"),
     (lambda: join([[0.5]]), TypeError, "row 0 is a tensor of float32"), (lambda: Documents(x, torch.tensor([3, 3, 6])), ValueError, "ends that grow"),
@@ -397,6 +397,14 @@ def test_one_changed_token_of_many_is_seen(tmp_path):
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="not of one set"):
         open_documents(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file", "file/deeper", "a\0b", "x" * 300, "\ud800"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises((OSError, ValueError), match="the folder .* cannot be made: "):
+        store_documents(tmp_path / name, OLD, 100)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_full_disk_leaves_the_old_documents(tmp_path):

@@ -266,6 +266,7 @@ def test_a_generator_elsewhere_is_refused():
 @pytest.mark.parametrize("change, words", [
     (dict(centers=torch.zeros(5, 2)), r"centers has shape \(5, 2\)"), (dict(halves=torch.ones(6, 3)), r"halves has shape \(6, 3\)"), (dict(size=0), "size is 0"),
     (dict(halves=torch.ones(6, 2, device="meta")), "halves is on meta"), (dict(centers=torch.full((6, 2), torch.nan)), "centers holds 12 NaN"),
+    (dict(images=torch.full((6, 1, 4, 4), torch.inf)), "images holds 96 NaN or infinite"),
     (dict(halves=torch.full((6, 2), torch.inf)), "halves holds 12 NaN or infinite"), (dict(size=10**9), "size is 1000000000"),
 ])
 def test_boxes_that_do_not_fit_are_refused(change, words):

@@ -28,7 +28,7 @@ def sample_boxes(
     """Read one box out of each image, bilinearly; beyond its rim an image goes on as its last pixel.
 
     Raises `TypeError`, `ValueError`."""
-    check_images(images, kind="floats")
+    check_floats(check_images(images, kind="floats"), "images", "(b, c, h, w)", finite=True)
     for name, box in dict(centers=centers, halves=halves).items():
         check_floats(box, name, "(b, 2)", finite=True)
         check_like(box, name, (len(images), 2), images, "images")

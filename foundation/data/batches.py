@@ -266,7 +266,7 @@ def _lengths(rows):
     if isinstance(rows, Documents):
         return rows.ends.cpu().diff(prepend=torch.zeros(1, dtype=torch.int64))
     try:
-        if isinstance(rows, (str, bytes, Mapping)):
+        if isinstance(rows, (str, bytes, Mapping)) or not hasattr(rows, "__getitem__"):
             raise TypeError
         lengths = [*map(len, rows)]
     except TypeError:
@@ -417,7 +417,7 @@ def store_documents(
             lengths.append(len(row))
             yield row.astype(kind)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".documents.") as draft:
         store(Path(draft) / "tokens.npy", tokens())
         store(Path(draft) / "ends.npy", [np.cumsum(lengths, dtype=np.int64)])
@@ -438,6 +438,16 @@ def open_documents(folder: Path | str) -> Documents:
     return found
 
 # %% ../../nbs/02_data/05_batches.ipynb #a72144a4
+def _make_folder(folder):
+    "The folder and those above it, or a sentence why not"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a file is in the way, the name is too long or no name
+        reason = getattr(error, "strerror", None) or error
+        kind = type(error) if isinstance(error, OSError) else ValueError
+        raise kind(f"the folder {str(folder)[-60:]!r} cannot be made: {reason}") from None
+
+
 def _take_places(draft, folder):
     "The note first: whoever is stopped after it leaves files that do not fit it, until both are there"
     note = {name: _mark(draft / name) for name in ("tokens.npy", "ends.npy")}
