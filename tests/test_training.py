@@ -1,4 +1,5 @@
 "The loop, its speed and its log: against plain loops and PyTorch, killed and interrupted for real, and bad input, one sentence each"
+import contextlib
 import json
 import math
 import os
@@ -6,11 +7,15 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections import namedtuple
 from itertools import islice
 from types import SimpleNamespace
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +25,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from foundation.data.batches import endless
-from foundation.training.loop import Step, TrainingDiverged, adamw, classify, fit, progress, train
+from foundation.training.loop import Step, TrainingDiverged, adamw, classify, fit, progress, train, uninterrupted
+from foundation.training.schedules import one_cycle, warmup_cosine
 from foundation.training.speed import Throughput, kept_for_backward, peak_memory, throughput
 from foundation.training.track import Log, TensorBoard, curve, plot_log, read_log
 
@@ -215,6 +221,197 @@ def test_fp16_that_no_scale_can_save_is_told():
         steps_of(net(), 60, flat, precision="fp16")
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, "numpy", "list"])
+@pytest.mark.parametrize("weights_in", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_labels_of_any_whole_number_type_and_logits_in_any_precision_give_the_float32_loss(kind, weights_in):
+    model = nn.Linear(12, 4).to(weights_in)
+    inputs = X[:16].to(weights_in)
+    labels = {"numpy": Y[:16].numpy().astype("uint16"), "list": Y[:16].tolist()}.get(kind) if isinstance(kind, str) else Y[:16].to(kind)
+    loss, extra = classify(model, (inputs, labels))
+    want = F.cross_entropy(model(inputs).float(), Y[:16])
+    assert loss.dtype == torch.float32 and torch.equal(loss, want) and extra == {}
+    loss.backward()
+    assert model.weight.grad.isfinite().all()
+
+
+def test_classify_takes_probabilities_and_refuses_other_labels():
+    model = nn.Linear(12, 4)
+    soft = F.one_hot(Y[:16], 4).double()
+    assert_close(classify(model, (X[:16], soft))[0], classify(model, (X[:16], Y[:16]))[0])
+    for labels, words in ((Y[:16] > 1, "expected class numbers"), (["cat"] * 16, "expected class numbers"), (None, "labels is None")):
+        with pytest.raises(TypeError, match=words):
+            classify(model, (X[:16], labels))
+    with pytest.raises(TypeError, match="the batch is a tensor .*; expected a pair"):
+        classify(model, X[:16])
+
+
+def test_labels_that_stand_for_nothing_still_count_for_nothing():
+    model, labels = nn.Linear(12, 4), Y[:16].clone().int()
+    labels[:3] = -100
+    assert torch.equal(classify(model, (X[:16], labels))[0], F.cross_entropy(model(X[3:16]), Y[3:16]))
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", ">f4"])
+def test_batches_of_numpy_arrays_are_batches_of_tensors(kind):
+    ours, theirs = nn.Linear(12, 4), nn.Linear(12, 4)
+    theirs.load_state_dict(ours.state_dict())
+    if kind == "float64":
+        ours, theirs = ours.double(), theirs.double()
+    steps_of(ours, 2, data=[(X[:16].numpy().astype(kind), Y[:16].numpy().astype("int32"))] * 2)
+    steps_of(theirs, 2, data=[(X[:16].to(theirs.weight.dtype), Y[:16])] * 2)
+    assert torch.equal(weights(ours), weights(theirs))
+
+
+def test_packed_sequences_reach_the_model_whole():
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
+    model = nn.LSTM(2, 3)
+    seen = []
+    steps_of(model, 1, lambda m, b: (seen.append(type(b)) or m(b)[0].data.sum(), {}), data=[packed])
+    assert seen == [type(packed)]
+
+
+@pytest.mark.parametrize("make", [lambda m: torch.optim.LBFGS(m.parameters())])
+def test_an_optimizer_that_needs_a_closure_is_refused_before_the_first_batch(make):
+    model, drawn = net(), []
+    before = weights(model)
+    with pytest.raises(ValueError, match="LBFGS.step needs a closure, .*; `train` computes it once: write the loop yourself"):
+        steps_of(model, opt=make(model), data=(drawn.append(1) or b for b in batches()))
+    assert not drawn and torch.equal(before, weights(model))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD", "Adafactor"])
+@pytest.mark.parametrize("kept_in", [torch.float32, torch.bfloat16])
+def test_every_other_optimizer_trains_also_bf16_weights(kind, kept_in):
+    model = nn.Linear(12, 4).to(kept_in)
+    start = weights(model)
+    data = [(X[:32].to(kept_in), Y[:32])] * 5
+    seen = steps_of(model, 5, opt=getattr(torch.optim, kind)(model.parameters(), lr=0.05), data=data)
+    assert not torch.equal(start, weights(model)) and all(s.loss.dtype == torch.float32 and s.loss.isfinite() for s in seen)
+
+
+def test_fp16_needs_float32_weights_and_says_so():
+    model = nn.Linear(12, 4).half()
+    with pytest.raises(ValueError, match="precision 'fp16' needs weights in float32"):
+        steps_of(model, precision="fp16", data=[(X[:16].half(), Y[:16])] * 3)
+
+
+@pytest.mark.parametrize("precision, kind", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("accum", [1, 2])
+def test_the_model_computes_in_the_precision_that_is_asked_for_and_its_weights_stay_float32(precision, kind, accum):
+    model, seen = net(norm=False), []
+    model[4].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    for step in steps_of(model, 2, precision=precision, accum=accum):
+        assert step.loss.dtype == torch.float32
+    assert seen == [kind] * 2 * accum and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model(X[:2]).dtype == torch.float32  # the precision ends with the run
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_takes_nearly_the_step_of_float32(precision):
+    half, full = net(norm=False).eval(), net(norm=False).eval()
+    for model in (half, full):
+        model[3].p = 0.0
+    a = steps_of(half, 1, precision=precision, clip=1e9, opt=sgd(half))[0]
+    b = steps_of(full, 1, clip=1e9, opt=sgd(full))[0]
+    assert abs(a.loss - b.loss) < 0.02 and abs(a.grad_norm / b.grad_norm - 1) < 0.05  # the norm is that of gradients without the scale
+    moved = weights(full) - weights(net(norm=False))
+    assert (weights(half) - weights(full)).norm() < 0.05 * moved.norm()
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), 0.5, 1, float("inf")])
+def test_a_clip_is_any_number(value):
+    value = value if not isinstance(value, torch.Tensor) else value.item()
+    model = net()
+    assert steps_of(model, 1, clip=value)[0].grad_norm > 0
+
+
+def test_an_infinite_clip_only_measures():
+    steps_of(free := net(), 3)
+    steps_of(measured := net(), 3, clip=math.inf)
+    assert torch.equal(weights(free), weights(measured))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("where", ["objective", "each"])
+def test_modes_come_back_when_a_run_is_stopped(error, where):
+    def stop(*_):
+        raise error
+
+    model = net().eval()
+    model[1].train()
+    before = [layer.training for layer in model.modules()]
+    with contextlib.suppress(ZeroDivisionError):
+        fit(model, batches(), stop if where == "objective" else classify, steps=3, title="", each=stop if where == "each" else None)
+    assert [layer.training for layer in model.modules()] == before
+    diverge = lambda m, b: (classify(m, b)[0] * math.nan, {})
+    with pytest.raises(TrainingDiverged):
+        steps_of(model, 3, diverge)
+    assert [layer.training for layer in model.modules()] == before
+
+
+def test_a_loop_that_is_left_leaves_the_mode_of_training():
+    model = net().eval()
+    for step in train(model, batches(), classify, sgd(model), steps=3):
+        break
+    assert model.training
+    run = train(model, batches(), classify, sgd(model), steps=3)
+    next(run)
+    model.eval()
+    run.close()  # long after: whoever measures now is not disturbed
+    assert not model.training
+
+
+LATE = """
+import signal, sys, time, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from foundation.training.loop import fit, adamw, load_optimizers, uninterrupted
+import torch
+from torch import nn
+assert "torch._dynamo" not in sys.modules
+model = nn.Linear(3, 2)
+pressed = []
+class Watch:  # presses Ctrl-C in the middle of the imports
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("torch._dynamo.") and len(pressed) < 3:
+            pressed.append(name); signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Watch())
+try:
+    MAKE
+    print("not interrupted")
+except KeyboardInterrupt:
+    print("interrupted", len(pressed))
+sys.meta_path.pop(0)
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+batch = torch.randn(8, 3), torch.tensor([0, 1] * 4)
+losses = fit(model, [batch] * 5, steps=5, lr=1e-3, title="")
+print(len(losses), losses.isfinite().all().item())
+"""
+
+
+@needs_signals
+@pytest.mark.parametrize("make", ["adamw(model, 1e-3)", "fit(model, [], steps=5, lr=1e-3, title='')"])
+def test_ctrl_c_while_pytorch_imports_waits_and_the_next_training_works(make):
+    code = LATE.replace("MAKE", make)
+    job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert job.returncode == 0, job.stderr[-1500:]
+    assert job.stdout.splitlines() == ["interrupted 3", "5 True"]
+
+
+@needs_signals
+def test_ctrl_c_waits_for_the_block_and_comes_then():
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append(1)
+    assert done == [1]
+    with uninterrupted():
+        done.append(2)
+    assert done == [1, 2]
+    thread = threading.Thread(target=lambda: [done.append(3) for _ in [0] if not uninterrupted().__enter__()])
+    thread.start(), thread.join()
+    assert done == [1, 2, 3]  # elsewhere nothing is to wait
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_on_a_gpu(precision):
@@ -313,6 +510,49 @@ class Counted:
         return 0.5
 
 
+# Schedules -------------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(st.integers(1, 60), st.data(), st.floats(0, 1))
+def test_warmup_rises_in_even_steps_to_one_and_the_cosine_falls_to_its_end(steps, data, end):
+    warmup = data.draw(st.integers(0, steps))
+    f = warmup_cosine(steps, warmup, end).double()
+    slowly = [(t + 1) / warmup if t < warmup else end + (1 - end) * (1 + math.cos(math.pi * (t - warmup) / max(steps - warmup, 1))) / 2
+              for t in range(steps)]
+    assert_close(f, torch.tensor(slowly, dtype=torch.double), rtol=1e-6, atol=1e-7)
+
+
+@few
+@given(st.integers(2, 60), st.floats(0.01, 0.99))
+def test_one_cycle_rises_for_its_share_and_falls_to_zero(steps, warmup):
+    f = one_cycle(steps, warmup).double()
+    slowly = [min(t / steps / warmup, (1 - t / steps) / (1 - warmup)) for t in range(1, steps + 1)]
+    assert_close(f, torch.tensor(slowly, dtype=torch.double), rtol=1e-6, atol=1e-7)
+    assert warmup_cosine(steps).dtype == one_cycle(steps).dtype == torch.float32
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: warmup_cosine(100, 0.1), "warmup is 0.1; expected a whole number from 0 to 100: steps of the rise, not a share"),
+    (lambda: warmup_cosine(2.5), "steps is 2.5; expected a whole number"), (lambda: warmup_cosine(0), "steps is 0"),
+    (lambda: warmup_cosine(10, 11), "warmup is 11; expected a whole number from 0 to 10"), (lambda: warmup_cosine(10, -1), "warmup is -1"),
+    (lambda: warmup_cosine(True), "steps is True"), (lambda: warmup_cosine(10, 1, math.nan), "end is nan"), (lambda: warmup_cosine(10, 1, 2), "end is 2"),
+    (lambda: warmup_cosine("10"), "steps is '10'"), (lambda: one_cycle(2.5), "steps is 2.5"), (lambda: one_cycle(10, 3), "warmup is 3; expected a finite number above 0"),
+    (lambda: one_cycle(10, math.nan), "warmup is nan"), (lambda: one_cycle(10, 0), "warmup is 0"), (lambda: one_cycle(None), "steps is None"),
+])
+def test_schedules_refuse_in_one_sentence(call, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        call()
+
+
+def test_numpy_numbers_are_numbers():
+    assert torch.equal(warmup_cosine(np.int64(10), np.uint8(2), np.float32(0.5)), warmup_cosine(10, 2, 0.5))
+    assert torch.equal(one_cycle(torch.tensor(10), np.float64(0.3)), one_cycle(10))
+    steps_of(ours := net(), np.int64(4), schedule=np.linspace(1, 0, 4), accum=np.int32(2), clip=np.float32(1), start=np.int64(1))
+    steps_of(theirs := net(), 4, schedule=torch.linspace(1, 0, 4, dtype=torch.double), accum=2, clip=1.0, start=1)
+    assert torch.equal(weights(ours), weights(theirs))
+
+
 # Speed ---------------------------------------------------------------------------------------------------------------
 
 
@@ -357,9 +597,78 @@ def test_throughput_takes_turns():
     assert "× 4.00" in repr(told)
 
 
-@pytest.mark.parametrize("options", [dict(ways={}), dict(items=0), dict(rounds=0), dict(warmup=-1)])
-def test_throughput_refuses(options):
-    with pytest.raises(ValueError, match="expected at least one way"):
+@few
+@given(st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 3), st.integers(1, 100))
+def test_throughput_on_a_clock_of_our_own(lasts, rounds, warmup, items):
+    "Each way lasts as long as it says; only timed turns count, and the first way is the control"
+    now, waits = [0.0], []
+    def way(seconds):
+        def run():
+            now[0] += seconds
+        return run
+    with patch("foundation.training.speed.time.perf_counter", lambda: now[0]), \
+            patch("foundation.training.speed._waiter", lambda device: lambda: waits.append(now[0])):
+        told = throughput({str(i): way(s) for i, s in enumerate(lasts)}, items, rounds, warmup)
+    for i, seconds in enumerate(lasts):
+        assert told.seconds[str(i)] == [seconds] * rounds
+        assert told.rate(str(i)) == items / seconds and told.ratio(str(i)) == lasts[0] / seconds
+    assert len(waits) == 2 * len(lasts) * (rounds + warmup)  # before and after each call: a GPU works on meanwhile
+
+
+def test_the_clock_waits_for_the_device_that_is_named():
+    asked = []
+    with patch("torch.cuda.is_available", lambda: True), patch("torch.cuda.synchronize", lambda device: asked.append(str(device))):
+        throughput({"a": lambda: asked.append("a")}, items=1, rounds=1, warmup=0, device="cuda:1")
+    assert asked == ["cuda:1", "a", "cuda:1"]
+
+
+def test_a_median_is_told_not_a_mean():
+    told = Throughput(6, {"a": [1.0, 1.0, 100.0], "b": [2.0, 2.0, 1.0]})
+    assert told.rate("a") == 6 and told.ratio("b") == 0.5 and told.ratios("b") == [0.5, 0.5, 100]
+
+
+@pytest.mark.parametrize("kind, size", [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)])
+def test_half_precision_keeps_half_the_bytes(kind, size):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Sigmoid()).to(kind)
+    with kept_for_backward(model) as kept:
+        model(torch.randn(7, 6, dtype=kind)).sum().backward()
+    assert (kept.peak, kept.now) == (size * 7 * (6 + 5), 0)
+    model = nn.Linear(6, 5)
+    with kept_for_backward(model) as kept, torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(7, 6)).sum()
+    assert kept.peak == 2 * (7 * 6 + 6 * 5) or kept.peak == 2 * 7 * 6  # the rounded weight is a copy, and may count
+
+
+def test_a_tied_and_a_twice_used_layer_keep_what_they_see():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.b(self.a(x).sigmoid())
+
+    model = Twice()
+    with kept_for_backward(model) as kept:
+        model(torch.randn(7, 6)).sum().backward()
+    assert (kept.peak, kept.now) == (4 * 7 * 12, 0)
+
+
+def test_sparse_tensors_count_by_their_parts():
+    w = torch.randn(5, 3, requires_grad=True)
+    for s in (torch.eye(5).to_sparse_coo(), torch.eye(5).to_sparse_csr()):
+        with kept_for_backward() as kept:
+            (s @ w).sum()
+        assert kept.peak >= 5 * 4
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(ways={}), "got no ways; expected at least one"), (dict(items=0), "items is 0; expected a whole number from 1 on"),
+    (dict(rounds=0), "rounds is 0"), (dict(warmup=-1), "warmup is -1"), (dict(device="gpu"), "device is 'gpu'; expected 'cpu'"),
+    (dict(ways={"a": 1}), "the way 'a' is 1; expected a function"), (dict(items=2.5), "items is 2.5; expected a whole number"),
+])
+def test_throughput_refuses(options, words):
+    with pytest.raises((ValueError, TypeError), match=words):
         throughput(**{"ways": {"a": int}, "items": 1} | options)
 
 
@@ -473,13 +782,13 @@ def test_extras_cannot_pass_for_the_step(tmp_path):
 
 def test_tracking_refuses_in_one_sentence(tmp_path):
     path = tmp_path / "run.jsonl"
-    for options in (dict(every=0), dict(start=-1)):
-        with pytest.raises(ValueError, match="every >= 1"):
-            Log(path, **options)
+    for name, value in dict(every=0, start=-1).items():
+        with pytest.raises(ValueError, match=f"{name} is {value}; expected a whole number from"):
+            Log(path, **{name: value})
     with Log(path) as log:
-        with pytest.raises(TypeError, match="name is str; expected a number"):
+        with pytest.raises(TypeError, match="name is 'run 7'; expected a number"):
             log(step(0), name="run 7")
-        with pytest.raises(TypeError, match="image is Tensor"):
+        with pytest.raises(TypeError, match=r"image is a tensor of float32, shape \(3,\)"):
             log(step(0), image=torch.zeros(3))
         log(step(0))
     with pytest.raises(ValueError, match="no step has 'acuracy'; there are: loss, lr, n, seconds"):
@@ -488,10 +797,64 @@ def test_tracking_refuses_in_one_sentence(tmp_path):
         plot_log(path, smooth=0)
     with pytest.raises(FileNotFoundError, match="no log at nowhere.jsonl"):
         read_log(tmp_path / "nowhere.jsonl")
-    for bad in ("{", "7", "[]", '{"loss": 1}', '"n"'):
-        path.write_text('{"n": 0}\n' + bad + '\n{"n": 2}\n')
-        with pytest.raises(ValueError, match="line 2 of run.jsonl is no step"):
-            read_log(path)
+    with pytest.raises(ValueError, match="a folder; expected a file of JSON lines"):
+        read_log(tmp_path)
+    path.write_text("PK\x03\x04 nonsense\n[1, 2]\n")
+    with pytest.raises(ValueError, match="run.jsonl is no log: its first line is"):
+        read_log(path)
+
+
+@pytest.mark.parametrize("bad", ["{", "7", "[]", '{"loss": 1}', '"n"', '{"n": "a"}', '{"n": null}', '{"n": 1, "lo{"n": 1, "loss": 2}', "[" * 9999])
+def test_torn_lines_before_whole_ones_are_left_out_and_told(tmp_path, bad):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"n": 0}\n' + bad + '\n{"n": 2}\n')
+    with pytest.warns(UserWarning, match="line 2 of run.jsonl cannot be read: .*; left out"):
+        assert [row["n"] for row in read_log(path)] == [0, 2]
+    with pytest.warns(UserWarning, match="line 2"), Log(path, start=3) as log:  # a resumed run goes on, and the file is whole again
+        log(step(3))
+    assert [row["n"] for row in read_log(path)] == [0, 2, 3]
+
+
+@few
+@given(st.integers(0, 400), st.integers(1, 9))
+def test_a_disk_that_is_full_for_a_moment_costs_no_line(tmp_path_factory, room, every):
+    "The file takes `room` bytes, then nothing for three writes, then all"
+    path = tmp_path_factory.mktemp("log") / "run.jsonl"
+    log = Log(path, every=every)
+    real, left, refused = log.file, [room], [0]
+
+    class Full:
+        name, fileno = real.name, real.fileno
+        close = real.close
+
+        def write(self, data):
+            if refused[0] == 3:
+                return real.write(data)
+            done = real.write(bytes(data[: left[0]])) if left[0] else 0
+            left[0] -= done
+            if not done:
+                refused[0] += 1
+                raise OSError(28, "No space left on device")
+            return done
+
+    log.file = Full()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with log:
+            for n in range(60):
+                log(step(n))
+                assert path.read_bytes()[-1:] in (b"", b"\n")  # no half line stays
+    assert [row["n"] for row in read_log(path)] == list(range(60))
+    assert len(told) == 3 and "run.jsonl cannot be written now (No space left on device)" in str(told[0].message)
+
+
+def test_what_a_full_disk_never_took_is_told(tmp_path):
+    log = Log(tmp_path / "run.jsonl", every=100)
+    log(step(0))
+    log.file = SimpleNamespace(name="run.jsonl", fileno=log.file.fileno, close=log.file.close,
+                               write=lambda data: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.warns(UserWarning, match="1 steps are missing at the end of run.jsonl"):
+        log.__exit__()
 
 
 @few

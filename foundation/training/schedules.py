@@ -11,15 +11,18 @@ import math
 import torch
 from torch import Tensor
 
+from ..core.checks import check_number, check_whole
+
 # %% ../../nbs/05_training/02_schedules.ipynb #65dcccd2
 def warmup_cosine(
     steps: int,
     warmup: int = 0,  # steps of linear rise
     end: float = 0.0,  # factor that the cosine falls towards
 ) -> Tensor:  # (steps,) factors from 0 to 1
-    "Linear warmup, then half a cosine."
-    if steps < 1 or not 0 <= warmup <= steps or not 0 <= end <= 1:
-        raise ValueError(f"got steps={steps}, warmup={warmup}, end={end}; expected steps >= 1, 0 <= warmup <= steps, 0 <= end <= 1")
+    "Linear warmup, then half a cosine. Raises `TypeError` for steps that are no whole numbers, `ValueError` for others that do not fit."
+    steps = check_whole(steps, "steps", 1)
+    warmup = check_whole(warmup, "warmup", 0, steps, why="steps of the rise, not a share of them")
+    end = check_number(end, "end", 0, 1)
     t = torch.arange(steps, dtype=torch.float64)
     rise = (t + 1) / max(warmup, 1)
     fall = end + (1 - end) * 0.5 * (1 + torch.cos(math.pi * (t - warmup) / max(steps - warmup, 1)))
@@ -30,8 +33,8 @@ def one_cycle(
     steps: int,
     warmup: float = 0.3,  # share of the steps spent rising
 ) -> Tensor:  # (steps,)
-    "Linear rise and linear fall to zero (after Smith 2018): short runs like it."
-    if steps < 1 or not 0 < warmup < 1:
-        raise ValueError(f"got steps={steps}, warmup={warmup}; expected steps >= 1 and 0 < warmup < 1")
+    "Linear rise and linear fall to zero (after Smith 2018): short runs like it. Raises `TypeError`, `ValueError`."
+    steps = check_whole(steps, "steps", 1)
+    warmup = check_number(warmup, "warmup", above=0, below=1, why="a share of the steps")
     t = (torch.arange(steps, dtype=torch.float64) + 1) / steps
     return torch.minimum(t / warmup, (1 - t) / (1 - warmup) + 1e-12).float()

@@ -13,10 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from ..core.checks import check_callable, check_number, check_sizes, check_whole, checked, got
 
 # %% ../../nbs/05_training/04_speed.ipynb #583a7ed9
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,6 +46,7 @@ class Throughput:
         return "\n".join(line(way, width, self.rate(way), self.ratio(way)) for way in self.seconds)
 
 # %% ../../nbs/05_training/04_speed.ipynb #cc3f1b23
+@checked
 def throughput(
     ways: Mapping[str, Callable],  # name -> a call without arguments; the first is the control
     items: int,  # that one call handles: images, tokens
@@ -51,10 +55,13 @@ def throughput(
     device: torch.device | str = "cpu",  # waited for before each reading of the clock
 ) -> Throughput:
     "Time several ways in turns. Raises `ValueError` for no ways, or for items, rounds or warmup that make no sense."
-    if not ways or items < 1 or rounds < 1 or warmup < 0:
-        raise ValueError(f"got {len(ways)} ways, items={items}, rounds={rounds}, warmup={warmup}; expected at least "
-                         "one way, items >= 1, rounds >= 1 and warmup >= 0")
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(torch.device(device).type, lambda: None)
+    check_sizes(items=items, rounds=rounds)
+    check_whole(warmup, "warmup", 0)
+    if not ways:
+        raise ValueError("got no ways; expected at least one, a name and a call without arguments")
+    for name, way in ways.items():
+        check_callable(way, f"the way {name!r}")
+    wait = _waiter(device)
     seconds = {name: [] for name in ways}
     for turn in range(-warmup, rounds):
         for name, way in ways.items():
@@ -65,6 +72,20 @@ def throughput(
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return Throughput(items, seconds)
+
+# %% ../../nbs/05_training/04_speed.ipynb #1eaf9bbb
+def _waiter(device):
+    "A call that waits until a device has done what it was told, so that the clock sees it"
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {got(device)}; expected 'cpu', 'cuda' or 'mps'") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
+    if not there():
+        raise ValueError(f"device is {str(device)!r}, which this machine does not have; expected 'cpu'")
+    if device.type == "cuda":
+        return partial(torch.cuda.synchronize, device)
+    return torch.mps.synchronize if device.type == "mps" else lambda: None
 
 # %% ../../nbs/05_training/04_speed.ipynb #f9ca5016
 class Kept:
@@ -79,12 +100,13 @@ class Kept:
         return self.peak / 1e6
 
 
+@checked
 @contextmanager
 def kept_for_backward(
     model: nn.Module | None = None,  # its parameters are there anyway and do not count
 ) -> Iterator[Kept]:
     "Count the bytes kept for backward passes inside the block: exact, and the same on any device."
-    kept = Kept({p.untyped_storage().data_ptr() for p in model.parameters()} if model else set())
+    kept = Kept({p.untyped_storage().data_ptr() for p in model.parameters()} if model is not None else set())
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Holder(kept, tensor), lambda holder: holder.tensor):
         yield kept
 
@@ -93,9 +115,12 @@ class _Holder:
     "One reason to keep a tensor; bytes that two reasons share count once"
 
     def __init__(self, kept, tensor):
-        storage = tensor.untyped_storage()
-        self.kept, self.tensor, self.place = kept, tensor, tensor.data_ptr()
-        self.size = 0 if storage.data_ptr() in kept.own else min(tensor.nbytes, storage.nbytes())
+        self.kept, self.tensor = kept, tensor
+        if tensor.layout == torch.strided:
+            storage, self.place = tensor.untyped_storage(), tensor.data_ptr()
+            self.size = 0 if storage.data_ptr() in kept.own else min(tensor.nbytes, storage.nbytes())
+        else:  # sparse: it has no storage of its own
+            self.place, self.size = id(tensor), sum(part.nbytes for part in _parts(tensor.detach()))
         kept.holders[self.place] += 1
         if kept.holders[self.place] == 1:
             kept.now += self.size
@@ -106,6 +131,15 @@ class _Holder:
         if not self.kept.holders[self.place]:
             self.kept.now -= self.size
 
+# %% ../../nbs/05_training/04_speed.ipynb #66b16fb0
+def _parts(sparse):
+    "The dense tensors that a sparse one consists of"
+    if sparse.layout == torch.sparse_coo:
+        return sparse._indices(), sparse._values()
+    rows = sparse.layout in (torch.sparse_csr, torch.sparse_bsr)
+    places = ("crow_indices", "col_indices") if rows else ("ccol_indices", "row_indices")
+    return *(getattr(sparse, place)() for place in places), sparse.values()
+
 # %% ../../nbs/05_training/04_speed.ipynb #7a23a71e
 @dataclass
 class Peak:
@@ -113,12 +147,15 @@ class Peak:
     mb: float = float("nan")
 
 
+@checked
 @contextmanager
 def peak_memory(
     device: torch.device | str = "cpu",  # "cuda", or "cpu" for the resident memory of this process
     every: float = 0.002,  # seconds between readings on a CPU
 ) -> Iterator[Peak]:
     "The most memory that a block needs. Raises `ValueError` for other devices and where the system does not tell."
+    check_number(every, "every", above=0)
+    _waiter(device)
     device, peak = torch.device(device), Peak()
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {device.type!r}; expected 'cpu' or 'cuda', whose memory can be read")

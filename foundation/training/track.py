@@ -10,30 +10,36 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from numbers import Number
+from numbers import Real
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.basics import atomic_write
+from ..core.checks import check_whole, checked, got
 from ..core.plots import Picture, plot_curves
 from .loop import Step
 
 # %% ../../nbs/05_training/05_track.ipynb #103f5c04
 class Log(AbstractContextManager):
-    "Write steps as JSON lines: call it in the loop's body. Raises ValueError and TypeError for what cannot be logged."
+    """Write steps as JSON lines: call it in the loop's body. Raises ValueError and TypeError for what cannot be logged.
 
+    A disk that is full for a moment costs a warning: the lines wait, and none is left half written."""
+
+    @checked
     def __init__(
         self,
         path: Path | str,  # folders are made
         every: int = 20,  # steps that are read from the device and written at once
         start: int = 0,  # lines of this step and later ones go: a resumed run writes them again
     ):
-        if every < 1 or start < 0:
-            raise ValueError(f"got every={every}, start={start}; expected every >= 1 and start >= 0")
+        check_whole(every, "every", 1)
+        check_whole(start, "start", 0)
         self.path, self.every, self.rows, self.began = Path(path), every, [], time.perf_counter()
         self._open(start)
 
@@ -45,8 +51,9 @@ class Log(AbstractContextManager):
 
     def flush(self) -> None:
         "Read what is waiting and write it."
-        rows, self.rows = self.rows, []
-        self._write([{name: v.item() if hasattr(v, "item") else v for name, v in row.items()} for row in rows])
+        self.rows = [{name: v.item() if hasattr(v, "item") else v for name, v in row.items()} for row in self.rows]
+        if self._write(self.rows):
+            self.rows = []
 
     def __exit__(self, *_):
         self.flush()
@@ -57,16 +64,32 @@ class Log(AbstractContextManager):
         self.file = open(self.path, "ab", buffering=0)  # "a": each write goes to the end, whole
 
     def _write(self, rows):
-        self.file.write("".join(map(_line, rows)).encode())
+        return _append(self.file, "".join(map(_line, rows)).encode())
 
     def _close(self):
+        if self.rows:
+            warnings.warn(f"{len(self.rows)} steps are missing at the end of {self.path.name}: "
+                          "the disk was full to the last", stacklevel=3)
         os.fsync(self.file.fileno())
         self.file.close()
 
 # %% ../../nbs/05_training/05_track.ipynb #1958033c
+def _append(file, data):
+    "Write all or nothing; whether it was all, and a warning if it was nothing"
+    before, left = os.fstat(file.fileno()).st_size, memoryview(data)
+    try:
+        while left:  # a disk that is nearly full takes a part
+            left = left[file.write(left):]
+    except OSError as error:
+        os.ftruncate(file.fileno(), before)
+        warnings.warn(f"{Path(file.name).name} cannot be written now ({error.strerror}); its last steps wait", stacklevel=5)
+        return False
+    return True
+
+
 def _row(step, more, seconds):
     "What is known of a step; tensors stay where they are, without their graph"
-    if wrong := [f"{name} is {type(value).__name__}" for name, value in more.items() if not _is_number(value)]:
+    if wrong := [f"{name} is {got(value)}" for name, value in more.items() if not _is_number(value)]:
         raise TypeError(f"{wrong[0]}; expected a number or a tensor with one entry")
     extra = {name: value for name, value in step.extra.items() if _is_number(value)}
     known = extra | dict(n=step.n, loss=step.loss, lr=step.lr, grad_norm=step.grad_norm, seconds=seconds) | more
@@ -74,14 +97,17 @@ def _row(step, more, seconds):
 
 
 def _is_number(value):
-    "A number, or a tensor or array with one entry"
-    return isinstance(value, Number) or (hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1)
+    "A real number, or a tensor or array with one entry"
+    if hasattr(value, "item") and not isinstance(value, np.generic):
+        kind = value.is_complex() if isinstance(value, Tensor) else getattr(value, "dtype", None) in (None, object)
+        return math.prod(getattr(value, "shape", (0,))) == 1 and not kind
+    return isinstance(value, (Real, np.bool_))
 
 
 def _line(row):
     "JSON has no NaN and no infinity; null stands for them"
-    known = {name: value if math.isfinite(value) else None for name, value in row.items()}
-    return json.dumps(known, ensure_ascii=False) + "\n"
+    known = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(known, ensure_ascii=False, default=float) + "\n"
 
 
 def _drop_lines(path, start):
@@ -89,39 +115,54 @@ def _drop_lines(path, start):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         return
-    whole, kept = path.read_bytes(), "".join(_line(row) for row in read_log(path) if row["n"] < start).encode()
+    kept = "".join(_line(row) for row in read_log(path) if row["n"] < start).encode()
+    whole = path.read_bytes()
     if whole != kept:
         for place, lines in ((path.with_name(path.name + ".old"), whole), (path, kept)):
             with atomic_write(place) as file:
                 file.write(lines)
 
 # %% ../../nbs/05_training/05_track.ipynb #41bd384a
+@checked
 def read_log(
     path: Path | str,
 ) -> list[dict]:  # one for each line; NaN for what was not finite
-    "Read a file of JSON lines. A torn last line is left out; one in the middle raises `ValueError` with its number."
+    """Read a file of JSON lines. A torn last line is left out; torn lines before whole ones too, with a warning.
+
+    Raises `FileNotFoundError` where there is no file, `ValueError` for one that holds no step at all."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path.name} is a folder; expected a file of JSON lines, as `Log` writes them")
     if not path.exists():
         raise FileNotFoundError(f"there is no log at {path.name}; `Log` makes one")
-    *lines, torn = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({name: math.nan if value is None else value for name, value in row.items()})
-            row["n"]
-        except (ValueError, AttributeError, TypeError, KeyError):
-            what = f"line {number} of {path.name} is no step: {line[:40]!r}"
-            raise ValueError(f"{what}; delete it to read the rest") from None
-    return rows
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = [_parsed(line) for line in lines]
+    torn = [number for number, row in enumerate(rows, 1) if row is None]
+    if torn and len(torn) == len(rows):
+        raise ValueError(f"{path.name} is no log: its first line is {lines[0][:40]!r}; expected JSON lines, as `Log` writes them")
+    if torn:
+        which = f"line {torn[0]}" if len(torn) == 1 else f"{len(torn)} lines, the first is line {torn[0]},"
+        warnings.warn(f"{which} of {path.name} cannot be read: {lines[torn[0] - 1][:40]!r}; left out", stacklevel=3)
+    return [row for row in rows if row is not None]
 
 
+def _parsed(line):
+    "The step in a line; None if it is none"
+    try:
+        row = json.loads(line)
+        row = {name: math.nan if value is None else value for name, value in row.items()}
+        return row if row["n"] >= 0 else None
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return None
+
+
+@checked
 def curve(
-    rows: list[dict],  # as `read_log` gives them
+    rows: Sequence[dict],  # as `read_log` gives them
     name: str = "loss",
 ) -> tuple[Tensor, Tensor]:  # steps (k,), values (k,), of the rows that have it
     "One column of a log. Raises `ValueError` for a name that no row has."
-    own = [(row["n"], float(row[name])) for row in rows if name in row]
+    own = [(row["n"], float(row[name])) for row in rows if isinstance(row.get(name), (int, float))]
     if not own:
         names = sorted({key for row in rows for key in row})
         raise ValueError(f"no step has {name!r}; there are: {', '.join(names) or 'none'}")
@@ -129,6 +170,7 @@ def curve(
     return torch.tensor(n), torch.tensor(values, dtype=torch.float64)
 
 # %% ../../nbs/05_training/05_track.ipynb #c1e45cd1
+@checked
 def plot_log(
     runs: Mapping[str, Path | str] | Path | str,  # name -> file; or one file alone
     name: str = "loss",  # which column
@@ -138,9 +180,10 @@ def plot_log(
     **look,  # as for `plot_curves`: size, yscale="log" …
 ) -> Picture:
     "One column of one or more runs over the steps. Raises `ValueError` for smooth below 1 or a column that is missing."
-    if smooth < 1:
-        raise ValueError(f"smooth is {smooth}; expected a number of values, 1 or more")
+    check_whole(smooth, "smooth", 1)
     runs = {"": runs} if isinstance(runs, (str, Path)) else runs
+    if not runs:
+        raise ValueError("got no runs; expected a file, or a name and a file for each")
     found = {str(run): curve(read_log(path), name) for run, path in runs.items()}
     shown = {run: _smoothed(values, smooth) for run, (_, values) in found.items()}
     ends = "; ".join(f"{run or name} ends at {values[-1]:.3g}" for run, values in shown.items())
@@ -174,6 +217,7 @@ class TensorBoard(Log):
             for name, value in row.items():
                 self.writer.add_scalar(name, value, row["n"])
         self.writer.flush()
+        return True
 
     def _close(self):
         self.writer.close()
