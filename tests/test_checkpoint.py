@@ -14,10 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from foundation.core.basics import seed_everything
 from foundation.data.batches import endless
-from foundation.training.checkpoint import BadCheckpoint, load_checkpoint, save_checkpoint
+from foundation.training import checkpoint
+from foundation.training.checkpoint import (
+    BadCheckpoint, _encode, fingerprint, load_checkpoint, read_checkpoint, restore, resumable, save_checkpoint, snapshot,
+)
 from foundation.training.loop import adamw, classify, train
 
 # Killed ----------------------------------------------------------------------------------------------------------------
@@ -248,6 +252,336 @@ def test_moments_come_back_in_the_layout_of_the_weights(tmp_path, fused):
     load_checkpoint(tmp_path / "run", net, opt)
     assert opt.state[net.weight]["exp_avg"].stride() == net.weight.stride()
     assert torch.equal(steps(net, opt), want)
+
+
+# By name ---------------------------------------------------------------------------------------------------------------
+
+class Two(nn.Module):
+    "Two layers of one shape, or of two; which is made first is the only difference"
+
+    def __init__(self, turned=False, k=8, h=None):
+        super().__init__()
+        makers = dict(first=lambda: nn.Linear(6, k), second=lambda: nn.Linear(k, h or k))
+        for name in sorted(makers, reverse=turned):
+            setattr(self, name, makers[name]())
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def same_weights(net):
+    "Weights that depend on the names alone"
+    for name, p in net.named_parameters():
+        nn.init.normal_(p, generator=torch.Generator().manual_seed(len(name) + p.numel()), std=0.3)
+    return net
+
+
+def moments(net, opt):
+    return {name: {k: v.clone() for k, v in opt.state[p].items() if isinstance(v, torch.Tensor)} for name, p in net.named_parameters()}
+
+
+KINDS = [("AdamW", dict(fused=True)), ("AdamW", dict(foreach=True)), ("SGD", dict(momentum=0.9)), ("Adam", dict(amsgrad=True)), ("RMSprop", dict(centered=True, momentum=0.5)),
+         ("Adagrad", {}), ("Adadelta", {}), ("Adamax", {}), ("NAdam", {}), ("RAdam", {}), ("Rprop", {}), ("ASGD", {}), ("Adafactor", {})]
+
+
+@pytest.mark.parametrize("kind, options", KINDS)
+@pytest.mark.parametrize("h", [8, 32])
+@pytest.mark.parametrize("kept_in", [torch.float32, torch.bfloat16])
+def test_each_moment_goes_to_the_weight_of_its_name_whatever_the_order(tmp_path, kind, options, h, kept_in):
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).to(kept_in)
+    y = torch.arange(40) % 8
+    make = lambda turned: same_weights(Two(turned, h=h).to(kept_in))
+    build = lambda net, back=False: getattr(torch.optim, kind)([*net.parameters()][:: -1 if back else 1], lr=0.01, **options)
+
+    def run(net, opt, start, stop):
+        batches = endless(x, y, batch_size=10, start=start)
+        return [float(step.loss) for step in train(net, batches, classify, opt, steps=stop, start=start)]
+
+    net = make(False)
+    opt = build(net)
+    straight = run(net, opt, 0, 6)
+    net = make(False)
+    opt = build(net)
+    run(net, opt, 0, 3)
+    save_checkpoint(tmp_path / "run", net, opt, 3)
+    want = moments(net, opt)
+    for turned, back in ((True, False), (False, True), (True, True)):
+        net = make(turned)
+        opt = build(net, back)
+        assert load_checkpoint(tmp_path / "run", net, opt)[0] == 3
+        for name, values in moments(net, opt).items():
+            assert values.keys() == want[name].keys()
+            assert all(torch.equal(v, want[name][k]) and v.dtype == want[name][k].dtype for k, v in values.items()), name
+        assert run(net, opt, 3, 6) == straight[3:]
+
+
+def two_groups(net, order=(0, 1), move=()):
+    "Weights and biases with settings of their own"
+    groups = [dict(params=[p for n, p in net.named_parameters() if ("bias" in n) == bool(g) ^ (n in move)], lr=0.1 * (g + 1), weight_decay=g) for g in (0, 1)]
+    return torch.optim.AdamW([groups[i] for i in order])
+
+
+def test_settings_follow_their_group_and_a_weight_in_another_group_is_refused(tmp_path):
+    net = Two()
+    save_checkpoint(tmp_path / "run", net, two_groups(net), 1)
+    opt = two_groups(net, order=(1, 0))
+    load_checkpoint(tmp_path / "run", net, opt)
+    assert [(g["lr"], g["weight_decay"]) for g in opt.param_groups] == [(0.2, 1), (0.1, 0)]
+    with pytest.raises(BadCheckpoint, match="run is of another optimizer: AdamW of .*"):
+        load_checkpoint(tmp_path / "run", net, two_groups(net, move=("first.bias",)))
+    with pytest.raises(BadCheckpoint, match="first.bias is in another group|second.weight is in another group|of another optimizer"):
+        load_checkpoint(tmp_path / "run", net, two_groups(net, move=("first.bias", "second.weight")))
+
+
+@pytest.mark.parametrize("spoil", [lambda v: v[:1], lambda v: v.flatten(), lambda v: v.double(), lambda v: v.half()])
+def test_a_moment_that_is_not_as_its_weight_is_refused(tmp_path, spoil):
+    "However it came into the file: a fused optimizer would write beyond the end"
+    net = Two()
+    opt = torch.optim.AdamW(net.parameters(), fused=True)
+    go_on(net, opt)
+    tensors, about = snapshot(net, opt)
+    tensors["opt.first.weight.exp_avg"] = spoil(tensors["opt.first.weight.exp_avg"]).contiguous()
+    (tmp_path / "run").write_bytes(_encode(tensors, about | dict(step=1, notes={})))
+    before = everything(net, opt)
+    with pytest.raises(BadCheckpoint, match="run cannot be used: exp_avg of first.weight is a tensor of .*, and the weight is a tensor of float32, shape"):
+        load_checkpoint(tmp_path / "run", net, opt)
+    after = everything(net, opt)
+    assert all(map(torch.equal, before[0], after[0])) and before[1:2] == after[1:2]
+
+
+def go_on(net, opt, n=3):
+    for _ in range(n):
+        opt.zero_grad()
+        net(torch.ones(4, 6)).square().mean().backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("change", [
+    dict(rng=torch.zeros(3, dtype=torch.uint8)), dict(python=[3, [1, 2], None]), dict(python=None), dict(numpy=["MT19937", [1], 0, 0, 0.0]),
+])
+def test_random_states_that_do_not_fit_are_refused_and_nothing_is_changed(tmp_path, change):
+    net, opt = fresh()
+    tensors, about = snapshot(net, opt)
+    if "rng" in change:
+        tensors["rng.cpu"] = change["rng"]
+    about["random"] |= {k: v for k, v in change.items() if k != "rng"}
+    (tmp_path / "run").write_bytes(_encode(tensors, about | dict(step=1, notes={})))
+    net, opt = fresh(1)
+    before = everything(net, opt)
+    with pytest.raises(BadCheckpoint, match="run cannot be used: its random states do not fit"):
+        load_checkpoint(tmp_path / "run", net, opt)
+    after = everything(net, opt)
+    assert all(map(torch.equal, before[0], after[0])) and torch.equal(before[2], after[2])
+
+
+def test_a_parameter_outside_the_model_is_refused_by_files_and_kept_by_snapshots(tmp_path):
+    net, outside = Two(), nn.Parameter(torch.ones(4))
+    opt = torch.optim.SGD([*net.parameters(), outside], lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=r"trains parameter 4 of group 0, outside the model, shape \(4,\); a checkpoint finds each by its name"):
+        save_checkpoint(tmp_path / "run", net, opt, 1)
+    with pytest.raises(ValueError, match="no parameter of this model; expected the optimizer that was made for it"):
+        save_checkpoint(tmp_path / "run", Two(), opt, 1)
+    assert not list(tmp_path.iterdir())
+    state = snapshot(net, opt)
+    outside.grad = torch.ones(4)
+    opt.step()
+    restore(state, net, opt)
+    assert torch.equal(outside, torch.ones(4)) and not opt.state[outside].get("momentum_buffer", torch.zeros(1)).any()
+
+
+def test_a_checkpoint_by_place_is_refused(tmp_path):
+    "As an earlier version wrote it"
+    import hashlib
+
+    from safetensors.torch import save
+
+    net, opt = fresh()
+    go(net, opt, 0, stop=2)
+    tensors = {f"model.{k}": v for k, v in net.state_dict().items()} | {"rng.cpu": torch.get_rng_state()}
+    tensors |= {f"opt.{i}.{k}": v for i, values in opt.state_dict()["state"].items() for k, v in values.items()}
+    text = json.dumps(dict(optimizer="AdamW", groups=opt.state_dict()["param_groups"], scalars={}, random={}, step=2, notes={}))
+    h = hashlib.sha256(text.encode())
+    for name, t in sorted(tensors.items()):
+        h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        h.update(t.flatten().view(torch.uint8).numpy())
+    (tmp_path / "run").write_bytes(save(tensors, dict(checkpoint=f"{h.hexdigest()} {text}")))
+    with pytest.raises(BadCheckpoint, match="run: written by an earlier version, which kept the optimizer's state by place.*delete it to start anew"):
+        load_checkpoint(tmp_path / "run", *fresh())
+
+
+# What the state dict does not show ---------------------------------------------------------------------------------------
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+        self.register_buffer("n", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        self.n += 1
+        return x * self.w + self.n
+
+
+def count_on(net, opt, start, stop):
+    one = torch.ones(1)
+    for step in train(net, [one] * 9, lambda m, x: ((m(x) - 2).square().sum(), {}), opt, steps=stop, start=start):
+        pass
+    return net.w.item(), net.n.item()
+
+
+def test_buffers_outside_the_state_dict_go_on(tmp_path):
+    make = lambda: (net := Counts(), torch.optim.SGD(net.parameters(), lr=0.05))
+    whole = count_on(*make(), 0, 6)
+    net, opt = make()
+    count_on(net, opt, 0, 3)
+    save_checkpoint(tmp_path / "run", net, opt, 3)
+    net, opt = make()
+    load_checkpoint(tmp_path / "run", net, opt)
+    assert count_on(net, opt, 3, 6) == whole
+    state, before = snapshot(net, opt), (net.w.item(), net.n.item())
+    count_on(net, opt, 0, 3)
+    restore(state, net, opt)
+    assert (net.w.item(), net.n.item()) == before
+
+
+class Tied(nn.Module):
+    def __init__(self, tied=True, late=False):
+        super().__init__()
+        self.words = nn.Embedding(7, 5)
+        self.out = nn.Linear(5, 7, bias=False)
+        self.again = self.middle = nn.Linear(5, 5)  # used twice
+        if tied:
+            self.out.weight = self.words.weight
+
+    def forward(self, x):
+        return self.out(self.again(self.middle(self.words(x)).relu()))
+
+
+def read_on(net, opt, start, stop):
+    tokens = torch.arange(56).view(8, 7) % 7
+    for step in train(net, [tokens] * 9, lambda m, t: (nn.functional.cross_entropy(m(t).flatten(0, 1), t.roll(1, 1).flatten()), {}), opt, steps=stop, start=start):
+        pass
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def test_tied_and_twice_used_weights_are_held_once_and_stay_tied(tmp_path):
+    def make(seed=0, **options):
+        torch.manual_seed(seed)
+        net = Tied(**options)
+        return net, torch.optim.AdamW(net.parameters(), lr=0.01)
+
+    whole = read_on(*make(), 0, 6)
+    net, opt = make()
+    read_on(net, opt, 0, 3)
+    save_checkpoint(tmp_path / "run", net, opt, 3)
+    held = read_checkpoint(tmp_path / "run")
+    assert {k for k in held.tensors if k.startswith("model.")} == {f"model.{k}" for k, _ in net.named_parameters()}
+    assert held.about["shared"] == {"out.weight": "words.weight", "middle.weight": "again.weight", "middle.bias": "again.bias"}
+    net, opt = make(seed=1)
+    load_checkpoint(tmp_path / "run", net, opt)
+    assert net.out.weight is net.words.weight and torch.equal(read_on(net, opt, 3, 6), whole)
+    with pytest.raises(BadCheckpoint, match="another model: out.weight is the same as words.weight there and"):
+        load_checkpoint(tmp_path / "run", *make(tied=False))
+    save_checkpoint(tmp_path / "free", *make(tied=False), 1)
+    with pytest.raises(BadCheckpoint, match="and the same as words.weight here"):
+        load_checkpoint(tmp_path / "free", *make())
+
+
+def weight_normed():
+    return nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+
+
+def pruned():
+    net = nn.Linear(6, 3)
+    prune.l1_unstructured(net, "weight", 0.5)
+    return net
+
+
+def spectral():
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("layer", [weight_normed, pruned, spectral, lambda: nn.utils.weight_norm(nn.Linear(6, 3))])
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_parametrized_layers_go_on_to_the_last_bit(tmp_path, layer):
+    def make():
+        torch.manual_seed(0)
+        net = nn.Sequential(layer())
+        return net, torch.optim.AdamW(net.parameters(), lr=0.05)
+
+    def run(net, opt, start, stop):
+        x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+        for step in train(net, [(x, torch.arange(30) % 3)] * 9, classify, opt, steps=stop, start=start):
+            pass
+        return [v.clone() for v in net.state_dict().values()]
+
+    whole = run(*make(), 0, 6)
+    net, opt = make()
+    run(net, opt, 0, 3)
+    save_checkpoint(tmp_path / "run", net, opt, 3)
+    net, opt = make()
+    load_checkpoint(tmp_path / "run", net, opt)
+    assert all(map(torch.equal, run(net, opt, 3, 6), whole))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda net: torch.compile(nn.DataParallel(net))])
+@pytest.mark.parametrize("part", [False, True])
+def test_a_wrapped_model_and_a_plain_one_read_each_others_files(tmp_path, wrap, part):
+    def make(wrapped, seed):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        if wrapped and part:
+            net[2] = torch.compile(net[2])
+        net = wrap(net) if wrapped else net
+        return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+    for there, here in ((True, False), (False, True)):
+        net, opt = make(there, 0)
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+        save_checkpoint(tmp_path / f"run{there}", net, opt, 1)
+        other, its = make(here, 1)
+        load_checkpoint(tmp_path / f"run{there}", other, its)
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q) and torch.equal(opt.state[p]["momentum_buffer"], its.state[q]["momentum_buffer"])
+
+
+def test_what_is_no_plain_tensor_is_refused(tmp_path):
+    net = nn.Linear(2, 2)
+    net.register_buffer("few", torch.eye(3).to_sparse())
+    with pytest.raises(TypeError, match="few is a tensor without contents, or of another kind; expected a plain tensor"):
+        save_checkpoint(tmp_path / "run", net, torch.optim.SGD(net.parameters(), lr=1), 1)
+
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"seen": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    net = Extra(2, 2)
+    with pytest.raises(TypeError, match="_extra_state is a dict; expected a plain tensor"):
+        save_checkpoint(tmp_path / "run", net, torch.optim.SGD(net.parameters(), lr=1), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_snapshots_are_copies_and_say_what_does_not_fit():
+    net, opt = fresh()
+    go(net, opt, 0, stop=2)
+    state, draw = snapshot(net, opt), torch.rand(3)
+    kept = {k: v.clone() for k, v in state.tensors.items()}
+    before = everything(net, opt)
+    torch.rand(5)
+    go(net, opt, 0, stop=5)
+    assert all(torch.equal(v, kept[k]) for k, v in state.tensors.items())
+    restore(state, net, opt)
+    assert torch.equal(torch.rand(3), draw)
+    restore(state, net, opt)
+    after = everything(net, opt)
+    assert all(map(torch.equal, before[0], after[0])) and before[1] == after[1]
+    with pytest.raises(BadCheckpoint, match="the snapshot is of another model"):
+        restore(state, Two(), opt)
 
 
 # Damage ----------------------------------------------------------------------------------------------------------------

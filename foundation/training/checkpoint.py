@@ -105,8 +105,9 @@ def restore(state: Snapshot, model: nn.Module, opt: torch.optim.Optimizer) -> No
     opt.load_state_dict(dict(state={i: moments[name] for i, name in enumerate(order) if name in moments}, param_groups=groups))
     for name, p in zip(order, (p for group in opt.param_groups for p in group["params"])):
         for key, v in moments.get(name, {}).items():  # in kind and memory layout as they were: a fused optimizer looks at neither
-            if isinstance(v, Tensor) and v.shape == p.shape and key != "step":
-                opt.state[p][key] = torch.empty_like(p, dtype=v.dtype).copy_(v)
+            if isinstance(v, Tensor) and key != "step":
+                like = p if v.shape == p.shape else v.to(opt.state[p][key].device)
+                opt.state[p][key] = torch.empty_like(like, dtype=v.dtype).copy_(v)
     _restore_random(tensors, about["random"])
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #27af6140
@@ -374,7 +375,7 @@ def _check_moments(name, state, opt, names):
                                     f"{'is missing' if p is None else 'is ' + got(p.detach())}")
 
 
-_OWN_SHAPES = ("step", "row_var", "col_var", "mu_product", "eta", "ax")
+_OWN_SHAPES = ("step", "row_var", "col_var", "mu_product", "mu", "eta", "ax")
 
 
 def _check_luck(name, state):
@@ -384,7 +385,7 @@ def _check_luck(name, state):
         version, words, gauss = state.about["random"]["python"]
         random.Random().setstate((version, tuple(words), gauss))
         np.random.RandomState().set_state(tuple(state.about["random"]["numpy"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise BadCheckpoint(f"{name} cannot be used: its random states do not fit ({str(error).splitlines()[0]})") from None
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #2c8d029b
