@@ -38,7 +38,7 @@ def test_picture(name):
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("alt", ["", " \n", None])
 def test_no_picture_without_words(name, alt):
-    with pytest.raises(ValueError, match="alt is .* say in one sentence"):
+    with pytest.raises((TypeError, ValueError), match="alt is .* say in one sentence|alt is None; expected a string"):
         EACH[name](np.random.default_rng(1), alt)
 
 
@@ -50,7 +50,7 @@ def test_no_picture_without_words(name, alt):
     (lambda a: plot_curves({"x": np.ones((2, 3, 4))}, alt=a), "expected 1 or 2 dimension"),
     (lambda a: plot_curves({"x": [1, 2, 3]}, x=[1, 2], alt=a), "x has 2 values and the curve 'x' has 3"),
     (lambda a: plot_curves({"x": [1, 2]}, x={"y": [1, 2]}, alt=a), "x has no values for the curve 'x'"),
-    (lambda a: plot_curves({"x": np.ones((2, 3))}, interval="iqr", alt=a), 'expected "sd" or "bootstrap"'),
+    (lambda a: plot_curves({"x": np.ones((2, 3))}, interval="iqr", alt=a), "interval is 'iqr'; expected one of 'sd', 'bootstrap'"),
     (lambda a: plot_curves({i: [1, 2] for i in range(8)}, alt=a), "at most 7"),
     (lambda a: plot_bars([1, 2], alt=a), "map a name"),
     (lambda a: plot_bars({"x": float("nan")}, alt=a), "NaN"),
@@ -68,7 +68,7 @@ def test_no_picture_without_words(name, alt):
     (lambda a: show_images(torch.empty(0, 1, 5, 5), alt=a), "empty"),
     (lambda a: show_images(torch.ones(300, 1, 2, 2), alt=a), "at most 256"),
     (lambda a: show_images(torch.ones(3, 1, 2, 2), titles=["a"], alt=a), "titles must be 3 labels"),
-    (lambda a: show_images(torch.ones(3, 1, 2, 2), columns=0, alt=a), "at least one image"),
+    (lambda a: show_images(torch.ones(3, 1, 2, 2), columns=0, alt=a), "columns is 0; expected a whole number from 1"),
 ])
 def test_bad_input_in_one_sentence(call, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -111,3 +111,90 @@ def test_draw_panels_and_save(tmp_path):
     picture = draw(lambda axes: [ax.plot([0, 1]) for ax in axes], alt="Two lines.", panels=2, ylim=(0, 2))
     assert picture.save(tmp_path / "two.png").read_bytes() == picture.png
     assert re.search(rf'width="{picture.width}"', picture.html())
+
+
+# Names that somebody wrote ----------------------------------------------------------------------------------------------
+
+ODD = ["$$", "$^$", "$\\foo$", "costs $5 and $6", "$", "\\$", "_hidden", "", "a\nb", "x" * 5000, "\udcff", "%s {} {0}", "<b>", "`"]
+NAMED = {
+    "curves": lambda name: plot_curves({name: [1, 2], "b": [2, 1]}, alt="a"),
+    "bars": lambda name: plot_bars({name: 1, "b": [1, 2]}, alt="a"),
+    "rows": lambda name: plot_matrix(np.eye(2), rows=[name, "b"], columns=["b", name], alt="a"),
+    "points": lambda name: plot_points(np.eye(2), [0, 1], names=[name, "b"], alt="a"),
+    "labels of points": lambda name: plot_points(np.eye(2), [name, "b"], alt="a"),
+    "images": lambda name: show_images(np.ones((2, 4, 4)), titles=[name, "b"], alt="a"),
+    "title": lambda name: plot_curves([1, 2], title=name, xlabel=name, ylabel=name, alt="a"),
+    "title of images": lambda name: show_images(np.ones((2, 4, 4)), title=name, alt="a"),
+    "a form": lambda name: plot_bars({"a": 1}, form=name.replace("{", "{{").replace("}", "}}") + "{:.2f}$", alt="a"),
+}
+
+
+@pytest.mark.parametrize("place", NAMED)
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_no_name_breaks_a_picture(place):
+    for name in ODD:
+        assert max(NAMED[place](name).pixels.shape) < 15_000
+
+
+def shown(monkeypatch, make):
+    "The texts of a picture as matplotlib draws them, and whether it took them for a formula"
+    from matplotlib.text import Text
+    seen, really = [], Text._preprocess_math
+    monkeypatch.setattr(Text, "_preprocess_math", lambda self, s: seen.append(really(self, s)) or seen[-1])
+    make()
+    return seen
+
+
+@pytest.mark.parametrize("place", [p for p in NAMED if p != "a form"])
+@pytest.mark.parametrize("name", ["costs $5 and $6", "$$", "$^$", "_hidden", "a$b"])
+def test_dollars_are_dollars(monkeypatch, place, name):
+    texts = shown(monkeypatch, lambda: NAMED[place](name))
+    assert any(text == name and not formula for text, formula in texts) and not any(formula for text, formula in texts if "$" in text)
+
+
+def test_powers_of_ten_are_still_set_as_such(monkeypatch):
+    texts = shown(monkeypatch, lambda: plot_curves([1, 10, 1e5], yscale="log", alt="a"))
+    assert any(formula and "10" in str(text) for text, formula in texts)
+
+
+def test_two_names_that_read_alike_are_refused():
+    for call in (lambda: plot_bars({1: 2, "1": 3}, alt="a"), lambda: plot_curves({1: [1, 2], "1": [2, 3]}, alt="a")):
+        with pytest.raises(ValueError, match="two names read alike"):
+            call()
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: plot_curves([1 + 2j, 3], alt="a"), "must be numbers"), (lambda: plot_curves(torch.ones(2, dtype=torch.complex64), alt="a"), "must be numbers"),
+    (lambda: plot_curves(["1", "2"], alt="a"), "must be numbers"), (lambda: plot_curves(np.array(["1", "2"]), alt="a"), "must be numbers"),
+    (lambda: plot_curves([10**400], alt="a"), "must be numbers|NaN or infinite"), (lambda: plot_curves([1, 2], alt="a", colour=3), "the axes refuse"),
+    (lambda: plot_curves([1, 2], alt="a", size=(0, 1)), "a side in size is 0"), (lambda: plot_curves([1, 2], alt="a", size=(1e6, 1)), "a side in size"),
+    (lambda: plot_bars({"a": 1}, form="{:d}", alt="a"), "form is '{:d}'"), (lambda: plot_bars({"a": 1}, form="{x}", alt="a"), "form is '{x}'"),
+    (lambda: plot_bars({"a": 1}, interval="iqr", alt="a"), "interval is 'iqr'"), (lambda: plot_bars({"a": 1}, intervals=3, alt="a"), "0 intervals for 1"),
+    (lambda: plot_matrix(np.ones((100, 100)), form="{}", alt="a"), "too many to write"), (lambda: plot_matrix(np.eye(2), limits=(1, 1), alt="a"), "low < high"),
+    (lambda: plot_matrix(np.eye(2), rows=iter("abc"), alt="a"), "2 labels"), (lambda: plot_points(np.eye(2), [0.5, np.nan], alt="a"), "NaN"),
+    (lambda: plot_points(np.eye(2), limit=0, alt="a"), "limit is 0"), (lambda: plot_points(np.eye(2), [[0], [1, 2]], alt="a"), "labels must be"),
+    (lambda: show_images(3, alt="a"), "expected 3 or 4 dimension"), (lambda: show_images(torch.tensor(3.0), alt="a"), "expected 3 or 4"),
+    (lambda: plots.band([1, 2]), "expected 2 dimension"), (lambda: plots.band([[1, 2]]), "two seeds or more"),
+    (lambda: plots.encode(np.zeros((2, 2, 3))), "expected an array"), (lambda: plots.encode(np.zeros((2, 2, 3), np.uint8), colours=300), "colours is 300"),
+    (lambda: plots.Picture(np.zeros((2, 2), np.uint8), "a"), "expected an array"), (lambda: draw(None, alt="a"), "paint is None"),
+    (lambda: draw(print, alt="a", panels=0), "panels is 0")])
+def test_another_kind_of_argument_is_one_sentence(call, words):
+    with pytest.raises((TypeError, ValueError), match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cloud_shows_the_same_points_whatever_its_labels_are_made_of():
+    points = np.random.default_rng(0).random((30, 2))
+    labels = [np.arange(30) % 3, (np.arange(30) % 3).astype(np.uint8), torch.arange(30) % 3, (np.arange(30) % 3).tolist()]
+    assert len({plot_points(points, l, alt="a").png for l in labels}) == 1
+    assert plot_points(points, labels[0], names=np.array(["a", "b", "c"]), alt="a").png == plot_points(points, [*"abc"] * 10, alt="a").png
+
+
+def test_the_band_is_the_interval_it_says_it_is():
+    values = np.array([[1.0, 5], [2, 5], [6, 5]])
+    low, high = plots.band(values)
+    np.testing.assert_allclose([low, high], [[3 - 7**0.5, 5], [3 + 7**0.5, 5]])
+    draws = np.random.default_rng(1).normal(size=(400, 1))
+    low, high = plots.band(draws, "bootstrap")
+    assert low[0] < draws.mean() < high[0] and abs((high - low)[0] - 2 * 1.96 / 20) < 0.03

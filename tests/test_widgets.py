@@ -1,13 +1,16 @@
 """Dials without a notebook, and in a browser where there is one"""
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 
 from foundation.core import widgets
 from foundation.core.plots import draw, plot_curves
@@ -107,6 +110,64 @@ def test_not_live_outside_a_front_end(monkeypatch):
     monkeypatch.delenv("IN_TEST", raising=False)
     monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb")
     assert not widgets.live()  # no kernel, whatever the environment says
+
+
+def spread(spec):
+    return make_dial("n", spec).values
+
+
+@pytest.mark.parametrize("spec", [(0, 10**9), (0, 10**400), (0.0, 1e9, 0.001), (0.0, 1.0, 1e-300), range(10**9), itertools.count(), dict.fromkeys(range(2000))])
+def test_a_dial_is_counted_before_it_is_made(spec):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="more than 1,000 values"):
+            explore(lambda n: 1, n=spec)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("spec, want", [
+    ((1, 5), (1, 2, 3, 4, 5)), ((np.int64(1), np.int64(5)), (1, 2, 3, 4, 5)), ((np.int32(1), 5, np.uint8(2)), (1, 3, 5)), ((0, 10, 4), (0, 4, 8)),
+    ((torch.tensor(1), torch.tensor(3)), (1, 2, 3)), ((np.float32(0), np.float32(1), np.float32(0.5)), (0, 0.5, 1)), ((0.0, 1.0, 0.25), (0, 0.25, 0.5, 0.75, 1)),
+    ((0.0, 0.8), tuple(i / 10 for i in range(9))), ((0.1, 0.3, 0.1), (0.1, 0.2, 0.3))])
+def test_a_range_is_a_range_whatever_its_numbers_are_made_of(spec, want):
+    assert spread(spec) == want and all(type(v) in (int, float) for v in spread(spec))
+
+
+@pytest.mark.parametrize("low, high", [(1e-12, 1e-11), (0.0, 1e-200), (-1e-300, 1e-300), (1e-5, 9e-5), (1e6, 9e6), (0.5, 0.5000001)])
+def test_small_ranges_keep_their_values(low, high):
+    values = spread((low, high))
+    np.testing.assert_allclose(values, np.linspace(low, high, 9), rtol=1e-6, atol=(high - low) * 1e-6)
+    assert len(set(values)) == 9 and len(set(make_dial("n", (low, high)).labels)) == 9
+
+
+def test_labels_have_the_digits_that_tell_values_apart():
+    assert make_dial("n", [1.00001, 1.00002]).labels == ("1.00001", "1.00002")
+    assert make_dial("n", [0.1 + 0.2, 0.3]).labels == ("0.30000000000000004", "0.29999999999999999")
+    assert make_dial("n", [1 / 3, 0.5]).labels == ("0.3333", "0.5")
+    for same in ([1.0, 1.0], [1, 1.0], [float("nan")] * 2):
+        with pytest.raises(ValueError, match="all different"):
+            make_dial("n", same)
+
+
+def test_values_may_be_arrays_and_the_start_one_of_them():
+    values = {"a": np.arange(3), "b": torch.ones(2), "c": None}
+    assert make_dial("n", values, start=torch.ones(2)).start == 1 and make_dial("n", values, start=np.arange(3)).start == 0
+    with pytest.raises(ValueError, match="cannot start at a tensor"):
+        make_dial("n", values, start=torch.ones(1))
+    assert explore(lambda n: str(n), n=values).shown(0).count("[0 1 2]") == 1
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: explore(3, n=[1, 2]), "fn is 3; expected a function"), (lambda: explore(line, n=[1, 2], limit=0), "limit is 0"),
+    (lambda: explore(line, n=[1, 2], max_kb=-1), "max_kb is -1"), (lambda: make_dial(3, [1, 2]), "name is 3"), (lambda: make_dial("n", None), "is None"),
+    (lambda: widgets.overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3, 3), np.uint8)), "as many in both"), (lambda: widgets.padded([]), "one or more pictures"),
+    (lambda: widgets.padded([3]), "one or more pictures"), (lambda: widgets.debounced(print, -1), "seconds is -1")])
+def test_another_kind_of_argument_is_one_sentence(call, words):
+    with pytest.raises((TypeError, ValueError), match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,27 @@ __all__ = ['PALETTE', 'encode', 'Picture', 'render', 'draw', 'band', 'plot_curve
 import base64
 import html
 import io
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from .checks import check_callable, check_choice, check_number, check_whole, checked, got
+
 # %% ../../nbs/00_core/02_plots.ipynb #043caa89
 _CARD = "#ffffff"        # opaque, so that a picture is as legible on a dark page as on a light one
 _INK = "#1a1a1a"
 _DPI, _SCALE = 144, 1.5  # 1.5 picture pixels for each pixel of the page: sharp letters, still small
+
+
+def _check_pixels(
+    pixels,  # an array (h, w, 3) of bytes
+) -> None:
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise ValueError(f"pixels is {got(pixels)}; expected an array (h, w, 3) of bytes (uint8)")
 
 
 def _check_alt(
@@ -32,6 +42,7 @@ def _check_alt(
     return " ".join(alt.split())
 
 
+@checked
 def encode(
     pixels: np.ndarray,             # (h, w, 3) uint8
     keep: np.ndarray | None = None,  # (h, w) bool, the other pixels become transparent
@@ -39,6 +50,8 @@ def encode(
 ) -> bytes:                         # a PNG file
     "A PNG with a palette of few colours: four to ten times smaller than one in full colour."
     from PIL import Image
+    check_whole(colours, "colours", 1, 256 if keep is None else 255)
+    _check_pixels(pixels)
     image = Image.fromarray(pixels).quantize(colours, dither=Image.Dither.NONE)
     options = {}
     if keep is not None:
@@ -61,6 +74,7 @@ class Picture:
 
     def __post_init__(self):
         object.__setattr__(self, "alt", _check_alt(self.alt))
+        _check_pixels(self.pixels), check_number(self.scale, "scale", above=0), check_whole(self.colours, "colours", 1, 256)
 
     @cached_property
     def png(self) -> bytes:
@@ -100,6 +114,14 @@ _LOOK = {
 }
 
 
+def _plain(
+    text,  # a name, a token, a title: anything that somebody wrote
+) -> str:  # as matplotlib must have it to show just that
+    "Text as it is: two dollars make no formula, and what is endless is cut off."
+    text = str(text).encode("utf-8", "replace").decode()
+    return (text if len(text) <= 200 else text[:199] + "…").replace("$", r"\$")
+
+
 def render(
     figure,  # a matplotlib figure
 ) -> np.ndarray:  # (h, w, 3) uint8
@@ -111,27 +133,37 @@ def render(
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 # %% ../../nbs/00_core/02_plots.ipynb #b6e4aaba
+@checked
 def draw(
     paint: Callable,                         # called with the axes (a list of them when panels > 1)
     *,
     alt: str,                                # what the picture shows, in words
     title: str | None = None,                # above the picture
-    size: tuple[float, float] = (6.6, 3.2),  # inches; the page shows 96 pixels for each
+    size: tuple = (6.6, 3.2),                # (width, height) in inches; the page shows 96 pixels for each
     panels: int = 1,                         # axes side by side
     colours: int = 32,                       # more for pictures with many shades
     **labels,                                # any property of the axes: xlabel, ylabel, ylim, xscale...
 ) -> Picture:
-    "A picture of whatever `paint` draws, in the look of the course. Raises `ValueError` for an empty `alt`."
+    "A picture of whatever `paint` draws, in the look of the course. Raises `ValueError` for an empty `alt`, or a label that axes lack."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    _check_alt(alt)
+    _check_alt(alt), check_whole(panels, "panels", 1, 20), check_whole(colours, "colours", 1, 256)
+    if len(size) != 2: raise ValueError(f"size is {size}; expected (width, height) in inches")
+    size = [check_number(side, "a side in size", above=0, most=100, why="in inches") for side in size]
     with rc_context(_LOOK):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
-        for ax in axes: ax.set(**{k: v for k, v in labels.items() if v is not None})
-        if title: figure.suptitle(title, x=.01, ha="left", fontweight="bold")
+        for ax in axes: _set(ax, **labels)
+        if title: figure.suptitle(_plain(title), x=.01, ha="left", fontweight="bold")
         paint(axes[0] if panels == 1 else list(axes))
         return Picture(render(figure), alt, colours=colours)
+
+
+def _set(ax, **labels):
+    "Properties of the axes; text is shown as it is."
+    try: ax.set(**{k: _plain(v) if isinstance(v, str) and "label" in k else v for k, v in labels.items() if v is not None})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the axes refuse {', '.join(labels)}: {error}") from None
 
 # %% ../../nbs/00_core/02_plots.ipynb #a9a9d4a8
 PALETTE = {
@@ -150,9 +182,8 @@ def _numbers(
     ndims: Sequence[int],  # the dimensions that are welcome
 ) -> np.ndarray:         # float64, finite, not empty
     "Check that `values` can be drawn."
-    if hasattr(values, "detach"): values = values.detach().cpu().double().numpy()
-    try: array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError, RuntimeError):
+    try: array = np.asarray(_floats(values), dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError):
         raise ValueError(f"{what} must be numbers in rows of equal length") from None
     if array.ndim not in ndims:
         raise ValueError(f"{what} has shape {array.shape}: expected {' or '.join(map(str, ndims))} dimension(s)")
@@ -160,6 +191,20 @@ def _numbers(
     if bad := (~np.isfinite(array)).sum():
         raise ValueError(f"{what} holds {bad} NaN or infinite value(s): drop or replace them before drawing")
     return array
+
+
+def _floats(
+    values,  # a tensor, an array, or lists of such
+):           # the same as arrays; the error of NumPy for text and for complex numbers, which it would bend
+    "Numbers on any device, of any type, with or without gradients."
+    if type(values) in (int, float): return values
+    if isinstance(values, (list, tuple)): return [_floats(v) for v in values]
+    if hasattr(values, "detach"):
+        if values.is_complex(): raise TypeError
+        return values.detach().cpu().double().numpy()
+    if isinstance(values, (str, bytes)) or np.iscomplexobj(values): raise TypeError
+    if getattr(values, "dtype", np.dtype(float)).kind in "US": raise TypeError
+    return values
 
 
 def _named(
@@ -171,6 +216,8 @@ def _named(
     if not values: raise ValueError("there is nothing to draw: hand in at least one name with its values")
     if len(values) > limit:
         raise ValueError(f"got {len(values)} series, at most {limit} can be told apart: draw fewer, or two pictures")
+    if len({str(name) for name in values}) < len(values):
+        raise ValueError(f"two names read alike: {', '.join(map(str, values))}")
     return {str(name): value for name, value in values.items()}
 
 
@@ -181,26 +228,40 @@ def _texts(
 ) -> list[str] | None:
     "Labels as text, one for each thing."
     if names is None: return None
-    if isinstance(names, str) or len(names) != count:
-        got = repr(names) if isinstance(names, str) else len(names)
-        raise ValueError(f"{what} must be {count} labels, one for each, but got {got}")
-    return [str(name) for name in names]
+    found = names if isinstance(names, str) else list(itertools.islice(names, count + 1))
+    if isinstance(names, str) or len(found) != count:
+        there = repr(names) if isinstance(names, str) else len(names) if hasattr(names, "__len__") else "another number"
+        raise ValueError(f"{what} must be {count} labels, one for each, but got {there}")
+    return [_plain(name) for name in found]
+
+
+def _formatted(
+    form: str,   # such as "{:.3g}"
+    value: float,
+) -> str:
+    "A value as it is written; the sentence for a form that does not fit."
+    try: return _plain(form.format(value))
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"form is {form!r}; expected how to write one number, such as '{{:.2f}}' ({error})") from None
 
 # %% ../../nbs/00_core/02_plots.ipynb #76a65bde
+@checked
 def band(
-    values: np.ndarray,    # (seeds, n), two or more seeds
+    values,                # (seeds, n), two or more seeds
     interval: str = "sd",  # "sd": mean ± standard deviation; "bootstrap": 95 % interval of the mean
 ) -> tuple[np.ndarray, np.ndarray]:  # low (n,), high (n,)
     "The interval that goes with the mean over seeds. Raises `ValueError` for an unknown kind of interval."
+    check_choice(interval, "interval", ("sd", "bootstrap"))
+    values = _numbers(values, "values", (2,))
+    if len(values) < 2: raise ValueError(f"values has shape {values.shape}: an interval needs two seeds or more")
     if interval == "sd":
         mean, sd = values.mean(0), values.std(0, ddof=1)
         return mean - sd, mean + sd
-    if interval == "bootstrap":
-        draws = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
-        return tuple(np.quantile(values[draws].mean(1), [.025, .975], axis=0))
-    raise ValueError(f'interval is {interval!r}: expected "sd" or "bootstrap"')
+    draws = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
+    return tuple(np.quantile(values[draws].mean(1), [.025, .975], axis=0))
 
 # %% ../../nbs/00_core/02_plots.ipynb #8c827980
+@checked
 def plot_curves(
     curves,                        # name -> (n,) or (seeds, n); or one such array alone
     *,
@@ -213,16 +274,18 @@ def plot_curves(
     **look,                        # size, and properties of the axes: xscale="log", ylim=(0, 1)...
 ) -> Picture:
     "Lines, with a band over seeds. Raises `ValueError` for empty, infinite or ill-shaped values or an empty `alt`."
+    check_choice(interval, "interval", ("sd", "bootstrap"))
     series = [(name, *_curve(name, y, x, interval)) for name, y in _named(curves, len(PALETTE)).items()]
 
     def paint(ax):
         for (name, at, mean, edges), colour, dash, marker in zip(series, PALETTE.values(), _DASHES, _MARKERS):
             every = max(1, len(mean) // 8) if len(mean) > 12 else 1
-            ax.plot(at, mean, color=colour, linestyle=dash, marker=marker, markevery=every, label=name)
+            ax.plot(at, mean, color=colour, linestyle=dash, marker=marker, markevery=every)
             if edges: ax.fill_between(at, *edges, color=colour, alpha=.18, linewidth=0)
         if series[0][0]:
-            columns = min(4, 72 // (6 + max(len(name) for name, *_ in series))) or 1  # long names stand in fewer columns
-            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, handlelength=3.2)
+            names = [_plain(name) for name, *_ in series]
+            columns = min(4, 72 // (6 + max(map(len, names)))) or 1  # long names stand in fewer columns
+            ax.legend(ax.lines, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, handlelength=3.2)
 
     return draw(paint, alt=alt, title=title, xlabel=xlabel, ylabel=ylabel, **look)
 
@@ -244,6 +307,7 @@ def _curve(
     return at, y.mean(0), edges
 
 # %% ../../nbs/00_core/02_plots.ipynb #9481d591
+@checked
 def plot_bars(
     values,                     # name -> number, or name -> (seeds,)
     *,
@@ -258,6 +322,8 @@ def plot_bars(
     "Lying bars from zero, with intervals. Raises `ValueError` for values that are empty, infinite or do not fit."
     if not isinstance(values, Mapping): raise ValueError("values must map a name to each number: {'scratch': .71, ...}")
     seeds = {name: np.atleast_1d(_numbers(v, f"the bar {name!r}", (0, 1))) for name, v in _named(values, 24).items()}
+    check_choice(interval, "interval", ("sd", "bootstrap"))
+    ends = {name: _formatted(form, runs.mean()) for name, runs in seeds.items()}
     edges = _edges(seeds, intervals, interval)
 
     def paint(ax):
@@ -267,8 +333,8 @@ def plot_bars(
             if high > low: ax.plot([low, high], [row, row], color=_INK, marker="|", markersize=9, linewidth=1.4)
             spread = np.linspace(-.16, .16, len(runs))
             if len(runs) > 1: ax.plot(runs, row + spread, "o", color=_INK, markersize=3, alpha=.7)
-            ax.text(1.01, row, form.format(mean), va="center", transform=ax.get_yaxis_transform())
-        ax.set_yticks(range(len(seeds)), list(seeds))
+            ax.text(1.01, row, ends[name], va="center", transform=ax.get_yaxis_transform())
+        ax.set_yticks(range(len(seeds)), [_plain(name) for name in seeds])
         ax.set_ylim(len(seeds) - .5, -.5)
         ax.axvline(0, color="#767676", linewidth=1)
         ax.grid(axis="y", visible=False)
@@ -287,6 +353,7 @@ def _edges(
     if intervals is None:
         return {n: np.ravel(band(v[:, None], interval)) if len(v) > 1 else (v[0], v[0]) for n, v in seeds.items()}
     if not isinstance(intervals, Mapping):
+        intervals = list(itertools.islice(intervals, len(seeds) + 1)) if hasattr(intervals, "__iter__") else []
         if len(intervals) != len(seeds): raise ValueError(f"got {len(intervals)} intervals for {len(seeds)} bars")
         intervals = dict(zip(seeds, intervals))
     pairs = {str(n): _numbers(pair, f"the interval of {n!r}", (1,)) for n, pair in intervals.items()}
@@ -299,14 +366,15 @@ def _edges(
     return pairs
 
 # %% ../../nbs/00_core/02_plots.ipynb #31d652b4
+@checked
 def plot_matrix(
     matrix,                                      # (r, c)
     *,
     alt: str,                                    # what the picture shows, in words
-    rows: Sequence | None = None,                # r labels
-    columns: Sequence | None = None,             # c labels
+    rows: Iterable | None = None,                # r labels
+    columns: Iterable | None = None,             # c labels
     form: str | None = None,                     # how to write a value in its cell, "" for not at all
-    limits: tuple[float, float] | None = None,   # values of the palest and the darkest cell
+    limits: Sequence | None = None,              # values of the palest and the darkest cell
     title: str | None = None,
     xlabel: str | None = None,
     ylabel: str | None = None,
@@ -317,6 +385,8 @@ def plot_matrix(
     r, c = matrix.shape
     rows, columns = _texts(rows, r, "rows"), _texts(columns, c, "columns")
     if form is None: form = "" if max(r, c) > 10 else "{:g}" if (matrix == matrix.round()).all() else "{:.2f}"
+    if form and matrix.size > 2500: raise ValueError(f"{matrix.size:,} cells are too many to write in: hand form=''")
+    texts = [_formatted(form, round(value, 6) + 0.) for value in matrix.ravel()] if form else []
     look.setdefault("size", _room(r, c, rows, columns))
 
     def paint(ax):
@@ -327,9 +397,8 @@ def plot_matrix(
         leaning = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
         if columns: ax.set_xticks(range(c), columns, **(leaning if max(map(len, columns)) > 4 else {}))
         if rows: ax.set_yticks(range(r), rows)
-        for (i, j), value in np.ndenumerate(matrix if form else np.empty((0, 0))):
-            text, ink = form.format(round(value, 6) + 0.), _on(image.to_rgba(value))
-            ax.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
+        for text, ((i, j), value) in zip(texts, np.ndenumerate(matrix)):
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color=_on(image.to_rgba(value)))
 
     return draw(paint, alt=alt, title=title, colours=96, xlabel=xlabel, ylabel=ylabel, **look)
 
@@ -341,6 +410,9 @@ def _shades(
     "White is zero; one sign goes to blue, two signs go to orange and violet."
     signed = matrix.min() < 0 < matrix.max()
     top = np.abs(matrix).max() or 1.
+    if limits is not None:
+        limits = _numbers(limits, "limits", (1,)).tolist()
+        if len(limits) != 2 or limits[0] >= limits[1]: raise ValueError(f"limits are {limits}; expected (low, high) with low < high")
     low, high = limits or ((-top, top) if signed else (-top, 0) if matrix.min() < 0 else (0, top))
     return {"cmap": "PuOr" if signed else "Blues_r" if high <= 0 else "Blues", "vmin": low, "vmax": high}
 
@@ -363,17 +435,19 @@ def _on(
     return _INK if np.dot(colour[:3], [.3, .59, .11]) > .55 else "#ffffff"
 
 # %% ../../nbs/00_core/02_plots.ipynb #f6b14fe7
+@checked
 def plot_points(
     points,                           # (n, 2)
     labels=None,                      # (n,) whole numbers or texts
     *,
     alt: str,                         # what the picture shows, in words
-    names: Sequence | None = None,    # the name of class 0, 1, 2...
+    names: Iterable | None = None,    # the name of class 0, 1, 2...
     limit: int = 1500,                # draw at most so many points, picked evenly
     title: str | None = None,
     **look,                           # size, and properties of the axes
 ) -> Picture:
     "A cloud of points in two dimensions. Raises `ValueError` when shapes or labels do not fit."
+    check_whole(limit, "limit", 1)
     points = _numbers(points, "points", (2,))
     if points.shape[1] != 2:
         raise ValueError(f"points has shape {points.shape}: expected (n, 2), so project to two dimensions first")
@@ -398,20 +472,24 @@ def plot_points(
 def _classes(
     labels,      # (n,) whole numbers or texts, or None
     count: int,  # n
-    names: Sequence | None,  # the name of class 0, 1, 2...
+    names: Iterable | None,  # the name of class 0, 1, 2...
 ) -> list[tuple]:  # n pairs (order, text)
     "For each point the place of its class in the order, and its name."
     if labels is None: return [(0, "")] * count
-    labels = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    try: labels = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    except (TypeError, ValueError): raise ValueError("labels must be whole numbers or texts, one for each point") from None
     if labels.shape != (count,):
         raise ValueError(f"labels has shape {labels.shape}: expected ({count},), one for each point")
+    if labels.dtype.kind not in "biufUS": raise ValueError(f"labels is {got(labels)}; expected whole numbers or texts")
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all(): raise ValueError("labels hold NaN or infinite values")
     labels, classes = labels.tolist(), np.unique(labels).tolist()
     if len(classes) > len(_MARKERS):
         raise ValueError(f"got {len(classes)} classes, at most {len(_MARKERS)} can be told apart: choose some")
-    if names is None: return [(classes.index(l), str(l)) for l in labels]
+    if names is None: return [(classes.index(l), _plain(l)) for l in labels]
+    names = list(itertools.islice(names, 10_000))
     if not all(isinstance(c, int) and 0 <= c < len(names) for c in classes):
         raise ValueError(f"labels run from {classes[0]!r} to {classes[-1]!r}, but there are {len(names)} names")
-    return [(classes.index(l), str(names[l])) for l in labels]
+    return [(classes.index(l), _plain(names[l])) for l in labels]
 
 
 def _halo():
@@ -420,19 +498,19 @@ def _halo():
     return [withStroke(linewidth=3, foreground=_CARD)]
 
 # %% ../../nbs/00_core/02_plots.ipynb #79af535d
+@checked
 def show_images(
     images,                                # (n, c, h, w) or (n, h, w); c is 1 or 3; bytes, floats or booleans
     *,
     alt: str,                              # what the pictures show, in words
-    titles: Sequence | None = None,        # n short texts, one above each image
+    titles: Iterable | None = None,        # n short texts, one above each image
     columns: int = 8,                      # images in a row
     title: str | None = None,
 ) -> Picture:
     "A grid of images. Raises `ValueError` for another shape, for NaN or infinity, or titles that do not fit."
     tiles = _tiles(images)
     n, h, w, _ = tiles.shape
-    if columns < 1: raise ValueError(f"columns is {columns}: a row needs at least one image")
-    columns = min(columns, n)
+    columns = min(check_whole(columns, "columns", 1), n)
     zoom = max(1, min(960 // (columns * w), 280 // h))
     head, edge, gap = 26 if titles is not None else 0, 8, 10
     down, across, top = h * zoom + head + gap, max(w * zoom, 40) + gap, 40 if title else edge
@@ -448,7 +526,8 @@ def _tiles(
     images,  # (n, c, h, w) or (n, h, w)
 ) -> np.ndarray:  # (n, h, w, 3) uint8
     "Images as bytes in three colours."
-    if len(images) > 256: raise ValueError(f"got {len(images)} images, at most 256 fit: choose some, say images[:8]")
+    count = len(images) if hasattr(images, "__len__") and getattr(images, "ndim", 1) else 0
+    if count > 256: raise ValueError(f"got {count} images, at most 256 fit: choose some, say images[:8]")
     array = _numbers(images, "images", (3, 4))
     if array.ndim == 3: array = array[:, None]
     if array.shape[1] not in (1, 3):
@@ -470,6 +549,6 @@ def _page(
     from matplotlib.figure import Figure
     with rc_context(_LOOK):
         figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-        if title: figure.text(8 / width, 1 - 8 / height, title, va="top", fontsize=11, fontweight="bold")
+        if title: figure.text(8 / width, 1 - 8 / height, _plain(title), va="top", fontsize=11, fontweight="bold")
         for (y, x), text in texts: figure.text(x / width, 1 - (y + 4) / height, text, va="top", fontsize=8)
         return render(figure)

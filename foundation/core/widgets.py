@@ -16,7 +16,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ from numbers import Number
 
 import numpy as np
 
+from .checks import check_callable, check_number, check_whole, checked, got
 from .plots import Picture, encode, render
 
 # %% ../../nbs/00_core/03_widgets.ipynb #5b9efc4a
@@ -42,9 +43,18 @@ class Dial:
         return "range" if all(isinstance(v, Number) for v in self.values) else "select"
 
 # %% ../../nbs/00_core/03_widgets.ipynb #40dc9530
-def _label(value) -> str:
-    "A value as people write it."
-    return f"{value:.4g}" if isinstance(value, float) else getattr(value, "__name__", str(value))
+_MOST = 1000  # values of one dial
+
+
+def _labels(
+    values: list,
+) -> list[str]:
+    "Values as people write them, with as many digits as it takes to tell them apart."
+    def label(value, form): return form(value) if isinstance(value, float) else getattr(value, "__name__", str(value))
+    for digits in (4, 6, 8, 10, 12, 17):
+        labels = [label(v, lambda x: f"{x:.{digits}g}") for v in values]
+        if len(set(labels)) == len(labels): break
+    return labels
 
 
 def _spread(
@@ -53,13 +63,26 @@ def _spread(
 ) -> list:
     "All whole numbers from low to high, nine steps between other numbers, or steps of a given size."
     low, high, step = (*spec, None)[:3]
-    if not all(math.isfinite(v) for v in spec) or high <= low or (step is not None and step <= 0):
+    whole = all(isinstance(v, int) for v in spec)
+    if not whole and not all(map(_is_finite, spec)) or high <= low or (step is not None and step <= 0):
         raise ValueError(f"the dial {name!r} is {spec}: expected (low, high[, step]) with low < high and step > 0")
-    if step is None and all(isinstance(v, int) for v in spec): step = 1
-    if step is None: return np.linspace(low, high, 9).round(10).tolist()
-    return (low + step * np.arange(int((high - low) / step + 1e-9) + 1)).round(10).tolist()
+    if whole: step = step or 1
+    count = 9 if step is None else (high - low) // step + 1 if whole else (high - low) / step + 1
+    if count > _MOST:
+        raise ValueError(f"the dial {name!r} is {spec}, more than {_MOST:,} values: give (low, high, step) with a larger step")
+    if whole: return list(range(low, high + 1, step))
+    size = (high - low) / 8 if step is None else step
+    values = np.linspace(low, high, 9) if step is None else low + step * np.arange(int((high - low) / step + 1e-9) + 1)
+    if size >= 1e-4: return values.round(10).tolist()
+    return [round(v, 6 - math.floor(math.log10(size))) for v in values.tolist()]
+
+
+def _is_finite(value):
+    try: return math.isfinite(value)
+    except OverflowError: return False  # a whole number beyond all floats
 
 # %% ../../nbs/00_core/03_widgets.ipynb #3066e769
+@checked
 def make_dial(
     name: str,    # of the argument
     spec,         # list of values; (low, high[, step]); True or False; label -> value
@@ -67,18 +90,28 @@ def make_dial(
 ) -> Dial:
     "A dial from the ways to write one. Raises `ValueError` when there are not two different values to choose from."
     if hasattr(spec, "tolist"): spec = spec.tolist()
+    if isinstance(spec, tuple): spec = tuple(v.item() if hasattr(v, "item") and getattr(v, "ndim", 1) == 0 else v for v in spec)
     if isinstance(spec, bool): spec, start = {"no": False, "yes": True}, spec if start is None else start
     if isinstance(spec, tuple) and len(spec) in (2, 3) and all(type(v) in (int, float) for v in spec):
         spec = _spread(name, spec)
     if isinstance(spec, (str, bytes, Number)) or not hasattr(spec, "__iter__"):
-        raise ValueError(f"the dial {name!r} is {spec!r}: expected a list of values, (low, high), True or False")
-    pairs = list(spec.items()) if isinstance(spec, Mapping) else [(_label(v), v) for v in spec]
+        raise ValueError(f"the dial {name!r} is {got(spec)}: expected a list of values, (low, high), True or False")
+    found = list(itertools.islice(spec.items() if isinstance(spec, Mapping) else spec, _MOST + 1))
+    if len(found) > _MOST: raise ValueError(f"the dial {name!r} has more than {_MOST:,} values: give fewer")
+    pairs = found if isinstance(spec, Mapping) else list(zip(_labels(found), found))
     labels, values = tuple(str(label) for label, _ in pairs), tuple(value for _, value in pairs)
     if len(values) < 2 or len(set(labels)) < len(labels):
         raise ValueError(f"the dial {name!r} has the values {list(labels)}: expected two or more, all different")
-    if start is not None and start not in values:
-        raise ValueError(f"the dial {name!r} cannot start at {start!r}: it has {list(labels)}")
-    return Dial(name, values, labels, 0 if start is None else values.index(start))
+    place = 0 if start is None else next((i for i, v in enumerate(values) if _equal(v, start)), None)
+    if place is None: raise ValueError(f"the dial {name!r} cannot start at {got(start)}: it has {list(labels)}")
+    return Dial(name, values, labels, place)
+
+
+def _equal(a, b):
+    "Whether two values of a dial are the same; arrays and tensors are compared as a whole"
+    if a is b: return True
+    try: return bool(np.all(np.asarray(a == b))) and np.shape(a) == np.shape(b)
+    except (TypeError, ValueError, RuntimeError): return False
 
 # %% ../../nbs/00_core/03_widgets.ipynb #1ce8c3c6
 def _figure_picture(figure, alt, at):
@@ -89,6 +122,7 @@ def _figure_picture(figure, alt, at):
     return picture
 
 # %% ../../nbs/00_core/03_widgets.ipynb #fdc20647
+@checked
 def as_frame(
     result,          # what the function returned
     alt: str = "",   # words for a figure, which has none of its own
@@ -108,17 +142,23 @@ def overlay(
     base: np.ndarray,   # (h, w, 3) uint8
     other: np.ndarray,  # (h, w, 3) uint8
 ) -> bytes:             # a PNG, transparent where the two agree
-    "What has to be laid over `base` to see `other`."
+    "What has to be laid over `base` to see `other`. Raises `ValueError` for pictures of two sizes."
+    for name, pixels in (("base", base), ("other", other)):
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape != np.shape(base):
+            raise ValueError(f"{name} is {got(pixels)}; expected bytes (h, w, 3), as many in both pictures")
     changed = (base != other).any(-1)
     for axis in (0, 1):  # and a rim of 2 pixels, or old edges shine through when a browser scales the two
         changed = np.any([np.roll(changed, by, axis) for by in range(-2, 3)], axis=0)
     return encode(np.where(changed[..., None], other, 255).astype(np.uint8), keep=changed)
 
 
+@checked
 def padded(
-    pictures: list[Picture],
+    pictures: Sequence[Picture],
 ) -> list[np.ndarray]:  # all of one shape (h, w, 3)
     "The pixels of all `pictures`, with white to the right and below where one is smaller than another."
+    if not pictures or not all(isinstance(p, Picture) for p in pictures):
+        raise ValueError(f"pictures is {got(pictures)}; expected one or more pictures")
     pixels = [p.pixels for p in pictures]
     h, w = np.max([p.shape[:2] for p in pixels], axis=0)
     return [np.pad(p, ((0, h - p.shape[0]), (0, w - p.shape[1]), (0, 0)), constant_values=255) for p in pixels]
@@ -220,11 +260,13 @@ def _listed(names) -> str:
     return f"{', '.join(head)} and {last}" if head else last
 
 # %% ../../nbs/00_core/03_widgets.ipynb #a9df34fb
+@checked
 def debounced(
     fn: Callable,          # called without arguments
     seconds: float = .08,  # of rest before it is called
 ) -> Callable:             # call it as often as you like
     "`fn`, called once after the calls have paused; at once where no event loop runs."
+    check_number(seconds, "seconds", 0)
     waiting = None
 
     def call(*_):
@@ -244,7 +286,7 @@ class Explorer:
     dials: list[Dial]
     title: str
     alt: str = ""      # words for figures, which have none of their own
-    max_kb: int = 60   # size of the page without a kernel
+    max_kb: float = 60  # size of the page without a kernel
 
     def at(self, *places: int) -> dict:
         "The arguments with the dials at `places`, by default where they start."
@@ -316,6 +358,7 @@ def live() -> bool:
     return (front or bool(sys.modules.get("google.colab"))) and hasattr(shell, "kernel")
 
 # %% ../../nbs/00_core/03_widgets.ipynb #b1891549
+@checked
 def explore(
     fn: Callable,              # takes one value of each dial; returns a picture, figure, text, number or table
     *,
@@ -323,17 +366,18 @@ def explore(
     alt: str = "",             # words for the reader who cannot see it, when `fn` returns a bare figure
     start: dict | None = None,  # dial -> the value to begin with
     limit: int = 48,           # how many combinations of values are allowed
-    max_kb: int = 60,          # how large the saved page may be
+    max_kb: float = 60,        # how large the saved page may be
     **dials,                   # a list of values, (low, high[, step]), True or False, or label -> value
 ) -> Explorer:
     "Give `fn` dials. Raises `ValueError` for dials that do not fit, `RuntimeError` when `fn` fails in a page."
     start = start or {}
+    check_whole(limit, "limit", 1), check_number(max_kb, "max_kb", above=0)
     if not dials or set(start) - set(dials):
         raise ValueError(f"got the dials {list(dials)} and a start for {list(start)}: a start needs its dial")
     made = [make_dial(name, spec, start.get(name)) for name, spec in dials.items()]
     explorer = Explorer(fn, made, title or _listed(dials), alt, max_kb)
     try: inspect.signature(fn).bind(**explorer.at())
-    except TypeError as error: raise ValueError(f"the dials do not fit the function: {error}") from None
+    except (TypeError, ValueError) as error: raise ValueError(f"the dials do not fit the function: {error}") from None
     ways = math.prod(len(d.values) for d in made)
     if ways > limit:
         product = " × ".join(str(len(d.values)) for d in made)
