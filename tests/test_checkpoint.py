@@ -2,9 +2,13 @@
 import json
 import os
 import random
+import stat
 import subprocess
 import sys
+import warnings
 from contextlib import suppress
+from functools import partial
+from threading import Lock
 from unittest.mock import patch
 
 import numpy as np
@@ -689,6 +693,451 @@ def test_a_damaged_file_never_pushes_the_good_one_out(tmp_path, number):
         with patch("os.replace", replace), suppress(Unplugged):
             save_checkpoint(path, net, opt, step)
         assert load_checkpoint(path, net, opt)[0] == (1 if number == 0 else step)
+
+
+# Which run it is -------------------------------------------------------------------------------------------------------
+
+DATA = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+
+
+def stop_at(n):
+    def each(step):
+        if step.n + 1 == n:
+            raise Unplugged
+    return each
+
+
+def long_run(path=None, stop=None, seed=0, data=DATA, kind=torch.optim.AdamW, settings=None, objective=classify, dropout=0.3, **options):
+    seed_everything(seed)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3))
+    opt = kind(net.parameters(), **dict(lr=0.01) | (settings or {}))
+    options = dict(steps=12, save_every=2, schedule=torch.linspace(1, 0.1, max(options.get("steps", 12), 0)), clip=1.0) | options
+    stream = lambda start: endless(data, data[:, :3].argmax(1), batch_size=10, seed=0, start=start * options.get("accum", 1))
+    run = None
+    with suppress(Unplugged):
+        run = resumable(net, stream, objective, opt, checkpoint=path, each=stop and stop_at(stop), **options)
+    return torch.cat([p.detach().flatten() for p in net.parameters()]), run
+
+
+@pytest.mark.parametrize("options", [{}, dict(accum=2), dict(precision="bf16"), dict(precision="fp16"), dict(clip=None), dict(schedule=None),
+                                     dict(kind=torch.optim.SGD, settings=dict(momentum=0.9)), dict(recipe=dict(a=(1, 2), b={1: 2}, c=float("nan"), d=np.int64(3)))])
+@pytest.mark.parametrize("stops", [[3], [1, 5, 9]])
+def test_with_and_without_a_checkpoint_and_stopped_anywhere_the_bits_are_the_same(tmp_path, options, stops):
+    weights, run = long_run(**options)
+    for stop in stops:
+        long_run(tmp_path / "run", stop, **options)
+    again, other = long_run(tmp_path / "run", **options)
+    assert torch.equal(weights, again) and torch.equal(run.losses, other.losses)
+    once_more, other = long_run(tmp_path / "run", **options)  # finished: given back at once
+    assert torch.equal(weights, once_more) and torch.equal(run.losses, other.losses)
+    assert {p.name for p in tmp_path.iterdir()} <= {"run", "run.old"}
+
+
+def soft(model, batch):
+    return classify(model, batch)
+
+
+def scaled(by):
+    return lambda model, batch: (classify(model, batch)[0] * by, {})
+
+
+def weighted(model, batch, by):
+    return classify(model, batch)[0] * by, {}
+
+
+OTHERS = dict(
+    data=(dict(data=DATA + 1e-6), "first batch was"), schedule=(dict(schedule=torch.linspace(1, 0.2, 12)), "schedule was"),
+    no_schedule=(dict(schedule=None), "schedule was .* and is null here"), clip=(dict(clip=2.0), "clip was 1.0 and is 2.0 here"), accum=(dict(accum=2), "accum was 1 and is 2"),
+    precision=(dict(precision="bf16"), 'precision was "fp32" and is "bf16"'), objective=(dict(objective=soft), "objective was"),
+    settings=(dict(settings=dict(weight_decay=0.5)), r"weight_decay was \[0.01\] and is \[0.5\]"), lr=(dict(settings=dict(lr=0.02)), r"lr was \[0.01\] and is \[0.02\]"),
+    betas=(dict(settings=dict(betas=(0.8, 0.999))), "betas was"), recipe=(dict(recipe=dict(seed=1)), "seed was null and is 1 here"), layers=(dict(dropout=0.4), "layers was"),
+    steps=(dict(steps=20), "steps was 12 and is 20 here.*pass longer=True"), fewer=(dict(steps=8), "steps was 12 and is 8 here"), fewer_longer=(dict(steps=8, longer=True), "steps was 12"),
+    longer_and_other_data=(dict(steps=20, longer=True, data=DATA + 1), "first batch was"),
+)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_run_is_refused_and_nothing_is_changed(tmp_path, name, finished):
+    options, words = OTHERS[name]
+    long_run(tmp_path / "run", None if finished else 5)
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    fresh_weights, _ = long_run(steps=0, schedule=None, dropout=options.get("dropout", 0.3))
+    seen = {}
+    load = checkpoint._load
+
+    def watch(path, model, opt, accept):
+        seen.update(model=model, opt=opt, luck=torch.get_rng_state())
+        return load(path, model, opt, accept)
+
+    with pytest.raises(BadCheckpoint, match="run is of another run: .*" + words), patch.object(checkpoint, "_load", watch):
+        long_run(tmp_path / "run", **options)
+    assert torch.equal(fresh_weights, torch.cat([p.detach().flatten() for p in seen["model"].parameters()])) and not seen["opt"].state
+    assert files == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert torch.equal(seen["luck"], torch.get_rng_state())  # `endless` draws from a generator of its own
+
+
+def test_another_kind_of_optimizer_is_refused(tmp_path):
+    long_run(tmp_path / "run", 5)
+    with pytest.raises(BadCheckpoint, match="run is of another optimizer: AdamW of"):
+        long_run(tmp_path / "run", kind=torch.optim.Adam)
+
+
+@pytest.mark.parametrize("there, here", [
+    (scaled(1.0), scaled(2.0)), (lambda m, b: classify(m, b), lambda m, b: (2 * classify(m, b)[0], {})),
+    (partial(soft), partial(classify)), (partial(weighted, by=1), partial(weighted, by=2)),
+])
+def test_another_objective_is_refused_and_the_same_one_is_known_again(tmp_path, there, here):
+    long_run(tmp_path / "run", 5, objective=there)
+    with pytest.raises(BadCheckpoint, match="objective was"):
+        long_run(tmp_path / "run", objective=here)
+    weights, _ = long_run(tmp_path / "run", objective=there)
+    assert torch.equal(weights, long_run(objective=there)[0])
+
+
+def test_an_objective_that_holds_the_model_is_known_again_when_it_has_learnt(tmp_path):
+    def run(stop=None):
+        seed_everything(0)
+        net = nn.Linear(6, 3)
+        done = resumable(net, lambda start: endless(DATA, DATA[:, :3].argmax(1), batch_size=10, start=start),
+                         lambda model, batch: (classify(net, batch)[0] + 0 * net.bias.sum(), {}), torch.optim.SGD(net.parameters(), lr=0.1),
+                         steps=6, save_every=1, checkpoint=tmp_path / "run", each=stop and stop_at(stop))
+        return net, done
+
+    with pytest.raises(Unplugged):
+        run(3)
+    assert len(run()[1].losses) == 6
+
+
+def test_going_on_longer_is_the_longer_run(tmp_path):
+    flat = dict(schedule=None)
+    long_run(tmp_path / "run", **flat)
+    weights, run = long_run(tmp_path / "run", steps=20, longer=True, **flat)
+    want, whole = long_run(steps=20, **flat)
+    assert torch.equal(weights, want) and torch.equal(run.losses, whole.losses)
+    with pytest.raises(BadCheckpoint, match="steps was 20 and is 12"):  # now it is a run of 20
+        long_run(tmp_path / "run", **flat)
+
+
+def test_a_stream_that_is_used_up_cannot_go_on(tmp_path):
+    def run(stop=None):
+        seed_everything(0)
+        net, batches = nn.Linear(6, 3), endless(DATA, DATA[:, :3].argmax(1), batch_size=10)
+        resumable(net, lambda start: batches, classify, torch.optim.SGD(net.parameters(), lr=0.1), steps=6, save_every=1,
+                  checkpoint=tmp_path / "run", each=stop and stop_at(stop))
+
+    with pytest.raises(Unplugged):
+        run(3)
+    with pytest.raises(ValueError, match="stream gave the same iterator twice; expected new batches from the step"):
+        run()
+
+
+def test_a_stream_that_draws_from_the_global_generators_goes_on_exactly(tmp_path):
+    "The first batch is looked at, not lost and not drawn twice"
+    def run(path, stop=None):
+        seed_everything(0)
+        net = nn.Linear(6, 3)
+
+        def stream(start):
+            while True:
+                pick = torch.randint(60, (10,))
+                yield DATA[pick], DATA[pick, :3].argmax(1)
+
+        with suppress(Unplugged):
+            return resumable(net, stream, classify, torch.optim.SGD(net.parameters(), lr=0.1), steps=6, save_every=1, checkpoint=path,
+                             each=stop and stop_at(stop)).losses
+
+    straight = run(None)
+    run(tmp_path / "run", 3)
+    assert torch.equal(run(tmp_path / "run"), straight) and torch.equal(run(tmp_path / "whole"), straight)
+
+
+def test_a_checkpoint_without_a_recipe_is_no_run_of_this_kind(tmp_path):
+    net, opt = fresh()
+    save_checkpoint(tmp_path / "run", net, opt, 3)
+    with pytest.raises(BadCheckpoint, match="run was saved without a recipe; go on from it with `load_checkpoint`"):
+        resumable(net, lambda start: endless(DATA, DATA[:, 0].long(), batch_size=10), classify, opt, steps=5, checkpoint=tmp_path / "run")
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(save_every=0), "save_every is 0; expected a whole number from 1 on"), (dict(save_every=2.5), "save_every is 2.5"), (dict(steps=-1, schedule=None), "steps is -1"),
+    (dict(recipe=[1]), "recipe is a list; expected a dict"), (dict(recipe=dict(data=DATA)), "the recipe must be what JSON can hold"), (dict(longer=1), "longer is 1"),
+])
+def test_resumable_refuses_in_one_sentence(tmp_path, options, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        long_run(tmp_path / "run", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_modes_come_back_and_the_file_is_free_after_a_stop(tmp_path, error):
+    net = nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5)).eval()
+
+    def stop(step):
+        raise error
+
+    run = lambda each: resumable(net, lambda start: endless(DATA, DATA[:, :3].argmax(1), batch_size=10, start=start), classify,
+                                 torch.optim.SGD(net.parameters(), lr=0.1), steps=3, checkpoint=tmp_path / "run", each=each)
+    with pytest.raises(error):
+        run(stop)
+    assert not net.training and not net[1].training and not list(tmp_path.iterdir())
+
+
+# Fingerprints ----------------------------------------------------------------------------------------------------------
+
+THINGS = """
+import numpy as np, torch
+from functools import partial
+from pathlib import Path
+from torch import nn
+from foundation.data.augment import Augment
+from foundation.data.batches import join
+from foundation.training.checkpoint import fingerprint
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.BatchNorm1d(4), nn.LSTM(4, 3))
+def local(a, b=2): return a + b * FACTOR
+FACTOR = 3
+class Own(nn.Module):
+    def forward(self, x): return x + 1
+things = dict(tensor=torch.arange(6.).view(2, 3), half=torch.ones(3).bfloat16(), array=np.arange(4), text=np.array(["a", "bc"]), dates=np.array(["2020-01-01"], "datetime64[D]"),
+    record=np.zeros(2, [("a", "i4"), ("b", "f8")]), objects=np.array([1, "a"], object), net=net, own=Own(), function=local, lam=lambda x: x + 1, part=partial(local, 1),
+    augment=Augment(), documents=join([[1, 2], [3]]), numbers=[1, 1.0, True, None, -0.0, float("nan"), 2 + 3j], words={"a": {1, "b", (2, 3)}, "c": b"x"}, path=Path("a"),
+    kind=torch.float32, rng=np.random.default_rng(0), luck=torch.Generator().manual_seed(1), method=Augment().__call__, builtin=torch.relu, cls=nn.Linear)
+print({name: fingerprint(thing) for name, thing in things.items()})
+"""
+
+
+def test_fingerprints_are_the_same_in_other_processes_and_differ_from_each_other():
+    runs = [subprocess.run([sys.executable, "-c", THINGS], capture_output=True, text=True, env=dict(os.environ, PYTHONHASHSEED=seed, OMP_NUM_THREADS="1"))
+            for seed in ("0", "1")]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr[-1000:]
+    assert runs[0].stdout == runs[1].stdout
+    seen = eval(runs[0].stdout)
+    assert len(set(seen.values())) == len(seen) and all(len(v) == 20 for v in seen.values())
+
+
+@given(st.data(), st.sampled_from(["float32", "float64", "float16", "int64", "int8", "uint8", "bool", "complex64"]), st.lists(st.integers(1, 4), max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_one_bit_one_place_one_kind_or_one_axis_more_is_another_fingerprint(data, kind, shape):
+    x = torch.from_numpy(np.asarray(np.random.default_rng(0).integers(0, 2, shape)).astype(kind))
+    same = [x.clone(), x.numpy(), x.numpy().astype(x.numpy().dtype.newbyteorder()), nn.Parameter(x) if x.is_floating_point() else x,
+            x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim > 1 else x]
+    assert {fingerprint(s) for s in same} == {fingerprint(x)}
+    flipped = x.flatten().clone()
+    place = data.draw(st.integers(0, max(flipped.view(torch.uint8).numel() - 1, 0)))
+    flipped.view(torch.uint8)[place] ^= 1
+    other = [flipped.view(x.shape), x[None], x.to(torch.float64 if kind != "float64" else torch.float32), torch.cat([x.reshape(-1), x.reshape(-1)]), [x], {0: x}, (x, x)]
+    assert fingerprint(x) not in {fingerprint(o) for o in other}
+
+
+def test_settings_of_networks_functions_and_objects_count():
+    def changed(change, make=lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.BatchNorm1d(4))):
+        torch.manual_seed(0)
+        net = make()
+        change(net)
+        return fingerprint(net)
+
+    changes = [lambda n: None, lambda n: setattr(n[1], "p", 0.2), lambda n: n[2].running_mean.add_(1), lambda n: n[0].weight.data.mul_(-1), lambda n: setattr(n[2], "eps", 1e-3),
+               lambda n: n[0].register_buffer("more", torch.ones(1), persistent=False), lambda n: n.append(nn.ReLU()), lambda n: n.append(nn.Tanh())]
+    assert len({changed(c) for c in changes}) == len(changes)
+    assert changed(lambda n: n.eval()) == changed(lambda n: n.requires_grad_(False)) == changed(lambda n: None)
+    tied, free = Tied(), Tied(tied=False)
+    free.load_state_dict(tied.state_dict())
+    assert fingerprint(tied) != fingerprint(free)
+    def plus(a): return lambda x: x + a
+    marks = [plus(1), plus(2), lambda x: x + 1, lambda x: x - 1, lambda x, y=1: x, lambda x, y=2: x, len, max, nn.Linear, nn.Conv2d, torch.relu, torch.tanh]
+    assert len({fingerprint(m) for m in marks}) == len(marks) and fingerprint(plus(1)) == fingerprint(plus(1))
+    assert fingerprint(random.Random(0)) != fingerprint(random.Random(1)) and fingerprint(1, 2) != fingerprint(2, 1) != fingerprint([2, 1])
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
+    assert fingerprint(0.0) != fingerprint(-0.0) and fingerprint(1) != fingerprint(1.0) != fingerprint(True) and fingerprint(np.float32(0.5)) == fingerprint(0.5)
+    assert fingerprint("a", "b") != fingerprint("ab", "") != fingerprint(["ab", ""])
+    loop = []
+    loop.append(loop)
+    assert fingerprint(loop) == fingerprint(loop)
+
+
+@pytest.mark.parametrize("make", [object, lambda: iter([1]), lambda: (i for i in [1]), lambda: open(os.devnull), Lock, lambda: zip([1]),
+                                  lambda: torch.zeros(2, device="meta"), lambda: [1, {"a": object()}]])
+def test_what_cannot_be_told_apart_is_refused(make):
+    with pytest.raises(TypeError, match="cannot be told from another one"):
+        fingerprint(make())
+
+
+def test_fingerprints_of_deep_nests_end_in_a_sentence():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(TypeError, match="nested too deeply"):
+        fingerprint(deep)
+    while deep:
+        deep = deep[0]  # taken apart slowly: Python's own clean-up is recursive as well
+
+
+# Files -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["", "sub", "sub/", ".", "run.old", "run.new"])
+def test_a_folder_is_refused_and_stays(tmp_path, name):
+    for folder in ("sub", "run.old", "run.new"):
+        (tmp_path / folder).mkdir()
+    path = os.path.join(tmp_path, name.replace("run.old", "run").replace("run.new", "run"))
+    net, opt = fresh()
+    for call in (lambda: save_checkpoint(path, net, opt, 1), lambda: load_checkpoint(path, net, opt), lambda: long_run(path)):
+        with pytest.raises(BadCheckpoint, match="is a folder; expected a file for the checkpoint"):
+            call()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.new", "run.old", "sub"]
+
+
+def test_a_link_is_followed_and_the_mode_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "real")
+    net, opt = fresh()
+    save_checkpoint(tmp_path / "run", net, opt, 1)
+    os.chmod(tmp_path / "disk" / "real", 0o640)
+    save_checkpoint(tmp_path / "run", net, opt, 2)
+    assert (tmp_path / "run").is_symlink() and load_checkpoint(tmp_path / "run", net, opt)[0] == 2
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["real", "real.old"]
+    if os.name != "nt":
+        assert (tmp_path / "disk" / "real").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("where", ["write", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("code", [28, 5])
+def test_a_full_disk_is_told_and_the_checkpoint_before_is_safe(tmp_path, where, number, code):
+    net, opt = fresh()
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "run", net, opt, step)
+    calls, real = iter(range(100)), {"os.fsync": os.fsync, "os.replace": os.replace}.get(where)
+
+    def full(*args):
+        if next(calls) >= number:
+            raise OSError(code, os.strerror(code))
+        return real(*args)
+
+    if where == "write":
+        from contextlib import contextmanager
+
+        @contextmanager
+        def writer(path):
+            raise OSError(code, os.strerror(code))
+            yield
+        broken = patch.object(checkpoint, "atomic_write", writer)
+    else:
+        broken = patch(where, full)
+    with broken, pytest.raises(OSError, match="^step 3 cannot be saved as run .* MB\\): .*The checkpoint before is safe; make room") as told:
+        save_checkpoint(tmp_path / "run", net, opt, 3)
+    assert told.value.errno == code
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert load_checkpoint(tmp_path / "run", net, opt)[0] in ((2,) if (where, number) == ("write", 0) else (2, 3))
+
+
+def test_a_power_cut_finds_file_and_names_on_the_disk(tmp_path):
+    "Bytes before the name, names before the next thing; the calls are watched"
+    net, opt = fresh()
+    save_checkpoint(tmp_path / "run", net, opt, 1)
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def sync(handle):
+        calls.append("sync folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "sync file")
+        fsync(handle)
+
+    def rename(a, b):
+        calls.append(f"name {os.path.basename(b)}")
+        replace(a, b)
+
+    with patch("os.fsync", sync), patch("os.replace", rename):
+        save_checkpoint(tmp_path / "run", net, opt, 2)
+    folder = [] if os.name == "nt" else ["sync folder"]
+    assert calls == ["sync file", "name run.new", *folder, "name run.old", "name run", *folder]
+
+
+OTHER = """
+import sys, time, torch
+from torch import nn
+from foundation.data.batches import endless
+from foundation.training.checkpoint import resumable, save_checkpoint
+from foundation.training.loop import adamw, classify
+torch.manual_seed(0)
+x = torch.randn(60, 6); y = x[:, :3].argmax(1)
+net = nn.Linear(6, 3); opt = adamw(net, 1e-2)
+if sys.argv[2] == "save":
+    print("ready", flush=True); sys.stdin.readline()
+    for n in range(1, 13): save_checkpoint(sys.argv[1], net, opt, n)
+    print("done")
+else:
+    def each(step):
+        if step.n == 2: print("ready", flush=True); time.sleep(float(sys.argv[2]))
+    resumable(net, lambda start: endless(x, y, batch_size=10, start=start), classify, opt, steps=6, save_every=1, checkpoint=sys.argv[1], each=each)
+"""
+
+
+def other(path, what):
+    env = dict(os.environ, OMP_NUM_THREADS="1", TQDM_DISABLE="1")
+    return subprocess.Popen([sys.executable, "-c", OTHER, str(path), what], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def mine(path):
+    torch.manual_seed(0)
+    x = torch.randn(60, 6)
+    net = nn.Linear(6, 3)
+    return resumable(net, lambda start: endless(x, x[:, :3].argmax(1), batch_size=10, start=start), classify, adamw(net, 1e-2), steps=6, save_every=1, checkpoint=path)
+
+
+def test_two_processes_and_one_checkpoint_one_sentence_and_a_killed_one_holds_nothing(tmp_path):
+    job = other(tmp_path / "run", "60")
+    try:
+        assert job.stdout.readline() == "ready\n"
+        with pytest.raises(BadCheckpoint, match="^another process trains into run; wait for it or end it, or name another file$"):
+            mine(tmp_path / "run")
+        with pytest.raises(BadCheckpoint, match="another process trains into run"), patch.object(checkpoint, "time", Impatient):
+            save_checkpoint(tmp_path / "run", *fresh(), 1)
+        mine(tmp_path / "elsewhere")
+    finally:
+        job.kill()
+        job.wait()
+    assert len(mine(tmp_path / "run").losses) == 6
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith((".lock", ".tmp"))]
+
+
+class Impatient:
+    "A clock on which ten seconds pass at once"
+    now = iter(range(0, 10**6, 20))
+    monotonic = staticmethod(lambda: next(Impatient.now))
+    sleep = staticmethod(lambda seconds: None)
+
+
+def test_processes_that_save_into_one_file_take_turns(tmp_path):
+    jobs = [other(tmp_path / "run", "save") for _ in range(2)]
+    for job in jobs:
+        assert job.stdout.readline() == "ready\n"
+    for job in jobs:
+        job.stdin.write("\n")
+        job.stdin.flush()
+    for job in jobs:
+        out, err = job.communicate(timeout=120)
+        assert job.returncode == 0 and out == "done\n", err[-800:]
+    assert read_checkpoint(tmp_path / "run").about["step"] == 12 and sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old"]
+
+
+def test_one_process_does_not_train_twice_into_one_file(tmp_path):
+    def again(step):
+        with pytest.raises(BadCheckpoint, match="another run of this process trains into run"):
+            long_run(tmp_path / "run")
+        raise Unplugged
+
+    seed_everything(0)
+    net, opt = fresh()
+    with pytest.raises(Unplugged):
+        resumable(net, lambda start: endless(DATA, DATA[:, :3].argmax(1), batch_size=10, start=start), classify, opt, steps=3, checkpoint=tmp_path / "run", each=again)
+
+
+@pytest.mark.parametrize("error", [37, 38, 95])
+def test_where_files_take_no_locks_one_trains_without(tmp_path, error):
+    "Network folders may know none"
+    with patch("fcntl.lockf", side_effect=OSError(error, "no locks")):
+        weights, _ = long_run(tmp_path / "run")
+    assert torch.equal(weights, long_run()[0])
 
 
 # Bad input -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import threading
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
@@ -568,13 +568,15 @@ def _(x):
     return ("list", *x) if plain else (f"list {_name(type(x))}", *x, getattr(x, "__dict__", None))
 
 
-@_tell.register(dict)
-@_tell.register(set)
-@_tell.register(frozenset)
+@_tell.register(Mapping)
 def _(x):
     own = _Teller()  # equal ones may be in another order
-    pairs = sorted((own(k), own(v)) for k, v in x.items()) if isinstance(x, dict) else sorted(map(own, x))
-    return "dict" if isinstance(x, dict) else "set", pairs
+    return "dict", sorted((own(k), own(v)) for k, v in x.items())
+
+
+@_tell.register(Set)
+def _(x):
+    return "set", sorted(map(_Teller(), x))
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #019a4e03
 @_tell.register(type)
@@ -588,10 +590,10 @@ def _(x):
 
 @_tell.register(types.FunctionType)
 def _(f):
+    if _importable(f):
+        return f"function {_name(f)}",
     cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
     settings = f.__defaults__, f.__kwdefaults__, cells, {k: v for k, v in vars(f).items() if k != "__wrapped__"}
-    if _importable(f):
-        return f"function {_name(f)}", *settings
     stored = {i.argval for i in dis.get_instructions(f) if i.opname == "STORE_GLOBAL"}
     outside = {n: f.__globals__[n] for n in f.__code__.co_names if n in f.__globals__ and n not in stored}
     fixed = (int, float, complex, str, bytes, tuple, frozenset, types.FunctionType, functools.partial)
