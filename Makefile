@@ -12,8 +12,10 @@ setup: ## the environment in .venv, made anew only when the requirements change
 	  if "$$p" -c "" 2>/dev/null; then exec "$$p" .ci/environment.py; fi; done; \
 	echo "No Python was found: install Python 3.10 to 3.13 and run make again." >&2; exit 1
 
-lab: setup ## the lessons in JupyterLab
-	$(BIN)/jupyter lab nbs
+lab: setup ## the lessons in JupyterLab (as root, the usual container: make lab ARGS=--allow-root)
+	@if [ "$$(id -u 2>/dev/null)" = 0 ] && [ -z "$(findstring --allow-root,$(ARGS))" ]; then \
+	  echo "You are root, as in most containers. Jupyter wants to hear that this is meant: make lab ARGS=--allow-root" >&2; exit 1; fi
+	$(BIN)/jupyter lab nbs $(ARGS)
 
 tour: setup ## the whole life of a foundation model in five minutes: runs/tour/tour.html
 	$(BIN)/foundation tour

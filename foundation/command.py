@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
@@ -82,10 +83,13 @@ def check_hardware() -> Iterator[Finding]:
     free = _free_memory_gb()
     yield Finding("memory", f"{free:.1f} GB free" if free else "unknown", not free or free >= 2,
                   "close other programs: the tour needs 2 GB", needed=True)
-    folder = next(p for p in (cache_folder(), *cache_folder().parents) if p.exists())
-    disk = shutil.disk_usage(folder).free / 1e9
-    yield Finding("disk", f"{disk:.1f} GB free for {tilde(cache_folder())}", disk >= 0.5,
-                  "make room, or set FOUNDATION_DATA to a folder on another disk", needed=True)
+    try:
+        folder = next(p for p in (cache_folder(), *cache_folder().parents) if p.exists())
+        disk = shutil.disk_usage(folder).free / 1e9
+        yield Finding("disk", f"{disk:.1f} GB free for {tilde(cache_folder())}", disk >= 0.5,
+                      "make room, or set FOUNDATION_DATA to a folder on another disk", needed=True)
+    except OSError as error:
+        yield Finding("disk", _one_line(error), False, "set FOUNDATION_DATA to a folder that you may write to", needed=True)
 
 # %% ../nbs/01_command.ipynb #5026577a
 def _free_memory_gb():
@@ -108,7 +112,11 @@ def _one_line(error):
 def check_data() -> Iterator[Finding]:
     "Which data sets are in the cache."
     for name in SOURCES:
-        status = where(name)
+        try:
+            status = where(name)
+        except DataUnavailable as error:  # there is no place for data at all, as has been said
+            yield Finding(f"data {name}", _one_line(error), False, "set FOUNDATION_DATA to a folder that you may write to")
+            continue
         found = status.note + (f" (from {status.place})" if status.place else "")
         yield Finding(f"data {name}", found, status.ready, f"foundation data fetch {name}")
 
@@ -128,7 +136,9 @@ def check_weights(
         yield Finding("weights", "none", False, remedy, needed=True)
     for name in names:
         try:
-            _, data = read_file(name, folder)
+            with warnings.catch_warnings():  # of an older card: it is no illness
+                warnings.simplefilter("ignore")
+                _, data = read_file(name, folder)
             yield Finding(f"weights {name}", f"{len(data) / 1e6:.1f} MB, as the card says")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             yield Finding(f"weights {name}", _one_line(error), False, remedy, needed=True)
@@ -168,7 +178,7 @@ def doctor(
 # %% ../nbs/01_command.ipynb #71927ec4
 def tour(
     out: str | Path = "runs/tour",  # the folder for tour.html and metrics.json
-    short: bool = False,  # fewer steps, to see it work
+    short: bool | None = None,  # fewer steps, to see it work; None: as FOUNDATION_SHORT says
 ) -> int:
     "Run the whole life of a foundation model."
     from foundation.tour import run
@@ -193,8 +203,8 @@ def fetch_data(
         try:
             fetch(name)
             print(f"{name} is ready in {tilde(where(name).folder)}.")
-        except DataUnavailable as error:
-            print(error, file=sys.stderr)
+        except OSError as error:  # DataUnavailable above all
+            print(error if isinstance(error, DataUnavailable) else f"{name}: {_one_line(error)}", file=sys.stderr)
             failed = 1
     return failed
 
@@ -213,7 +223,8 @@ def _parser():
     tours = commands.add_parser("tour", help="the whole life of a foundation model, in five minutes")
     tours.add_argument("--out", default="runs/tour", help="folder for the report and its figures (default: %(default)s)")
     tours.add_argument("--short", action="store_true", help="fewer steps: see it work, with lower scores")
-    tours.set_defaults(run=lambda args: tour(args.out, args.short))
+    tours.set_defaults(run=lambda args: tour(args.out, args.short or None),  # without it, FOUNDATION_SHORT decides
+                       stopped="Stopped. Nothing of this tour is kept; the same command starts it anew.")
     health = commands.add_parser("doctor", help="what is there, what is missing, what to do about it")
     health.add_argument("--json", action="store_true", help="machine-readable")
     health.set_defaults(run=lambda args: doctor(args.json))
@@ -228,7 +239,8 @@ def _add_data(parser):
     fetching = actions.add_parser("fetch", help="fetch data sets now")
     names = [*SOURCES, "all"]
     fetching.add_argument("names", nargs="+", metavar="NAME", choices=names, help=", ".join(names))
-    fetching.set_defaults(run=lambda args: fetch_data(args.names))
+    fetching.set_defaults(run=lambda args: fetch_data(args.names),
+                          stopped="Stopped. The sets that were ready are kept; the same command fetches the rest.")
 
 # %% ../nbs/01_command.ipynb #739916d7
 def main(
@@ -238,6 +250,7 @@ def main(
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show "→" is no reason to fail
+    args = None
     try:
         args = _parser().parse_args(arguments)
         if args.version:
@@ -247,7 +260,7 @@ def main(
     except SystemExit as end:  # argparse has said what it had to say
         return end.code if isinstance(end.code, int) else 1 if end.code else 0
     except KeyboardInterrupt:
-        return _complain("Stopped. What was finished is kept; the same command starts again cleanly.", 130)
+        return _complain(getattr(args, "stopped", "Stopped."), 130)
     except BrokenPipeError:  # `foundation doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

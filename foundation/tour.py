@@ -28,6 +28,7 @@ from .compression.pruning import Pruner
 from .compression.storage import save_model
 from .core.basics import (
     atomic_write, count_macs, count_nonzero, count_parameters, pick_device, seed_everything, supports_bf16)
+from .core.checks import check_number, check_whole, checked
 from .core.plots import plot_bars, plot_curves, plot_points, show_images
 from .data.augment import Augment
 from .data.images import ImageSet, few_labels, load_images, split
@@ -61,16 +62,28 @@ class Plan:
     tests: int = 10_000
     checked: bool = True  # a short tour is too short for its accuracies to mean anything
 
+    def __post_init__(self):
+        for name in ("pretrain", "looks", "labels", "finetune", "distil", "teacher", "student", "recover", "pictures", "tests"):
+            check_whole(getattr(self, name), name, 1)
+        check_whole(self.looks, "looks", most=self.pretrain, why="one look for each step at most")
+        for name in ("seeds", "trials", "rates", "gentle_rates", "student_rates"):
+            if not isinstance(getattr(self, name), tuple) or not getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a tuple of at least one")
+            for value in getattr(self, name):
+                check_number(value, f"one of {name}", 0) if "rates" in name else check_whole(value, f"one of {name}", 0)
+
 
 SHORT = Plan(pretrain=6, looks=2, seeds=(0, 1), rates=(1e-3,), gentle_rates=(1e-3,), student_rates=(1e-2,), trials=(100,),
              finetune=6, distil=8, teacher=8, student=12, recover=10, pictures=4096, tests=1000, checked=False)
 
 
+@checked
 def choose_plan(short: bool | None = None) -> Plan:
     "The full plan, or the short one of the tests (also chosen by the environment variable FOUNDATION_SHORT=1)."
     return SHORT if (os.environ.get("FOUNDATION_SHORT") == "1" if short is None else short) else Plan()
 
 
+@checked
 def load_data(plan: Plan) -> ImageSet:
     "Fashion-MNIST, or digits with a warning; the first pictures of it if the plan is short."
     data = load_images(fallback=True)
@@ -86,6 +99,7 @@ class Live(NamedTuple):
     seconds: float
 
 
+@checked
 def pretrain_live(data: ImageSet, plan: Plan) -> Live:
     "Train a ResNet from random weights by contrast, and look at it a few times on the way."
     seed_everything(0)
@@ -93,7 +107,7 @@ def pretrain_live(data: ImageSet, plan: Plan) -> Live:
     knn = {0: neighbours(encoder, data)}
 
     def look(step):
-        if (step.n + 1) % every == 0:
+        if (step.n + 1) % every == 0 or step.n + 1 == plan.pretrain:
             knn[step.n + 1] = neighbours(encoder, data)
 
     augment = Augment(mean=data.mean, std=data.std)
@@ -101,6 +115,7 @@ def pretrain_live(data: ImageSet, plan: Plan) -> Live:
     return Live(encoder, run.losses, knn, run.seconds)
 
 # %% ../nbs/00_tour.ipynb #1488edc5
+@checked
 def fresh_encoder(data: ImageSet) -> nn.Module:
     "A ResNet with random weights, for these pictures."
     model = ResNet(classes=len(data.classes), channels=data.train_images.shape[1])
@@ -112,6 +127,7 @@ def shipped_encoder() -> nn.Module:
     return load_weights("resnet_simclr").to(pick_device(), memory_format=torch.channels_last)
 
 
+@checked
 def fresh_student(data: ImageSet) -> nn.Module:
     "A tiny convnet with random weights, for these pictures."
     return ConvNet(classes=len(data.classes), channels=data.train_images.shape[1]).to(pick_device())
@@ -122,6 +138,7 @@ def _fast() -> str:
     return "bf16" if supports_bf16(pick_device()) else "fp32"
 
 
+@checked
 def neighbours(encoder: nn.Module, data: ImageSet, bank: int = 5000, tests: int = 2000) -> float:
     "Accuracy of the 20 nearest neighbours among `bank` training pictures, on `tests` test pictures."
     train, test = (encode_all(encoder, x, precision=_fast(), transform=data.floats)
@@ -129,6 +146,7 @@ def neighbours(encoder: nn.Module, data: ImageSet, bank: int = 5000, tests: int 
     return knn_accuracy(train, data.train_labels[:bank], test, data.test_labels[:tests])
 
 # %% ../nbs/00_tour.ipynb #a2825748
+@checked
 def embedding(encoder: nn.Module, data: ImageSet, count: int = 600) -> Tensor:  # (count, 2)
     "Test pictures on a plane, similar features close together (t-SNE)."
     from sklearn.manifold import TSNE
@@ -146,6 +164,7 @@ class Few(NamedTuple):
     dev: Tensor  # indices of the pictures on which learning rates are picked
 
 
+@checked
 def few_label_model(
     data: ImageSet, plan: Plan, pretrained: bool, index: Tensor, rate: float, seed: int
 ) -> nn.Module:
@@ -159,6 +178,7 @@ def few_label_model(
     return model
 
 
+@checked
 def learn_from_few(data: ImageSet, plan: Plan) -> Few:
     "Pretrained against scratch against pixels: same labels, same steps, each with a learning rate of its own choice."
     pool, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
@@ -174,16 +194,19 @@ def learn_from_few(data: ImageSet, plan: Plan) -> Few:
     return Few(Comparison.from_scores(scores, plan.seeds), rates, teachers, draws, dev)
 
 # %% ../nbs/00_tour.ipynb #fd6ccce9
+@checked
 def gentle(data: ImageSet) -> Augment:
     "Augmentation for training with labels: milder than for contrast."
     return Augment(area=(0.6, 1.0), contrast=0.2, brightness=0.2, mean=data.mean, std=data.std)
 
 
+@checked
 def score(model: nn.Module, images: Tensor, labels: Tensor, data: ImageSet) -> float:
     "Accuracy on bytes."
     return accuracy(predict(model, images, precision=_fast(), transform=data.floats), labels)
 
 
+@checked
 def pixel_scores(data: ImageSet, draws: list[Tensor], trial: Tensor, dev: Tensor) -> list[float]:
     "Logistic regression on pixels, its penalty picked on `dev` after a fit on `trial`."
     x, tests = (data.floats(part).flatten(1) for part in (data.train_images, data.test_images))
@@ -199,6 +222,7 @@ class Distilled(NamedTuple):
     rates: dict[str, float]  # what each arm picked
 
 
+@checked
 def few_label_student(
     data: ImageSet, plan: Plan, index: Tensor, answers: Tensor | None, rate: float, seed: int
 ) -> nn.Module:
@@ -214,6 +238,7 @@ def few_label_student(
     return student
 
 
+@checked
 def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Distilled:
     "A tiny student taught by each few-label teacher on all pictures, against one that has only the labelled ones."
     x = data.train_images
@@ -229,6 +254,7 @@ def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Distilled:
     return Distilled(few.comparison["pretrained"].tolist(), Comparison.from_scores(scores, plan.seeds), rates)
 
 # %% ../nbs/00_tour.ipynb #4695f342
+@checked
 def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     "A teacher fine-tuned on all labels, its student, and both of them pruned with recovery."
     seed_everything(0)
@@ -258,9 +284,10 @@ def _pruned(model, sparsity, plan, recover):
     return model
 
 # %% ../nbs/00_tour.ipynb #4af4ec63
-def account(nets: dict[str, nn.Module], data: ImageSet, folder: Path) -> list[dict]:
+@checked
+def account(nets: dict[str, nn.Module], data: ImageSet, folder: Path | str) -> list[dict]:
     "Write each network in several forms and measure every form: accuracy, sizes, work, speed."
-    rows, predicts = [], {}
+    rows, predicts, folder = [], {}, Path(folder)
     example = data.floats(data.test_images[:256])
     for i, (name, net) in enumerate(nets.items()):
         net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format).eval()
@@ -289,6 +316,16 @@ def _format(name):
     return ("sparse", "fp32") if "pruned" in name else ("fp32",)
 
 
+def _rows(stages, *more):
+    "The rows of the account, if each has what it needs"
+    for row in stages:
+        for key in ("name", "runtime", "accuracy", "bytes", "latency_ms", *more):
+            if not isinstance(row, dict) or key not in row:
+                raise ValueError(f"a row of stages has no {key!r}; expected the rows of `account`")
+        check_number(row["latency_ms"], "latency_ms", above=0), check_number(row["bytes"], "bytes", above=0)
+    return stages
+
+
 class Table:
     "Rows of numbers that show themselves as a table"
 
@@ -308,9 +345,11 @@ class Table:
         return self._repr_markdown_()
 
 
+@checked
 def stage_table(stages: list[dict]) -> Table:
     "The account as people read it."
     percent = lambda s: "{:.1f} ({:.1f}–{:.1f})".format(*(100 * v for v in (s["accuracy"], *s["interval"])))
+    _rows(stages, "nonzero", "macs", "images_per_second", "interval")
     rows = [[s["name"], s["runtime"], percent(s),
              f"{s['nonzero']:,}", f"{s['bytes'] / 1e3:,.0f}", f"{s['macs'] / 1e6:.2f}", f"{s['latency_ms']:.3f}",
              f"{s['images_per_second']:,.0f}"] for s in stages]
@@ -318,27 +357,34 @@ def stage_table(stages: list[dict]) -> Table:
                   "pictures/s"], rows)
 
 # %% ../nbs/00_tour.ipynb #68f43d1d
+@checked
 def gains(stages: list[dict]) -> dict:
     "Every row against the teacher in fp32: points lost, times smaller (its PyTorch file), times faster (same runtime)."
-    teacher = {s["runtime"]: s for s in stages if s["name"] == "teacher"}
+    teacher = {s["runtime"]: s for s in _rows(stages) if s["name"] == "teacher"}
+    if missing := {"PyTorch", *(s["runtime"] for s in stages)} - teacher.keys():
+        raise ValueError(f"stages has no teacher in {', '.join(sorted(missing))}; expected the rows of `account`")
     return {f"{s['name']} ({s['runtime']})": dict(
         points_lost=100 * (teacher[s["runtime"]]["accuracy"] - s["accuracy"]),
         times_smaller=teacher["PyTorch"]["bytes"] / s["bytes"],
         times_faster=teacher[s["runtime"]]["latency_ms"] / s["latency_ms"]) for s in stages}
 
 # %% ../nbs/00_tour.ipynb #225b9b71
+@checked
 def not_faster(stages: list[dict]) -> list[str]:
     "Pruned or quantised rows that are less than a tenth faster than the same network before, in the same runtime."
-    plain = {(s["name"], s["runtime"]): s["latency_ms"] for s in stages}
+    plain = {(s["name"], s["runtime"]): s["latency_ms"] for s in _rows(stages)}
     found = []
     for s in stages:
         before = s["name"].split(",")[0]
+        if (before, s["runtime"]) not in plain:
+            raise ValueError(f"stages has no {before!r} in {s['runtime']}; expected the rows of `account`")
         speedup = plain[before, s["runtime"]] / s["latency_ms"]
         if s["name"] != before and speedup < 1.1:
             found.append(f"{s['name']} in {s['runtime']}: {speedup:.2f}× the speed of the {before}")
     return found
 
 # %% ../nbs/00_tour.ipynb #169e8124
+@checked
 def run(
     out: str | Path = "runs/tour",  # where tour.html and metrics.json shall appear
     short: bool | None = None,  # a few steps of everything, as in the tests
@@ -396,16 +442,27 @@ def collect(data, plan, live, shipped, few, distilled, stages, seconds) -> dict:
     }
 
 
+@checked
 def check_claims(metrics: dict) -> None:
-    "The promises of the tour. Raises `AssertionError` that names the first one broken."
-    few, mean = metrics["finetune"], lambda values: sum(values) / len(values)
-    assert metrics["pretrain"]["knn_shipped"] > metrics["pretrain"]["knn_after"] > metrics["pretrain"]["knn_before"], "pretraining did not help"
-    assert mean(few["pretrained"]) >= 0.78, f"fine-tuned accuracy {mean(few['pretrained']):.3f} is below .78"
-    assert mean(few["pretrained"]) - mean(few["scratch"]) >= 0.06, "the gain over scratch is below 6 points"
-    assert mean(metrics["distill"]["student"]) > mean(metrics["distill"]["control"]), "distillation did not help"
-    found = [g for g in gains(metrics["stages"]).values()
-             if g["times_smaller"] >= 20 and g["points_lost"] <= 3 and g["times_faster"] >= 3]
-    assert found, "no stage is 20 times smaller, 3 times faster and within 3 points of the teacher"
+    "The promises of the tour. Raises `AssertionError` that names the first one broken, `ValueError` where numbers are missing."
+    mean = lambda values: sum(values) / len(values)
+    try:
+        knn, few, distilled = metrics["pretrain"], metrics["finetune"], metrics["distill"]
+        pretrained, scratch = mean(few["pretrained"]), mean(few["scratch"])
+        student, control = mean(distilled["student"]), mean(distilled["control"])
+        helped = knn["knn_shipped"] > knn["knn_after"] > knn["knn_before"]
+        gain = gains(metrics["stages"]).values()
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"metrics are not those of `run`: {type(error).__name__}: {error}") from None
+    small = [g for g in gain if g["times_smaller"] >= 20 and g["points_lost"] <= 3 and g["times_faster"] >= 3]
+    for holds, otherwise in [  # no `assert`: with `python -O` it would promise nothing
+        (helped, "pretraining did not help"), (pretrained >= 0.78, f"fine-tuned accuracy {pretrained:.3f} is below .78"),
+        (pretrained - scratch >= 0.06, "the gain over scratch is below 6 points"),
+        (student > control, "distillation did not help"),
+        (small, "no stage is 20 times smaller, 3 times faster and within 3 points of the teacher"),
+    ]:
+        if not holds:
+            raise AssertionError(otherwise)
 
 # %% ../nbs/00_tour.ipynb #a1875dfe
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -1,8 +1,11 @@
 "The console command as it is typed: real processes, exit codes, one sentence when something is wrong."
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +90,57 @@ def test_every_ending_is_a_sentence(monkeypatch, capsys, error, code, words):
     assert one_sentence(told) and words in told
 
 
+def test_ctrl_c_says_what_is_kept(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+    for name, arguments, words in [("tour", ["tour"], "Nothing of this tour is kept"), ("fetch_data", ["data", "fetch", "digits"], "that were ready are kept"),
+                                   ("doctor", ["doctor"], "^Stopped.$"), ("list_data", ["data", "list"], "^Stopped.$"), ("_parser", [], "^Stopped.$")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(command, name, stop)
+            assert main(arguments) == 130
+        assert re.search(words, capsys.readouterr().err)
+
+
+def test_without_a_home_and_a_temporary_folder_the_doctor_says_so():
+    code = ("import sys, pathlib, tempfile; from foundation.command import main\n"
+            "def nobody(*_): raise RuntimeError('Could not determine home directory.')\n"
+            "def none(): raise FileNotFoundError('No usable temporary directory found')\n"
+            "pathlib.Path.expanduser = pathlib.Path.home = nobody; tempfile.gettempdir = none\nsys.exit(main(sys.argv[1:]))")
+    variables = {k: v for k, v in os.environ.items() if k not in ("FOUNDATION_DATA", "XDG_CACHE_HOME", "HOME")}
+    for arguments, where in ((["doctor"], "stdout"), (["data", "list"], "stderr"), (["data", "fetch", "digits"], "stderr")):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], env=variables, capture_output=True, text=True)
+        told = getattr(done, where)
+        assert done.returncode == 1 and "neither a home folder nor one for temporary files" in told and "Traceback" not in done.stderr
+        assert where == "stdout" or one_sentence(told)
+
+
+def test_a_set_that_fails_in_another_way_keeps_no_other_back(monkeypatch, capsys):
+    from foundation.core import sources
+    really = sources.fetch
+
+    def fetch(name):
+        if name == "reviews":
+            raise PermissionError(13, "Permission denied")
+        return really(name)
+    monkeypatch.setattr(command, "fetch", fetch)
+    assert command.fetch_data(["reviews", "digits"]) == 1
+    told = capsys.readouterr()
+    assert "digits is ready" in told.out and told.err == "reviews: [Errno 13] Permission denied\n"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not on this machine")
+def test_make_lab_tells_root_what_jupyter_wants():
+    root = Path(command.__file__).parents[1]
+    for arguments, words in ([], "ARGS=--allow-root"), (["ARGS=--allow-root"], "jupyter lab nbs --allow-root"):
+        shown = subprocess.run(["make", "-n", "lab", *arguments], cwd=root, capture_output=True, text=True).stdout
+        assert words in shown
+    recipe = shown[shown.index("if ["):shown.index("jupyter lab")].rsplit("fi", 1)[0] + "fi"
+    if hasattr(os, "getuid") and os.getuid() == 0:
+        told = subprocess.run(["sh", "-c", recipe.replace("--allow-root", "", 1)], capture_output=True, text=True)
+        assert told.returncode == 1 and one_sentence(told.stderr)
+        assert subprocess.run(["sh", "-c", recipe], capture_output=True).returncode == 0
+
+
 def test_debug_shows_where(monkeypatch):
     monkeypatch.setenv("FOUNDATION_DEBUG", "1")
     monkeypatch.setattr(command, "tour", lambda *_: 1 / 0)
@@ -98,7 +152,7 @@ def test_tour_gets_its_options(monkeypatch):
     asked = []
     monkeypatch.setattr(command, "tour", lambda *args: asked.append(args) or 0)
     assert main(["tour"]) == main(["tour", "--short", "--out", "there"]) == 0
-    assert asked == [("runs/tour", False), ("there", True)]
+    assert asked == [("runs/tour", None), ("there", True)]  # without --short the variable FOUNDATION_SHORT decides
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such pipes there")

@@ -99,6 +99,61 @@ def test_good_metrics_pass_and_each_broken_claim_is_named():
             tour.check_claims(copy.deepcopy(GOOD) | {key: value})
 
 
+def test_the_promises_do_not_rest_on_assert():
+    code = ("import json, sys, foundation.tour as tour\nmetrics = json.loads(sys.argv[1])\n"
+            "try: tour.check_claims(metrics)\nexcept AssertionError as error: print(error)")
+    bad = GOOD | {"distill": dict(student=[.7, .71], control=[.70, .71])}
+    done = subprocess.run([sys.executable, "-O", "-c", code, json.dumps(bad)], capture_output=True, text=True)
+    assert done.stdout == "distillation did not help\n", done.stderr
+
+
+@pytest.mark.parametrize("key, value", [("pretrain", {}), ("finetune", dict(pretrained=[], scratch=[])), ("distill", None), ("stages", []),
+                                        ("stages", [dict(name="teacher")]), ("stages", [GOOD["stages"][1]]),
+                                        ("stages", [GOOD["stages"][0] | dict(latency_ms=0)])])
+def test_metrics_that_are_none_are_one_sentence(key, value):
+    with pytest.raises(ValueError, match="expected|not those of"):
+        tour.check_claims(GOOD | {key: value})
+
+
+@pytest.mark.parametrize("number", [float("nan"), -1.0])
+def test_no_claim_holds_with_nan(number):
+    with pytest.raises(AssertionError):
+        tour.check_claims(GOOD | {"finetune": dict(pretrained=[number], scratch=[.1])})
+
+
+@pytest.mark.parametrize("changes", [dict(pretrain=0), dict(looks=7), dict(seeds=()), dict(rates=(float("nan"),)), dict(trials=(1.5,)), dict(tests=True)])
+def test_a_plan_that_cannot_be_followed_is_refused(changes):
+    with pytest.raises((TypeError, ValueError), match=next(iter(changes))):
+        replace(tour.SHORT, **changes)
+
+
+def test_the_last_step_is_always_looked_at(monkeypatch):
+    seen = []
+    monkeypatch.setattr(tour, "neighbours", lambda *_: seen.append(1) or 0.5)
+    monkeypatch.setattr(tour, "fresh_encoder", lambda data: None)
+
+    def pretrain(encoder, images, augment, steps, each, **_):
+        for n in range(steps):
+            each(namedtuple("Step", "n")(n))
+        return namedtuple("Run", "losses seconds")(None, 0)
+    monkeypatch.setattr(tour, "pretrain", pretrain)
+    data = load_images("digits")
+    for steps, looks, want in ((7, 2, [0, 3, 6, 7]), (6, 2, [0, 3, 6]), (1, 1, [0, 1]), (5, 5, [0, 1, 2, 3, 4, 5])):
+        live = tour.pretrain_live(data, replace(tour.SHORT, pretrain=steps, looks=looks))
+        assert list(live.knn) == want
+
+
+def test_the_variable_makes_every_way_short(monkeypatch):
+    from foundation import command
+    plans = []
+    monkeypatch.setattr(tour, "load_data", lambda plan: plans.append(plan) or (_ for _ in ()).throw(KeyboardInterrupt))
+    for variable, arguments, want in [("1", [], tour.SHORT), ("", [], tour.Plan()), ("", ["--short"], tour.SHORT), ("0", [], tour.Plan()),
+                                      ("1", ["--short"], tour.SHORT)]:
+        monkeypatch.setenv("FOUNDATION_SHORT", variable)
+        assert command.main(["tour", *arguments]) == 130
+        assert plans.pop() == want
+
+
 def test_gains_and_what_was_not_faster():
     gain = tour.gains(GOOD["stages"])["student (PyTorch)"]
     assert gain == pytest.approx(dict(points_lost=2., times_smaller=50., times_faster=6.))
