@@ -2,6 +2,7 @@
 import json
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foundation.pretraining.masked_text as masked_text
+from foundation.core.checks import complaint
 from foundation.core.sources import DataUnavailable
 from foundation.data.batches import join, packed, same_document
 from foundation.data.text import _key, glosses, split_texts
@@ -17,7 +19,7 @@ from foundation.models.bert import BERT
 from foundation.models.pretrained import WEIGHTS, load_weights, read_card, rename_bert
 from foundation.pretraining.masked_text import (
     GlossTask, TextClassifier, count_words, counting_arm, encode_documents, fill_mask, gloss_task, judge, mask_tokens, masked_accuracy,
-    masked_stream, masked_tokens, pretrain, probe_arm, unigram_accuracy)
+    masked_stream, masked_tokens, mean_tokens, pretrain, probe_arm, unigram_accuracy)
 
 TEXTS = ["a large group of animals", "the state of being happy", "a small tree of the north", "cause to become hard"] * 30
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -235,7 +237,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tokenizer, documents, tmp_pat
         run(tmp_path / "run", stop=7)
     for resumed, straight in zip(run(tmp_path / "run"), run()):
         assert torch.equal(resumed, straight)
-    with pytest.raises(ValueError, match="delete the file or name another"):
+    with pytest.raises(ValueError, match="of another run"):
         pretrain(small(tokenizer), documents, tokenizer, steps=9, batch_size=8, ratio=0.4, checkpoint=tmp_path / "run", title="")
 
 
@@ -334,6 +336,186 @@ def test_the_recipe_writes_weights_tokenizer_and_card(tokenizer, documents, tmp_
         card["metrics"]["masked_accuracy"], abs=0.02)
 
 
+# Small sets, padding, types -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.15, 1e-6])
+def test_at_least_one_word_of_a_batch_is_hidden(ratio):
+    t = Tokenizer([])
+    few = encode_documents(["a cat", "a dog", "the owl"] * 4, t)
+    for _, places, targets in ((b[0], b[2], b[3]) for b in islice(masked_stream(few, t, context=8, batch_size=1, ratio=ratio), 300)):
+        assert places.any() and len(targets) == int(places.sum()) and (targets >= 5).all()
+    model = BERT(t.vocab_size, 8, 16, 1, 2, segments=0)
+    losses = pretrain(model, few, t, steps=50, batch_size=1, ratio=ratio, title="").losses
+    assert losses.isfinite().all() and len(losses) == 50
+
+
+def test_drawing_again_depends_on_seed_and_step_alone():
+    t = Tokenizer([])
+    few = encode_documents(["ab", "", "", "c"] * 3, t)  # rows of 2 tokens: some hold marks alone
+    options = dict(context=2, batch_size=1, seed=2)
+    straight = [*islice(masked_stream(few, t, **options), 40)]
+    assert all(batch[2].any() for batch in straight)
+    for start in (1, 13, 27):
+        assert all(map(same, straight[start:], islice(masked_stream(few, t, **options, start=start), 40 - start)))
+
+
+def test_a_usual_batch_is_masked_by_the_rule_alone(tokenizer, documents):
+    "Drawing again must not change the numbers where nothing has to be drawn again."
+    for step, (inputs, _, places, _) in zip(range(5), masked_stream(documents, tokenizer, context=16, batch_size=8, seed=3)):
+        tokens, _ = next(packed(documents, context=16, batch_size=8, seed=3, start=step))
+        luck = torch.Generator().manual_seed(3 * 1_000_003 + step)
+        rule = dict(mask_id=tokenizer.special["[MASK]"], vocab_size=tokenizer.vocab_size, first_word=5)
+        assert same((inputs, places), mask_tokens(tokens, tokens >= 5, **rule, generator=luck))
+
+
+def test_documents_without_a_word_are_refused():
+    t = Tokenizer([])
+    for call in (lambda d: next(masked_stream(d, t, context=4, batch_size=1)), lambda d: masked_accuracy(BERT(t.vocab_size, 4, 8, 1, 1, segments=0), d, t),
+                 lambda d: unigram_accuracy(d, d, t)):
+        assert "expected" in complaint(call, encode_documents([""] * 4, t))
+
+
+def test_a_small_held_out_set_is_judged_for_every_seed():
+    t = Tokenizer([])
+    held = encode_documents(["owl"], t)
+    model = BERT(t.vocab_size, 8, 8, 1, 1, segments=0)
+    scores = [masked_accuracy(model, held, t, seed=seed) for seed in range(12)]
+    assert all(0 <= score <= 1 for score in scores)
+
+
+@pytest.mark.parametrize("tokens", [[[1, 2, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]], [[0], [0]]])
+def test_a_text_of_padding_only_has_features_0(tokens):
+    torch.manual_seed(0)
+    model = TextClassifier(BERT(20, 8, 16, 1, 2, segments=0), 2)
+    tokens = torch.tensor(tokens)
+    features = model.encode(tokens)
+    blank = (tokens == 0).all(1)
+    assert (features[blank] == 0).all() and (features[~blank].abs().sum(1) > 0).all()
+    model(tokens).square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    if not blank.all():
+        torch.testing.assert_close(features[:1], model.encode(tokens[:1]), **CLOSE)
+
+
+def test_padding_in_front_or_between_loses_no_token():
+    torch.manual_seed(0)
+    seen = []
+    model = TextClassifier(BERT(20, 8, 16, 1, 2, segments=0), 2)
+    plain, encode = model.encoder.encode, lambda tokens, mask: seen.append(tokens) or plain(tokens, mask)
+    model.encoder.encode = encode
+    model.encode(torch.tensor([[0, 0, 5, 6, 0], [7, 0, 8, 0, 0]]))
+    assert seen[0].tolist() == [[0, 0, 5, 6], [7, 0, 8, 0]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 10_000))
+def test_the_mean_of_tokens_is_a_loop(b, n, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x, mask = torch.randn(b, n, 3, generator=rng), torch.rand(b, n, generator=rng) < 0.5
+    found = mean_tokens(x.masked_fill(~mask[..., None], float("nan")).requires_grad_(), mask)
+    for i in range(b):
+        real = x[i][mask[i]]
+        torch.testing.assert_close(found[i].detach(), real.mean(0) if len(real) else torch.zeros(3))
+
+
+def test_the_mean_of_tokens_has_sound_gradients_and_no_overflow():
+    x = torch.full((2, 3, 4), float("inf"))
+    x[0, 0] = 1
+    x.requires_grad_()
+    mask = torch.tensor([[True, False, False], [False, False, False]])
+    mean_tokens(x, mask).sum().backward()
+    assert (x.grad[0, 0] == 1).all() and x.grad.sum() == 4
+    long = torch.full((1, 512, 2), 200.0)
+    assert torch.equal(mean_tokens(long.half(), torch.ones(1, 512, dtype=torch.bool)), long[:, 0].half())
+
+
+def test_names_of_special_tokens_in_a_text_stay_text(tokenizer):
+    for names in ("a [PAD] b", "[MASK] [SEP][CLS]", "[EOS]"):
+        ids = encode_documents([names], tokenizer)[0]
+        assert (ids[1:-1] >= len(tokenizer.special)).all() and tokenizer.decode(ids[1:-1].tolist()) == names
+        assert ids[1:-1].tolist() == tokenizer.encode(names)
+
+
+def test_only_the_mask_is_special_in_a_question(tokenizer):
+    model, asked = small(tokenizer), []
+    forward = model.forward
+    model.forward = lambda tokens, **options: asked.append(tokens[0].tolist()) or forward(tokens, **options)
+    fill_mask(model, tokenizer, "[PAD] [MASK] a")
+    one, two = tokenizer.encode("[PAD]"), tokenizer.encode(" a")
+    mark = tokenizer.special
+    assert asked == [[mark["[CLS]"], *one, mark["[MASK]"], *two, mark["[SEP]"]]]
+    plain = tokenizer.encode("[CLS]the[MASK] of a[MASK][SEP]", special=True)
+    fill_mask(model, tokenizer, "the [MASK] of a [MASK]")
+    assert asked[1] == plain
+
+
+def test_guesses_that_read_alike_are_all_told():
+    t = Tokenizer([])  # single bytes: many are halves of a letter and read alike
+    torch.manual_seed(0)
+    found, = fill_mask(BERT(t.vocab_size, 8, 8, 1, 1, segments=0), t, "[MASK]", count=t.vocab_size)
+    assert len(found) == t.vocab_size and sum(found.values()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8])
+def test_tokens_of_every_whole_number_type(tokenizer, documents, kind):
+    tokens = torch.randint(5, 200, (4, 12), generator=torch.Generator().manual_seed(0))
+    luck = lambda: torch.Generator().manual_seed(1)
+    for a, b in zip(mask_tokens(tokens.to(kind), tokens >= 5, **RULE, generator=luck()), mask_tokens(tokens, tokens >= 5, **RULE, generator=luck())):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    model = TextClassifier(small(tokenizer), 3)
+    torch.testing.assert_close(model(tokens.to(kind)), model(tokens))
+    inputs, mask, places, targets = first(documents, tokenizer)
+    if kind != torch.uint8:
+        wide, narrow = (masked_tokens(model.encoder, (inputs, mask, places, targets.to(k)))[0] for k in (torch.int64, kind))
+        assert torch.equal(wide, narrow)
+
+
+def test_numpy_numbers_make_the_same_stream(tokenizer, documents):
+    plain = dict(context=16, batch_size=8, ratio=0.25, seed=2, start=3)
+    kinds = dict(context=np.int64, batch_size=np.int32, ratio=np.float32, seed=np.int64, start=np.uint8)
+    streams = (masked_stream(documents, tokenizer, **{k: f(plain[k]) for k, f in fs.items()}) for fs in ({k: type(v) for k, v in plain.items()}, kinds))
+    assert all(map(same, *(islice(stream, 3) for stream in streams)))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_float_type_is_judged(tokenizer, documents, kind):
+    model = small(tokenizer).to(kind)
+    loss, _ = masked_tokens(model, first(documents, tokenizer))
+    assert loss.dtype == torch.promote_types(kind, torch.float32) and loss.isfinite()
+    assert 0 <= masked_accuracy(model, documents, tokenizer) <= 1 and fill_mask(model, tokenizer, "a [MASK]")
+
+
+def test_the_loss_is_blind_to_words_that_are_not_hidden(tokenizer, documents):
+    "By the batch alone: another target list is another loss, and logits elsewhere get no gradient."
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(8, 16, tokenizer.vocab_size, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, tokens, mask, places):
+            assert places.any() and not places.all()
+            return self.table[places]
+    model, (inputs, mask, places, targets) = Logits(), first(documents, tokenizer)
+    loss, extra = masked_tokens(model, (inputs, mask, places, targets))
+    by_hand = -model.table.detach().log_softmax(-1)[places].gather(1, targets[:, None]).mean()
+    torch.testing.assert_close(loss.detach(), by_hand)
+    loss.backward()
+    assert (model.table.grad[~places] == 0).all() and (model.table.grad[places] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("change", [dict(documents=True), dict(lr=2e-3), dict(weight_decay=0.1), dict(seed=1), dict(batch_size=4), dict(ratio=0.3)])
+def test_a_checkpoint_of_another_run_is_refused(tokenizer, documents, tmp_path, change):
+    other = [d.clone() for d in documents]
+    other[-1][1] = 5 + (other[-1][1] - 4) % 200  # one word of the last text
+    run = lambda documents=documents, **how: pretrain(small(tokenizer), documents, tokenizer, **dict(steps=2, batch_size=8, checkpoint=tmp_path / "run", title="") | how)
+    kept = run().losses
+    assert torch.equal(run().losses, kept)
+    with pytest.raises(ValueError, match="of another run"):
+        run(**change | (dict(documents=join(other)) if "documents" in change else {}))
+    assert len(run(steps=3, longer=True).losses) == 3
+
+
 # Real glosses ---------------------------------------------------------------------------------------------------------
 
 
@@ -378,37 +560,53 @@ IDS = torch.full((2, 6), 7)
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda t, d: mask_tokens(IDS, IDS > 4, **RULE, ratio=0), "ratio is 0; expected more than 0"),
+    (lambda t, d: mask_tokens(IDS, IDS > 4, **RULE, ratio=0), "ratio is 0.0; expected a finite number above 0"),
     (lambda t, d: mask_tokens(IDS, IDS > 4, **RULE, ratio=1), "nothing is left to guess from"),
     (lambda t, d: mask_tokens(IDS, IDS > 4, **RULE, ratio=float("nan")), "ratio is nan"),
     (lambda t, d: mask_tokens(IDS, IDS > 4, **RULE, ratio="15 %"), "ratio is '15 %'"),
-    (lambda t, d: mask_tokens(IDS.float(), IDS > 4, **RULE), r"torch.float32 \(2, 6\); expected int64"),
-    (lambda t, d: mask_tokens(IDS[0], IDS[0] > 4, **RULE), r"\(6,\); expected int64 \(b, n\)"),
-    (lambda t, d: mask_tokens([[7]], IDS > 4, **RULE), "tokens are a list"),
-    (lambda t, d: mask_tokens(IDS, IDS, **RULE), r"can_hide must be booleans \(2, 6\)"),
-    (lambda t, d: mask_tokens(IDS, IDS[:1] > 4, **RULE), r"can_hide must be booleans \(2, 6\)"),
-    (lambda t, d: mask_tokens(IDS, IDS > 4, mask_id=300, vocab_size=300), "mask_id=300"),
-    (lambda t, d: mask_tokens(IDS, IDS > 4, mask_id=3, vocab_size=300, first_word=300), "first_word=300"),
+    (lambda t, d: mask_tokens(IDS.float(), IDS > 4, **RULE), r"a tensor of float32, shape \(2, 6\); expected token numbers"),
+    (lambda t, d: mask_tokens(IDS[0], IDS[0] > 4, **RULE), r"tokens has shape \(6,\); expected \(b, n\)"),
+    (lambda t, d: mask_tokens([[7]], IDS > 4, **RULE), "tokens is a list"),
+    (lambda t, d: mask_tokens(IDS, IDS, **RULE), "can_hide is a tensor of int64"),
+    (lambda t, d: mask_tokens(IDS, IDS[:1] > 4, **RULE), r"can_hide has shape \(1, 6\); expected \(2, 6\)"),
+    (lambda t, d: mask_tokens(IDS, IDS > 4, mask_id=300, vocab_size=300), "mask_id is 300"),
+    (lambda t, d: mask_tokens(IDS, IDS > 4, mask_id=3, vocab_size=300, first_word=300), "first_word is 300"),
     (lambda t, d: masked_stream(d, t, ratio=1.0), "ratio is 1.0"),
-    (lambda t, d: masked_stream([[1, 2]], t), "documents are a list"),
+    (lambda t, d: masked_stream([[1, 2]], t), "documents is a list; expected a Documents"),
     (lambda t, d: masked_stream(d, t, batch_size=10**6), "batch_size is 1000000"),
     (lambda t, d: pretrain(small(t), d, t, steps=1, ratio=0, title=""), "ratio is 0"),
     (lambda t, d: pretrain(small(t, vocab_size=400), d, t, steps=1, title=""), "the model knows 400 tokens and the tokenizer makes"),
-    (lambda t, d: masked_accuracy(small(t, vocab_size=400), d, t), "use the tokenizer that the model was trained with"),
+    (lambda t, d: masked_accuracy(small(t, vocab_size=400), d, t), "expected the one it was trained with"),
     (lambda t, d: fill_mask(small(t, vocab_size=400), t, "a [MASK]"), "the model knows 400 tokens"),
     (lambda t, d: fill_mask(small(t), t, "a herd"), r"holds no \[MASK\]"),
     (lambda t, d: fill_mask(small(t), t, "word " * 40 + "[MASK]"), "do not fit a context of 16"),
     (lambda t, d: masked_tokens(small(t), first(d, t, context=32)), "do not fit a context of 16"),
-    (lambda t, d: masked_tokens(small(t), (IDS, IDS > 4, IDS < 0, IDS[IDS < 0])), "hide at least one token of the batch"),
-    (lambda t, d: fill_mask(small(t), t, ["a [MASK]"]), "got a list and count=5; expected one text"),
-    (lambda t, d: fill_mask(small(t), t, "a [MASK]", count=0), "count=0; expected one text, and 1 to"),
-    (lambda t, d: fill_mask(small(t), t, "a [MASK]", count=10**6), "count=1000000"),
+    (lambda t, d: masked_tokens(small(t), (IDS, IDS > 4, IDS < 0, IDS[IDS < 0])), "expected at least one True"),
+    (lambda t, d: fill_mask(small(t), t, ["a [MASK]"]), "text is a list; expected a string"),
+    (lambda t, d: fill_mask(small(t), t, "a [MASK]", count=0), "count is 0; expected a whole number from 1 to"),
+    (lambda t, d: fill_mask(small(t), t, "a [MASK]", count=10**6), "count is 1000000"),
     (lambda t, d: judge(small(t, vocab_size=400), t), "the model knows 400 tokens"),
-    (lambda t, d: encode_documents("one text", t), r"expected several; hand in \[text\]"),
-    (lambda t, d: encode_documents(["a"], t, longest=0), "longest is 0; expected at least 1 word"),
-    (lambda t, d: encode_documents([], t), "expected at least one document"),
-    (lambda t, d: gloss_task(pool=10**6), "asked for 1000000"),
-    (lambda t, d: gloss_task(test=0), "and 0 texts"),
+    (lambda t, d: encode_documents("one text", t), r"in a list, so \[text\]"),
+    (lambda t, d: encode_documents(["a"], t, longest=0), "longest is 0; expected a whole number from 1"),
+    (lambda t, d: encode_documents([], t), "texts is a list; expected one string or more"),
+    (lambda t, d: gloss_task(pool=10**6), "are 1000000, 500 and 1000"),
+    (lambda t, d: gloss_task(test=0), "500 and 0; expected 1 on"),
+    (lambda t, d: mask_tokens(IDS, IDS > 4, mask_id=3, vocab_size=6), "tokens run from 7 to 7"),
+    (lambda t, d: encode_documents([None], t), "one string or more"),
+    (lambda t, d: encode_documents(["a"], Tokenizer([], special=("[PAD]",))), r"are \[PAD\]; expected \[CLS\] too"),
+    (lambda t, d: masked_tokens(small(t), IDS), "the batch is a tensor of int64"),
+    (lambda t, d: masked_tokens(small(t), (IDS, IDS > 4, IDS > 4, IDS[0])), r"targets has shape \(6,\)"),
+    (lambda t, d: masked_accuracy(small(t), d, t, steps=0), "steps is 0"),
+    (lambda t, d: masked_accuracy(torch.nn.Linear(2, 2), d, t), "a Linear without `vocab_size`"),
+    (lambda t, d: pretrain(small(t), d, t, steps=1, batch_size=8, lr=0, title=""), "lr is 0"),
+    (lambda t, d: pretrain(small(t), d, t, steps=0, title=""), "steps is 0"),
+    (lambda t, d: TextClassifier(torch.nn.Linear(2, 2), 3), "a Linear without `encode`"),
+    (lambda t, d: TextClassifier(small(t), 0), "classes is 0"),
+    (lambda t, d: mean_tokens(torch.zeros(2, 3, 4), torch.ones(2, 3)), "mask is a tensor of float32"),
+    (lambda t, d: mean_tokens(torch.zeros(2, 3), torch.ones(2, 3) > 0), r"expected \(b, n, d\)"),
+    (lambda t, d: probe_arm(torch.zeros(3, 2), task_of(["x"] * 8)), r"expected \(8, d\)"),
+    (lambda t, d: counting_arm(None, task_of(["x"] * 8)), r"expected \(8, words\)"),
+    (lambda t, d: task_of(["x"] * 8).part("train"), "name is 'train'"),
 ])
 def test_bad_input_gets_one_clear_sentence(tokenizer, documents, call, words):
     with pytest.raises((ValueError, TypeError), match=words) as caught:

@@ -82,11 +82,11 @@ def test_a_checkpoint_of_another_recipe_is_refused(digits, tmp_path):
     run = lambda steps: contrastive.pretrain(small(), digits.train_images[:64], Augment(), steps=steps, batch_size=16,
                                              checkpoint=tmp_path / "run", title="")
     run(2)
-    with pytest.raises(ValueError, match="delete the file or name another"):
+    with pytest.raises(ValueError, match="of another run"):
         run(4)
 
 
-@pytest.mark.parametrize("batch_size, words", [(1, "at least 2"), (65, "64")])
+@pytest.mark.parametrize("batch_size, words", [(1, "from 2 on"), (65, "64")])
 def test_batches_that_cannot_be_are_refused(digits, batch_size, words):
     with pytest.raises(ValueError, match=words):
         contrastive.pretrain(small(), digits.train_images[:64], Augment(), steps=1, batch_size=batch_size, title="")
@@ -119,11 +119,12 @@ def test_a_frozen_body_keeps_its_weights_to_the_last_bit(digits):
 
 @pytest.mark.parametrize("change, words", [
     (dict(labels=torch.tensor([0, 1, 2, 10])), "0 to 10"), (dict(labels=torch.tensor([0, -1, 2, 3])), "-1 to 3"),
-    (dict(labels=torch.empty(0, dtype=torch.long)), "none"), (dict(lr=-1.0), "lr=-1.0"), (dict(head_lr=0.0), "head_lr=0.0")])
+    (dict(labels=torch.empty(0, dtype=torch.long)), "labels is empty|no labels|none"),
+    (dict(lr=-1.0), "lr is -1.0|lr=-1.0"), (dict(head_lr=0.0), "head_lr is 0.0|head_lr=0.0")])
 def test_fine_tuning_refuses(digits, change, words):
-    good = dict(labels=torch.tensor([0, 1, 2, 3]), steps=1, lr=1e-3)
+    good = dict(labels=torch.arange(10), steps=1, lr=1e-3) | change
     with pytest.raises(ValueError, match=words):
-        finetune(small(), digits.train_images[:4], augment=Augment(), **good | change)
+        finetune(small(), digits.train_images[: len(good["labels"]) or 4], augment=Augment(), **good)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in WEIGHTS.glob("*.safetensors")))

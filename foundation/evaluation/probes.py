@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.basics import in_order, memory_order
 from ..core.checks import check_floats, check_labels, check_model, check_number
 from ..core.checks import check_whole, checked, got, precise
 from .scores import in_batches
@@ -234,6 +235,10 @@ def fine_tune(
     rest = [p for p in model.parameters() if not any(p is h for h in head)]
     opt = torch.optim.AdamW([dict(params=head, lr=head_lr or 10 * lr), dict(params=rest, lr=lr)],
                             weight_decay=weight_decay, fused=True)
+    order = memory_order(model)
+    if order == torch.contiguous_format:  # a network that may not be trained with channels last
+        model.to(memory_format=order)
+        batches = ((in_order(x, order), y) for x, y in batches)
     plan = dict(steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0, precision="auto")
     for _ in train(model, batches, classify, opt, **plan):
         pass

@@ -7,7 +7,6 @@ __all__ = ['STAGES', 'two_views', 'ContrastiveModel', 'match_views', 'pretrain',
            'MomentumContrast', 'match_queue', 'make_weights']
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #12ea5517
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..core.basics import freeze, pick_device, seed_everything
+from ..core.basics import copy_model, freeze, in_order, memory_order, pick_device
+from ..core.basics import seed_everything
+from ..core.checks import check_floats, check_model, check_number, check_shares
+from ..core.checks import check_sizes, check_whole, checked, got, precise
 from ..core.sources import cache_folder
 from ..data.augment import Augment
 from ..data.batches import augmented
@@ -25,127 +27,183 @@ from ..evaluation.label_efficiency import card_metrics
 from ..models.convnets import ResNet
 from ..models.pretrained import WEIGHTS, save_weights
 from ..objectives.contrast import info_nce, nt_xent
-from ..training.checkpoint import Run, resumable
+from ..objectives.divergence import check_temperature
+from ..training.checkpoint import Run, fingerprint, resumable
 from ..training.loop import Objective, Step, adamw
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #a20385de
+@checked
 def two_views(
     images: Tensor,  # (n, c, h, w) uint8, on the device where the views shall be made
-    augment: Augment,
+    augment: Callable,  # an `Augment`
     batch_size: int,
     seed: int = 0,
     start: int = 0,  # first step
 ) -> Iterator[Tensor]:  # (2b, c, h, w): rows i and b + i are views of the same picture
     "Endless pairs of views."
-    for (views,) in augmented(images, augment=augment, batch_size=batch_size, seed=seed, start=start, views=2):
-        yield views
+    plan = dict(batch_size=batch_size, seed=seed, start=start)
+    return (views for (views,) in augmented(images, augment=augment, views=2, **plan))
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #864d8125
 class ContrastiveModel(nn.Module):
-    "An encoder and a projector: images (b, c, h, w) -> points to compare (b, dim). Raises `TypeError` for what is no encoder."
+    "An encoder and a projector: images (b, c, h, w) -> points to compare (b, dim)."
 
-    def __init__(self, encoder: nn.Module, dim: int = 128, hidden: int = 256):
-        if not callable(getattr(encoder, "encode", None)) or not hasattr(encoder, "dim"):
-            raise TypeError(f"the encoder is a {type(encoder).__name__}; expected one with `encode` and `dim`, such as ResNet")
+    @checked
+    def __init__(
+        self,
+        encoder: nn.Module,  # with `encode` and `dim`, such as `ResNet`
+        dim: int = 128,
+        hidden: int = 256,
+    ):
+        check_model(encoder, "encoder", "encode")
+        check_whole(getattr(encoder, "dim", None), "encoder.dim", 1)
+        check_sizes(dim=dim, hidden=hidden)
         super().__init__()
         self.encoder, self.dim = encoder, dim
-        layers = nn.Linear(encoder.dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
-        self.projector = nn.Sequential(*layers)
+        first, last = nn.Linear(encoder.dim, hidden, bias=False), nn.Linear(hidden, dim)
+        self.projector = nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(self.encoder.encode(x))
 
 
-def match_views(temperature: float = 0.2) -> Objective:
+@checked
+def match_views(
+    temperature: float | Tensor = 0.2,
+) -> Objective:
     "Objective: NT-Xent between the two halves of a batch of views."
+    check_temperature(temperature)
     def objective(model, views):
-        _expect_pairs(views)
-        a, b = model(views).chunk(2)
+        a, b = model(_check_pairs(views)).chunk(2)
         return nt_xent(a, b, temperature), {}
     return objective
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #6b9b33ca
-def _expect_pairs(views):
-    "Refuse a batch without second views, or with one picture only"
+def _check_pairs(views) -> Tensor:
+    "A batch with a second view of each picture, and of more than one"
+    if not isinstance(views, Tensor):
+        raise TypeError(f"views is {got(views)}; expected a tensor (2b, c, h, w)")
     if len(views) < 4 or len(views) % 2:
-        raise ValueError(f"got {len(views)} views; expected two of each picture and at least 2 pictures: with one there is nothing to pick from")
+        raise ValueError(f"got {len(views)} views; expected two of each picture and at least 2 "
+                         "pictures: with one there is nothing to pick from")
+    return views
+
+
+def _check_float32(model, name: str) -> torch.device:
+    "The device of weights in float32: in half precision small steps would be lost"
+    p = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if p is None or p.dtype != torch.float32:
+        raise ValueError(f"weights of the {name} are {got(p)}; expected float32, "
+                         "in which small steps are not lost")
+    return p.device
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #4745e8d4
+@checked
 def pretrain(
-    encoder: nn.Module,  # trained in place; has `encode` and `dim`, or is a ContrastiveModel or MomentumContrast as a whole
+    encoder: nn.Module,  # trained in place; or a ContrastiveModel or MomentumContrast as a whole
     images: Tensor,  # (n, c, h, w) uint8
-    augment: Augment,
+    augment: Callable,  # an `Augment`
     *,
     steps: int,
     batch_size: int = 256,
     lr: float = 2e-3,
     temperature: float = 0.2,
     weight_decay: float = 0.05,
-    objective: Objective | None = None,  # of the model and its views; None: NT-Xent at this temperature
+    objective: Callable | None = None,  # of the model and its views; None: NT-Xent
     seed: int = 0,
     checkpoint: Path | str | None = None,  # where to save and resume
     save_every: int = 200,
+    longer: bool = False,  # go on with more steps than the checkpoint's run was to have
     title: str = "pretraining",
     each: Callable[[Step], None] | None = None,  # called after each step
 ) -> Run:  # losses, seconds
     """SimCLR (Chen et al. 2020), or MoCo with `match_queue`.
 
-    Raises `ValueError` for fewer than two images a batch, a queue without its objective, or a checkpoint of another recipe."""
-    if batch_size < 2:
-        raise ValueError(f"batch_size is {batch_size}; contrast needs at least 2 pictures, and works better with hundreds")
-    if hasattr(encoder, "queue") and objective is None:
-        raise ValueError("a MomentumContrast learns from its queue; expected objective=match_queue()")
+    Raises `ValueError` for fewer than two images a batch, a queue without its objective, or a
+    checkpoint of another recipe, other images, augmentation or objective."""
+    device = _check_plan(encoder, steps, batch_size, lr, weight_decay, objective)
+    judge = objective or match_views(temperature)
+    two_views(images, augment, batch_size, seed)  # refuses what cannot be, and touches nothing
     torch.manual_seed(seed)
     model = encoder if hasattr(encoder, "encoder") else ContrastiveModel(encoder)
-    device = next(encoder.parameters()).device
-    model, images = model.to(device, memory_format=torch.channels_last), images.to(device)
-    recipe = dict(batch_size=batch_size, temperature=temperature, weight_decay=weight_decay, seed=seed)
-    if objective:
-        recipe["objective"] = objective.__qualname__
-    return resumable(model, lambda start: two_views(images, augment, batch_size, seed, start), objective or match_views(temperature),
-                     adamw(model, lr, weight_decay), steps=steps, schedule=warmup_cosine(steps, steps // 10), precision="auto",
-                     checkpoint=checkpoint, recipe=recipe, save_every=save_every, title=title, each=each)
+    order = memory_order(model)
+    model, images = model.to(device, memory_format=order), images.to(device)
+    views = lambda start: two_views(images, augment, batch_size, seed, start)
+    stream = lambda start: (in_order(x, order) for x in views(start))
+    recipe = dict(batch_size=batch_size, temperature=temperature, seed=seed)
+    if checkpoint:
+        recipe |= dict(data=fingerprint(images), augment=fingerprint(augment))
+    return resumable(model, stream, judge, adamw(model, lr, weight_decay), steps=steps,
+                     schedule=warmup_cosine(steps, steps // 10), precision="auto",
+                     checkpoint=checkpoint, recipe=recipe, save_every=save_every, longer=longer,
+                     title=title, each=each)
+
+# %% ../../nbs/07_pretraining/03_contrastive.ipynb #7b9c0a57
+def _check_plan(encoder, steps, batch_size, lr, weight_decay, objective) -> torch.device:
+    "The device of an encoder that can be trained as planned"
+    check_whole(steps, "steps", 1)
+    check_whole(batch_size, "batch_size", 2, why="one picture has nothing to be told from")
+    check_number(lr, "lr", above=0)
+    check_number(weight_decay, "weight_decay", 0)
+    if not hasattr(encoder, "encoder"):
+        check_model(encoder, "encoder", "encode")
+    if hasattr(encoder, "queue") and objective is None:
+        raise ValueError("the encoder learns from its queue; expected objective=match_queue()")
+    return _check_float32(encoder, "encoder")
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #aea6ff81
+@checked
 def effective_rank(
     z: Tensor,  # features (n, d)
 ) -> float:  # from 1 (all on one spot) to min(n, d)
-    """How many directions the normalised features use: the exponential of the entropy of their singular values.
+    """How many directions the features use: exp of the entropy of their singular values.
 
-    Raises `ValueError` for what is no table of two finite rows or more. Roy & Vetterli 2007; as a check of features, Garrido et al. 2023."""
+    Raises `ValueError` for what is no table of two finite rows or more.
+    Roy & Vetterli 2007; as a check of features, Garrido et al. 2023."""
     values = torch.linalg.svdvals(_unit(z))
+    if not values.any():  # nothing but zeros: one spot
+        return 1.0
     shares = values / values.sum()
     return torch.special.entr(shares).sum().exp().item()
 
 
+@checked
 def feature_spread(
     z: Tensor,  # features (n, d)
 ) -> float:  # from 0 (all on one spot) to 1 (evenly over the sphere)
-    "Standard deviation of the normalised features, times √d. Raises `ValueError` like `effective_rank`. Chen & He 2021, figure 2."
+    """Standard deviation of the normalised features, times √d (Chen & He 2021, figure 2).
+
+    Raises `ValueError` like `effective_rank`."""
     return _unit(z).std(0, correction=0).mean().item() * z.shape[1] ** 0.5
 
 
 def _unit(z):
-    "Rows of length 1 in float64"
-    if not isinstance(z, Tensor) or z.ndim != 2 or len(z) < 2 or not z.is_floating_point() or not z.isfinite().all():
-        got = f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
-        raise ValueError(f"got {got}; expected features (n, d): finite floats, two rows or more")
-    return normalize(z.detach().double(), dim=1)
+    "Rows of length 1 in float64; a row of zeros stays 0"
+    z = check_floats(z, "z", "(n, d)").detach().double()
+    if len(z) < 2 or not z.isfinite().all():
+        bad = int((~z.isfinite()).any(1).sum())
+        raise ValueError(f"z holds {len(z)} rows, {bad} of them with NaN or infinity; "
+                         "expected two or more, of finite numbers")
+    return normalize(z, dim=1, eps=1e-150)
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #183439fc
 class MomentumContrast(nn.Module):
-    """A model that learns, its slow copy, and a queue of what the copy said to earlier batches (He et al. 2020).
+    """A model that learns, its slow copy, and a queue of what it said to earlier batches (He 2020).
 
-    Raises `ValueError` for a queue without places or a momentum outside of 0 to 1."""
+    Copy and queue stay in float32, whatever type the model has. Raises `ValueError` for a queue
+    without places or a momentum outside of 0 to 1."""
 
-    def __init__(self, model: ContrastiveModel, size: int = 4096, momentum: float = 0.99):
-        if size < 1 or not 0 <= momentum <= 1:
-            raise ValueError(f"got size={size}, momentum={momentum}; expected at least one place and a momentum from 0 to 1")
+    @checked
+    def __init__(self, model: nn.Module, size: int = 4096, momentum: float = 0.99):
+        check_whole(size, "size", 1)
+        check_shares(momentum=momentum)
+        dim = check_whole(getattr(model, "dim", None), "model.dim", 1)
         super().__init__()
-        self.model, self.slow, self.momentum = model, freeze(copy.deepcopy(model)), momentum
-        self.register_buffer("queue", torch.zeros(size, model.dim))
+        self.model, self.slow, self.momentum = model, freeze(copy_model(model)), momentum
+        self.register_buffer("queue", torch.zeros(size, dim))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # keys that ever came in
+        self._widen()
 
     @property
     def encoder(self) -> nn.Module:
@@ -156,39 +214,80 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        "The copy moves a little towards the model. Batch-norm statistics are left to the copy's own passes."
-        for slow, fast in zip(self.slow.parameters(), self.model.parameters(), strict=True):
-            slow.lerp_(fast, 1 - self.momentum)
+        "The copy moves a little towards the model. Batch-norm statistics are its own."
+        for slow, fast in _pairs(self.slow, self.model):
+            slow.lerp_(fast.to(slow), 1 - self.momentum)
 
     @torch.no_grad()
     def keys(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, d), of length 1, without a gradient
-        return normalize(self.slow(x).float(), dim=1)
+        return _directions(self.slow(x.to(next(self.slow.parameters()).dtype)))
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:  # (b, d), (b, d) -> (b, b + size)
-        "Cosines with the batch's own keys, the right one at column i of row i, then with the queue; empty places get -inf."
+        "Cosines with the batch's keys, the right one at (i, i), then with the queue's, or -inf."
         with torch.autocast(queries.device.type, enabled=False):
-            queries, empty = normalize(queries.float(), dim=1), torch.arange(len(self.queue), device=keys.device) >= self.seen
-            old = (queries @ self.queue.clone().T).masked_fill(empty, -math.inf)  # a clone: the backward pass needs it as it was
-            return torch.cat([queries @ keys.T, old], 1)
+            queries = _directions(queries)
+            empty = torch.arange(len(self.queue), device=keys.device) >= self.seen
+            queue = self.queue.to(queries.dtype, copy=True)  # the way back needs it as it was
+            old = (queries @ queue.T).masked_fill(empty, -math.inf)
+            return torch.cat([queries @ keys.to(queries.dtype).T, old], 1)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:  # (b, d)
         "Write keys over the oldest ones. Raises `ValueError` for more keys than places."
-        if len(keys) > len(self.queue):
-            raise ValueError(f"got {len(keys)} keys for a queue of {len(self.queue)}; expected a queue of a batch or more")
+        keys = check_floats(keys, "keys", f"(b, {self.queue.shape[1]})")
+        self.check_room(len(keys))
         places = (self.seen + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[places] = keys
+        self.queue[places] = keys.to(self.queue)
         self.seen += len(keys)
 
+    def check_room(self, count: int) -> None:
+        "Raises `ValueError` for more keys than places."
+        if count > len(self.queue):
+            raise ValueError(f"got {count} keys for a queue of {len(self.queue)}; "
+                             "expected a queue of a batch or more")
+
+    def _apply(self, fn, recurse=True):  # what .to, .half and .bfloat16 call
+        super()._apply(fn, recurse)
+        return self._widen()
+
+    def _widen(self):
+        self.slow._apply(lambda t: precise(t) if t.is_floating_point() else t)
+        self.queue = precise(self.queue)
+        return self
+
+# %% ../../nbs/07_pretraining/03_contrastive.ipynb #b5917216
+def _directions(z: Tensor) -> Tensor:
+    "Rows of length 1 in float32 at least; a row of zeros has no direction and gets no gradient"
+    z = precise(z)
+    short = z.detach().abs().amax(1, keepdim=True) < 1e-12
+    return normalize(z, dim=1).masked_fill(short, 0)
+
+
+def _pairs(slow, fast) -> list[tuple[Tensor, Tensor]]:
+    "Parameters of the same name, of the copy and of its model"
+    slow, fast = (dict(m.named_parameters()) for m in (slow, fast))
+    shapes = lambda named: {name: tuple(p.shape) for name, p in named.items()}
+    if shapes(slow) != shapes(fast):
+        odd = sorted(set(shapes(slow).items()) ^ set(shapes(fast).items()))[0][0]
+        raise ValueError(f"the model has changed since it was copied, first of all at {odd}; "
+                         "expected the same parameters: make the MomentumContrast anew")
+    return [(p, fast[name].detach()) for name, p in slow.items()]
+
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #a60ed6a5
-def match_queue(temperature: float = 0.2) -> Objective:
-    "Objective of a MomentumContrast: each first view picks the key of its partner among the batch's keys and the queue."
+@checked
+def match_queue(
+    temperature: float | Tensor = 0.2,
+) -> Objective:
+    "Objective: each first view picks its partner's key among those of the batch and the queue."
+    check_temperature(temperature)
     def objective(model, views):
-        _expect_pairs(views)
-        a, b = views.chunk(2)
+        a, b = _check_pairs(views).chunk(2)
+        check_model(model, "model", "follow keys scores enqueue check_room").check_room(len(b))
         model.follow()
         keys = model.keys(b)
-        loss = info_nce(model.scores(model(a), keys) / temperature)
+        scores = model.scores(model(a), keys)
+        empty = scores.isneginf()  # filled again after the division: -inf / T has no gradient for T
+        loss = info_nce((scores.masked_fill(empty, 0) / temperature).masked_fill(empty, -math.inf))
         model.enqueue(keys)
         return loss, {}
     return objective
@@ -197,6 +296,7 @@ def match_queue(temperature: float = 0.2) -> Objective:
 STAGES = (dict(epochs=40, lr=2e-3, temperature=0.2), dict(epochs=48, lr=1.5e-3, temperature=0.5))
 
 
+@checked
 def make_weights(
     name: str = "resnet_simclr",
     stages: Sequence[dict] = STAGES,
@@ -204,20 +304,23 @@ def make_weights(
     batch_size: int = 256,
     folder: Path | str = WEIGHTS,  # where to write
 ) -> Path:
-    "Pretrain the shipped image encoder on Fashion-MNIST without labels, and write weights and card."
+    "Pretrain the shipped image encoder on Fashion-MNIST without labels; write weights and card."
+    check_whole(len(stages), "the number of stages", 1)
     data, device = load_images(), pick_device(device)
     seed_everything(0)
     model, runs = ContrastiveModel(ResNet().to(device)), []
     augment, per_epoch = Augment(mean=data.mean, std=data.std), len(data.train_images) // batch_size
     for i, stage in enumerate(stages):
         recipe = {k: v for k, v in stage.items() if k != "epochs"}
-        runs.append(pretrain(model, data.train_images, augment, steps=stage["epochs"] * per_epoch, batch_size=batch_size, seed=i,
-                             checkpoint=cache_folder() / "runs" / f"{name}-{i}.safetensors", title=f"{name}, stage {i + 1}", **recipe))
+        plan = dict(steps=stage["epochs"] * per_epoch, batch_size=batch_size, seed=i,
+                    checkpoint=cache_folder() / "runs" / f"{name}-{i}.safetensors")
+        title = f"{name}, stage {i + 1}"
+        runs.append(pretrain(model, data.train_images, augment, title=title, **plan, **recipe))
     model.encoder.head.reset_parameters()
     card = dict(
         data=f"{data.name}, {len(data.train_images):,} training images, no labels", method="SimCLR",
-        epochs=sum(stage["epochs"] for stage in stages), steps=sum(len(run.losses) for run in runs), stages=list(stages),
-        batch_size=batch_size, seconds=round(sum(run.seconds for run in runs)),
+        epochs=sum(stage["epochs"] for stage in stages), steps=sum(len(run.losses) for run in runs),
+        stages=list(stages), batch_size=batch_size, seconds=round(sum(run.seconds for run in runs)),
         loss_first=float(runs[0].losses[0]), loss_last=float(runs[-1].losses[-50:].mean()),
         metrics=card_metrics(model.encoder, lambda: ResNet().to(device), data),
         normalisation=dict(mean=data.mean, std=data.std),

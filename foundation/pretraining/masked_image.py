@@ -16,108 +16,145 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import pick_device, seed_everything
+from ..core.checks import check_floats, check_like, check_number, check_sizes, check_whole
+from ..core.checks import checked, got, may_look, precise
 from ..core.sources import cache_folder
 from ..data.augment import Augment
 from ..data.batches import augmented
 from ..data.images import ImageSet, load_images
 from ..evaluation.comparison import Comparison, compare
-from ..evaluation.label_efficiency import card_metrics, curve_scores, judge, label_efficiency
+from ..evaluation.label_efficiency import card_metrics, curve_scores, judge
+from ..evaluation.label_efficiency import label_efficiency
+from ..evaluation.scores import evaluating
 from ..layers.block import Block
-from ..layers.embedding import _expect_sizes, _expect_tokens, patchify, unpatchify
+from ..layers.embedding import patchify, unpatchify
 from ..models.pretrained import WEIGHTS, save_weights
 from ..models.vit import ViT
 from .contrastive import ContrastiveModel
 from .contrastive import pretrain as pretrain_by_contrast
-from ..training.checkpoint import Run, resumable
+from ..training.checkpoint import Run, fingerprint, resumable
 from ..training.loop import Objective, Step
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #de574078
+@checked
 def take(
     x: Tensor,  # (b, n, d)
     places: Tensor,  # (b, m), from 0 to n - 1
 ) -> Tensor:  # (b, m, d)
     "The rows of `x` at these places, for each image its own."
+    _check_patches(x, "x")
+    places = _check_places(places, "places", *x.shape[:2])
     return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
 
 
+@checked
 def visible(
     keep: Tensor,  # (b, m), different places in each row
     n: int,  # patches of an image
 ) -> Tensor:  # (b, n) bool, True = visible
     "The places that stay, as a mask."
-    _expect_keep(keep, len(keep), n)
+    check_sizes(n=n)
+    keep = _check_keep(keep, len(keep) if keep.ndim else 0, n)
     return torch.zeros(len(keep), n, dtype=torch.bool, device=keep.device).scatter(1, keep, True)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #48e64e77
-def _expect_keep(keep, b: int, n: int):
-    "Refuse what are not different places (b, m) from 0 to n - 1; values are read on the CPU only, where a look is free"
-    if not isinstance(keep, Tensor) or keep.dtype != torch.int64:
-        raise TypeError(f"keep is {keep.dtype if isinstance(keep, Tensor) else type(keep).__name__}; "
-                        "expected places (b, m) as int64, as random_masking gives them")
-    if keep.ndim != 2 or len(keep) != b or not 0 < keep.shape[1] <= n:
-        raise ValueError(f"keep has shape {tuple(keep.shape)}; expected ({b}, m) with m from 1 to {n}: a row for each image")
-    if not keep.is_cpu or torch.compiler.is_compiling():
-        return
-    rows = keep.sort(1).values
-    if rows.min() < 0 or rows.max() >= n or not rows.diff(dim=1).all():
-        raise ValueError(f"keep holds {rows[0].tolist()} and so on; expected different places from 0 to {n - 1} in each row")
+def _check_patches(x, name: str, shape: str = "(b, n, d)") -> Tensor:
+    "Three axes, none of them empty"
+    if not isinstance(x, Tensor) or x.ndim != 3 or x.numel() == 0:
+        raise ValueError(f"{name} is {got(x)}; expected {shape} with at least one entry")
+    return x
+
+
+def _check_places(places, name: str, b: int, n: int) -> Tensor:
+    "Places (b, m) from 0 to n - 1 as int64; values are read on the CPU only, where a look is free"
+    if not isinstance(places, Tensor) or places.is_floating_point() or places.dtype == torch.bool:
+        raise TypeError(f"{name} is {got(places)}; expected whole numbers (b, m), "
+                        "as random_masking gives them")
+    if places.ndim != 2 or len(places) != b or not places.shape[1]:
+        raise ValueError(f"{name} has shape {tuple(places.shape)}; expected ({b}, m): "
+                         "a row for each image")
+    places = places.long()
+    if may_look(places) and (places.min() < 0 or places.max() >= n):
+        low, high = int(places.min()), int(places.max())
+        raise ValueError(f"{name} runs from {low} to {high}; expected 0 to {n - 1}")
+    return places
+
+
+def _check_keep(keep, b: int, n: int) -> Tensor:
+    "Different places in each row"
+    keep = _check_places(keep, "keep", b, n)
+    if keep.shape[1] > n or may_look(keep) and not keep.sort(1).values.diff(dim=1).all():
+        raise ValueError(f"keep holds places twice, or more than {n}; "
+                         f"expected different places from 0 to {n - 1} in each row")
+    return keep
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #87e393e4
+@checked
 def naive_fill(
     patches: Tensor,  # (b, n, q), n a square number
     keep: Tensor,  # places of those that may be seen, (b, m)
     nearest: bool = True,  # copy the nearest visible patch; False: put their mean everywhere
 ) -> Tensor:  # (b, n, q)
-    "What one would paint without having learnt anything. Raises `ValueError` for patches that form no square."
-    n, seen = patches.shape[1], take(patches, keep)
+    "What one would paint without having learnt anything. `ValueError` for patches of no square."
+    n = check_floats(patches, "patches", "(b, n, q)").shape[1]
+    keep = _check_keep(keep, len(patches), n)
+    seen = take(patches, keep)
     if not nearest:
         return seen.mean(1, keepdim=True).expand_as(patches)
     side = math.isqrt(n)
     if side**2 != n:
-        raise ValueError(f"got {n} patches of an image; expected a square number, so that each has a row and a column")
-    at = torch.stack([torch.arange(n) // side, torch.arange(n) % side], 1).float().to(patches.device)  # row and column, (n, 2)
+        raise ValueError(f"got {n} patches of an image; expected a square number, "
+                         "so that each has a row and a column")
+    at = torch.stack([torch.arange(n) // side, torch.arange(n) % side], 1)  # row and column, (n, 2)
+    at = at.float().to(patches.device)
     return take(seen, torch.cdist(at[None], at[keep]).argmin(2))
 
 
+@checked
 def hidden_error(
     guess: Tensor,  # (b, n, q)
     target: Tensor,  # (b, n, q)
     keep: Tensor,  # places of the visible patches, (b, m)
 ) -> Tensor:  # ()
     "The mean squared error on the hidden patches. Raises `ValueError` when nothing is hidden."
-    if guess.shape != target.shape or keep.shape[1] >= target.shape[1]:
-        raise ValueError(f"got {tuple(guess.shape)} for {tuple(target.shape)} with {keep.shape[1]} patches visible; "
-                         "expected one shape, and at least one patch hidden")
-    hidden = ~visible(keep, target.shape[1])
-    error = (guess.float() - target).square().mean(-1)  # (b, n)
-    return (error * hidden).sum() / hidden.sum()
+    check_floats(guess, "guess", "(b, n, q)")
+    check_like(check_floats(target, "target", "(b, n, q)"), "target", guess.shape, guess, "guess")
+    hidden = ~visible(keep, target.shape[1])  # (b, n)
+    check_like(hidden, "keep as a mask", guess.shape[:2], guess, "guess")
+    if keep.shape[1] == target.shape[1]:
+        raise ValueError(f"all {keep.shape[1]} patches are visible; expected at least one hidden")
+    miss = (precise(guess) - target).masked_fill(~hidden[:, :, None], 0)  # whatever stands there
+    return miss.square().mean(-1).sum() / hidden.sum()
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #ad7be6fd
+@checked
 def random_masking(
     b: int,  # images
     n: int,  # patches of each
     ratio: float = 0.75,  # share that is hidden
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
-) -> Tensor:  # (b, m) places of the patches that stay visible, m = round(n · (1 - ratio)), in random order
-    "Each image keeps patches of its own (He et al. 2021, section 3). Raises `ValueError` when none or all would be hidden."
-    _expect_sizes(b=b, n=n)
+) -> Tensor:  # (b, m) places of the patches that stay, m = round(n · (1 - ratio)), in random order
+    "Each image keeps patches of its own (He et al. 2021, section 3). `ValueError` for none or all."
+    check_sizes(b=b, n=n)
     kept = _kept(n, ratio)
     return torch.rand(b, n, device=device, generator=generator).argsort(1)[:, :kept]
 
 
 def _kept(n: int, ratio: float) -> int:
     "How many of n patches stay"
-    kept = round(n * (1 - ratio)) if isinstance(ratio, (int, float)) and 0 < ratio < 1 else 0
+    kept = round(n * (1 - check_number(ratio, "ratio", 0, 1)))
     if not 0 < kept < n:
-        raise ValueError(f"ratio is {ratio!r} of {n} patches; expected one that hides at least one and leaves at least one")
+        raise ValueError(f"ratio is {ratio} of {n} patches; expected one that hides at least one "
+                         "and leaves at least one")
     return kept
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #3da3f471
 class PatchDecoder(nn.Module):
-    "Paints all patches from the features of the visible ones: features (b, m, d), places (b, m) -> (b, n, c·p·p)."
+    "Paints all patches from the visible ones' features: (b, m, d), places (b, m) -> (b, n, c·p·p)."
 
+    @checked
     def __init__(
         self,
         patches: int,  # n
@@ -128,7 +165,9 @@ class PatchDecoder(nn.Module):
         heads: int = 4,
     ):
         super().__init__()
-        self.config = dict(patches=patches, width=width, pixels=pixels, dim=dim, depth=depth, heads=heads)
+        sizes = dict(patches=patches, width=width, pixels=pixels, dim=dim, depth=depth, heads=heads)
+        check_sizes(**sizes)
+        self.config = sizes
         self.bridge = nn.Linear(width, dim)
         self.hidden = nn.Parameter(0.02 * torch.randn(dim))
         self.position = nn.Parameter(0.02 * torch.randn(patches, dim))
@@ -136,8 +175,9 @@ class PatchDecoder(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, pixels)
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-        _expect_tokens(x, self.config["width"], "features")
-        _expect_keep(keep, len(x), len(self.position))
+        check_floats(x, "features", f"(b, m, {self.config['width']})")
+        keep = _check_keep(keep, len(x), len(self.position))
+        check_like(keep, "keep", x.shape[:2], x, "features")
         x = self.bridge(x)
         full = self.hidden.to(x.dtype).expand(len(x), len(self.position), -1)
         x = full.scatter(1, keep[:, :, None].expand_as(x), x) + self.position
@@ -147,33 +187,41 @@ class PatchDecoder(nn.Module):
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #9d573ef4
 class MaskedAutoencoder(nn.Module):
-    """A ViT that sees only the visible patches, and a small decoder that paints all of them (He et al. 2021, figure 1).
+    """A ViT that sees only the visible patches, and a small decoder that paints all of them.
 
-    Raises `TypeError` or `ValueError` for an encoder that is no `ViT` with pool="mean"."""
+    Raises `TypeError` or `ValueError` for an encoder that is no `ViT` with pool="mean".
+    He et al. 2021, figure 1."""
 
-    def __init__(self, encoder: ViT, dim: int = 64, depth: int = 2, heads: int = 4):
+    @checked
+    def __init__(self, encoder: nn.Module, dim: int = 64, depth: int = 2, heads: int = 4):
         super().__init__()
         if not isinstance(encoder, ViT):
-            raise TypeError(f"the encoder is a {type(encoder).__name__}; expected a ViT: only tokens can be left out")
+            raise TypeError(f"encoder is {got(encoder)}; expected a ViT: tokens can be left out")
         if encoder.config["pool"] != "mean":
-            raise ValueError(f"the encoder pools by {encoder.config['pool']!r}; expected pool='mean', without a class token")
+            raise ValueError(f"encoder pools by {encoder.config['pool']!r}; "
+                             "expected pool='mean', without a class token")
         pixels = encoder.config["channels"] * encoder.config["patch_size"] ** 2
-        self.encoder, self.decoder = encoder, PatchDecoder(encoder.patches.count, encoder.dim, pixels, dim, depth, heads)
+        self.encoder = encoder
+        self.decoder = PatchDecoder(encoder.patches.count, encoder.dim, pixels, dim, depth, heads)
 
-    def encode_visible(self, images: Tensor, keep: Tensor) -> Tensor:  # (b, c, h, h), (b, m) -> (b, m, d)
-        "Features of the visible patches; the others never enter a block."
-        _expect_keep(keep, len(images), self.encoder.patches.count)
+    def encode_visible(self, images: Tensor, keep: Tensor) -> Tensor:
+        "Features of the visible patches, (b, m, d); the others never enter a block."
+        keep = _check_keep(keep, len(images), self.encoder.patches.count)
         x = take(self.encoder.embed(images), keep)
         for block in self.encoder.blocks:
             x = block(x)
         return self.encoder.norm(x)
 
-    def forward(self, images: Tensor, keep: Tensor) -> Tensor:  # (b, c, h, h), (b, m) -> (b, n, c·p·p)
+    def forward(self, images: Tensor, keep: Tensor) -> Tensor:  # -> (b, n, c·p·p)
         return self.decoder(self.encode_visible(images, keep), keep)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #c731e225
-def patch_targets(images: Tensor, patch_size: int) -> Tensor:  # (b, c, h, w) floats -> (b, n, c·p·p)
-    "Patches, each standardised by its own mean and deviation (He et al. 2021, section 4.1): the pattern, not the brightness."
+@checked
+def patch_targets(
+    images: Tensor,  # (b, c, h, w) floats
+    patch_size: int,
+) -> Tensor:  # (b, n, c·p·p)
+    "Patches, each standardised by its own mean and deviation (He et al. 2021, section 4.1)."
     patches = patchify(images, patch_size)
     mean, sd = _moments(patches)
     return (patches - mean) / sd
@@ -182,16 +230,20 @@ def patch_targets(images: Tensor, patch_size: int) -> Tensor:  # (b, c, h, w) fl
 def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:  # (b, n, 1) each
     "Mean and standard deviation of each patch; an even one keeps a deviation above 0"
     if not patches.is_floating_point():
-        raise TypeError(f"images are {patches.dtype}; expected standardised floats, as ImageSet.floats gives them")
-    variance, mean = torch.var_mean(patches, -1, keepdim=True)
+        raise TypeError(f"images are {got(patches)}; expected standardised floats, "
+                        "as ImageSet.floats gives them")
+    x = precise(patches)
+    variance, mean = torch.var_mean(x, -1, keepdim=True, correction=min(1, x.shape[-1] - 1))
     return mean, (variance + 1e-6).sqrt()
 
 
+@checked
 def masked_patches(
     ratio: float = 0.75,
     normalise: bool = True,  # paint standardised patches; False: plain pixels
 ) -> Objective:
     "Objective: the error on hidden patches, other ones in each step (5.1); the batch is images."
+    check_number(ratio, "ratio", 0, 1)
     def objective(model, images):
         p = model.encoder.config["patch_size"]
         target = patch_targets(images, p) if normalise else patchify(images, p)
@@ -200,10 +252,11 @@ def masked_patches(
     return objective
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #cbdf58c2
+@checked
 def pretrain(
-    model: MaskedAutoencoder,  # trained in place
+    model: nn.Module,  # a `MaskedAutoencoder`, trained in place
     images: Tensor,  # (n, c, h, w) uint8
-    augment: Augment,
+    augment: Callable,  # an `Augment`
     *,
     steps: int,
     batch_size: int = 256,
@@ -214,107 +267,151 @@ def pretrain(
     seed: int = 0,
     checkpoint: Path | str | None = None,  # where to save and resume
     save_every: int = 200,
+    longer: bool = False,  # go on with more steps than the checkpoint's run was to have
     title: str = "pretraining",
     each: Callable[[Step], None] | None = None,  # called after each step
 ) -> Run:  # losses, seconds
-    "Masked autoencoding (He et al. 2021). Raises `ValueError` for a ratio that hides nothing or all, or a checkpoint of another recipe."
-    if not isinstance(model, MaskedAutoencoder):
-        raise TypeError(f"got a {type(model).__name__}; expected a MaskedAutoencoder round the ViT to be trained")
-    _kept(model.encoder.patches.count, ratio)
+    """Masked autoencoding (He et al. 2021).
+
+    Raises `ValueError` for a ratio that hides nothing or all, or a checkpoint of another recipe,
+    other images or augmentation."""
+    device = _check_plan(model, steps, lr, ratio, weight_decay)
+    plan = dict(augment=augment, batch_size=batch_size, seed=seed)
+    augmented(images, **plan)  # refuses what cannot be, and touches nothing
     torch.manual_seed(seed)
-    images = images.to(next(model.parameters()).device)
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    recipe = dict(batch_size=batch_size, ratio=ratio, normalise=normalise, weight_decay=weight_decay, seed=seed)
-    stream = lambda start: (x for (x,) in augmented(images, augment=augment, batch_size=batch_size, seed=seed, start=start))
-    return resumable(model, stream, masked_patches(ratio, normalise), opt, steps=steps, schedule=warmup_cosine(steps, steps // 10),
-                     precision="auto", checkpoint=checkpoint, recipe=recipe, save_every=save_every, title=title, each=each)
+    images = images.to(device)
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95),
+                            weight_decay=weight_decay, fused=True)
+    recipe = dict(batch_size=batch_size, ratio=ratio, normalise=normalise, seed=seed)
+    if checkpoint:
+        recipe |= dict(data=fingerprint(images), augment=fingerprint(augment))
+    stream = lambda start: (x for (x,) in augmented(images, **plan, start=start))
+    return resumable(model, stream, masked_patches(ratio, normalise), opt, steps=steps,
+                     schedule=warmup_cosine(steps, steps // 10), precision="auto",
+                     checkpoint=checkpoint, recipe=recipe, save_every=save_every, longer=longer,
+                     title=title, each=each)
+
+# %% ../../nbs/07_pretraining/05_masked_image.ipynb #55bef7b6
+def _check_plan(model, steps, lr, ratio, weight_decay) -> torch.device:
+    "The device of a model that can be trained as planned"
+    if not isinstance(model, MaskedAutoencoder):
+        raise TypeError(f"model is {got(model)}; expected a MaskedAutoencoder round the ViT")
+    check_whole(steps, "steps", 1)
+    _kept(model.encoder.patches.count, ratio)
+    check_number(lr, "lr", above=0)
+    check_number(weight_decay, "weight_decay", 0)
+    p = next(model.parameters())
+    if p.dtype != torch.float32:
+        raise ValueError(f"weights of the model are {got(p)}; expected float32, "
+                         "in which small steps are not lost")
+    return p.device
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #e8054ea0
-def crops(data: ImageSet) -> Augment:
+@checked
+def crops(
+    data: ImageSet,
+) -> Augment:
     "Mild crops and mirror images: hiding patches is all the augmentation that masked images need."
     return Augment(area=(0.5, 1.0), contrast=0, brightness=0, mean=data.mean, std=data.std)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #4ec7c3b5
-@torch.no_grad()
+@checked
 def paint(
-    model: MaskedAutoencoder,
+    model: nn.Module,  # a `MaskedAutoencoder`
     images: Tensor,  # (b, c, h, h) floats
     keep: Tensor,  # (b, m)
-    normalise: bool = True,  # the model paints standardised patches; undone with the moments of the true ones
+    normalise: bool = True,  # it paints standardised patches; undone with the true ones' moments
 ) -> Tensor:  # (b, c, h, h)
     "Pictures whose hidden patches the model has painted; visible ones stay as they are."
-    p, training = model.encoder.config["patch_size"], model.training
+    p = model.encoder.config["patch_size"]
     patches = patchify(images, p)
-    guess = model.eval()(images, keep).float()
-    model.train(training)
+    with evaluating(model):
+        guess = precise(model(images, keep))
     if normalise:
         mean, sd = _moments(patches)
         guess = guess * sd + mean
-    return unpatchify(patches.where(visible(keep, patches.shape[1])[:, :, None], guess), p, images.shape[1])
+    seen = visible(keep, patches.shape[1])[:, :, None]
+    return unpatchify(patches.detach().where(seen, guess.to(patches.dtype)), p, images.shape[1])
 
 
-@torch.no_grad()
+@checked
 def reconstruction(
-    model: MaskedAutoencoder,
+    model: nn.Module,  # a `MaskedAutoencoder`
     images: Tensor,  # (b, c, h, h) floats
     ratio: float = 0.75,
     seed: int = 0,  # of the masks
 ) -> dict[str, float]:  # painter -> error on hidden patches
-    "Standardised patches painted by the model, by nobody (all 0: each patch in its true mean), and by naive fills."
-    target = patch_targets(images, model.encoder.config["patch_size"])
-    keep = random_masking(*target.shape[:2], ratio, generator=torch.Generator().manual_seed(seed)).to(target.device)
-    guesses = {"model": model(images, keep), "nobody": torch.zeros_like(target),
-               "nearest visible patch": naive_fill(target, keep), "mean of the visible": naive_fill(target, keep, nearest=False)}
+    "Standardised patches painted by the model, by nobody (all 0: their mean), and by naive fills."
+    target = patch_targets(images, model.encoder.config["patch_size"]).detach()
+    luck = torch.Generator().manual_seed(seed)
+    keep = random_masking(*target.shape[:2], ratio, generator=luck).to(target.device)
+    with evaluating(model):
+        guess = model(images, keep)
+    guesses = {"model": guess, "nobody": torch.zeros_like(target),
+               "nearest visible patch": naive_fill(target, keep),
+               "mean of the visible": naive_fill(target, keep, nearest=False)}
     return {name: hidden_error(guess, target, keep).item() for name, guess in guesses.items()}
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #c10cefd6
+@checked
 def make_weights(
     name: str = "vit_mae",
     epochs: int = 60,
     device: str | None = None,
     folder: Path | str = WEIGHTS,  # where to write
 ) -> Path:
-    "Pretrain the shipped ViT on Fashion-MNIST without labels, judge it, and write weights and card, and the decoder's."
+    "Pretrain the shipped ViT on Fashion-MNIST without labels, judge it; write weights and cards."
+    check_whole(epochs, "epochs", 1)
     data, device = load_images(), pick_device(device)
     seed_everything(0)
     model, batch_size = MaskedAutoencoder(ViT(dim=128, depth=6)).to(device), 256
-    run = pretrain(model, data.train_images, crops(data), steps=epochs * (len(data.train_images) // batch_size), batch_size=batch_size,
+    steps = epochs * (len(data.train_images) // batch_size)
+    run = pretrain(model, data.train_images, crops(data), steps=steps, batch_size=batch_size,
                    checkpoint=cache_folder() / "runs" / f"{name}.safetensors", title=name)
     card = _card(data, run, method="masked autoencoder", epochs=epochs, batch_size=batch_size)
     fresh = lambda: ViT(**model.encoder.config).to(device)
-    painted = dict(reconstruction=reconstruction(model.eval(), data.floats(data.test_images).to(device)))
+    asked = data.floats(data.test_images).to(device)
+    painted = dict(reconstruction=reconstruction(model.eval(), asked))
     save_weights(model.decoder, f"{name}_decoder", card | dict(metrics=painted), folder)
     metrics = card_metrics(model.encoder, fresh, data, patience=1e-3) | painted
     metrics["ratios"] = {arm: runs.tolist() for arm, runs in compare_ratios(data).scores.items()}
     return save_weights(model.encoder, name, card | dict(metrics=metrics), folder)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #d181ca93
+@checked
 def compare_ratios(
     data: ImageSet,
-    ratios: Sequence[float] = (0.25, 0.5, 0.75, 0.875),
-    seeds: Sequence[int] = range(3),
+    ratios: Sequence[float] | Tensor = (0.25, 0.5, 0.75, 0.875),
+    seeds: Sequence[int] | Tensor = range(3),
     steps: int = 400,
 ) -> Comparison:  # accuracy of nearest neighbours
-    "Small nets with random weights, and pretrained with each ratio on standardised patches, and with plain pixels at 75 %."
+    "Small nets with random weights, pretrained at each ratio, and on plain pixels at 75 %."
+    ratios = [check_number(r, "one of the ratios", 0, 1) for r in ratios]
     def arm(**how):
         def run(seed):
             seed_everything(seed)
             model = MaskedAutoencoder(ViT(dim=64, depth=2), dim=48, depth=1)
             if how:
-                pretrain(model, data.train_images, crops(data), steps=steps, batch_size=64, lr=2e-3, seed=seed, title="", **how)
+                plan = dict(steps=steps, batch_size=64, lr=2e-3, seed=seed, title="")
+                pretrain(model, data.train_images, crops(data), **plan, **how)
             return judge(model.encoder, data, seeds=1, bank=5000)["knn"]
         return run
     arms = {f"{ratio:.0%} hidden": arm(ratio=ratio) for ratio in ratios}
-    return compare({"random weights": arm(), **arms, "75% hidden, plain pixels": arm(ratio=0.75, normalise=False)}, seeds)
+    if len(arms) < len(ratios) or not arms:
+        raise ValueError(f"ratios are {ratios}; expected some, and no two of the same per cent")
+    plain = {"75% hidden, plain pixels": arm(ratio=0.75, normalise=False)}
+    return compare({"random weights": arm(), **arms, **plain}, seeds)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #4643aedb
+@checked
 def make_rivals(
     epochs: int = 4,
     methods: Sequence[str] = ("mae", "simclr"),
     device: str | None = None,
     folder: Path | str = WEIGHTS,  # where to write vit_mae_short and vit_simclr_short
 ) -> list[Path]:
-    "One ViT, the same pictures, batches and steps: pretrained once by masked images and once by contrast, and judged."
+    "One ViT, the same pictures, batches and steps: pretrained by masked images and by contrast."
+    check_whole(epochs, "epochs", 1)
     if not methods or not set(methods) <= {"mae", "simclr"}:
         raise ValueError(f"methods are {methods!r}; expected some of 'mae' and 'simclr'")
     data, device = load_images(), pick_device(device)
@@ -322,19 +419,24 @@ def make_rivals(
 
 
 def _make_rival(method, data, epochs, device, folder) -> Path:
-    "Pretrain and judge by one of the methods; each gets the augmentation and the rate that suit it."
+    "Pretrain and judge by one of the methods; each has the augmentation and rate that suit it."
     seed_everything(0)
     name, encoder, batch_size = f"vit_{method}_short", ViT(dim=128, depth=6).to(device), 256
-    plan = dict(steps=epochs * (len(data.train_images) // batch_size), batch_size=batch_size, title=name,
+    images, steps = data.train_images, epochs * (len(data.train_images) // batch_size)
+    plan = dict(steps=steps, batch_size=batch_size, title=name,
                 checkpoint=cache_folder() / "runs" / f"{name}.safetensors")
     if method == "mae":
-        run = pretrain(MaskedAutoencoder(encoder).to(device), data.train_images, crops(data), **plan)
+        run = pretrain(MaskedAutoencoder(encoder).to(device), images, crops(data), **plan)
     else:
-        run = pretrain_by_contrast(ContrastiveModel(encoder), data.train_images, Augment(mean=data.mean, std=data.std), lr=1e-3, **plan)
+        views = Augment(mean=data.mean, std=data.std)
+        run = pretrain_by_contrast(ContrastiveModel(encoder), images, views, lr=1e-3, **plan)
     few = {n: judge(encoder, data, labels=n, seeds=5) for n in (50, 100, 1000)}
-    curve = label_efficiency(encoder, lambda: ViT(**encoder.config).to(device), data, counts=(100,))
-    metrics = dict(knn=few[100]["knn"], linear_probe={n: f["probe"] for n, f in few.items()}, label_efficiency=curve_scores(curve))
-    return save_weights(encoder, name, _card(data, run, method=method, epochs=epochs, batch_size=batch_size, metrics=metrics), folder)
+    fresh = lambda: ViT(**encoder.config).to(device)
+    curve = curve_scores(label_efficiency(encoder, fresh, data, counts=(100,)))
+    metrics = dict(knn=few[100]["knn"], linear_probe={n: f["probe"] for n, f in few.items()},
+                   label_efficiency=curve)
+    card = _card(data, run, method=method, epochs=epochs, batch_size=batch_size, metrics=metrics)
+    return save_weights(encoder, name, card, folder)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #580eda3c
 def _card(data, run, **more) -> dict:

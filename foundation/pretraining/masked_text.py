@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PICKED_ON', 'mask_tokens', 'encode_documents', 'masked_stream', 'masked_tokens', 'pretrain', 'masked_accuracy',
-           'unigram_accuracy', 'gloss_corpus', 'fill_mask', 'TextClassifier', 'GlossTask', 'gloss_task', 'probe_arm',
-           'count_words', 'counting_arm', 'training_arm', 'judge', 'make_weights']
+           'unigram_accuracy', 'gloss_corpus', 'fill_mask', 'mean_tokens', 'TextClassifier', 'GlossTask', 'gloss_task',
+           'probe_arm', 'count_words', 'counting_arm', 'training_arm', 'judge', 'make_weights']
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #1374584e
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import pick_device, seed_everything
+from ..core.checks import check_choice, check_floats, check_labels, check_mask, check_model
+from ..core.checks import check_number, check_tokens, check_whole, checked, got, precise
 from ..core.sources import cache_folder
 from ..data.batches import Documents, endless, join, packed, pad, same_document
 from ..data.images import few_labels
@@ -28,18 +31,19 @@ from ..evaluation.probes import encode_all, fine_tune, fit_head, knn_accuracy, l
 from ..evaluation.scores import accuracy, evaluating, predict
 from ..models.bert import BERT
 from ..models.pretrained import WEIGHTS, embed_texts, load_minilm, save_weights
-from ..training.checkpoint import Run, resumable
+from ..training.checkpoint import Run, fingerprint, resumable
 from ..training.loop import Step, adamw
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #e8dfc47c
+@checked
 def mask_tokens(
-    tokens: Tensor,  # (b, n) int64
+    tokens: Tensor,  # (b, n) whole numbers
     can_hide: Tensor,  # (b, n) bool, True = may be hidden: real words, not padding or marks
     *,
     mask_id: int,
     vocab_size: int,
-    first_word: int = 0,  # smallest token that may stand in as a random word: special tokens come before it
+    first_word: int = 0,  # smallest random word: special tokens come before it
     ratio: float = 0.15,
     generator: torch.Generator | None = None,  # on the tokens' device
 ) -> tuple[Tensor, Tensor]:  # inputs (b, n), places (b, n) bool: True where a word is to be guessed
@@ -47,55 +51,67 @@ def mask_tokens(
 
     Raises ValueError or TypeError for a ratio of 0, 1 or beyond, and for tensors that do not fit.
     Devlin et al. 2018, section 3.1."""
-    _expect_masking(tokens, can_hide, mask_id, vocab_size, first_word, ratio)
+    tokens, can_hide = _check_masking(tokens, can_hide, mask_id, vocab_size, first_word, ratio)
     draw = lambda: torch.rand(tokens.shape, device=tokens.device, generator=generator)
     places = (draw() < ratio) & can_hide
     fate = draw()
-    words = torch.randint(first_word, vocab_size, tokens.shape, device=tokens.device, generator=generator)
+    words = torch.randint(first_word, vocab_size, tokens.shape, device=tokens.device,
+                          generator=generator)
     inputs = tokens.masked_fill(places & (fate < 0.8), mask_id)
     return torch.where(places & (fate >= 0.9), words, inputs), places
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #3bfe42ce
-def _expect_ratio(ratio):
-    "Refuse a share of hidden words that leaves nothing to guess, or nothing to guess from"
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
-        raise ValueError(f"ratio is {ratio!r}; expected more than 0, where nothing is asked, and less than 1, "
-                         "where nothing is left to guess from")
+def _check_ratio(ratio: float) -> None:
+    "A share of hidden words that leaves something to guess, and something to guess from"
+    check_number(ratio, "ratio", above=0, below=1,
+                 why="at 0 nothing is asked, at 1 nothing is left to guess from")
 
 
-def _expect_masking(tokens, can_hide, mask_id, vocab_size, first_word, ratio):
-    "Refuse what cannot be masked, a sentence each"
-    _expect_ratio(ratio)
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64:
-        got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        raise TypeError(f"tokens are {got}; expected int64 (b, n)")
-    if not isinstance(can_hide, Tensor) or can_hide.dtype != torch.bool or can_hide.shape != tokens.shape:
-        raise TypeError(f"can_hide must be booleans {tuple(tokens.shape)}, one for each token: True where a word may be hidden")
-    if not 0 <= mask_id < vocab_size or not 0 <= first_word < vocab_size:
-        raise ValueError(f"got mask_id={mask_id} and first_word={first_word}; expected tokens of a vocabulary of {vocab_size}")
+def _check_masking(tokens, can_hide, mask_id, vocab_size, first_word, ratio):
+    "Tokens and places that can be masked"
+    _check_ratio(ratio)
+    check_whole(vocab_size, "vocab_size", 1)
+    for name, value in dict(mask_id=mask_id, first_word=first_word).items():
+        check_whole(value, name, 0, vocab_size - 1, "a token of the vocabulary")
+    tokens = check_tokens(tokens, "tokens", vocab_size)
+    return tokens, check_mask(can_hide, "can_hide", tokens.shape)
 
 
-def _expect_fit(model, tokenizer):
-    "Refuse a tokenizer that was not made for the model"
-    if model.config["vocab_size"] != tokenizer.vocab_size:
-        raise ValueError(f"the model knows {model.config['vocab_size']:,} tokens and the tokenizer makes {tokenizer.vocab_size:,}; "
-                         "use the tokenizer that the model was trained with")
+def _check_fit(model, tokenizer) -> nn.Module:
+    "A model with a vocabulary, and the tokenizer that was made for it"
+    size = getattr(model, "config", {}).get("vocab_size")
+    if size is None:
+        raise TypeError(f"model is {got(model)} without `vocab_size` in a config; expected a BERT")
+    if size != tokenizer.vocab_size:
+        raise ValueError(f"the model knows {size:,} tokens and the tokenizer makes "
+                         f"{tokenizer.vocab_size:,}; expected the one it was trained with")
+    return model
+
+
+def _mark(tokenizer, name: str) -> int:
+    "The number of a special token"
+    if name not in tokenizer.special:
+        known = ", ".join(tokenizer.special) or "none"
+        raise ValueError(f"special tokens of the tokenizer are {known:.60}; expected {name} too")
+    return tokenizer.special[name]
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #441749f5
+@checked
 def encode_documents(
     texts: Sequence[str],
     tokenizer: Tokenizer,
     longest: int = 62,  # words; the two marks come on top
 ) -> Documents:
-    "Each text as [CLS] words [SEP], cut after `longest` words. Raises `TypeError` for one bare text, `ValueError` for no words."
-    if isinstance(texts, str):
-        raise TypeError("texts is one text, expected several; hand in [text]")
-    if longest < 1:
-        raise ValueError(f"longest is {longest}; expected at least 1 word")
-    first, last = tokenizer.special["[CLS]"], tokenizer.special["[SEP]"]
-    return join([[first, *row.ids[:longest], last] for row in tokenizer.fast().encode_batch(list(texts))])
+    "Each text as [CLS] words [SEP], cut after `longest` words; a name such as [PAD] stays text."
+    check_whole(longest, "longest", 1)
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"texts is {got(texts)}; expected one string or more in a list, so [text]")
+    first, last = _mark(tokenizer, "[CLS]"), _mark(tokenizer, "[SEP]")
+    rows = tokenizer.fast().encode_batch(list(texts))
+    return join([[first, *row.ids[:longest], last] for row in rows])
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #8e247d72
+@checked
 def masked_stream(
     documents: Documents,
     tokenizer: Tokenizer,
@@ -105,35 +121,67 @@ def masked_stream(
     ratio: float = 0.15,
     seed: int = 0,
     start: int = 0,  # first step
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # inputs (b, n), mask (b, 1, n, n), places (b, n), targets (places.sum(),)
-    "Endless rows of packed documents, words hidden anew each time; the draw depends on (seed, step) alone."
-    _expect_ratio(ratio)
-    rows = packed(documents, context=context, batch_size=batch_size, value=tokenizer.special["[PAD]"], seed=seed, start=start)
-    return _masked(rows, tokenizer, ratio, seed, start)
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # inputs, mask, places, targets
+    """Endless rows of packed documents, words hidden anew each time, by (seed, step) alone.
+
+    Inputs (b, n), mask (b, 1, n, n), places (b, n), at least one of them True, and targets
+    (places.sum(),), the words at the places. Raises `ValueError`, `TypeError`."""
+    _check_ratio(ratio)
+    mask_id, value = _mark(tokenizer, "[MASK]"), _mark(tokenizer, "[PAD]")
+    plan = dict(context=context, batch_size=batch_size, value=value, seed=seed)
+    stream = lambda step: packed(documents, **plan, start=step)
+    first = len(tokenizer.special)  # special tokens come first, words after them
+    rule = dict(mask_id=mask_id, vocab_size=tokenizer.vocab_size, first_word=first, ratio=ratio)
+    return _masked(_with_words(stream, stream(start), first, start), rule, seed, start)
 
 
-def _masked(rows, tokenizer, ratio, seed, start):
+def _masked(rows, rule, seed, start):
     "The generator behind `masked_stream`, apart so that bad arguments fail at the call"
-    generator, first = torch.Generator(), len(tokenizer.special)  # special tokens come first, words after them
-    rule = dict(mask_id=tokenizer.special["[MASK]"], vocab_size=tokenizer.vocab_size, first_word=first, ratio=ratio, generator=generator)
+    generator, first = torch.Generator(), rule["first_word"]
     for step, (tokens, owner) in enumerate(rows, start):
         generator.manual_seed((seed * 1_000_003 + step) % 2**63)
-        inputs, places = mask_tokens(tokens, tokens >= first, **rule)
+        inputs, places = mask_tokens(tokens, tokens >= first, **rule, generator=generator)
+        while not places.any():  # few words: draw again, and hide one of them on average
+            one = 1 / int((tokens >= first).sum())
+            again = rule | dict(ratio=min(0.5, max(rule["ratio"], one)), generator=generator)
+            inputs, places = mask_tokens(tokens, tokens >= first, **again)
         yield inputs, same_document(owner), places, tokens[places]
+
+# %% ../../nbs/07_pretraining/01_masked_text.ipynb #852c0766
+def _with_words(stream, rows, first, start):
+    "The batches of `rows`; for one of marks alone, the next one of the stream that has a word"
+    for step, batch in enumerate(rows, start):
+        if not (batch[0] >= first).any():
+            later = (b for b in islice(stream(step + 1), 1000) if (b[0] >= first).any())
+            batch = next(later, None)
+        if batch is None:
+            raise ValueError("the documents hold special tokens only; expected words to be hidden")
+        yield batch
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #2b85d8d3
 def masked_tokens(
     model: nn.Module,  # `BERT`, or any model that takes (tokens, mask, places=places)
     batch: tuple[Tensor, Tensor, Tensor, Tensor],  # as `masked_stream` yields it
 ) -> tuple[Tensor, dict]:  # loss in nats; "right": the share of hidden words that is guessed
-    "Objective: cross-entropy at the hidden places; logits over the vocabulary are computed nowhere else."
-    inputs, mask, places, targets = batch
-    logits = model(inputs, mask, places=places).float()  # (places.sum(), v)
-    return nn.functional.cross_entropy(logits, targets), {"right": (logits.detach().argmax(1) == targets).float().mean()}
+    "Objective: cross-entropy at the hidden places; logits are computed nowhere else."
+    inputs, mask, places, targets = _check_batch(batch)
+    logits = precise(model(inputs, mask, places=places))  # (places.sum(), v)
+    targets = check_labels(targets, "targets", logits.shape[1], (len(logits),))
+    right = (logits.detach().argmax(1) == targets).float().mean()
+    return nn.functional.cross_entropy(logits, targets), {"right": right}
+
+
+def _check_batch(batch):
+    "The four parts of a batch"
+    if not isinstance(batch, (tuple, list)) or len(batch) != 4:
+        raise TypeError(f"the batch is {got(batch)}; expected (inputs, mask, places, targets), "
+                        "as masked_stream gives them")
+    return batch
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #c2556262
+@checked
 def pretrain(
-    model: BERT,  # trained in place
+    model: nn.Module,  # a `BERT`, trained in place
     documents: Documents,
     tokenizer: Tokenizer,
     *,
@@ -146,23 +194,34 @@ def pretrain(
     precision: str = "auto",
     checkpoint: Path | str | None = None,  # where to save and resume
     save_every: int = 200,
+    longer: bool = False,  # go on with more steps than the checkpoint's run was to have
     title: str = "pretraining",
     each: Callable[[Step], None] | None = None,  # called after each step
 ) -> Run:  # losses, seconds
     """Masked language modelling on packed rows (Devlin et al. 2018).
 
-    Raises ValueError for a bad ratio, a tokenizer of another model, or a checkpoint of another recipe."""
-    _expect_fit(model, tokenizer)
+    Raises ValueError for a bad ratio, a tokenizer of another model, or a checkpoint of another
+    recipe or other texts."""
+    context = _check_fit(model, tokenizer).config["context"]
+    check_whole(steps, "steps", 1)
+    plan = dict(context=context, batch_size=batch_size, ratio=ratio, seed=seed)
+    stream = lambda start: masked_stream(documents, tokenizer, **plan, start=start)
+    stream(0)  # refuses what cannot be, before anything is touched
+    check_number(lr, "lr", above=0)
+    check_number(weight_decay, "weight_decay", 0)
     torch.manual_seed(seed)
-    stream = lambda start: masked_stream(documents, tokenizer, context=model.config["context"], batch_size=batch_size, ratio=ratio,
-                                         seed=seed, start=start)
     recipe = dict(batch_size=batch_size, ratio=ratio, weight_decay=weight_decay, seed=seed)
-    return resumable(model, stream, masked_tokens, adamw(model, lr, weight_decay), steps=steps, schedule=warmup_cosine(steps, steps // 10),
-                     precision=precision, clip=1.0, checkpoint=checkpoint, recipe=recipe, save_every=save_every, title=title, each=each)
+    if checkpoint:
+        recipe["data"] = fingerprint(documents.tokens, documents.ends, tokenizer.special)
+    return resumable(model, stream, masked_tokens, adamw(model, lr, weight_decay), steps=steps,
+                     schedule=warmup_cosine(steps, steps // 10), clip=1.0, precision=precision,
+                     checkpoint=checkpoint, recipe=recipe, save_every=save_every, longer=longer,
+                     title=title, each=each)
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #a9bb441c
+@checked
 def masked_accuracy(
-    model: BERT,
+    model: nn.Module,  # a `BERT`
     documents: Documents,
     tokenizer: Tokenizer,
     *,
@@ -170,79 +229,112 @@ def masked_accuracy(
     steps: int | None = None,  # batches of up to 64 rows; None: every row about once
     seed: int = 0,  # of the hidden places: the same seed asks the same questions
 ) -> float:  # from 0 to 1
-    "Share of the words behind [MASK] that the model guesses. Raises `ValueError` for a tokenizer of another model."
-    _expect_fit(model, tokenizer)
-    device, context, mark, right = next(model.parameters()).device, model.config["context"], tokenizer.special["[MASK]"], []
+    "Share of the words behind [MASK] that the model guesses; a small set is asked until one is."
+    context = _check_fit(model, tokenizer).config["context"]
+    device, mark = next(model.parameters()).device, _mark(tokenizer, "[MASK]")
     rows = -(-len(documents.tokens) // context)
-    size = min(64, rows)
-    stream = masked_stream(documents, tokenizer, context=context, batch_size=size, ratio=ratio, seed=seed)
+    size, right = min(64, rows), []
+    steps = rows // size if steps is None else check_whole(steps, "steps", 1)
+    plan = dict(context=context, batch_size=size, ratio=ratio, seed=seed)
+    stream = masked_stream(documents, tokenizer, **plan)
     with evaluating(model):
-        for _, (inputs, mask, places, targets) in zip(range(steps or rows // size), stream):
+        for n, (inputs, mask, places, targets) in enumerate(stream, 1):
             logits = model(inputs.to(device), mask.to(device), places=places.to(device))
             behind = inputs[places] == mark  # the words that were kept would be too easy
             right.append((logits.argmax(1).cpu() == targets)[behind].float())
-    return torch.cat(right).mean().item()
+            if n >= steps and any(map(len, right)):
+                return torch.cat(right).mean().item()
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #f8bd9370
+@checked
 def unigram_accuracy(
     documents: Documents,  # to count in
     unseen: Documents,  # to guess in
     tokenizer: Tokenizer,
 ) -> float:  # from 0 to 1
-    "Share of words in `unseen` that are the commonest one of `documents`: what a guess is worth without reading."
+    "Share of words in `unseen` that are the commonest one of `documents`: a guess without reading."
     known, asked = (d.tokens[d.tokens >= len(tokenizer.special)] for d in (documents, unseen))
+    if not len(known) or not len(asked):
+        raise ValueError(f"got {len(known)} words to count and {len(asked)} to guess; "
+                         "expected some of both")
     return (asked == torch.bincount(known).argmax()).float().mean().item()
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #9e958360
+@checked
 def gloss_corpus(
     tokenizer: Tokenizer | None = None,  # None learns one from the glosses to train on
     vocab_size: int = 4096,  # of one that is learnt
 ) -> tuple[Tokenizer, Documents, Documents]:
-    "A tokenizer, WordNet's definitions to train on, and the held-out tenth (the split depends on each text alone)."
+    "A tokenizer, WordNet's definitions to train on, and the held-out tenth."
     train, test = split_texts(glosses(("noun", "verb", "adjective", "adverb")), 0.1)
     tokenizer = tokenizer or train_bpe(train.texts, vocab_size)
-    return tokenizer, encode_documents(train.texts, tokenizer), encode_documents(test.texts, tokenizer)
+    return tokenizer, *(encode_documents(part.texts, tokenizer) for part in (train, test))
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #671c9764
+@checked
 def fill_mask(
-    model: BERT,
+    model: nn.Module,  # a `BERT`
     tokenizer: Tokenizer,
-    text: str,  # with [MASK] in place of each hidden word
+    text: str,  # with [MASK] in place of each hidden word; other names in brackets are text
     count: int = 5,  # guesses for each
 ) -> list[dict[str, float]]:  # for each [MASK]: token -> probability, the likeliest first
-    "The likeliest tokens for each hidden word. Raises `ValueError` for a text without [MASK] or of another vocabulary."
-    _expect_fit(model, tokenizer)
-    if not isinstance(text, str) or not 1 <= count <= tokenizer.vocab_size:
-        raise ValueError(f"got a {type(text).__name__} and count={count!r}; expected one text, and 1 to {tokenizer.vocab_size:,} guesses")
-    ids = tokenizer.encode("[CLS]" + text.replace(" [MASK]", "[MASK]") + "[SEP]", special=True)
+    "The likeliest tokens for each hidden word. `ValueError` for a text without [MASK]."
+    _check_fit(model, tokenizer)
+    check_whole(count, "count", 1, tokenizer.vocab_size)
+    first, last, mark = (_mark(tokenizer, name) for name in ("[CLS]", "[SEP]", "[MASK]"))
+    pieces = text.replace(" [MASK]", "[MASK]").split("[MASK]")
+    if len(pieces) == 1:
+        raise ValueError(f"{text!r:.60} holds no [MASK]; expected one in place of a hidden word")
+    head, *tails = map(tokenizer.encode, pieces)
+    ids = [first, *head, *(i for tail in tails for i in (mark, *tail)), last]
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
-    places = tokens == tokenizer.special["[MASK]"]
-    if not places.any():
-        raise ValueError(f"{text!r} holds no [MASK]; write one where a word is to be guessed")
     with evaluating(model):
-        top = model(tokens, places=places).float().softmax(1).topk(count)
-    return [{tokenizer.decode([i]): p for i, p in zip(*row)} for row in zip(top.indices.tolist(), top.values.tolist())]
+        top = precise(model(tokens, places=tokens == mark)).softmax(1).topk(count)
+    return [_named(tokenizer, *row) for row in zip(top.indices.tolist(), top.values.tolist())]
+
+
+def _named(tokenizer, ids, shares) -> dict[str, float]:
+    "Token -> probability; tokens that read alike, such as halves of a letter, keep their number"
+    names = [tokenizer.decode([i]) for i in ids]
+    names = [n if names.count(n) == 1 else f"{n} (token {i})" for n, i in zip(names, ids)]
+    return dict(zip(names, shares))
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #fe41e722
-class TextClassifier(nn.Module):
-    "The mean of a text's token features, and one linear layer on it: tokens (b, n) -> logits (b, k)."
+def mean_tokens(
+    x: Tensor,  # features of tokens, (b, n, d)
+    mask: Tensor,  # True = real, (b, n)
+) -> Tensor:  # (b, d)
+    "The mean of each row's real tokens, whatever stands at the others; 0 for a row that has none."
+    x = check_floats(x, "x", "(b, n, d)")
+    mask = check_mask(mask, "mask", x.shape[:2]).to(x.device)[..., None]
+    total = precise(x.masked_fill(~mask, 0)).sum(1)
+    return (total / mask.sum(1).clamp(min=1)).to(x.dtype)
 
-    def __init__(self, encoder: BERT, classes: int, padding: int = 0):
+
+class TextClassifier(nn.Module):
+    "The mean of a text's token features, one linear layer on it: tokens (b, n) -> logits (b, k)."
+
+    @checked
+    def __init__(self, encoder: nn.Module, classes: int, padding: int = 0):
         super().__init__()
+        check_model(encoder, "encoder", "encode")
+        check_whole(classes, "classes", 1)
         self.encoder, self.padding, self.dim = encoder, padding, encoder.dim
         self.head = nn.Linear(encoder.dim, classes)
 
     def encode(self, tokens: Tensor) -> Tensor:  # (b, n) with padding at the end -> (b, d)
-        tokens = tokens[:, : int((tokens != self.padding).sum(1).max())]
+        tokens = check_tokens(tokens)
         real = tokens != self.padding
-        return (self.encoder.encode(tokens, real) * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        used = int((real.any(0) * torch.arange(1, real.shape[1] + 1, device=real.device)).max())
+        tokens, real = tokens[:, : used or 1], real[:, : used or 1]  # what all rows pad is cut
+        return mean_tokens(self.encoder.encode(tokens, real), real)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.encode(tokens))
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #dc8863c4
 class GlossTask(NamedTuple):
-    "Definitions of nouns and their 25 fields: some to draw labels from, some to pick settings on, some to test on."
+    "Definitions of nouns and their 25 fields: to draw labels from, pick settings on, and test on."
     texts: tuple[str, ...]
     labels: Tensor  # (n,)
     pool: Tensor  # indices of training texts to draw labels from
@@ -253,18 +345,25 @@ class GlossTask(NamedTuple):
         return self.pool[few_labels(self.labels[self.pool], count, seed)]
 
     def part(self, name: str) -> Tensor:  # "dev" or "test" -> indices to score on
-        return {"dev": self.valid, "test": self.test}[name]
+        return self.valid if check_choice(name, "name", ("dev", "test")) == "dev" else self.test
 
     def tokens(self, tokenizer: Tokenizer) -> Tensor:  # (n, longest), 0 = padding
-        return pad(encode_documents(self.texts, tokenizer), tokenizer.special["[PAD]"])[0]
+        return pad(encode_documents(self.texts, tokenizer), _mark(tokenizer, "[PAD]"))[0]
 
 
-def gloss_task(pool: int = 5000, valid: int = 500, test: int = 1000) -> GlossTask:
-    "The task behind the card's figures, the same on every machine. Raises `ValueError` for more texts than there are."
+@checked
+def gloss_task(
+    pool: int = 5000,
+    valid: int = 500,
+    test: int = 1000,
+) -> GlossTask:
+    "The task behind the card's figures, the same everywhere. `ValueError` for too many texts."
     train, held = split_texts(glosses("noun"), 0.1)
     if min(pool, valid, test) < 1 or pool + valid > len(train) or test > len(held):
-        raise ValueError(f"asked for {pool} + {valid} and {test} texts; there are {len(train):,} and {len(held):,}")
-    pick = lambda data, count: data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
+        raise ValueError(f"pool, valid and test are {pool}, {valid} and {test}; expected 1 on, "
+                         f"{len(train):,} at most in the first two and {len(held):,} in the last")
+    luck = lambda: torch.Generator().manual_seed(0)
+    pick = lambda data, count: data.take(torch.randperm(len(data), generator=luck())[:count])
     train, held = pick(train, pool + valid), pick(held, test)
     return GlossTask(train.texts + held.texts, torch.cat([train.labels, held.labels]),
                      *torch.arange(pool + valid + test).split([pool, valid, test]))
@@ -273,31 +372,61 @@ def gloss_task(pool: int = 5000, valid: int = 500, test: int = 1000) -> GlossTas
 PICKED_ON = 999  # seed of the draw on which settings are picked
 
 
-def probe_arm(features: Tensor, task: GlossTask):  # features (n, d)
+@checked
+def probe_arm(
+    features: Tensor,  # (n, d), a row for each text
+    task: GlossTask,
+) -> Callable[[int, int], float]:
     "A linear probe on frozen features."
+    check_floats(features, "features", f"({len(task.texts)}, d)")
     def run(count, seed, l2, part):
         i, where = task.draw(count, seed), task.part(part)
         return linear_probe(features[i], task.labels[i], features[where], task.labels[where], l2)
     return tuned(run, (1e-2, 1e-1, 1.0), PICKED_ON)
 
 
-def count_words(task: GlossTask):  # (n, words), sparse
+@checked
+def count_words(
+    task: GlossTask,
+):  # (n, words), sparse
     "TF-IDF (scikit-learn); how rare a word is, is counted on all texts that labels are drawn from."
     from sklearn.feature_extraction.text import TfidfVectorizer
-    return TfidfVectorizer(sublinear_tf=True).fit([task.texts[i] for i in task.pool]).transform(task.texts)
+    counter = TfidfVectorizer(sublinear_tf=True).fit([task.texts[i] for i in task.pool])
+    return counter.transform(task.texts)
 
 
-def counting_arm(counts, task: GlossTask):  # counts (n, words), sparse
+@checked
+def counting_arm(
+    counts,  # (n, words), sparse
+    task: GlossTask,
+) -> Callable[[int, int], float]:
     "Logistic regression (scikit-learn) on counted words."
     from sklearn.linear_model import LogisticRegression
+    _check_counts(counts, task)
     def run(count, seed, C, part):
         i, where, y = task.draw(count, seed).numpy(), task.part(part).numpy(), task.labels.numpy()
-        return LogisticRegression(C=C, max_iter=1000).fit(counts[i], y[i]).score(counts[where], y[where])
+        fitted = LogisticRegression(C=C, max_iter=1000).fit(counts[i], y[i])
+        return fitted.score(counts[where], y[where])
     return tuned(run, (1.0, 10.0, 100.0), PICKED_ON)
 
+
+def _check_counts(counts, task):
+    "A table with a row for each text"
+    shape = getattr(counts, "shape", ())
+    if len(shape) != 2 or shape[0] != len(task.texts):
+        raise ValueError(f"counts is {got(counts)} of shape {tuple(shape)}; "
+                         f"expected ({len(task.texts)}, words)")
+
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #4452b2d3
-def training_arm(make: Callable[[int], BERT], tokens: Tensor, task: GlossTask, fitted: bool):  # make: seed -> model
-    "All weights trained by `fine_tune`; `fitted`: the head begins as a probe, for features that mean something."
+@checked
+def training_arm(
+    make: Callable[[int], BERT],  # seed -> model
+    tokens: Tensor,  # (n, longest)
+    task: GlossTask,
+    fitted: bool,  # the head begins as a probe, for features that mean something
+) -> Callable[[int, int], float]:
+    "All weights trained by `fine_tune`."
+    tokens = check_tokens(tokens, "tokens", shape=f"({len(task.texts)}, n)")
     def run(count, seed, lr, part):
         i, where = task.draw(count, seed), task.part(part)
         model = TextClassifier(make(seed), int(task.labels.max()) + 1)
@@ -310,49 +439,58 @@ def training_arm(make: Callable[[int], BERT], tokens: Tensor, task: GlossTask, f
     return tuned(run, (2e-4, 6e-4) if fitted else (6e-4, 2e-3), PICKED_ON)
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #58320cc4
+@checked
 def judge(
-    model: BERT,
+    model: nn.Module,  # a `BERT`
     tokenizer: Tokenizer,
     task: GlossTask | None = None,  # None: `gloss_task()`
-    counts: Sequence[int] = (50, 100, 500, 1000),
-    seeds: Sequence[int] = range(3),  # draws of the labels
+    counts: Sequence[int] | Tensor = (50, 100, 500, 1000),
+    seeds: Sequence[int] | Tensor = range(3),  # draws of the labels
 ) -> dict:  # {"knn": {features: accuracy}, "curve": {count: {arm: [accuracy for each draw]}}}
-    "What the weights buy against counting words, random weights, training from scratch and a model of real size."
-    _expect_fit(model, tokenizer)
+    "What the weights buy against counting words, random weights, and a model of real size."
+    _check_fit(model, tokenizer)
     task = task or gloss_task()
     tokens, device = task.tokens(tokenizer), next(model.parameters()).device
     def fresh(seed):
         torch.manual_seed(seed)
         return BERT(**model.config).to(device)
     encode = lambda bert: encode_all(TextClassifier(bert, 1).to(device), tokens, batch_size=64)
-    features = {"random weights": encode(fresh(0)), "BERT": encode(model), "MiniLM": embed_texts(*load_minilm(), list(task.texts)).cpu()}
+    features = {"random weights": encode(fresh(0)), "BERT": encode(model),
+                "MiniLM": embed_texts(*load_minilm(), list(task.texts)).cpu()}
     words = count_words(task)
-    arms = {"TF-IDF": counting_arm(words, task)} | {f"{name}, probe": probe_arm(x, task) for name, x in features.items()}
+    arms = {"TF-IDF": counting_arm(words, task)}
+    arms |= {f"{name}, probe": probe_arm(x, task) for name, x in features.items()}
     arms |= {"from scratch": training_arm(fresh, tokens, task, False),
              "BERT, fine-tuned": training_arm(lambda _: deepcopy(model), tokens, task, True)}
     curve, y = label_curve(arms, counts, seeds), task.labels
     features |= {"TF-IDF": torch.from_numpy(words.astype("float32").toarray())}
-    knn = {name: knn_accuracy(x[task.pool], y[task.pool], x[task.test], y[task.test]) for name, x in features.items()}
-    return dict(knn=knn, curve={n: {arm: s.tolist() for arm, s in c.scores.items()} for n, c in curve.items()})
+    vote = lambda x: knn_accuracy(x[task.pool], y[task.pool], x[task.test], y[task.test])
+    listed = {n: {arm: s.tolist() for arm, s in c.scores.items()} for n, c in curve.items()}
+    return dict(knn={name: vote(x) for name, x in features.items()}, curve=listed)
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #01147058
+@checked
 def make_weights(
     name: str = "bert_glosses",
     epochs: int = 16,
     device: str | None = None,
     folder: Path | str = WEIGHTS,  # where to write
 ) -> Path:
-    "Pretrain the shipped BERT on WordNet's glosses, judge it, and write weights, tokenizer and card."
+    "Pretrain the shipped BERT on WordNet's glosses, judge it; write weights, tokenizer and card."
+    check_whole(epochs, "epochs", 1)
     tokenizer, train, test = gloss_corpus()
     seed_everything(0)
-    model, batch_size = BERT(tokenizer.vocab_size, context=64, segments=0).to(pick_device(device)), 128
-    run = pretrain(model, train, tokenizer, steps=epochs * len(train.tokens) // (64 * batch_size), batch_size=batch_size,
-                   checkpoint=cache_folder() / "runs" / f"{name}.safetensors", title=name)
+    model, size = BERT(tokenizer.vocab_size, context=64, segments=0).to(pick_device(device)), 128
+    plan = dict(steps=epochs * len(train.tokens) // (64 * size), batch_size=size, title=name)
+    path = cache_folder() / "runs" / f"{name}.safetensors"
+    run = pretrain(model, train, tokenizer, checkpoint=path, **plan)
     tokenizer.save(Path(folder) / f"{name}.tokenizer.json")
+    metrics = dict(masked_accuracy=masked_accuracy(model, test, tokenizer),
+                   unigram_accuracy=unigram_accuracy(train, test, tokenizer),
+                   **judge(model, tokenizer))
     card = dict(
-        data=f"{len(train):,} WordNet glosses, no labels", method="masked words, 15 %", epochs=epochs, steps=len(run.losses),
-        batch_size=batch_size, seconds=round(run.seconds), loss_first=float(run.losses[0]), loss_last=float(run.losses[-50:].mean()),
-        losses=[round(float(part.mean()), 3) for part in run.losses.chunk(100)],
-        metrics=dict(masked_accuracy=masked_accuracy(model, test, tokenizer), unigram_accuracy=unigram_accuracy(train, test, tokenizer),
-                     **judge(model, tokenizer)))
+        data=f"{len(train):,} WordNet glosses, no labels", method="masked words, 15 %",
+        epochs=epochs, steps=len(run.losses), batch_size=size, seconds=round(run.seconds),
+        loss_first=float(run.losses[0]), loss_last=float(run.losses[-50:].mean()),
+        losses=[round(float(part.mean()), 3) for part in run.losses.chunk(100)], metrics=metrics)
     return save_weights(model, name, card, folder)
