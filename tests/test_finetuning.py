@@ -3,6 +3,9 @@ import copy
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from functools import partial
 from itertools import islice
@@ -634,6 +637,17 @@ def test_each_norm_keeps_the_mode_that_it_has():
     assert [m.training for m in model.modules()] == modes
 
 
+def test_norms_without_weights_go_by_their_neighbours_and_instance_norms_have_statistics_too():
+    part = lambda norm: nn.Sequential(nn.Conv2d(1, 2, 1), norm)
+    model = nn.Sequential(part(nn.BatchNorm2d(2, affine=False)), nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, affine=False)),
+                          nn.InstanceNorm2d(2, affine=True, track_running_stats=True))
+    freeze(model[0]), freeze(model[2])
+    before = state(model)
+    with frozen_norms(model):
+        model.train()(torch.randn(4, 1, 5, 5))
+    assert {name.split(".")[0] for name in changed(before, model)} == {"1"}
+
+
 def test_a_sequence_with_a_parameter_of_its_own_has_a_rate_for_it():
     class Scaled(nn.Sequential):
         def __init__(self, *layers):
@@ -728,6 +742,27 @@ def test_bad_input_gets_one_sentence(digits, tmp_path, words):
     with pytest.raises((ValueError, TypeError, FileNotFoundError)) as error:
         refusals(digits, tmp_path)[words]()
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_narrow_residual_net_on_colour_pictures_lives_on():
+    """PyTorch's kernel for AVX2 writes beyond its memory where a strided 1 × 1 convolution reads few channels, channels last.
+
+    In a process of its own, since the fault would take this one along."""
+    code = """
+import torch
+from foundation.data.augment import Augment
+from foundation.finetuning.loop import finetune
+from foundation.models.convnets import ResNet
+from foundation.training import loop
+loop.supports_bf16 = lambda device: False
+torch.manual_seed(0)
+model = ResNet(channels=3, widths=(4, 8), depths=(1, 1)).to(memory_format=torch.channels_last)
+x, y = torch.randint(256, (64, 3, 28, 28), dtype=torch.uint8), torch.arange(64) % 10
+finetune(model, x, y, Augment(), steps=60, lr=1e-3, batch_size=32)
+"""
+    env = os.environ | dict(ONEDNN_MAX_CPU_ISA="AVX2", OMP_NUM_THREADS="1", PYTHONPATH=str(Path(loop.__file__).parents[2]))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 # The recipe -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import check_choice, check_labels, check_model, check_number, check_rows, check_sizes
+from ..core.checks import check_choice, check_labels, check_number, check_rows, check_sizes
 from ..core.checks import check_whole, checked, got
 from ..core.plots import PALETTE, Picture, draw
 from ..data.batches import endless
@@ -105,9 +105,10 @@ def dev_scores(
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #d42411b0
 @contextmanager
+@checked
 def restored(model: nn.Module, opt: torch.optim.Optimizer) -> Iterator[None]:
     "Whatever the block does to model, buffers, optimizer, gradients, modes and random generators is undone at its end."
-    state = snapshot(check_model(model), opt)
+    state = snapshot(model, opt)
     modes = {module: module.training for module in model.modules()}
     learns = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
@@ -281,6 +282,9 @@ class Trial(NamedTuple):
 @checked
 def best_trial(trials: Sequence[Trial]) -> Trial:
     "The finished trial with the highest last score; a pruned one never wins. Raises `ValueError` when none has finished."
+    for trial in trials:
+        if not isinstance(trial, Trial):
+            raise TypeError(f"trials hold {got(trial)}; expected trials, as `search` gives them")
     finished = [trial for trial in trials if not trial.pruned and trial.scores]
     if not finished:
         raise ValueError(f"none of {len(trials)} trials has finished; run more, or lower the upper bounds")

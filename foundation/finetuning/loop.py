@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..core.basics import freeze, unfreeze
-from ..core.checks import check_callable, check_choice, check_images, check_labels, check_model, check_number
+from ..core.basics import freeze, in_order, memory_order, unfreeze
+from ..core.checks import check_callable, check_choice, check_images, check_labels, check_number
 from ..core.checks import check_rows, check_shares, check_sizes, check_whole, checked, got
 from ..data.augment import Augment
 from ..data.batches import augmented
@@ -185,7 +185,8 @@ def check_disjoint(
 def _images(part, name):
     "The images of a part, whatever it is"
     images = getattr(part, "images", part)
-    if isinstance(images, (str, bytes, Mapping)) or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
+    alone = isinstance(images, (str, bytes, Mapping)) or getattr(images, "ndim", 1) == 0
+    if alone or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
         raise TypeError(f"{name} is {got(part)}; expected a data set with images, or a sequence of images, arrays or paths")
     return (images[i] for i in range(len(images)))
 
@@ -398,18 +399,22 @@ def thawed(
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #4743644d
 @contextmanager
+@checked
 def frozen_norms(
     model: nn.Module,
     every: bool = False,  # also those whose weights learn
 ) -> Iterator[nn.Module]:
-    """Inside the block, a batch norm whose weights are frozen uses its running statistics and leaves them alone, in any mode.
+    """Inside the block, a norm whose weights are frozen uses its running statistics and leaves them alone, in any mode.
 
-    It is switched for the length of its own call, so each norm keeps the mode that it has."""
-    norms = [m for m in check_model(model).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    It is switched for the length of its own call, so each keeps the mode that it has. One without weights goes by
+    those of the module around it."""
+    around = {m: part for part in model.modules() for m in part.children()}
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     before = {}
 
     def hold(norm, inputs):  # at each forward pass, because a loop calls model.train() again and again
-        if every or not any(p.requires_grad for p in norm.parameters()):
+        own = list(norm.parameters()) or list(around.get(norm, norm).parameters()) or list(model.parameters())
+        if every or not any(p.requires_grad for p in own):
             before[norm], norm.training = norm.training, False
 
     def let_go(norm, inputs, output):
@@ -450,8 +455,9 @@ def finetune(
     What is frozen afterwards is what was frozen before, also after an error or Ctrl-C. Raises `ValueError`, `TypeError`."""
     labels = _check_run(model, images, labels, steps, lr, head_lr, decay, gradual, batch_size, weight_decay, smoothing)
     device, count = next(model.parameters()).device, len(layers(model))
-    images, labels = images.to(device), labels.to(device)
+    images, labels, order = images.to(device), labels.to(device), memory_order(model)
     stream = partial(augmented, images, labels, augment=augment, batch_size=min(batch_size, len(labels)), seed=seed)
+    batches = lambda start: ((in_order(x, order), y) for x, y in stream(start=start))
 
     def after(step):
         if gradual:
@@ -460,10 +466,12 @@ def finetune(
             each(step)
 
     with _frozen_as_before(model), frozen_norms(model):
+        if order == torch.contiguous_format:  # the only one that is safe for this model
+            model.to(memory_format=order)
         opt = torch.optim.AdamW(_groups(model, lr, head_lr, decay), weight_decay=weight_decay, fused=True)
         if gradual:
             thaw(model, 1)
-        return resumable(model, lambda start: stream(start=start), partial(_classify, smoothing), opt, steps=steps, precision="auto", clip=1.0,
+        return resumable(model, batches, partial(_classify, smoothing), opt, steps=steps, precision="auto", clip=1.0,
                          schedule=warmup_cosine(steps, steps // 10), title=title, each=after).losses
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #88a2edca
@@ -536,6 +544,8 @@ def run_arm(
 ) -> nn.Module:
     "One way to fine-tune the shipped encoder, or its control, from a head that depends on the seed."
     check_choice(arm, "arm", ARMS)
+    index = check_labels(index, "index")
+    check_number(index.max().item(), "the largest index", most=len(data.train_labels) - 1)
     torch.manual_seed(seed)
     model = ResNet() if arm == "from scratch" else load_weights("resnet_simclr")
     replace_head(model, len(data.classes))

@@ -23,8 +23,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..core.basics import atomic_write, count_parameters, evaluating, freeze, unfreeze
-from ..core.checks import check_choice, check_floats, check_model, check_number, check_rows, check_sizes, check_tokens
-from ..core.checks import check_whole, checked, got, precise
+from ..core.checks import check_choice, check_floats, check_labels, check_model, check_number, check_rows
+from ..core.checks import check_sizes, check_tokens, check_whole, checked, got, precise
 from ..core.sources import cache_folder
 from ..data.images import few_labels
 from ..data.text import glosses, split_texts
@@ -562,6 +562,7 @@ def score(
     check_choice(method, "method", ["TF-IDF", *METHODS, *VARIANTS])
     check_number(rate, "rate", above=0)
     check_sizes(steps=steps)
+    where = check_labels(where, "where", classes=len(task.labels))
     i, y = task.draw(seed), task.labels
     if method == "TF-IDF":
         return _count_words(task, i, where, rate)

@@ -1,0 +1,353 @@
+"One sound call for each public name of foundation.finetuning; the laws and the fuzz start from them"
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from foundation.data.augment import Augment
+from foundation.data.images import ImageDataset, ImageSet
+from foundation.finetuning import learning_rate, loop, peft
+from foundation.layers.attention import Attention
+from foundation.models.bert import BERT
+from foundation.models.convnets import ConvNet
+from foundation.models.gpt import GPT
+from foundation.training.loop import classify
+
+
+def luck():
+    return torch.Generator().manual_seed(0)
+
+
+def pixels(n=6, side=8):
+    return torch.randint(256, (n, 1, side, side), dtype=torch.uint8, generator=luck())
+
+
+def floats(n=6):
+    return torch.randn(n, 1, 8, 8, generator=luck())
+
+
+def labels(n=6):
+    return torch.arange(n) % 3
+
+
+def net():
+    torch.manual_seed(0)
+    return ConvNet(classes=3, widths=(4,)).eval()
+
+
+def bert():
+    torch.manual_seed(0)
+    return BERT(20, 8, 8, 1, 2).eval()
+
+
+def adapted():
+    model = peft.add_lora(bert(), 2)
+    for layer in model.modules():
+        if isinstance(layer, peft.LoRA):
+            nn.init.normal_(layer.B, std=0.1, generator=luck())
+    return model
+
+
+def tokens(n=6):
+    return torch.randint(1, 20, (n, 5), generator=luck())
+
+
+def nouns():
+    at = torch.arange(12)
+    return peft.NounTask(
+        ("a cat", "an owl", "the sea") * 4, tokens(12), at % 3, ("x", "y", "z"), at[:6], at[6:9], at[9:]
+    )
+
+
+class FewNouns(peft.NounTask):
+    "One that draws what it has"
+
+    def draw(self, seed, count=6):
+        return self.pool
+
+
+def picture():
+    from PIL import Image
+
+    path = Path(tempfile.mkdtemp()) / "x.png"
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(path)
+    return path
+
+
+def images(k=3):
+    rows = torch.arange(30) % k
+    return ImageSet(pixels(30, 16), rows, pixels(6, 16), rows[:6], tuple("abcdefghij"[:k]), "toy", "here", 0.5, 0.3)
+
+
+def task():
+    return learning_rate.Task(floats(), labels(), floats(3), labels(3))
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def dataset():
+    return ImageDataset(floats(), labels())
+
+
+def entered(context, **options):
+    "A context manager as a call: its value, after the block has begun and ended"
+    with context(**options) as value:
+        return value
+
+
+def restored():
+    model = net()
+    return partial(entered, learning_rate.restored), dict(model=model, opt=sgd(model))
+
+
+def epoch(batch_size):
+    model = net()
+    return loop.train_epoch, dict(
+        model=model, dataset=dataset(), batch_size=batch_size, optimizer=sgd(model)
+    )
+
+
+def best_after(score):
+    best = loop.Best(net(), 2)
+    best.update(score)
+    return best.restore()
+
+
+def scores_on_the_way():
+    model = net()
+    return learning_rate.dev_scores, dict(
+        model=model, task=task(), opt=sgd(model), steps=2, every=1, batch_size=3, seed=0, precision="fp32"
+    )
+
+
+def ranging():
+    model = net()
+    return learning_rate.range_test, dict(
+        model=model, batches=[(floats(), labels())] * 25, objective=classify, opt=sgd(model), lo=1e-5, hi=0.1, steps=20
+    )
+
+
+def falling(n=20):
+    return torch.linspace(2, 1, n)
+
+
+def swept():
+    return learning_rate.sweep(lambda lr, seed: 1 - lr + seed / 100, [0.1, 0.2, 0.3], range(2))
+
+
+def lora_then(do, *before):
+    model = adapted()
+    for first in before:
+        first(model)
+    return do, dict(model=model)
+
+
+def optimizer_after_a_step():
+    model = net()
+    opt = torch.optim.AdamW(model.parameters())
+    model(floats()).square().mean().backward()
+    opt.step()
+    return opt
+
+
+EXAMPLES = {
+    "finetuning.loop.read_image": lambda: (loop.read_image, dict(path=picture(), channels=3)),
+    "finetuning.loop.number_labels": lambda: (
+        loop.number_labels,
+        dict(names=["b", "a", "b"], classes=["a", "b"]),
+    ),
+    "finetuning.loop.check_classes": lambda: (loop.check_classes, dict(labels=labels(), classes=3)),
+    "finetuning.loop.check_disjoint": lambda: (
+        loop.check_disjoint,
+        dict(train=pixels()[:3], dev=pixels()[3:]),
+    ),
+    "finetuning.loop.train_epoch": lambda: epoch(2),
+    "finetuning.loop.evaluate": lambda: (
+        loop.evaluate,
+        dict(model=net(), dataset=dataset(), batch_size=4),
+    ),
+    "finetuning.loop.Best": lambda: (loop.Best, dict(model=net(), patience=2)),
+    "finetuning.loop.Best.update": lambda: (loop.Best(net(), 2).update, dict(score=0.5)),
+    "finetuning.loop.Best.restore": lambda: (best_after, dict(score=0.5)),
+    "finetuning.loop.replace_head": lambda: (loop.replace_head, dict(model=net(), classes=4)),
+    "finetuning.loop.layers": lambda: (loop.layers, dict(model=net())),
+    "finetuning.loop.layer_groups": lambda: (
+        loop.layer_groups,
+        dict(model=net(), lr=2**-7, decay=0.5, head_lr=0.1),
+    ),
+    "finetuning.loop.thaw": lambda: (loop.thaw, dict(model=net(), count=1)),
+    "finetuning.loop.thawed": lambda: (loop.thawed, dict(n=3, steps=10, count=4)),
+    "finetuning.loop.frozen_norms": lambda: (
+        partial(entered, loop.frozen_norms),
+        dict(model=net(), every=True),
+    ),
+    "finetuning.loop.finetune": lambda: (
+        loop.finetune,
+        dict(
+            model=net(),
+            images=pixels(),
+            labels=labels(),
+            augment=Augment(),
+            steps=1,
+            lr=2**-10,
+            head_lr=2**-7,
+            decay=0.9,
+            gradual=False,
+            batch_size=4,
+            weight_decay=0.05,
+            smoothing=0.1,
+            seed=0,
+        ),
+    ),
+    "finetuning.loop.run_arm": lambda: (
+        loop.run_arm,
+        dict(arm="from scratch", data=images(), index=torch.arange(6), rate=2**-20, steps=1, batch_size=4, seed=0),
+    ),
+    "finetuning.loop.tune_all": lambda: (
+        lambda **options: loop.tune_all(**options)[:2],
+        dict(data=images(10), pretrained=False, steps=1, lr=2**-20, seed=0),
+    ),
+    "finetuning.learning_rate.Task": lambda: (
+        learning_rate.Task,
+        dict(images=floats(), labels=labels(), dev_images=floats(3), dev_labels=labels(3)),
+    ),
+    "finetuning.learning_rate.few_label_task": lambda: (
+        learning_rate.few_label_task,
+        dict(data=images(), labels=6, dev=3, seed=0),
+    ),
+    "finetuning.learning_rate.make_optimizer": lambda: (
+        learning_rate.make_optimizer,
+        dict(name="adamw", model=net(), lr=2**-10, head_factor=10.0),
+    ),
+    "finetuning.learning_rate.dev_scores": scores_on_the_way,
+    "finetuning.learning_rate.restored": restored,
+    "finetuning.learning_rate.RangeTest": lambda: (
+        learning_rate.RangeTest,
+        dict(rates=torch.logspace(-5, -1, 20), losses=falling()),
+    ),
+    "finetuning.learning_rate.RangeTest.suggest": lambda: (
+        learning_rate.RangeTest(torch.logspace(-5, -1, 20), falling()).suggest,
+        dict(rule="steepest"),
+    ),
+    "finetuning.learning_rate.range_test": ranging,
+    "finetuning.learning_rate.Sweep": lambda: (
+        learning_rate.Sweep,
+        dict(rates=torch.tensor([0.1, 0.2]), comparison=swept().comparison),
+    ),
+    "finetuning.learning_rate.sweep": lambda: (
+        learning_rate.sweep,
+        dict(run=lambda lr, seed: 1 - lr + seed / 100, rates=[0.1, 0.2], seeds=[0, 1], diverged=0.0),
+    ),
+    "finetuning.learning_rate.Trial": lambda: (
+        learning_rate.Trial,
+        dict(params=dict(lr=0.1), scores=(0.5,), pruned=False),
+    ),
+    "finetuning.learning_rate.best_trial": lambda: (
+        learning_rate.best_trial,
+        dict(trials=[learning_rate.Trial(dict(lr=0.1), (0.5,), False)]),
+    ),
+    "finetuning.learning_rate.search": lambda: (
+        learning_rate.search,
+        dict(
+            run=lambda lr: [lr / 2, lr],
+            space=dict(lr=(0.01, 0.1)),
+            path=Path(tempfile.mkdtemp()) / "journal",
+            trials=2,
+            startup=1,
+            seed=0,
+            recipe=dict(data="x"),
+        ),
+    ),
+    "finetuning.peft.LoRA": lambda: (
+        peft.LoRA,
+        dict(base=nn.Linear(4, 3), rank=2, alpha=4.0),
+    ),
+    "finetuning.peft.LoRA.merge": lambda: (lora_then(peft.LoRA.merge)[1]["model"].blocks[0].mlp[0].merge, {}),
+    "finetuning.peft.find_layers": lambda: (
+        peft.find_layers,
+        dict(model=bert(), targets=["attention.query"]),
+    ),
+    "finetuning.peft.add_lora": lambda: (
+        peft.add_lora,
+        dict(model=bert(), rank=2, alpha=4.0, targets=["mlp.0"]),
+    ),
+    "finetuning.peft.merge": lambda: lora_then(peft.merge),
+    "finetuning.peft.unmerge": lambda: lora_then(peft.unmerge, peft.merge),
+    "finetuning.peft.Adapter": lambda: (peft.Adapter, dict(base=nn.Linear(4, 3), width=2)),
+    "finetuning.peft.add_adapters": lambda: (
+        peft.add_adapters,
+        dict(model=bert(), width=2, targets=["mlp.3"]),
+    ),
+    "finetuning.peft.Prefix": lambda: (
+        peft.Prefix,
+        dict(base=Attention(4, 2), keys=torch.ones(3, 4), values=torch.zeros(3, 4)),
+    ),
+    "finetuning.peft.add_prefix": lambda: (
+        peft.add_prefix,
+        dict(model=bert(), length=3, words=torch.tensor([1, 2, 3])),
+    ),
+    "finetuning.peft.train_biases": lambda: (
+        peft.train_biases,
+        dict(model=GPT(20, 8, 8, 1, 2)),
+    ),
+    "finetuning.peft.Delta": lambda: (peft.Delta, dict(model=adapted())),
+    "finetuning.peft.optimizer_bytes": lambda: (
+        peft.optimizer_bytes,
+        dict(opt=optimizer_after_a_step()),
+    ),
+    "finetuning.peft.MeanClassifier": lambda: (
+        peft.MeanClassifier,
+        dict(encoder=bert(), classes=3),
+    ),
+    "finetuning.peft.MeanClassifier.encode": lambda: (
+        peft.MeanClassifier(bert(), 3).encode,
+        dict(tokens=torch.tensor([[1, 2, 0], [3, 4, 5]])),
+    ),
+    "finetuning.peft.NounTask": lambda: (lambda **parts: peft.NounTask(**parts), nouns()._asdict()),
+    "finetuning.peft.adapt": lambda: (
+        peft.adapt,
+        dict(
+            model=peft.MeanClassifier(adapted(), 3),
+            tokens=tokens(),
+            labels=labels(),
+            steps=1,
+            lr=2**-10,
+            head_lr=2**-7,
+            batch_size=3,
+            seed=0,
+            precision="fp32",
+        ),
+    ),
+    "finetuning.peft.prepared": lambda: (
+        peft.prepared,
+        dict(encoder=bert(), method="BitFit", task=nouns(), seed=0),
+    ),
+    "finetuning.peft.score": lambda: (
+        peft.score,
+        dict(encoder=bert(), method="BitFit", task=FewNouns(*nouns()), rate=2**-10, seed=0, where=torch.arange(9, 12), steps=1),
+    ),
+}
+SKIP = {
+    "finetuning.loop.ARMS": "a constant",
+    "finetuning.loop.RATES": "a constant",
+    "finetuning.loop.PHOTO_ARMS": "a constant",
+    "finetuning.loop.compare_arms": "trains many networks, minutes",
+    "finetuning.loop.make_weights": "a recipe, half an hour",
+    "finetuning.loop.tune_photos": "needs EfficientNet's weights from the network",
+    "finetuning.loop.load_vgg": "needs 500 MB of torchvision's weights",
+    "finetuning.peft.LINEAR": "a constant",
+    "finetuning.peft.METHODS": "a constant",
+    "finetuning.peft.VARIANTS": "a constant",
+    "finetuning.peft.RATES": "a constant",
+    "finetuning.peft.BEYOND": "a constant",
+    "finetuning.peft.noun_task": "needs WordNet and MiniLM's tokenizer from the network",
+    "finetuning.peft.step_costs": "measures seconds, other ones at each call",
+    "finetuning.peft.make_adapter": "a recipe, half an hour",
+    "finetuning.peft.load_adapter": "needs MiniLM from the network",
+}
