@@ -1,9 +1,13 @@
 "Storage: what is stored comes back bit for bit, codes are as short as promised, and damage is noticed"
+import copy
+import dataclasses
 import json
 import math
 import os
+import random
 import struct
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -12,12 +16,14 @@ from torch import nn
 from foundation.compression.pruning import apply_masks, layer_weights, magnitude_masks
 from foundation.compression.quantization import fold_batch_norm, quantize_weights
 from foundation.compression.storage import (
-    code_lengths, code_words, codebook, compress, decode, encode, huffman_decode, huffman_encode, load_model, pack, save_model,
-    settle_weights, share_weights, train_on, unpack)
+    SharedWeight, code_lengths, code_words, codebook, compress, decode, encode, fair_masks, huffman_decode, huffman_encode, load_model,
+    pack, prune_gradually, save_model, settle_weights, share_weights, train_on, unpack)
+from foundation.core.checks import complaint
 from foundation.data.images import ImageSet
 from foundation.models.convnets import VGG, ConvNet
-from foundation.models.pretrained import WEIGHTS, load_weights, read_card
-from foundation.training.loop import adamw
+from foundation.models.pretrained import WEIGHTS, BadWeights, load_weights, read_card
+from foundation.training.checkpoint import BadCheckpoint
+from foundation.training.loop import Step, adamw
 
 FORMATS = [("fp32", "fp16"), ("fp16", "fp16"), *((f"int{b}", "fp16") for b in range(2, 9)), ("code2", "fp16"), ("code5", "fp16"),
            *(("sparse", v) for v in ("fp32", "fp16", "int8", "int4", "code4"))]
@@ -217,8 +223,8 @@ def test_a_code_cut_short_is_refused(cut):
 
 @pytest.mark.parametrize("call, words", [
     (lambda: huffman_encode(torch.tensor([256])), "0 to 255"), (lambda: huffman_encode(torch.tensor([-1])), "0 to 255"),
-    (lambda: codebook(torch.empty(0)), "0 values"), (lambda: codebook(torch.tensor([math.nan])), "finite"),
-    (lambda: codebook(torch.randn(9), 1), "2 to 256"), (lambda: encode(torch.randn(3, 3), "code9"), "2 to 8"),
+    (lambda: codebook(torch.empty(0)), "values is empty"), (lambda: codebook(torch.tensor([math.nan])), "finite"),
+    (lambda: codebook(torch.randn(9), 1), "from 2 to 256"), (lambda: encode(torch.randn(3, 3), "code9"), "2 to 8"),
     (lambda: encode(torch.randn(3, 3), "code"), "'code'"), (lambda: encode(torch.randn(3, 3), "int4", compress="rar"), "'rar'")])
 def test_codes_refuse_in_one_sentence(call, words):
     with pytest.raises(ValueError, match=words) as caught:
@@ -284,8 +290,15 @@ def test_the_chain_gives_few_values_and_goes_on_where_it_was_stopped(tmp_path):
         assert torch.equal(again.get_parameter(name), w) and torch.equal(fresh.get_parameter(name), w) and len(w.unique()) <= 5
     weights = torch.cat([w.flatten() for w in layer_weights(once).values()])
     assert (weights == 0).float().mean() == pytest.approx(0.7, abs=0.01)
-    with pytest.raises(ValueError, match="recipe"):
-        train_on(ConvNet(), data, answers, 10, seed=1, checkpoint=tmp_path / "run-pruned.safetensors")
+    others = [dict(zeros=0.6), dict(seed=1), dict(size=8), dict(steps=11)]
+    for other in others:  # what came of another plan is not this plan's result
+        with pytest.raises(BadCheckpoint, match="of another"):
+            compress(dense, data, answers, **options | other)
+    wrong = [(ConvNet(), data, answers), (dense, dataclasses.replace(data, train_images=255 - data.train_images), answers),
+             (dense, data, answers + 1)]  # another network, other pictures, another teacher
+    for model, images, teacher in wrong:
+        with pytest.raises(BadCheckpoint, match="of another"):
+            compress(model, images, teacher, **options)
 
 
 # The shipped file -----------------------------------------------------------------------------------------------------
@@ -308,3 +321,328 @@ def test_the_compressed_vgg_is_thirty_times_smaller_and_loads(tmp_path):
     net.load_state_dict(load_model(path))
     weights = torch.cat([w.flatten() for w in layer_weights(net).values()])
     assert (weights == 0).float().mean() > 0.85 and len(next(iter(layer_weights(net).values())).unique()) <= 17
+
+
+# The edges of numbers and files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-9, 1e-6, 1e6, 1e30, 3e38])
+@pytest.mark.parametrize("format, share", [("code4", 0.1), ("int8", 0.501 / 127), ("int4", 0.51 / 7), ("code2", 0.4)])
+def test_weights_of_any_size_come_back(tmp_path, size, format, share):
+    w = (torch.rand(4, 64, generator=torch.manual_seed(0)) * 2 - 1) * size
+    found = load_model(save_model({"w": w, "b": w[0]}, tmp_path / "a", format))
+    assert ((found["w"].double() - w.double()).abs() <= share * size).all()
+    assert ((found["b"] - w[0]).abs() <= 0.004 * size).all(), "what is stored in half precision elsewhere fits too"
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_a_format_that_cannot_hold_a_weight_says_so_by_name(tmp_path, size):
+    for options in (dict(format="fp16"), dict(format="sparse")):
+        text = complaint(save_model, {"layer.weight": size * torch.randn(4, 4)}, tmp_path / "a", **options)
+        assert "layer.weight" in text and "fp32" in text and "\n" not in text
+    assert "layer.weight" in complaint(save_model, {"layer.weight": torch.full((2, 2), math.nan)}, tmp_path / "a", "int8")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("values", [[3e38, -3e38, 1e38, 0.0], [1e300, 0.0], [1e-44, 2e-44, 3e-44]])
+def test_a_codebook_stays_within_its_values(values):
+    x = torch.tensor(values, dtype=torch.float64)
+    if x.float().isinf().any():
+        assert "float32" in complaint(codebook, x, 2)
+        return
+    centres, index = codebook(x, 2)
+    assert centres.isfinite().all() and x.min() <= centres.min() and centres.max() <= x.max() * (1 + 1e-6)
+    nearest = (x[:, None].float() / x.abs().max() - centres / x.abs().max()).abs().argmin(1)
+    assert torch.equal(index.long(), nearest)
+
+
+def test_codebooks_of_all_scales_are_one():
+    x = torch.randn(300, generator=torch.manual_seed(0))
+    centres, index = codebook(x, 8)
+    for unit in (2.0**100, 2.0**-100, 2.0**-3):
+        scaled, places = codebook(x * unit, 8)
+        assert torch.equal(scaled, centres * unit) and torch.equal(places, index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("format", ["fp32", "int8", "code4", "sparse"])
+def test_models_of_every_float_type_are_saved(tmp_path, dtype, format):
+    net = make_net().to(dtype)
+    state = load_model(save_model(net, tmp_path / "a", format))
+    other = make_net().to(dtype)
+    other.load_state_dict(state)
+    x = torch.randn(2, 1, 8, 8).to(dtype)
+    assert (other.eval()(x) - net.eval()(x)).abs().max() < (0.5 if format == "code4" else 0.1) * net(x).abs().max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(st.text("ab:%.maskscl3A25", min_size=1, max_size=12), min_size=1, max_size=6, unique=True),
+       format=st.sampled_from(["fp32", "int4", "code2", "sparse"]))
+def test_any_names_come_back(tmp_path_factory, names, format):
+    torch.manual_seed(0)
+    model = {name: torch.randn(6, 8) * (torch.rand(6, 8) > 0.8) for name in names}
+    path = save_model(model, tmp_path_factory.mktemp("names") / "a", format, compress="huffman")
+    state = load_model(path)
+    assert set(state) == set(names)
+    for name, w in model.items():
+        alone = load_model(save_model({"w": w}, path.with_name("b"), format, compress="huffman"))["w"]
+        assert torch.equal(state[name], alone)
+
+
+def test_colons_and_files_of_others_do_not_mix(tmp_path):
+    from safetensors.torch import save_file
+    net = nn.ModuleDict({"a:b": nn.Linear(3, 3), "a": nn.Linear(3, 3)})
+    net.load_state_dict(load_model(save_model(net, tmp_path / "a", "int8")))
+    both = {"w": torch.randn(3, 3), "w:mask": torch.randn(3, 3), "w%3A": torch.randn(2)}
+    assert set(load_model(save_model(both, tmp_path / "a", "sparse"))) == set(both)
+    save_file(both, tmp_path / "b")
+    assert all(torch.equal(load_model(tmp_path / "b")[name], x) for name, x in both.items())
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x):
+        return self.out(self.words(x))
+
+
+@pytest.mark.parametrize("format", ["fp32", "int4", "code4"])
+def test_tied_weights_are_written_once_and_stand_under_both_names(tmp_path, format):
+    tied = Tied()
+    path = save_model(tied, tmp_path / "a", format)
+    alone = save_model({"words.weight": tied.words.weight}, tmp_path / "b", format)
+    assert path.stat().st_size < alone.stat().st_size + 100
+    state = load_model(path)
+    assert set(state) == {"words.weight", "out.weight"} and torch.equal(state["out.weight"], state["words.weight"])
+    other = Tied()
+    other.load_state_dict(state)
+    assert other.out.weight is other.words.weight and torch.equal(other.out.weight, state["out.weight"])
+    views = {"whole": torch.randn(4, 4), "half": None, "turned": None}
+    views |= dict(half=views["whole"][:2], turned=views["whole"].T)
+    state = load_model(save_model(views, tmp_path / "c"))
+    assert all(torch.equal(state[name], x) for name, x in views.items()), "neighbours in memory are not ties"
+
+
+def test_odd_tensors_come_back(tmp_path):
+    odd = {"empty": torch.zeros(0, 4), "none": torch.zeros(3, 0), "flags": torch.tensor([[True, False]]), "n": torch.tensor(3),
+           "zeros": torch.zeros(4, 4), "one": torch.full((1, 1), -2.5), "same": torch.full((3, 3), 0.25), "sparse": torch.eye(3).to_sparse()}
+    for format in ("fp32", "fp16", "int8", "int2", "code4", "sparse"):
+        for compress_by in (False, "zlib", "huffman"):
+            state = load_model(save_model(odd, tmp_path / "a", format, "code4", compress=compress_by))
+            assert set(state) == set(odd)
+            for name, x in odd.items():
+                x = x.to_dense() if x.is_sparse else x
+                assert state[name].shape == x.shape
+                torch.testing.assert_close(state[name], x, check_dtype=not x.is_floating_point(), rtol=0.01, atol=1e-6)
+
+
+def damages(raw, rng):
+    "Flip, cut, blank, add, exchange"
+    at, raw = rng.randrange(len(raw)), bytearray(raw)
+    way = rng.choice(["flip", "cut", "blank", "add", "byte", "head"])
+    if way == "flip":
+        raw[at] ^= 1 << rng.randrange(8)
+    elif way == "cut":
+        del raw[at:]
+    elif way == "blank":
+        raw[at:at + 64] = bytes(len(raw[at:at + 64]))
+    elif way == "add":
+        raw += rng.randbytes(rng.randrange(1, 30))
+    elif way == "byte":
+        raw[at] = rng.randrange(256)
+    else:
+        raw[rng.randrange(min(len(raw), 400))] = rng.choice(b"0123456789[]{},:\"FUIB")
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("options", [dict(format="int4"), dict(format="sparse", values="code4", compress="huffman"),
+                                     dict(format="sparse", values="int8", compress="zlib")])
+def test_damaged_files_are_refused_as_bad_weights(tmp_path, options):
+    net = apply_masks(make_net(), magnitude_masks(make_net(), 0.8))
+    path = save_model(net, tmp_path / "a", **options)
+    raw, right, rng, seen = path.read_bytes(), load_model(path), random.Random(0), 0
+    for _ in range(150):
+        path.write_bytes(damages(raw, rng))
+        try:
+            found = load_model(path)
+        except BadWeights as error:
+            seen += 1
+            assert "\n" not in str(error) and path.name in str(error)
+            continue
+        assert found.keys() == right.keys() and all(torch.equal(found[k], x) and found[k].dtype == x.dtype for k, x in right.items())
+    assert seen > 120
+
+
+@pytest.mark.parametrize("change", [lambda n: n["tensors"]["b"].update(dtype="I32"), lambda n: n["tensors"]["b"].update(shape=[2, 3])])
+def test_another_type_or_shape_over_the_same_bytes_is_noticed(tmp_path, change):
+    path = save_model({"b": torch.arange(6.0)}, tmp_path / "a")
+    raw = path.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    head = json.loads(raw[8:8 + size])
+    change(dict(tensors=head))
+    text = json.dumps(head, separators=(",", ":")).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size:])
+    with pytest.raises(BadWeights, match="changed"):
+        load_model(path)
+
+
+def test_files_of_earlier_versions_are_read():
+    "The shipped file has the checksum of names and bytes alone"
+    assert len(load_model(WEIGHTS / "vgg_compressed.bin")) == 14
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.binary(max_size=60))
+def test_no_bytes_make_the_decoder_stumble(data):
+    payload = torch.tensor([*data], dtype=torch.uint8)
+    try:
+        symbols = huffman_decode(payload)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert torch.equal(huffman_encode(symbols)[:4], payload[:4])
+
+
+def test_a_damaged_code_ends_soon():
+    head = (10**9).to_bytes(4, "little") + bytes([0, 0])  # a billion symbols and no word
+    with pytest.raises(ValueError, match="damaged"):
+        huffman_decode(torch.tensor([*head, *[0] * 200_000], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: pack([1, 2], 4), "torch.tensor"), (lambda: pack(torch.tensor([0.7]), 4), "whole numbers"), (lambda: pack(None, 4), "None"),
+    (lambda: pack(torch.tensor([1]), 9), "from 1 to 8"), (lambda: unpack(pack(torch.tensor([1, 2]), 2), 2, 9), "expected 3 for 9 numbers"),
+    (lambda: unpack(torch.tensor([1, 2]), 2, 2), "bytes"), (lambda: unpack(pack(torch.tensor([1, 2]), 2), 2, -1), "from 0 on"),
+    (lambda: huffman_encode(torch.tensor([0.7])), "whole numbers"), (lambda: huffman_encode([0.7]), "torch.tensor"),
+    (lambda: huffman_decode([1, 2]), "torch.tensor"), (lambda: huffman_decode(torch.zeros(9)), "bytes"),
+    (lambda: code_lengths(torch.tensor([-1, 2])), "run from -1"), (lambda: code_lengths(torch.tensor([0.5, 0.5])), "whole numbers"),
+    (lambda: code_words(torch.tensor([1, 1, 1])), "no code"), (lambda: codebook([1.0, 2.0]), "torch.tensor"),
+    (lambda: codebook(torch.arange(4)), "floats"), (lambda: encode(torch.randn(3, 3), 8), "numbers is 8"),
+    (lambda: encode(torch.randn(3, 3), compress=1), "compress is 1"),
+    (lambda: decode({}, (3, 3), "int8"), "no weight of shape"), (lambda: decode(encode(torch.randn(3, 3)), (4, 4), "int8"), "no weight"),
+    (lambda: save_model({"a": None}, "x"), "None under 'a'"), (lambda: save_model({1: torch.zeros(2)}, "x"), "under 1"),
+    (lambda: save_model([1], "x"), "model is a list"), (lambda: save_model({"a": torch.zeros(2, 2)}, "x", "int8", group=0), "from 1 on"),
+    (lambda: fair_masks(make_net(), 1.0), "below 1"), (lambda: prune_gradually(make_net(), 0.5, 0), "from 1 on"),
+    (lambda: share_weights(make_net(), 1), "from 2 to 256"), (lambda: SharedWeight(None, 4), "weight is None"),
+    (lambda: train_on(ConvNet(), tiny_set(), torch.randn(400, 10), 1), "to 320"),
+    (lambda: train_on(ConvNet(), tiny_set(), torch.full((4, 10), math.nan), 1), "NaN")])
+def test_what_is_no_number_is_said_in_one_sentence(call, words):
+    with pytest.raises((TypeError, ValueError), match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_every_kind_are_packed_alike():
+    want = pack(torch.tensor([3, 0, 2]), 2)
+    for kind in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(pack(torch.tensor([3, 0, 2]).to(kind), np.int64(2)), want)
+    assert torch.equal(pack(np.array([3, 0, 2]), np.int8(2)), want) and torch.equal(unpack(want, torch.tensor(2), np.int16(3)), torch.tensor([3, 0, 2]))
+    assert pack(torch.tensor([True, False]), 1).tolist() == [128]
+    assert code_lengths(torch.tensor([200, 100, 50], dtype=torch.uint8)).tolist() == [1, 2, 2], "sums beyond the type"
+
+
+# Shared, tied and computed weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_fair_masks_do_not_depend_on_a_layers_scale(size):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
+    want = fair_masks(net, 0.8)
+    net[0].weight.data *= size
+    assert all(torch.equal(mask, want[name]) for name, mask in fair_masks(net, 0.8).items())
+    half = nn.Linear(40, 40).half()
+    half.weight.data *= 1e-3
+    assert torch.equal(fair_masks(half, 0.5)["weight"], fair_masks(copy.deepcopy(half).float(), 0.5)["weight"])
+
+
+def test_fair_masks_are_those_of_the_formula():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    score = {(n, i): (w.flatten()[i] ** 2 / sum(v**2 for v in w.flatten() if abs(v) >= abs(w.flatten()[i]))).item()
+             for n, w in layer_weights(net).items() for i in range(w.numel())}
+    dropped = sorted(score, key=score.get)[:round(0.6 * len(score))]
+    masks = fair_masks(net, 0.6)
+    assert {(n, i) for n, m in masks.items() for i in range(m.numel()) if not m.flatten()[i]} == set(dropped)
+
+
+def test_zeros_rise_on_schedule_and_are_held():
+    torch.manual_seed(0)
+    net, shares = make_net(), []
+    each = prune_gradually(net, 0.8, end=20, every=5)
+    for n in range(25):
+        weights = torch.cat([w.flatten() for w in layer_weights(net).values()])
+        shares.append((weights == 0).float().mean().item())
+        with torch.no_grad():
+            for w in layer_weights(net).values():
+                w.add_(1e-3 * torch.randn_like(w))  # an optimizer's step fills the zeros
+        each(Step(n, torch.tensor(1.0), 0.1, None, {}))
+    assert shares[1:6] == [0] * 5, "step 0 is the start of the cubic"
+    for n, share in ((5, 0.8 * (1 - 0.75**3)), (10, 0.8 * (1 - 0.5**3)), (20, 0.8)):
+        assert shares[n + 1] == pytest.approx(share, abs=0.01)
+    assert shares[24] == pytest.approx(0.8, abs=0.01)
+
+
+def test_tied_layers_share_one_codebook_and_are_tied_again():
+    torch.manual_seed(0)
+    tied, x = Tied(), torch.randint(0, 50, (4, 6))
+    shared = share_weights(tied, 16)
+    assert shared.out.parametrizations.weight.original is shared.words.parametrizations.weight.original
+    assert torch.equal(shared.out.weight, shared.words.weight) and len(shared.out.weight.unique()) <= 17
+    shared(x).square().sum().backward()
+    adamw(shared, 0.1).step()
+    settled = settle_weights(copy.deepcopy(shared))
+    assert settled.out.weight is settled.words.weight and torch.equal(settled.out.weight, shared.out.weight)
+    torch.testing.assert_close(settled(x), shared(x))
+    strange = Tied()
+    strange.extra = strange.out.weight
+    assert "under a name other" in complaint(share_weights, strange)
+
+
+def test_settling_a_copy_leaves_the_other_alone():
+    net, x = make_net().eval(), torch.randn(2, 1, 8, 8)
+    shared = share_weights(net, 4)
+    twin = copy.deepcopy(shared)
+    torch.testing.assert_close(settle_weights(twin)(x), shared(x))
+    assert isinstance(twin[0].weight, nn.Parameter) and len(shared[0].weight.unique()) <= 5
+    strange = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    assert settle_weights(strange) is strange and hasattr(strange, "parametrizations"), "somebody else's stays"
+
+
+def test_shared_weights_take_what_is_assigned():
+    layer = share_weights(nn.Linear(8, 8), 4)
+    before = layer.weight.detach().clone()
+    layer.weight = before * 3
+    torch.testing.assert_close(layer.weight, before * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_of_zeros_and_half_precision_are_shared(dtype):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    nn.init.zeros_(net[0].weight)
+    shared, x = share_weights(net.to(dtype), 16), torch.randn(3, 4).to(dtype)
+    torch.testing.assert_close(shared(x), net(x), rtol=0.02, atol=0.02)
+    assert not shared[0].weight.any() and shared[1].weight.dtype == dtype
+    shared(x).sum().backward()
+
+
+def test_a_run_is_kept_and_its_data_belong_to_it(tmp_path):
+    data, answers = tiny_set(), torch.randn(64, 10)
+    def run(data=data, answers=answers, **options):
+        torch.manual_seed(0)
+        return train_on(ConvNet(widths=(4,)), data, answers, 3, checkpoint=tmp_path / "c.safetensors", **options)
+    first = run()
+    assert torch.equal(first.head.weight, run().head.weight) and not first.training
+    with pytest.raises(BadCheckpoint, match="of another"):
+        run(answers=answers.flip(1))
+    with pytest.raises(BadCheckpoint, match="of another"):
+        run(dataclasses.replace(data, train_labels=9 - data.train_labels))
+    late = data.train_images.clone()
+    late[63] = 0  # one picture, and not in the first batch
+    with pytest.raises(BadCheckpoint, match="of another"):
+        run(dataclasses.replace(data, train_images=late))
+    with pytest.raises(BadCheckpoint, match="of another"):
+        run(lr=1e-4)

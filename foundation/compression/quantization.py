@@ -317,7 +317,9 @@ def _settle(layer):
     if parametrize.is_parametrized(layer):
         kind = type(layer)  # a class that all copies share, and that removing would change: this one gets its own
         layer.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
-        for name in list(layer.parametrizations):
+        for name, parts in list(layer.parametrizations.items()):
+            if parts.is_tensor:  # PyTorch would overwrite it, and another layer may read it
+                parts.original = nn.Parameter(parts.original.detach().clone(), parts.original.requires_grad)
             parametrize.remove_parametrizations(layer, name)
     for hook in list(layer._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):

@@ -9,10 +9,9 @@ __all__ = ['DTYPES', 'GROUP', 'pack', 'unpack', 'code_lengths', 'code_words', 'h
 
 # %% ../../nbs/09_compression/04_storage.ipynb #c373901b
 import copy
-import hashlib
 import heapq
 import json
-import time
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,52 +19,60 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from .distillation import match_answers
 from .pruning import apply_masks, cubic_sparsity, keep_largest, layer_weights
 from .quantization import (
-    Quantized, fold_batch_norm, integer_range, quantize_static, quantize_tensor, quantize_weights)
-from ..core.basics import atomic_write
+    Quantized, fold_batch_norm, integer_range, plain_copy, quantize_static, quantize_tensor, quantize_weights)
+from ..core.basics import atomic_write, in_order, memory_order
+from ..core.checks import (
+    check_choice, check_floats, check_number, check_shares, check_sizes, check_whole, checked, got, precise)
 from ..core.sources import cache_folder
 from ..data.batches import endless
 from ..data.images import ImageSet, load_images
 from ..evaluation.scores import accuracy, predict
-from ..models.pretrained import WEIGHTS, hardware, load_weights
-from ..training.checkpoint import _read as read_checkpoint, resumable
+from ..models.pretrained import WEIGHTS, BadWeights, load_weights, write_card
+from ..training.checkpoint import fingerprint, read_checkpoint, resumable
 from ..training.loop import Step, adamw
 from ..training.schedules import one_cycle
 
 # %% ../../nbs/09_compression/04_storage.ipynb #af9e1932
+@checked
 def pack(
-    values: Tensor,  # whole numbers from 0 to 2**bits - 1, any shape
+    values: Tensor,  # whole numbers from 0 to 2**bits - 1, or True and False, any shape
     bits: int,  # 1 (a mask) to 8
 ) -> Tensor:  # uint8, (ceil(n * bits / 8),)
-    "Write small numbers side by side, `bits` digits each."
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits is {bits}; expected 1 to 8")
-    numbers = values.detach().cpu().to(torch.int64).flatten()
-    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < 2**bits:
-        raise ValueError(f"values from {int(numbers.min())} to {int(numbers.max())} do not fit {bits} bits")
+    "Write small numbers side by side, `bits` digits each. Raises `TypeError` for floats, `ValueError` for others."
+    check_whole(bits, "bits", 1, 8)
+    numbers = _check_symbols(values, "values", 2**bits - 1)
     digits = np.unpackbits(numbers.numpy().astype(np.uint8)[:, None], axis=1)[:, 8 - bits:]
     return torch.from_numpy(np.packbits(digits))
 
 
+@checked
 def unpack(
     packed: Tensor,  # as `pack` gives it
     bits: int,
     count: int,  # how many numbers there are
 ) -> Tensor:  # uint8, (count,)
-    "Read them back."
-    digits = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
+    "Read them back. Raises `ValueError` unless so many numbers fill these bytes."
+    check_whole(bits, "bits", 1, 8)
+    check_whole(count, "count", 0)
+    data = _check_bytes(packed, "packed")
+    if len(data) != -(-count * bits // 8):
+        raise ValueError(f"packed has {len(data):,} bytes; expected {-(-count * bits // 8):,} for {count:,} numbers of {bits} bits")
+    digits = np.unpackbits(data, count=count * bits).reshape(count, bits)
     return torch.from_numpy(np.packbits(digits, axis=1).reshape(-1) >> (8 - bits))
 
 # %% ../../nbs/09_compression/04_storage.ipynb #ccc4a432
+@checked
 def code_lengths(
-    counts: Tensor,  # how often each symbol occurs, (n,)
+    counts: Tensor,  # how often each symbol occurs, (n,), whole numbers
 ) -> Tensor:  # digits of its code, (n,); 0 for a symbol that does not occur
-    "Huffman's code lengths (Huffman 1952): join the two rarest, again and again."
-    heap = [(int(count), i, [i]) for i, count in enumerate(counts.tolist()) if count > 0]
+    "Huffman's code lengths (Huffman 1952): join the two rarest, again and again. Raises `TypeError`, `ValueError`."
+    counts = _check_symbols(counts, "counts", axes=1)
+    heap = [(count, i, [i]) for i, count in enumerate(counts.tolist()) if count > 0]
     lengths = torch.zeros(len(counts), dtype=torch.long)
     if len(heap) == 1:
         lengths[heap[0][1]] = 1
@@ -77,24 +84,28 @@ def code_lengths(
     return lengths
 
 # %% ../../nbs/09_compression/04_storage.ipynb #1ba215f8
+@checked
 def code_words(
     lengths: Tensor,  # as `code_lengths` gives them
 ) -> dict[int, str]:  # symbol -> digits
-    "The canonical code: shorter words first, each the next whole number; so the lengths alone rebuild it."
-    word, before, words = 0, 0, {}
-    for length, symbol in sorted((n, s) for s, n in enumerate(lengths.tolist()) if n):
+    """The canonical code: shorter words first, each the next whole number; so the lengths alone rebuild it.
+
+    Raises `ValueError` for lengths that no code has: the sum of 2**-length would be above 1."""
+    word, before, words, longest = 0, 0, {}, 0
+    for length, symbol in sorted((n, s) for s, n in enumerate(_check_symbols(lengths, "lengths", 255, 1).tolist()) if n):
         word <<= length - before
-        words[symbol], before, word = f"{word:0{length}b}", length, word + 1
+        words[symbol], before, word, longest = f"{word:0{length}b}", length, word + 1, length
+    if word > 2**longest:
+        raise ValueError("lengths are those of no code: so many short words would begin one another")
     return words
 
 # %% ../../nbs/09_compression/04_storage.ipynb #a2f8b34c
+@checked
 def huffman_encode(
     symbols: Tensor,  # whole numbers from 0 to 255, any shape
 ) -> Tensor:  # uint8
-    "Count (4 bytes), number of lengths, lengths, digits. Raises `ValueError` for other numbers."
-    flat = symbols.detach().cpu().long().flatten()
-    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < 256:
-        raise ValueError(f"symbols from {int(flat.min())} to {int(flat.max())}; expected 0 to 255")
+    "Count (4 bytes), number of lengths, lengths, digits. Raises `TypeError`, `ValueError` for other numbers."
+    flat = _check_symbols(symbols, "symbols", 255)
     lengths = code_lengths(flat.bincount(minlength=1))
     words = code_words(lengths)
     digits = np.frombuffer("".join(map(words.__getitem__, flat.tolist())).encode(), np.uint8) - 48
@@ -102,43 +113,83 @@ def huffman_encode(
     return torch.frombuffer(bytearray(head + np.packbits(digits).tobytes()), dtype=torch.uint8)
 
 # %% ../../nbs/09_compression/04_storage.ipynb #f0e8e99a
+@checked
 def huffman_decode(
     payload: Tensor,  # as `huffman_encode` gives it
 ) -> Tensor:  # uint8, (count,)
-    "Read the symbols back. Raises `ValueError` for a payload that is cut short or no such code."
-    data, found, word = payload.numpy().tobytes(), bytearray(), ""
+    "Read the symbols back. Raises `ValueError` for a payload that is cut short, too long, or no such code."
+    data, found, word = _check_bytes(payload, "payload").tobytes(), bytearray(), ""
     count, size = int.from_bytes(data[:4], "little"), (data[4] if len(data) > 4 else 0) + 1
-    symbol_of = {word: s for s, word in code_words(torch.tensor(list(data[5:5 + size]))).items()}
-    for digit in np.unpackbits(np.frombuffer(data[5 + size:], np.uint8)) if count else ():
-        word += "1" if digit else "0"
+    digits = np.unpackbits(np.frombuffer(data[5 + size:], np.uint8))
+    symbol_of = {word: s for s, word in code_words(torch.tensor([*data[5:5 + size]], dtype=torch.uint8)).items()}
+    longest, used = max(map(len, symbol_of), default=0), 0
+    for digit in digits if count else ():
+        word, used = word + ("1" if digit else "0"), used + 1
         if word in symbol_of:
             found.append(symbol_of[word])
             word = ""
-            if len(found) == count:
-                break
-    if len(found) < count or len(data) < 5 + size:
-        raise ValueError(f"the code ends after {len(found)} of {count} numbers; the file is damaged, fetch or save it again")
+        if len(found) == count or len(word) > longest:
+            break
+    if len(found) < count or len(data) < 5 + size or len(digits) - used >= 8 or digits[used:].any():
+        raise ValueError(f"the code gives {len(found):,} of {count:,} numbers; the file is damaged, fetch or save it again")
     return torch.frombuffer(found, dtype=torch.uint8) if found else torch.zeros(0, dtype=torch.uint8)
 
 # %% ../../nbs/09_compression/04_storage.ipynb #ef38377e
+@checked
 def codebook(
     values: Tensor,  # floating, any shape, at least one
     size: int = 16,  # centres
     rounds: int = 20,
 ) -> tuple[Tensor, Tensor]:  # centres (size,) in rising order, and the index of each value's, uint8, its shape
-    "k-means on a line, centres evenly spread at first (Han et al. 2016, section 3). Raises `ValueError`."
-    if not 2 <= size <= 256 or values.numel() == 0 or not torch.isfinite(values).all():
-        raise ValueError(f"got {values.numel()} values and {size} centres; expected finite values and 2 to 256 centres")
-    flat = values.detach().float().flatten()
-    centres, distinct = torch.linspace(float(flat.min()), float(flat.max()), size), flat.unique()
+    "k-means on a line, centres evenly spread at first (Han et al. 2016, section 3). Raises `TypeError`, `ValueError`."
+    check_whole(size, "size", 2, 256)
+    check_whole(rounds, "rounds", 0)
+    flat = _check_finite(check_floats(values, "values", "(...)").detach().float(), "values").flatten()
+    unit = _unit(flat)
+    flat = (flat.double() / unit).float()
+    centres, distinct = torch.linspace(float(flat.min()), float(flat.max()), size, device=flat.device), flat.unique()
     if len(distinct) <= size:  # each value is its own centre
         centres = torch.cat([distinct, distinct[-1:].expand(size - len(distinct))])
     for _ in range(rounds):
         index = torch.bucketize(flat, (centres[1:] + centres[:-1]) / 2)
-        total, count = torch.zeros(size).index_add(0, index, flat), index.bincount(minlength=size)
+        total, count = flat.new_zeros(size).index_add(0, index, flat), index.bincount(minlength=size)
         centres = torch.where(count > 0, total / count.clamp(min=1), centres).sort().values
     index = torch.bucketize(flat, (centres[1:] + centres[:-1]) / 2)
-    return centres, index.to(torch.uint8).view_as(values)
+    return (centres.double() * unit).float(), index.to(torch.uint8).view(values.shape)
+
+# %% ../../nbs/09_compression/04_storage.ipynb #f251c22b
+#| code-fold: true
+#| code-summary: "What cannot be coded is refused in a sentence"
+def _check_symbols(x, name, most=None, axes=None):
+    "Whole numbers from 0 on, as int64 on the CPU, in one row"
+    if x.is_floating_point() or x.is_complex():
+        raise TypeError(f"{name} is {got(x)}; expected whole numbers, which {name}.long() makes")
+    if axes is not None and x.ndim != axes:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected one axis, (n,)")
+    x = x.detach().cpu().long().flatten()
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= (int(x.max()) if most is None else most):
+        wanted = "0 on" if most is None else f"0 to {most}"
+        raise ValueError(f"{name} run from {int(x.min())} to {int(x.max())}; expected {wanted}")
+    return x
+
+
+def _check_bytes(x, name):
+    "Bytes as an array of NumPy"
+    if x.dtype != torch.uint8 or x.ndim != 1:
+        raise ValueError(f"{name} is {got(x)}; expected bytes (torch.uint8) with one axis")
+    return x.detach().cpu().numpy()
+
+
+def _check_finite(x, name):
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinite values (in {str(x.dtype).removeprefix('torch.')}); "
+                         "expected finite ones: a damaged model is not worth a file")
+    return x
+
+
+def _unit(x):
+    "The power of two at or below the largest magnitude: to divide by it changes no digit, and no sum or square overflows"
+    return 2.0 ** (math.frexp(float(x.abs().max()))[1] - 1) if x.numel() and x.any() else 1.0
 
 # %% ../../nbs/09_compression/04_storage.ipynb #bd150ca8
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -150,7 +201,7 @@ def _bits_of(numbers):
     if numbers in DTYPES:
         return DTYPES[numbers].itemsize * 8
     if (kind := numbers.rstrip("0123456789")) in ("int", "code") and numbers != kind:
-        integer_range(int(numbers[len(kind):]))
+        integer_range(int(numbers[len(kind):][:9]))
         return int(numbers[len(kind):])
     raise ValueError(f'format {numbers!r} is not known; expected "fp32", "fp16", "int2" to "int8", "code2" to "code8", or "sparse"')
 
@@ -164,8 +215,6 @@ def _squeeze(symbols, bits, compress, name=""):
         best[name + ":z"] = torch.frombuffer(small, dtype=torch.uint8)
     elif compress == "huffman":
         best[name + ":h"] = huffman_encode(_gaps(symbols) if name == ":mask" else symbols)
-    elif compress:
-        raise ValueError(f'compress is {compress!r}; expected False, "zlib" or "huffman"')
     return dict([min(best.items(), key=lambda item: item[1].numel())])
 
 
@@ -175,7 +224,9 @@ def _unsqueeze(parts, bits, count, name=""):
         symbols = huffman_decode(parts[name + ":h"])
         return _from_gaps(symbols, count) if name == ":mask" else symbols
     if name + ":z" in parts:
-        return unpack(torch.frombuffer(bytearray(zlib.decompress(parts[name + ":z"].numpy().tobytes())), dtype=torch.uint8), bits, count)
+        room = -(-count * bits // 8)
+        data = zlib.decompressobj().decompress(_check_bytes(parts[name + ":z"], "the numbers").tobytes(), room + 1)
+        return unpack(torch.from_numpy(np.frombuffer(data, np.uint8).copy()), bits, count)
     return unpack(parts[name], bits, count)
 
 # %% ../../nbs/09_compression/04_storage.ipynb #3831fa36
@@ -206,9 +257,10 @@ def _whole(weight, numbers, bits, group, sparse):
     centres, index = codebook(weight[used], 2**bits)
     body = torch.zeros(weight.shape, dtype=torch.short)
     body[used] = index.short() + 1
-    return body, -1, {":book": centres.half()}
+    return body, -1, {":book": centres.half() if _fits(centres, torch.float16) else centres}
 
 # %% ../../nbs/09_compression/04_storage.ipynb #ab2d8682
+@checked
 def encode(
     weight: Tensor,  # floating, at least two dimensions
     numbers: str = "int8",  # "fp32", "fp16", "int2" ... "int8", "code2" ... "code8"
@@ -216,10 +268,12 @@ def encode(
     group: int | None = None,  # neighbours that share a scale; None: one scale for each output channel
     compress: bool | str = False,  # "zlib" (or True) or "huffman" on mask and whole numbers, where that is smaller
 ) -> dict[str, Tensor]:  # the parts: "" numbers, ":scale" or ":book", ":mask"
-    "Take a weight apart into what the file will hold."
+    "Take a weight apart into what the file will hold. Raises `ValueError` for NaN, or for what the format cannot hold."
+    check_choice(compress, "compress", (False, True, "zlib", "huffman"))
+    weight = check_floats(weight, "weight", "(...)").detach().cpu()
     bits, parts, shift = _bits_of(numbers), {}, 0
     if bits <= 8:
-        body, shift, parts = _whole(weight, numbers, bits, group, sparse)
+        body, shift, parts = _whole(_narrow(weight, torch.float32), numbers, bits, group, sparse)
     else:
         body = _narrow(weight, DTYPES[numbers])
     if sparse:
@@ -232,14 +286,24 @@ def encode(
     return parts | (_squeeze(body + shift, bits, compress) if bits <= 8 else {"": body})
 
 # %% ../../nbs/09_compression/04_storage.ipynb #4ca9465a
+@checked
 def decode(
     parts: dict[str, Tensor],  # as `encode` gives them
-    shape: torch.Size,  # of the weight
+    shape: Sequence[int],  # of the weight
     numbers: str,
     group: int | None = None,
 ) -> Tensor:  # float32
-    "Put a weight together again."
-    bits, kept = _bits_of(numbers), torch.ones(shape, dtype=torch.bool)
+    "Put a weight together again. Raises `ValueError` for parts that make no such weight."
+    bits = _bits_of(numbers)
+    try:
+        return _joined(parts, torch.Size(shape), numbers, bits, group)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, zlib.error, OverflowError) as error:
+        raise ValueError(f"the parts make no weight of shape {tuple(shape)} in {numbers}: {error}") from None
+
+
+def _joined(parts, shape, numbers, bits, group):
+    "Where, which, how large"
+    kept = torch.ones(shape, dtype=torch.bool)
     if any(key.startswith(":mask") for key in parts):
         kept = _unsqueeze(parts, 1, shape.numel(), ":mask").view(shape).bool()
     body = _unsqueeze(parts, bits, int(kept.sum())) if bits <= 8 else parts[""]
@@ -255,66 +319,126 @@ def decode(
     return Quantized(full.to(torch.int8), scale, torch.zeros_like(scale), bits, 0, group).dequantize()
 
 # %% ../../nbs/09_compression/04_storage.ipynb #a213fd2f
-def _narrow(x, dtype):
+def _narrow(x, dtype, name="weight"):
     "Convert floats, refusing what the type cannot hold; integers and booleans pass unchanged"
     if not x.is_floating_point():
         return x
-    if not torch.isfinite(x).all():
-        raise ValueError("a tensor holds NaN or infinite values; a damaged model is not worth a file")
-    if not torch.isfinite(x.to(dtype)).all():
-        raise ValueError(f"a value of {float(x.abs().max()):.3g} does not fit {dtype}; choose the format fp32")
+    _check_finite(x if x.dtype == torch.float64 else x.float(), name)
+    if not _fits(x, dtype):
+        mend = "choose the format fp32" if dtype == torch.float16 else "no format holds it"
+        raise ValueError(f"{name} reaches to {float(x.abs().max()):.3g}, which does not fit {dtype}; {mend}")
     return x.to(dtype)
 
 
-def _checksum(tensors, layout):
-    "CRC-32 over the layout and all names and bytes, in the order of the names"
+def _fits(x, dtype):
+    "Does a type hold these values, or would they overflow, or lose more than 8 bits would?"
+    exact, narrow = x.double(), x.to(dtype).double()
+    return not x.numel() or bool(((narrow - exact).abs() <= exact.abs().max() / 254).all())
+
+
+def _checksum(tensors, layout, kinds=True):
+    "CRC-32 over the layout and all names, types, shapes and bytes, in the order of the names"
     crc = zlib.crc32(layout.encode())
     for name in sorted(tensors):
-        payload = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
-        crc = zlib.crc32(payload.tobytes(), zlib.crc32(name.encode(), crc))
+        x = tensors[name].contiguous()
+        kind = f"{x.dtype}{tuple(x.shape)}" if kinds else ""  # files of earlier versions have none
+        crc = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().tobytes(), zlib.crc32((name + kind).encode(), crc))
     return f"{crc:08x}"
 
 # %% ../../nbs/09_compression/04_storage.ipynb #90d6b781
+@checked
 def save_model(
     model: nn.Module | dict[str, Tensor],  # a model, or its state dict
-    path: str | Path,
+    path: Path | str,
     format: str = "fp32",  # "fp32", "fp16", "int4" (2 to 8 bits), "code4" (a codebook of 16) or "sparse"
     values: str = "fp16",  # how "sparse" writes the kept numbers: "fp16", "int8", "code4" ...
     group: int | None = None,  # neighbours that share a scale; None: 32 below five bits, else one scale a channel
     compress: bool | str = False,  # "zlib" (or True) or "huffman" on masks and whole numbers, where that is smaller
 ) -> Path:
-    "Write a model; the file appears whole or not at all. Raises `ValueError` for NaN or a format that is not known."
+    """Write a model; the file appears whole or not at all. A tensor under several names is written once.
+
+    Raises `TypeError`, `ValueError` for NaN, for a format that is not known, or for what it cannot hold."""
     sparse, numbers = format == "sparse", values if format == "sparse" else format
-    group = group or (GROUP.get(_bits_of(numbers)) if numbers.startswith("int") else None)
-    state = model.state_dict() if isinstance(model, nn.Module) else model
-    tensors, shapes = {}, {}
+    check_choice(compress, "compress", (False, True, "zlib", "huffman"))
+    if group is not None:
+        check_whole(group, "group", 1)
+    elif _bits_of(values) and numbers.startswith("int"):
+        group = GROUP.get(_bits_of(numbers))
+    state = _check_state(model.state_dict() if isinstance(model, nn.Module) else model)
+    same, tensors, shapes = _aliases(state), {}, {}
+    code = _escaped if any(":" in name for name in state) else str
     for name, x in state.items():
+        if name in same:
+            continue
         x = x.detach().cpu()
-        if x.ndim < 2 or not x.is_floating_point():
-            tensors[name] = _narrow(x, DTYPES["fp32" if numbers == "fp32" else "fp16"]).clone()
+        if x.ndim < 2 or not x.is_floating_point() or not x.numel():
+            short = DTYPES["fp32" if numbers == "fp32" or not _fits(x, torch.float16) else "fp16"]
+            tensors[code(name)] = _narrow(x, short, name).clone()
             continue
         shapes[name] = list(x.shape)
-        parts = encode(_narrow(x, torch.float32), numbers, sparse, group, compress)
-        tensors |= {name + key: part.clone() for key, part in parts.items()}
-    layout = json.dumps({"numbers": numbers, "group": group, "shapes": shapes}, separators=(",", ":"))
-    return _write(tensors, layout, path)
+        try:
+            parts = encode(_narrow(x, torch.float32, name), numbers, sparse, group, compress)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be written as {format}: {error}") from None
+        tensors |= {code(name) + key: part.clone() for key, part in parts.items()}
+    layout = {"numbers": numbers, "group": group, "shapes": shapes}
+    layout |= ({"same": same} if same else {}) | ({"escaped": True} if code is _escaped else {})
+    return _write(tensors, json.dumps(layout, separators=(",", ":")), path)
 
 # %% ../../nbs/09_compression/04_storage.ipynb #216bda2b
+@checked
 def load_model(
-    path: str | Path,  # a file of `save_model`, or any safetensors file
+    path: Path | str,  # a file of `save_model`, or any safetensors file
 ) -> dict[str, Tensor]:  # a state dict; floating tensors are float32
-    "Read a model back. Raises `ValueError` for a file cut short or changed, `FileNotFoundError` when there is none."
+    "Read a model back. Raises `BadWeights` for a file cut short or changed, `FileNotFoundError` when there is none."
     tensors, layout = _read(Path(path))
-    shapes = layout.get("shapes", {})
+    if "shapes" not in layout:
+        return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
+    try:
+        return _unfolded(tensors, **layout)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError) as error:
+        raise BadWeights(f"{path} cannot be put together ({error}); fetch or save it again") from None
+
+
+def _unfolded(tensors, numbers, group, shapes, same={}, escaped=False):
+    "Name -> tensor, from the parts and what the layout says of them"
+    parts = {}
+    for key, x in tensors.items():
+        name, colon, part = key.partition(":")
+        name = name.replace("%3A", ":").replace("%25", "%") if escaped else name
+        parts.setdefault(name, {})[colon + part] = x
     state = {}
-    for name in dict.fromkeys(key.split(":")[0] for key in tensors):
-        if name in shapes:
-            parts = {key[len(name):]: x for key, x in tensors.items() if key.split(":")[0] == name}
-            state[name] = decode(parts, torch.Size(shapes[name]), layout["numbers"], layout["group"])
-        else:
-            x = tensors[name]
-            state[name] = x.float() if x.is_floating_point() else x
-    return state
+    for name, found in parts.items():
+        x = decode(found, shapes[name], numbers, group) if name in shapes else found[""]
+        state[name] = x.float() if x.is_floating_point() else x
+    return state | {name: state[first] for name, first in same.items()}
+
+
+def _escaped(name):
+    "Without a colon, which sets the parts of a weight apart"
+    return name.replace("%", "%25").replace(":", "%3A")
+
+# %% ../../nbs/09_compression/04_storage.ipynb #70773e5c
+#| code-fold: true
+#| code-summary: "What a state dict may hold"
+def _check_state(state):
+    "Names and tensors; a sparse tensor as a dense one"
+    for name, x in state.items():
+        if not isinstance(name, str) or not isinstance(x, Tensor):
+            raise TypeError(f"model holds {got(x)} under {got(name)}; expected names and tensors, as a state dict does")
+    if "__metadata__" in state:
+        raise ValueError("model holds a tensor called '__metadata__'; expected another name, since files keep that one")
+    return {name: x if x.layout == torch.strided else x.to_dense() for name, x in state.items()}
+
+
+def _aliases(state):
+    "Name -> the first name of the same tensor, for tied weights"
+    first, same = {}, {}
+    for name, x in state.items():
+        place = (x.data_ptr(), x.dtype, tuple(x.shape), x.stride()) if x.numel() else name
+        if (known := first.setdefault(place, name)) != name:
+            same[name] = known
+    return same
 
 # %% ../../nbs/09_compression/04_storage.ipynb #61574532
 def _write(tensors, layout, path):
@@ -338,35 +462,46 @@ def _read(path):
         with safe_open(path, framework="pt") as file:
             notes = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, UnicodeDecodeError, OverflowError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from None
-    if notes.keys() & {"layout", "crc32"} and _checksum(tensors, notes.get("layout", "")) != notes.get("crc32"):
-        raise ValueError(f"{path} was changed after it was written (its checksum differs); fetch or save it again")
-    return tensors, json.loads(notes.get("layout", "{}"))
+    except (SafetensorError, ValueError, OverflowError, KeyError, AttributeError, TypeError, RuntimeError, OSError) as error:
+        raise BadWeights(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from None
+    layout = notes.get("layout", "")
+    if notes.keys() & {"layout", "crc32"} and notes.get("crc32") not in (
+            _checksum(tensors, layout), _checksum(tensors, layout, kinds=False)):
+        raise BadWeights(f"{path} was changed after it was written (its checksum differs); fetch or save it again")
+    try:
+        found = json.loads(layout or "{}")
+        return tensors, found if isinstance(found, dict) else {}
+    except (ValueError, RecursionError) as error:
+        raise BadWeights(f"{path} has a layout that cannot be read ({error}); fetch or save it again") from None
 
 # %% ../../nbs/09_compression/04_storage.ipynb #a7f2fb52
+@checked
 @torch.no_grad()
 def fair_masks(
     model: nn.Module,
     zeros: float,  # share of all layer weights to drop
 ) -> dict[str, Tensor]:  # name of a weight -> mask, True = kept
     "Keep the weights with the largest w² / Σ v² over all v of their layer with |v| ≥ |w| (LAMP: Lee et al. 2021)."
+    check_number(zeros, "zeros", 0, below=1)
     scores = {}
     for name, weight in layer_weights(model).items():
-        squares, order = weight.flatten().square().sort(descending=True)
+        squares, order = (precise(weight.flatten()) / _unit(weight)).square().sort(descending=True)
         shares = squares / squares.cumsum(0).clamp(min=torch.finfo(squares.dtype).tiny)
         scores[name] = torch.empty_like(shares).scatter(0, order, shares)
     kept = keep_largest(torch.cat(list(scores.values())), zeros).split([len(s) for s in scores.values()])
     return {name: mask.view_as(model.get_parameter(name)) for name, mask in zip(scores, kept)}
 
 # %% ../../nbs/09_compression/04_storage.ipynb #b920a757
+@checked
 def prune_gradually(
     model: nn.Module,
     zeros: float,  # share to reach
     end: int,  # the step that reaches it
     every: int = 10,  # steps between two new sets of masks
 ) -> Callable[[Step], None]:  # to be called after each step
-    "Raise the share of zeros on the cubic schedule, and hold what is zero at zero."
+    "Raise the share of zeros on the cubic schedule, and hold what is zero at zero. Raises `ValueError` for a bad plan."
+    check_number(zeros, "zeros", 0, below=1)
+    check_sizes(end=end, every=every)
     masks = {}
 
     def each(step):
@@ -377,6 +512,7 @@ def prune_gradually(
     return each
 
 # %% ../../nbs/09_compression/04_storage.ipynb #11355ddc
+@checked
 def train_on(
     model: nn.Module,
     data: ImageSet,
@@ -387,56 +523,93 @@ def train_on(
     each: Callable[[Step], None] | None = None,  # called after each step
     checkpoint: Path | str | None = None,  # written at the end, so that a second call need not train again
     title: str = "",  # before the bar; "" shows none
+    recipe: dict | None = None,  # what else the result depends on, such as what `each` does
 ) -> nn.Module:  # the same model, in eval mode
-    "Train with a teacher's answers and the labels, half and half, in batches of 32."
-    count = len(answers)
+    """Train with a teacher's answers and the labels, half and half, in batches of 32.
+
+    Raises `ValueError` for answers that do not fit, and for a checkpoint of other data, answers, seed or recipe."""
+    count, order = len(check_floats(answers, "answers", "(n, k)", finite=True)), memory_order(model)
+    check_whole(count, "the number of answers", 1, len(data.train_images), "one row for each training image")
+    x, y = data.train_images[:count], data.train_labels[:count]
+    if order == torch.contiguous_format:
+        model.to(memory_format=order)
 
     def stream(start):
-        images = endless(data.train_images[:count], answers, data.train_labels[:count], batch_size=32, seed=seed, start=start)
-        return ((data.floats(x), *rest) for x, *rest in images)
+        for images, *rest in endless(x, answers, y, batch_size=32, seed=seed, start=start):
+            images = data.floats(images)
+            yield images if order == torch.channels_last else in_order(images, order), *rest
+    held = dict(recipe or {}, seed=seed, count=count, data=fingerprint(x, y, answers, data.mean, data.std)) if checkpoint else None
     resumable(model, stream, match_answers(2.0, 0.5), adamw(model, lr), steps=steps, schedule=one_cycle(steps, 0.1), each=each,
-              checkpoint=checkpoint, recipe=dict(seed=seed, count=count), save_every=steps, title=title)
+              checkpoint=checkpoint, recipe=held, save_every=steps, title=title)
     return model.eval()
 
 # %% ../../nbs/09_compression/04_storage.ipynb #77485eee
 class SharedWeight(nn.Module):
     "A weight as places in a list of centres: a parametrization, so that training moves the centres (Han et al. 2016, figure 3)."
 
+    @checked
     def __init__(self, weight: Tensor, size: int):
         super().__init__()
-        used = weight != 0
-        self.centres, index = codebook(weight[used], size)
-        self.register_buffer("places", torch.zeros(weight.shape, dtype=torch.long))
-        self.places[used] = index.long() + 1
+        used, self.size = check_floats(weight, "weight", "(...)") != 0, size
+        self.register_buffer("places", torch.zeros(weight.shape, dtype=torch.long, device=weight.device))
+        self.centres, self.places[used] = weight.new_zeros(size), 0
+        if used.any():  # otherwise there is nothing to share
+            centres, index = codebook(weight[used], size)
+            self.centres, self.places[used] = centres.to(weight.dtype), index.long() + 1
 
     def right_inverse(self, weight: Tensor) -> Tensor:  # (size,): what becomes the parameter
-        return self.centres
+        "The centres of the weight it was made for; for one that is assigned later, the mean at each centre's places."
+        if self.centres is not None:
+            centres, self.centres = self.centres, None
+            return centres
+        flat, places = precise(weight.detach().flatten()), self.places.flatten()
+        total = flat.new_zeros(self.size + 1).index_add(0, places, flat)
+        return (total / places.bincount(minlength=self.size + 1).clamp(min=1))[1:].to(weight.dtype)
 
     def forward(self, centres: Tensor) -> Tensor:  # the shape of the weight
         return torch.cat([centres.new_zeros(1), centres])[self.places]
 
 # %% ../../nbs/09_compression/04_storage.ipynb #59ceb9ae
+@checked
 def share_weights(
     model: nn.Module,
     size: int = 16,  # different values in each layer, besides zero
 ) -> nn.Module:
-    "A copy in which every convolution and linear layer takes its weights from a codebook of its own."
-    model = copy.deepcopy(model)
-    for name in layer_weights(model):
-        layer = model.get_submodule(name.rpartition(".")[0])
-        register_parametrization(layer, "weight", SharedWeight(layer.weight.detach(), size))
+    """A copy in which every convolution and linear layer takes its weights from a codebook of its own.
+
+    Layers that hold one weight together, such as an output layer tied to its embedding, share one codebook."""
+    check_whole(size, "size", 2, 256)
+    model = plain_copy(model)
+    for name, weight in layer_weights(model).items():
+        owners = [m for m in model.modules() if m._parameters.get("weight") is weight]
+        if sum(p is weight for m in model.modules() for p in m._parameters.values()) != len(owners):
+            raise ValueError(f"{name} is held under a name other than `weight` too; expected layers that share it as their weight")
+        value, learns = weight.detach().clone(), weight.requires_grad
+        for layer in owners:
+            layer.weight = nn.Parameter(value.clone(), learns)  # PyTorch would turn the common one into its centres
+            register_parametrization(layer, "weight", SharedWeight(value, size))
+            layer.parametrizations.weight.original = owners[0].parametrizations.weight.original
     return model
 
 
+@checked
 def settle_weights(
     model: nn.Module,  # as `share_weights` gives it
 ) -> nn.Module:  # the same model
     "Make the weights plain parameters again, as the codebooks have them now."
-    for layer in [m for m in model.modules() if hasattr(m, "parametrizations")]:
-        remove_parametrizations(layer, "weight")
+    settled = {}  # the centres -> the weight that they became, for layers that share them
+    for layer in [m for m in model.modules() if is_parametrized(m, "weight")]:
+        if isinstance(layer.parametrizations.weight[-1], SharedWeight):
+            kind, centres = type(layer), layer.parametrizations.weight.original
+            layer.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))  # which removing changes: not the copies'
+            if centres in settled:  # by now they are a whole weight
+                layer.parametrizations.weight.original = nn.Parameter(torch.zeros(layer.parametrizations.weight[-1].size))
+            remove_parametrizations(layer, "weight")
+            layer.weight = settled.setdefault(centres, layer.weight)
     return model
 
 # %% ../../nbs/09_compression/04_storage.ipynb #9e18c81c
+@checked
 def compress(
     dense: nn.Module,
     data: ImageSet,
@@ -446,18 +619,24 @@ def compress(
     steps: int = 2700,  # of training while and after pruning
     tune: int = 300,  # of training the centres
     seed: int = 0,
-    checkpoint: str = "",  # beginning of a path; "" saves nothing
+    checkpoint: Path | str = "",  # beginning of a path; "" saves nothing
 ) -> nn.Module:
     "Prune gradually and recover, fold batch norm, share the weights that are left and train the centres."
+    check_whole(size, "size", 2, 256)
+    check_sizes(0, steps=steps, tune=tune)
     at = lambda stage: f"{checkpoint}-{stage}.safetensors" if checkpoint else None
-    pruned = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+    start = lambda model, **others: dict(others, start=fingerprint(model)) if checkpoint else None
+    pruned = copy.deepcopy(dense).to(memory_format=memory_order(dense))
     train_on(pruned, data, answers, steps, seed=seed, each=prune_gradually(pruned, zeros, max(1, steps * 3 // 10)),
-             checkpoint=at("pruned"), title=f"seed {seed}, pruned")
-    shared = share_weights(fold_batch_norm(pruned), size)
-    train_on(shared, data, answers, tune, lr=1e-3, seed=seed + 100, checkpoint=at("shared"), title=f"seed {seed}, shared")
+             checkpoint=at("pruned"), title=f"seed {seed}, pruned", recipe=start(dense, zeros=zeros))
+    example = data.floats(data.train_images[:2]).to(next(pruned.parameters()).device)
+    shared = share_weights(fold_batch_norm(pruned, example), size)
+    train_on(shared, data, answers, tune, lr=1e-3, seed=seed + 100, checkpoint=at("shared"), title=f"seed {seed}, shared",
+             recipe=start(shared))
     return settle_weights(shared)
 
 # %% ../../nbs/09_compression/04_storage.ipynb #71191945
+@checked
 def make_weights(
     name: str = "vgg_compressed",
     folder: Path | str = WEIGHTS,  # where to write
@@ -467,26 +646,32 @@ def make_weights(
     steps: int = 2700,
     tune: int = 300,
 ) -> Path:
-    "Send the shipped VGG through the whole chain; write the file of the first seed, and a card with every seed's scores."
+    """Send the shipped VGG through the whole chain; write the file of the first seed, and a card with every seed's scores.
+
+    Stopped and called again, it goes on; runs that are shipped are removed, so that the next call trains anew."""
     data, dense, seconds, path = load_images(), load_weights(teacher), 0.0, Path(folder) / f"{name}.bin"
     answers = predict(dense.to(memory_format=torch.channels_last), data.train_images[:-5000], transform=data.floats)
     test = lambda model: round(accuracy(predict(model.to(memory_format=torch.channels_last), data.test_images, transform=data.floats),
                                         data.test_labels), 4)
-    scores, sizes = {"fp32": test(dense)}, {"fp32": save_model(dense, path).stat().st_size, "compressed": []}
+    scores, sizes, runs = {"fp32": test(dense)}, {"fp32": save_model(dense, path).stat().st_size, "compressed": []}, []
     for seed in reversed(seeds):  # the first comes last, and its file stays
-        runs = cache_folder() / "runs" / f"{name}-{zeros}-{steps}-{seed}"
-        small = compress(dense, data, answers, zeros, 16, steps, tune, seed, str(runs))
-        control = train_on(copy.deepcopy(dense), data, answers, steps + tune, seed=seed, checkpoint=f"{runs}-control.safetensors",
-                           title=f"seed {seed}, control")
-        seconds += sum(read_checkpoint(Path(f"{runs}-{part}.safetensors"))[1]["notes"]["seconds"] for part in ("pruned", "shared", "control"))
+        run = cache_folder() / "runs" / f"{name}-{zeros}-{steps}-{seed}"
+        small = compress(dense, data, answers, zeros, 16, steps, tune, seed, run)
+        control = train_on(copy.deepcopy(dense), data, answers, steps + tune, seed=seed, checkpoint=f"{run}-control.safetensors",
+                           title=f"seed {seed}, control", recipe=dict(start=fingerprint(dense)))
+        runs += [Path(f"{run}-{part}.safetensors") for part in ("pruned", "shared", "control")]
+        seconds += sum(read_checkpoint(file)[1]["notes"]["seconds"] for file in runs[-3:])
         sizes["compressed"].insert(0, save_model(small, path, "sparse", "code4", compress="huffman").stat().st_size)
         small.load_state_dict(load_model(path))
         for arm, model in _arms(control, small, data, seed).items():
             scores.setdefault(arm, []).insert(0, test(model))
     method = f"{teacher}, {zeros:.1%} pruned gradually with itself as teacher, batch norm folded, 16 trained centres, Huffman"
     metrics = dict(test_images=len(data.test_labels), accuracy=scores, bytes=sizes)
-    _write_card(path, dense, dict(data=f"{data.name}, {len(answers):,} training images", method=method, seeds=list(seeds), steps=steps,
-                                  tune=tune, seconds=round(seconds), metrics=metrics))
+    write_card(path, dict(architecture=type(dense).__name__, config=dense.config, data=f"{data.name}, {len(answers):,} training images",
+                          method=method, seeds=list(seeds), steps=steps, tune=tune, seconds=round(seconds), metrics=metrics))
+    for file in runs:
+        file.unlink(missing_ok=True)
+        file.with_name(file.name + ".old").unlink(missing_ok=True)
     return path
 
 # %% ../../nbs/09_compression/04_storage.ipynb #926abe9b
@@ -496,12 +681,3 @@ def _arms(control, small, data, seed):
     rounded = quantize_static(control, data.floats(data.train_images[chosen]).split(128))
     return {"fp32, trained on": control, "compressed": small, "static int8": rounded,
             "4-bit weights": quantize_weights(control, 4, group=32)[0]}
-
-# %% ../../nbs/09_compression/04_storage.ipynb #22bf28d0
-def _write_card(path, model, notes):
-    "What the next reader needs to trust the file"
-    card = dict(architecture=type(model).__name__, config=model.config, **notes, hardware=hardware(),
-                sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    with atomic_write(path.with_suffix(".json"), "w") as file:
-        json.dump(card, file, indent=1)
-        file.write("\n")
