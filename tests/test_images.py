@@ -1,4 +1,5 @@
 "Balanced draws, splits that do not leak, augmentation against torchvision, and what both refuse."
+
 import gzip
 import struct
 
@@ -10,14 +11,31 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as V
 
 from foundation.data.augment import Augment, sample_boxes
-from foundation.data.images import ImageDataset, ImageSet, check_set, duplicates, few_labels, load_images, read_idx, split, to_float
+from foundation.data.images import (
+    ImageDataset,
+    ImageSet,
+    check_set,
+    duplicates,
+    few_labels,
+    load_images,
+    read_idx,
+    split,
+    to_float,
+)
 
-IMAGES = torch.randint(256, (6, 1, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    256, (6, 1, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
-# Draws and splits ------------------------------------------------------------------------------------------------------
+# Draws and splits ----------------------------------------
 
-@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), share=st.floats(0, 1), seed=st.integers(0, 2**40))
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**40),
+)
 @settings(max_examples=60, deadline=None)
 def test_few_labels_are_as_balanced_as_can_be(sizes, share, seed):
     labels = torch.cat([torch.full((n,), k) for k, n in enumerate(sizes)])
@@ -27,7 +45,9 @@ def test_few_labels_are_as_balanced_as_can_be(sizes, share, seed):
     per_class = torch.bincount(labels[drawn], minlength=len(sizes)).tolist()
     assert len(drawn.unique()) == count == sum(per_class)
     poorest = min(n for n, size in zip(per_class, sizes) if n < size) if count < len(labels) else 0
-    assert all(n <= poorest + 1 for n in per_class) or count == len(labels)  # a class is behind only when it has no more
+    assert all(n <= poorest + 1 for n in per_class) or count == len(
+        labels
+    )  # a class is behind only when it has no more
     assert torch.equal(few_labels(labels, len(sizes), seed), drawn[: len(sizes)])
 
 
@@ -35,7 +55,10 @@ def test_few_labels_are_as_balanced_as_can_be(sizes, share, seed):
 @settings(max_examples=60, deadline=None)
 def test_a_split_is_a_partition(count, first, seed):
     parts = split(count, (first, 1 - first), seed)
-    assert torch.equal(torch.cat(parts).sort().values, torch.arange(count)) and abs(len(parts[0]) - first * count) <= 1
+    assert (
+        torch.equal(torch.cat(parts).sort().values, torch.arange(count))
+        and abs(len(parts[0]) - first * count) <= 1
+    )
 
 
 @given(groups=st.lists(st.integers(-3, 12), min_size=20, max_size=80), seed=st.integers(0, 99))
@@ -50,7 +73,10 @@ def test_a_split_by_groups_tears_none(groups, seed):
 def test_draws_are_what_saved_results_depend_on():
     "These numbers must never change"
     labels = torch.arange(40) % 4
-    assert few_labels(labels, 6, seed=1).tolist() == FEW and split(8, (0.5, 0.5), seed=1)[0].tolist() == SPLIT
+    assert (
+        few_labels(labels, 6, seed=1).tolist() == FEW
+        and split(8, (0.5, 0.5), seed=1)[0].tolist() == SPLIT
+    )
 
 
 FEW, SPLIT = [36, 5, 18, 11, 12, 17], [5, 4, 2, 6]
@@ -59,19 +85,47 @@ FEW, SPLIT = [36, 5, 18, 11, 12, 17], [5, 4, 2, 6]
 @pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor])
 def test_numbers_of_numpy_draw_as_plain_ones(kind):
     labels = torch.arange(40) % 4
-    assert few_labels(labels, kind(6), seed=kind(1)).tolist() == FEW and split(kind(8), (np.float32(0.5), np.array(0.5)), seed=kind(1))[0].tolist() == SPLIT
+    assert (
+        few_labels(labels, kind(6), seed=kind(1)).tolist() == FEW
+        and split(kind(8), (np.float32(0.5), np.array(0.5)), seed=kind(1))[0].tolist() == SPLIT
+    )
 
 
-@pytest.mark.parametrize("make", [torch.Tensor.tolist, torch.Tensor.numpy, *(lambda t, d=d: t.to(d) for d in (torch.uint8, torch.int8, torch.int32))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        *(lambda t, d=d: t.to(d) for d in (torch.uint8, torch.int8, torch.int32)),
+    ],
+)
 def test_labels_of_every_whole_kind(make):
     labels = torch.arange(40) % 4
     assert few_labels(make(labels), 6, seed=1).tolist() == FEW
     images, made = check_set(IMAGES.numpy(), make(torch.arange(6)), np.int64(6))
     assert torch.equal(images, IMAGES) and made.dtype == torch.int64
-    whole = ImageSet(IMAGES.numpy(), make(torch.arange(6)), IMAGES, torch.arange(6), list("abcdef"), "x", "y", np.float32(0.5), 0.25)
-    assert whole.train_labels.dtype == torch.int64 and isinstance(whole.train_images, torch.Tensor) and whole.classes == tuple("abcdef")
-    assert type(whole.mean) is float and torch.allclose(whole.floats(IMAGES), (IMAGES / 255 - 0.5) / 0.25, atol=1e-6)
-    batch = next(iter(torch.utils.data.DataLoader(ImageDataset(IMAGES, make(torch.arange(6))), batch_size=6)))
+    whole = ImageSet(
+        IMAGES.numpy(),
+        make(torch.arange(6)),
+        IMAGES,
+        torch.arange(6),
+        list("abcdef"),
+        "x",
+        "y",
+        np.float32(0.5),
+        0.25,
+    )
+    assert (
+        whole.train_labels.dtype == torch.int64
+        and isinstance(whole.train_images, torch.Tensor)
+        and whole.classes == tuple("abcdef")
+    )
+    assert type(whole.mean) is float and torch.allclose(
+        whole.floats(IMAGES), (IMAGES / 255 - 0.5) / 0.25, atol=1e-6
+    )
+    batch = next(
+        iter(torch.utils.data.DataLoader(ImageDataset(IMAGES, make(torch.arange(6))), batch_size=6))
+    )
     assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
@@ -85,13 +139,25 @@ def test_groups_of_every_whole_kind():
 def test_bytes_become_standard_floats():
     "Against the formula in float64, up to rounding"
     for mean, std in ((0.0, 1.0), (0.286, 0.353), (0.5, 1e-3)):
-        torch.testing.assert_close(to_float(IMAGES, mean, std).double(), (IMAGES.double() / 255 - mean) / std, atol=2e-7 / std, rtol=1e-6)
+        torch.testing.assert_close(
+            to_float(IMAGES, mean, std).double(),
+            (IMAGES.double() / 255 - mean) / std,
+            atol=2e-7 / std,
+            rtol=1e-6,
+        )
     assert torch.equal(to_float(IMAGES.numpy(), np.float64(0.5)), to_float(IMAGES, 0.5))
 
 
-# Augmentation ----------------------------------------------------------------------------------------------------------
+# Augmentation ----------------------------------------
 
-@given(seed=st.integers(0, 99), low=st.floats(0.05, 1), aspect=st.floats(1, 3), channels=st.integers(1, 3), erase=st.sampled_from([0, 0.5, 1]))
+
+@given(
+    seed=st.integers(0, 99),
+    low=st.floats(0.05, 1),
+    aspect=st.floats(1, 3),
+    channels=st.integers(1, 3),
+    erase=st.sampled_from([0, 0.5, 1]),
+)
 @settings(max_examples=30, deadline=None)
 def test_views_are_finite_in_range_and_repeatable(seed, low, aspect, channels, erase):
     augment = Augment(area=(low, 1), aspect=aspect, erase=erase)
@@ -99,16 +165,26 @@ def test_views_are_finite_in_range_and_repeatable(seed, low, aspect, channels, e
     a, b = (augment(images, torch.Generator().manual_seed(seed)) for _ in range(2))
     assert torch.equal(a, b) and a.shape == images.shape and 0 <= a.min() and a.max() <= 1
     bytes_ = (images * 255).byte()
-    torch.testing.assert_close(augment(bytes_, torch.Generator().manual_seed(seed)), augment(bytes_ / 255, torch.Generator().manual_seed(seed)))
-    standard = Augment(area=(low, 1), aspect=aspect, erase=erase, mean=0.3, std=0.4)(images, torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(
+        augment(bytes_, torch.Generator().manual_seed(seed)),
+        augment(bytes_ / 255, torch.Generator().manual_seed(seed)),
+    )
+    standard = Augment(area=(low, 1), aspect=aspect, erase=erase, mean=0.3, std=0.4)(
+        images, torch.Generator().manual_seed(seed)
+    )
     torch.testing.assert_close(standard, (a - 0.3) / 0.4)
 
 
-@given(top=st.integers(0, 8), left=st.integers(0, 8), height=st.integers(4, 12), width=st.integers(4, 12),
-       shape=st.sampled_from([(16, 16), (20, 14), (13, 24)]))
+@given(
+    top=st.integers(0, 8),
+    left=st.integers(0, 8),
+    height=st.integers(4, 12),
+    width=st.integers(4, 12),
+    shape=st.sampled_from([(16, 16), (20, 14), (13, 24)]),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_crop_is_torchvisions(top, left, height, width, shape):
-    "Up to the rim of the picture, where both repeat its last pixel; at another edge of the crop ours looks on into the picture"
+    "Up to the picture's rim, where both repeat its last pixel; elsewhere ours looks on into it"
     h, w = shape
     height, width = min(height, h - top), min(width, w - left)
     image = torch.rand(1, 2, h, w, generator=torch.Generator().manual_seed(top))
@@ -118,7 +194,9 @@ def test_a_crop_is_torchvisions(top, left, height, width, shape):
     edge = lambda length: -(-20 // (2 * length)) + 1
     rows = slice(0 if top == 0 else edge(height), 20 if top + height == h else -edge(height))
     columns = slice(0 if left == 0 else edge(width), 20 if left + width == w else -edge(width))
-    torch.testing.assert_close(ours[..., rows, columns], theirs[..., rows, columns], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours[..., rows, columns], theirs[..., rows, columns], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 17), (1, 1, 8), (2, 8, 1), (1, 1, 1)])
@@ -126,20 +204,34 @@ def test_a_white_picture_stays_white(shape):
     "No black frame around a crop that touches the rim"
     crops = Augment(area=(0.05, 1), aspect=2, contrast=0, brightness=0)
     assert crops(torch.ones(300, *shape), torch.Generator().manual_seed(0)).min() > 1 - 1e-6
-    beyond = sample_boxes(torch.ones(4, *shape), torch.tensor([[1.5, -3.0]]).expand(4, 2), torch.full((4, 2), 2.0), size=5)
+    beyond = sample_boxes(
+        torch.ones(4, *shape),
+        torch.tensor([[1.5, -3.0]]).expand(4, 2),
+        torch.full((4, 2), 2.0),
+        size=5,
+    )
     assert beyond.min() > 1 - 1e-6
 
 
 def boxes_of(augment, count=2000, shape=(12, 18), seed=0):
-    "Centers, halves and mirrors that `augment` draws, read from pictures whose pixels say where they stand"
+    "Centers, halves and mirrors that `augment` draws, from pictures whose pixels say their place"
     h, w = shape
     place = lambda n: (torch.arange(n) + 0.5) / n
-    ramps = torch.stack([place(w).expand(h, w), place(h)[:, None].expand(h, w)])[None].expand(count, 2, h, w)
+    ramps = torch.stack([place(w).expand(h, w), place(h)[:, None].expand(h, w)])[None].expand(
+        count, 2, h, w
+    )
     x, y = augment(ramps, torch.Generator().manual_seed(seed)).unbind(1)
-    x, y = 2 * x[:, h // 2] - 1, 2 * y[:, :, w // 2] - 1  # from -1 to 1: along a row, along a column
+    x, y = (
+        2 * x[:, h // 2] - 1,
+        2 * y[:, :, w // 2] - 1,
+    )  # from -1 to 1: along a row, along a column
     middle = lambda v: v[:, len(v[0]) // 2 - 1 : len(v[0]) // 2 + 1]
     step = lambda v: (middle(v)[:, 1] - middle(v)[:, 0]) * v.shape[1] / 2
-    return torch.stack([middle(x).mean(1), middle(y).mean(1)], 1), torch.stack([step(x).abs(), step(y).abs()], 1), step(x) < 0
+    return (
+        torch.stack([middle(x).mean(1), middle(y).mean(1)], 1),
+        torch.stack([step(x).abs(), step(y).abs()], 1),
+        step(x) < 0,
+    )
 
 
 def test_each_picture_draws_its_own_box_mirror_light_and_contrast():
@@ -148,24 +240,45 @@ def test_each_picture_draws_its_own_box_mirror_light_and_contrast():
     centers, halves, mirror = boxes_of(Augment(area=(low, 1), contrast=0, brightness=0))
     area, ratio = halves.prod(1), (halves[:, 0] / halves[:, 1]).log()
     assert len(area.unique()) > 1900 and low - 1e-3 < area.min() < low + 0.02 and area.max() > 0.97
-    assert abs(area.mean() - 0.63) < 0.03 and abs(ratio.mean()) < 0.02 and 0.25 < ratio.abs().max() < 0.29
-    assert (centers.abs() <= 1 - halves + 1e-3).all() and abs(centers.mean()) < 0.02 and 0.47 < mirror.float().mean() < 0.53
+    assert (
+        abs(area.mean() - 0.63) < 0.03
+        and abs(ratio.mean()) < 0.02
+        and 0.25 < ratio.abs().max() < 0.29
+    )
+    assert (
+        (centers.abs() <= 1 - halves + 1e-3).all()
+        and abs(centers.mean()) < 0.02
+        and 0.47 < mirror.float().mean() < 0.53
+    )
     room = centers / (1 - halves).clamp(min=0.02)
     inner = (halves < 0.95).all(1)
     assert (room[inner].std(0) - 3**-0.5).abs().max() < 0.03
     grey = 0.25 + torch.linspace(0, 0.2, 16).view(1, 1, 4, 4).expand(2000, 1, 4, 4)
     seen = Augment(area=(1, 1), aspect=1, flip=0)(grey, torch.Generator().manual_seed(0))
-    light, gain = seen.mean((1, 2, 3)) / grey.mean((1, 2, 3)), seen.std((1, 2, 3)) / grey.std((1, 2, 3))
+    light, gain = (
+        seen.mean((1, 2, 3)) / grey.mean((1, 2, 3)),
+        seen.std((1, 2, 3)) / grey.std((1, 2, 3)),
+    )
     gain = gain / light
     for factor in (light, gain):
-        assert len(factor.unique()) > 1900 and factor.min() < 0.61 and factor.max() > 1.39 and abs(factor.mean() - 1) < 0.02
+        assert (
+            len(factor.unique()) > 1900
+            and factor.min() < 0.61
+            and factor.max() > 1.39
+            and abs(factor.mean() - 1) < 0.02
+        )
     choices = torch.stack([area, ratio, *room.clamp(-1, 1).T, mirror.float(), light, gain])
     assert (choices[:, inner].corrcoef() - torch.eye(7)).abs().max() < 0.1
 
 
 def test_erased_boxes_are_each_pictures_own_and_as_rare_as_asked_for():
     still = dict(area=(1, 1), aspect=1, flip=0, contrast=0, brightness=0)
-    seen = Augment(**still, erase=0.3)(torch.ones(2000, 2, 16, 12), torch.Generator().manual_seed(0)).round() == 0
+    seen = (
+        Augment(**still, erase=0.3)(
+            torch.ones(2000, 2, 16, 12), torch.Generator().manual_seed(0)
+        ).round()
+        == 0
+    )
     hit = seen.flatten(1).any(1)
     assert 0.26 < hit.float().mean() < 0.34 and torch.equal(seen[:, 0], seen[:, 1])
     places = seen[hit, 0]
@@ -179,7 +292,9 @@ def test_erased_boxes_are_each_pictures_own_and_as_rare_as_asked_for():
 @settings(max_examples=15, deadline=None)
 def test_no_crop_keeps_less_than_was_asked_for(low, aspect):
     "Also where a wide crop is cut off at the rim"
-    _, halves, _ = boxes_of(Augment(area=(low, 1), aspect=aspect, contrast=0, brightness=0), count=100, shape=(50, 60))
+    _, halves, _ = boxes_of(
+        Augment(area=(low, 1), aspect=aspect, contrast=0, brightness=0), count=100, shape=(50, 60)
+    )
     assert halves.prod(1).min() > low - 0.01 and halves.max() < 1.01
 
 
@@ -190,7 +305,9 @@ def test_boxes_are_as_exact_in_half_precision_as_its_pixels_allow(kind):
     box = torch.tensor([[0.9, 0.0]]), torch.tensor([[0.1, 1.0]])
     seen = sample_boxes(picture, *box)
     assert seen.dtype == kind
-    torch.testing.assert_close(seen.double(), sample_boxes(picture.float(), *box).double(), atol=5e-3, rtol=0)
+    torch.testing.assert_close(
+        seen.double(), sample_boxes(picture.float(), *box).double(), atol=5e-3, rtol=0
+    )
     view = Augment()(picture, torch.Generator().manual_seed(0))
     wanted = Augment()(picture.float(), torch.Generator().manual_seed(0))
     assert view.dtype == (torch.float64 if kind == torch.float64 else torch.float32)
@@ -199,18 +316,33 @@ def test_boxes_are_as_exact_in_half_precision_as_its_pixels_allow(kind):
 
 def test_arrays_and_numbers_of_numpy_give_the_same_views():
     plain = Augment(area=(0.5, 1), flip=0.25, mean=0.5, std=0.25)
-    numpy = Augment(area=np.array([0.5, 1]).tolist(), flip=np.float32(0.25), mean=np.array(0.5), std=torch.tensor(0.25))
+    numpy = Augment(
+        area=np.array([0.5, 1]).tolist(),
+        flip=np.float32(0.25),
+        mean=np.array(0.5),
+        std=torch.tensor(0.25),
+    )
     assert numpy == plain and repr(numpy) == repr(plain) and numpy.area == (0.5, 1.0)
     for images in (IMAGES, IMAGES / 255):
-        assert torch.equal(*(plain(x, torch.Generator().manual_seed(1)) for x in (images, images.numpy())))
+        assert torch.equal(
+            *(plain(x, torch.Generator().manual_seed(1)) for x in (images, images.numpy()))
+        )
     box = torch.zeros(6, 2), torch.ones(6, 2)
-    assert torch.equal(sample_boxes(IMAGES / 255, *box, size=np.int64(4)), sample_boxes((IMAGES / 255).numpy(), *(t.numpy() for t in box), size=4))
+    assert torch.equal(
+        sample_boxes(IMAGES / 255, *box, size=np.int64(4)),
+        sample_boxes((IMAGES / 255).numpy(), *(t.numpy() for t in box), size=4),
+    )
 
 
 def test_gradients_flow_to_pictures_and_boxes():
-    images, centers, halves = (t.requires_grad_() for t in (torch.rand(2, 1, 6, 6), torch.zeros(2, 2), torch.full((2, 2), 0.5)))
+    images, centers, halves = (
+        t.requires_grad_()
+        for t in (torch.rand(2, 1, 6, 6), torch.zeros(2, 2), torch.full((2, 2), 0.5))
+    )
     sample_boxes(images, centers, halves).square().sum().backward()
-    assert all(t.grad.isfinite().all() and t.grad.abs().sum() > 0 for t in (images, centers, halves))
+    assert all(
+        t.grad.isfinite().all() and t.grad.abs().sum() > 0 for t in (images, centers, halves)
+    )
     assert not Augment()(images.detach().clamp(0, 1).requires_grad_()).requires_grad
 
 
@@ -218,39 +350,84 @@ def test_gradients_flow_to_pictures_and_boxes():
 def test_views_are_made_where_the_pictures_are():
     generator = torch.Generator("cuda").manual_seed(0)
     views = Augment(erase=0.5)(IMAGES.cuda(), generator)
-    assert views.is_cuda and torch.equal(views, Augment(erase=0.5)(IMAGES.cuda(), generator.manual_seed(0)))
+    assert views.is_cuda and torch.equal(
+        views, Augment(erase=0.5)(IMAGES.cuda(), generator.manual_seed(0))
+    )
     with pytest.raises(ValueError, match="the generator is on cpu, the images are on cuda"):
         Augment()(IMAGES.cuda(), torch.Generator())
     labels = torch.arange(40) % 4
-    assert torch.equal(few_labels(labels.cuda(), 6, 1), few_labels(labels, 6, 1)) and len(duplicates(IMAGES.cuda(), IMAGES)) == 6
+    assert (
+        torch.equal(few_labels(labels.cuda(), 6, 1), few_labels(labels, 6, 1))
+        and len(duplicates(IMAGES.cuda(), IMAGES)) == 6
+    )
     assert torch.equal(split(40, groups=labels.cuda())[0], split(40, groups=labels)[0])
 
 
-@pytest.mark.parametrize("options", [
-    dict(area=(0, 1)), dict(area=(0.5, 0.4)), dict(area=(0.5, 1.1)), dict(area=(float("nan"), 1)), dict(aspect=0.5), dict(aspect=float("nan")),
-    dict(flip=-0.1), dict(flip=float("nan")), dict(erase=2), dict(contrast=-1), dict(brightness=1.5), dict(std=0), dict(std=float("nan")),
-    dict(mean=float("inf")),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(area=(0, 1)),
+        dict(area=(0.5, 0.4)),
+        dict(area=(0.5, 1.1)),
+        dict(area=(float("nan"), 1)),
+        dict(aspect=0.5),
+        dict(aspect=float("nan")),
+        dict(flip=-0.1),
+        dict(flip=float("nan")),
+        dict(erase=2),
+        dict(contrast=-1),
+        dict(brightness=1.5),
+        dict(std=0),
+        dict(std=float("nan")),
+        dict(mean=float("inf")),
+    ],
+)
 def test_ranges_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match="expected"):
         Augment(**options)
 
 
-@pytest.mark.parametrize("options", [dict(area=0.5), dict(area=(0.5,)), dict(area="ab"), dict(area=("a", 1)), dict(area=None), dict(flip="x"), dict(flip=None),
-                                     dict(aspect=True), dict(std=[1.0]), dict(mean=1j)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(area=0.5),
+        dict(area=(0.5,)),
+        dict(area="ab"),
+        dict(area=("a", 1)),
+        dict(area=None),
+        dict(flip="x"),
+        dict(flip=None),
+        dict(aspect=True),
+        dict(std=[1.0]),
+        dict(mean=1j),
+    ],
+)
 def test_ranges_of_another_kind_are_refused(options):
     with pytest.raises(TypeError, match="expected"):
         Augment(**options)
 
 
-@pytest.mark.parametrize("images, error, words", [
-    (IMAGES[0], ValueError, r"shape \(1, 9, 9\); expected \(b, c, h, w\)"), (IMAGES[:0], ValueError, "images is empty"),
-    (IMAGES.long(), TypeError, "images is a tensor of int64"), (IMAGES.bool(), TypeError, "tensor of bool"), (IMAGES.tolist(), TypeError, "images is a list"),
-    (IMAGES[..., None], ValueError, r"expected \(b, c, h, w\)"), (IMAGES / 255 + 1j, TypeError, "complex"), (None, TypeError, "images is None"),
-    (torch.full((1, 1, 2, 2), torch.inf), ValueError, "images run from inf"),
-    (IMAGES.float(), ValueError, "run from .* expected floats from 0 to 1: augment first, standardise last"),
-    (IMAGES / 255 - 0.1, ValueError, "expected floats from 0 to 1"), (torch.full((1, 1, 4, 4), float("nan")), ValueError, "images run from nan"),
-])
+@pytest.mark.parametrize(
+    "images, error, words",
+    [
+        (IMAGES[0], ValueError, r"shape \(1, 9, 9\); expected \(b, c, h, w\)"),
+        (IMAGES[:0], ValueError, "images is empty"),
+        (IMAGES.long(), TypeError, "images is a tensor of int64"),
+        (IMAGES.bool(), TypeError, "tensor of bool"),
+        (IMAGES.tolist(), TypeError, "images is a list"),
+        (IMAGES[..., None], ValueError, r"expected \(b, c, h, w\)"),
+        (IMAGES / 255 + 1j, TypeError, "complex"),
+        (None, TypeError, "images is None"),
+        (torch.full((1, 1, 2, 2), torch.inf), ValueError, "images run from inf"),
+        (
+            IMAGES.float(),
+            ValueError,
+            "run from .* expected floats from 0 to 1: augment first, standardise last",
+        ),
+        (IMAGES / 255 - 0.1, ValueError, "expected floats from 0 to 1"),
+        (torch.full((1, 1, 4, 4), float("nan")), ValueError, "images run from nan"),
+    ],
+)
 def test_images_that_cannot_be_augmented_are_refused(images, error, words):
     with pytest.raises(error, match=words):
         Augment()(images)
@@ -263,18 +440,28 @@ def test_a_generator_elsewhere_is_refused():
         Augment()(torch.empty(1, 1, 4, 4, dtype=torch.uint8, device="meta"), torch.Generator())
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(centers=torch.zeros(5, 2)), r"centers has shape \(5, 2\)"), (dict(halves=torch.ones(6, 3)), r"halves has shape \(6, 3\)"), (dict(size=0), "size is 0"),
-    (dict(halves=torch.ones(6, 2, device="meta")), "halves is on meta"), (dict(centers=torch.full((6, 2), torch.nan)), "centers holds 12 NaN"),
-    (dict(images=torch.full((6, 1, 4, 4), torch.inf)), "images holds 96 NaN or infinite"),
-    (dict(halves=torch.full((6, 2), torch.inf)), "halves holds 12 NaN or infinite"), (dict(size=10**9), "size is 1000000000"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(centers=torch.zeros(5, 2)), r"centers has shape \(5, 2\)"),
+        (dict(halves=torch.ones(6, 3)), r"halves has shape \(6, 3\)"),
+        (dict(size=0), "size is 0"),
+        (dict(halves=torch.ones(6, 2, device="meta")), "halves is on meta"),
+        (dict(centers=torch.full((6, 2), torch.nan)), "centers holds 12 NaN"),
+        (dict(images=torch.full((6, 1, 4, 4), torch.inf)), "images holds 96 NaN or infinite"),
+        (dict(halves=torch.full((6, 2), torch.inf)), "halves holds 12 NaN or infinite"),
+        (dict(size=10**9), "size is 1000000000"),
+    ],
+)
 def test_boxes_that_do_not_fit_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
-        sample_boxes(**dict(images=IMAGES / 255, centers=torch.zeros(6, 2), halves=torch.ones(6, 2)) | change)
+        sample_boxes(
+            **dict(images=IMAGES / 255, centers=torch.zeros(6, 2), halves=torch.ones(6, 2)) | change
+        )
 
 
-# Files -----------------------------------------------------------------------------------------------------------------
+# Files ----------------------------------------
+
 
 @given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), packed=st.booleans())
 @settings(max_examples=30, deadline=None)
@@ -284,7 +471,10 @@ def test_idx_files_come_back(tmp_path_factory, shape, packed):
     path = tmp_path_factory.mktemp("i") / "x"
     path.write_bytes(gzip.compress(raw) if packed else raw)
     assert np.array_equal(read_idx(path), array)
-    for cut, words in ((raw[:-1], f"{array.size - 1} bytes of data" if array.size > 1 else "less"), (raw + b"x", "more")):
+    for cut, words in (
+        (raw[:-1], f"{array.size - 1} bytes of data" if array.size > 1 else "less"),
+        (raw + b"x", "more"),
+    ):
         path.write_bytes(gzip.compress(cut) if packed else cut)
         with pytest.raises(ValueError, match=f"x holds {words}; its header promises {array.size}"):
             read_idx(path)
@@ -294,11 +484,21 @@ def idx(*sizes, data=b""):
     return bytes([0, 0, 8, len(sizes)]) + struct.pack(f">{len(sizes)}i", *sizes) + data
 
 
-@pytest.mark.parametrize("raw, words", [
-    (b"\0\0\x08", "begins with 00 00 08"), (b"\0", "begins with 00"), (idx(), "its sizes are not there"), (idx(-1, -5, data=b"12345"), r"\[-1, -5\]"),
-    (idx(0, 3), r"\[0, 3\]"), (idx(*[2**31 - 1] * 3), "holds less; its header promises 9,903,520,300"), (idx(*[65536] * 4, data=b"1"), "promises 18,446,744,073,709,551,616"),
-    (idx(-429496729, 599), "its sizes are"), (idx(*[1] * 40, data=b"1"), "its sizes are"), (bytes([0, 0, 8, 255]), "its sizes are not there"),
-])
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        (b"\0\0\x08", "begins with 00 00 08"),
+        (b"\0", "begins with 00"),
+        (idx(), "its sizes are not there"),
+        (idx(-1, -5, data=b"12345"), r"\[-1, -5\]"),
+        (idx(0, 3), r"\[0, 3\]"),
+        (idx(*[2**31 - 1] * 3), "holds less; its header promises 9,903,520,300"),
+        (idx(*[65536] * 4, data=b"1"), "promises 18,446,744,073,709,551,616"),
+        (idx(-429496729, 599), "its sizes are"),
+        (idx(*[1] * 40, data=b"1"), "its sizes are"),
+        (bytes([0, 0, 8, 255]), "its sizes are not there"),
+    ],
+)
 def test_headers_that_promise_what_is_not_there_are_refused(tmp_path, raw, words):
     for data in (raw, gzip.compress(raw)):
         (tmp_path / "x").write_bytes(data)
@@ -311,7 +511,11 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path, monkeypatch):
     "A header of four bytes, then 20 MB of nothing: what is beyond the promise stays packed"
     (tmp_path / "x").write_bytes(gzip.compress(idx(4) + bytes(20_000_000), 1))
     unpacked, read = [], gzip.GzipFile.read
-    monkeypatch.setattr(gzip.GzipFile, "read", lambda file, size=-1: unpacked.append(read(file, size)) or unpacked[-1])
+    monkeypatch.setattr(
+        gzip.GzipFile,
+        "read",
+        lambda file, size=-1: unpacked.append(read(file, size)) or unpacked[-1],
+    )
     with pytest.raises(ValueError, match="x holds more; its header promises 4"):
         read_idx(tmp_path / "x")
     assert sum(map(len, unpacked)) == 4 + 4 + 4 + 1
@@ -323,54 +527,121 @@ def test_a_path_that_is_no_file_is_named(tmp_path, name):
         read_idx(tmp_path / name)
 
 
-@pytest.mark.parametrize("data", [b"", b"PNG", b"\0\0\x08\x03\0\0", b"\0\0\x0d\x01\0\0\0\1xxxx", gzip.compress(b"hello"), gzip.compress(b"\0\0\x08")[:-3],
-                                  b"\x1f\x8bnot really"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"PNG",
+        b"\0\0\x08\x03\0\0",
+        b"\0\0\x0d\x01\0\0\0\1xxxx",
+        gzip.compress(b"hello"),
+        gzip.compress(b"\0\0\x08")[:-3],
+        b"\x1f\x8bnot really",
+    ],
+)
 def test_other_files_are_refused(tmp_path, data):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(ValueError, match="x (is not an IDX file|cannot be unpacked)"):
         read_idx(tmp_path / "x")
 
 
-# Bad input -------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------
 
 LABELS = torch.arange(6)
 
 
-@pytest.mark.parametrize("call, error, words", [
-    (lambda: check_set(IMAGES.float()), TypeError, r"images is a tensor of float32.* expected bytes \(torch.uint8\)"),
-    (lambda: check_set([1]), TypeError, "images is a list"), (lambda: check_set(IMAGES, [0.5] * 6), TypeError, "labels is a list of float64"),
-    (lambda: check_set(IMAGES[0]), ValueError, "add the missing axis"), (lambda: check_set(IMAGES[:0]), ValueError, "empty"),
-    (lambda: check_set(IMAGES, LABELS[:2]), ValueError, "2 labels for 6 images"), (lambda: check_set(IMAGES, LABELS, 5), ValueError, "0 to 4"),
-    (lambda: check_set(IMAGES, LABELS - 1, 6), ValueError, "labels run from -1"), (lambda: check_set(IMAGES, LABELS, 0), ValueError, "classes is 0"),
-    (lambda: check_set(IMAGES, LABELS[:, None]), ValueError, "one axis"), (lambda: check_set(IMAGES.to(torch.uint16), LABELS), TypeError, "uint16"),
-    (lambda: ImageSet(IMAGES, LABELS, IMAGES, LABELS, (1, 2), "x", "y", 0.0, 1.0), TypeError, "classes is a tuple; expected the names"),
-    (lambda: ImageSet(IMAGES, LABELS, IMAGES, LABELS, tuple("abcdef"), "x", "y", 0.0, 0.0), ValueError, "std is 0.0"),
-    (lambda: ImageSet(IMAGES, LABELS, IMAGES[:, 0], LABELS, tuple("abcdef"), "x", "y", 0.0, 1.0), ValueError, "add the missing axis"),
-    (lambda: to_float(IMAGES.float()), TypeError, "float32.* expected bytes"), (lambda: to_float([1]), TypeError, "images is a list"),
-    (lambda: to_float(IMAGES, std=0), ValueError, "std is 0"), (lambda: to_float(IMAGES, mean=float("nan")), ValueError, "mean is nan"),
-    (lambda: to_float(IMAGES, std=1e-40), ValueError, "std is 1e-40"), (lambda: to_float(IMAGES, mean=1e300), ValueError, "mean is 1e.300"),
-    (lambda: to_float(IMAGES, std=None), TypeError, "std is None"), (lambda: to_float(IMAGES[0]), ValueError, "add the missing axis"),
-    (lambda: read_idx("nowhere"), FileNotFoundError, "nowhere is not there"), (lambda: load_images("mnist2"), ValueError, "one of 'fashion_mnist', 'digits'"),
-    (lambda: read_idx(3), TypeError, "path is 3"), (lambda: load_images(3), TypeError, "name is 3"),
-    (lambda: few_labels(["a", "b"], 2), TypeError, "labels is a list of str"), (lambda: few_labels(LABELS.float(), 6), TypeError, "tensor of float32"),
-    (lambda: few_labels(LABELS - 1, 6), ValueError, "labels run from -1"), (lambda: few_labels(LABELS, 6, seed=2**64), ValueError, "seed is 18446744073709551616"),
-    (lambda: few_labels(LABELS, 6, seed=0.5), TypeError, "seed is 0.5"), (lambda: few_labels(LABELS, 6.0), TypeError, "count is 6.0"),
-    (lambda: few_labels(LABELS[None], 6), ValueError, r"\(1, 6\)"), (lambda: few_labels(LABELS, 5), ValueError, "expected 6"),
-    (lambda: few_labels(LABELS, 7), ValueError, "asked for 7 labels"), (lambda: few_labels(LABELS[:0], 0), ValueError, "labels is empty"),
-    (lambda: split(10, (0.5, 0.6)), ValueError, "add up to 1"), (lambda: split(10, ()), ValueError, "add up to 1"),
-    (lambda: split(10, (1.2, -0.2)), ValueError, "a part is -0.2"), (lambda: split(10, (float("nan"), 1)), ValueError, "a part is nan"),
-    (lambda: split(10, ("a", 1)), TypeError, "a part is 'a'"), (lambda: split(10, 0.5), TypeError, "parts is 0.5"), (lambda: split(0), ValueError, "count is 0"),
-    (lambda: split(10**20), ValueError, "8 bytes an example"), (lambda: split(10, seed=-(2**64)), ValueError, "seed is -18446744073709551616"),
-    (lambda: split(3, (0.9, 0.1)), ValueError, "is empty"), (lambda: split(3, groups=LABELS), ValueError, r"whole numbers \(3,\)"),
-    (lambda: split(6, groups=LABELS / 2), ValueError, "groups is a tensor of float32"), (lambda: split(3, groups=["a", "b", "c"]), TypeError, "groups is a list"),
-    (lambda: duplicates(IMAGES, IMAGES[..., :4]), ValueError, "others .* one size"), (lambda: duplicates(IMAGES / 255, IMAGES), TypeError, "images is a tensor of float32"),
-    (lambda: duplicates(IMAGES, [1]), TypeError, "others is a list"), (lambda: duplicates(IMAGES, IMAGES[:0]), ValueError, "others is empty"),
-    (lambda: ImageDataset([1], [1, 2]), ValueError, "1 images and 2 labels"), (lambda: ImageDataset([], []), ValueError, "empty"),
-    (lambda: ImageDataset([1], [1], transform=3), TypeError, "transform is 3; expected a function of one image"),
-    (lambda: ImageDataset(3, [1]), TypeError, "images is 3; expected a sequence"), (lambda: ImageDataset([1], None), TypeError, "labels is None"),
-    (lambda: ImageDataset({"a": 1}, [1]), TypeError, "images is a dict"), (lambda: ImageDataset([1], torch.tensor(1)), TypeError, "labels is a tensor"),
-    (lambda: ImageDataset([1], torch.tensor([0.5])), TypeError, "labels is a tensor of float32"),
-])
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (
+            lambda: check_set(IMAGES.float()),
+            TypeError,
+            r"images is a tensor of float32.* expected bytes \(torch.uint8\)",
+        ),
+        (lambda: check_set([1]), TypeError, "images is a list"),
+        (lambda: check_set(IMAGES, [0.5] * 6), TypeError, "labels is a list of float64"),
+        (lambda: check_set(IMAGES[0]), ValueError, "add the missing axis"),
+        (lambda: check_set(IMAGES[:0]), ValueError, "empty"),
+        (lambda: check_set(IMAGES, LABELS[:2]), ValueError, "2 labels for 6 images"),
+        (lambda: check_set(IMAGES, LABELS, 5), ValueError, "0 to 4"),
+        (lambda: check_set(IMAGES, LABELS - 1, 6), ValueError, "labels run from -1"),
+        (lambda: check_set(IMAGES, LABELS, 0), ValueError, "classes is 0"),
+        (lambda: check_set(IMAGES, LABELS[:, None]), ValueError, "one axis"),
+        (lambda: check_set(IMAGES.to(torch.uint16), LABELS), TypeError, "uint16"),
+        (
+            lambda: ImageSet(IMAGES, LABELS, IMAGES, LABELS, (1, 2), "x", "y", 0.0, 1.0),
+            TypeError,
+            "classes is a tuple; expected the names",
+        ),
+        (
+            lambda: ImageSet(IMAGES, LABELS, IMAGES, LABELS, tuple("abcdef"), "x", "y", 0.0, 0.0),
+            ValueError,
+            "std is 0.0",
+        ),
+        (
+            lambda: ImageSet(
+                IMAGES, LABELS, IMAGES[:, 0], LABELS, tuple("abcdef"), "x", "y", 0.0, 1.0
+            ),
+            ValueError,
+            "add the missing axis",
+        ),
+        (lambda: to_float(IMAGES.float()), TypeError, "float32.* expected bytes"),
+        (lambda: to_float([1]), TypeError, "images is a list"),
+        (lambda: to_float(IMAGES, std=0), ValueError, "std is 0"),
+        (lambda: to_float(IMAGES, mean=float("nan")), ValueError, "mean is nan"),
+        (lambda: to_float(IMAGES, std=1e-40), ValueError, "std is 1e-40"),
+        (lambda: to_float(IMAGES, mean=1e300), ValueError, "mean is 1e.300"),
+        (lambda: to_float(IMAGES, std=None), TypeError, "std is None"),
+        (lambda: to_float(IMAGES[0]), ValueError, "add the missing axis"),
+        (lambda: read_idx("nowhere"), FileNotFoundError, "nowhere is not there"),
+        (lambda: load_images("mnist2"), ValueError, "one of 'fashion_mnist', 'digits'"),
+        (lambda: read_idx(3), TypeError, "path is 3"),
+        (lambda: load_images(3), TypeError, "name is 3"),
+        (lambda: few_labels(["a", "b"], 2), TypeError, "labels is a list of str"),
+        (lambda: few_labels(LABELS.float(), 6), TypeError, "tensor of float32"),
+        (lambda: few_labels(LABELS - 1, 6), ValueError, "labels run from -1"),
+        (lambda: few_labels(LABELS, 6, seed=2**64), ValueError, "seed is 18446744073709551616"),
+        (lambda: few_labels(LABELS, 6, seed=0.5), TypeError, "seed is 0.5"),
+        (lambda: few_labels(LABELS, 6.0), TypeError, "count is 6.0"),
+        (lambda: few_labels(LABELS[None], 6), ValueError, r"\(1, 6\)"),
+        (lambda: few_labels(LABELS, 5), ValueError, "expected 6"),
+        (lambda: few_labels(LABELS, 7), ValueError, "asked for 7 labels"),
+        (lambda: few_labels(LABELS[:0], 0), ValueError, "labels is empty"),
+        (lambda: split(10, (0.5, 0.6)), ValueError, "add up to 1"),
+        (lambda: split(10, ()), ValueError, "add up to 1"),
+        (lambda: split(10, (1.2, -0.2)), ValueError, "a part is -0.2"),
+        (lambda: split(10, (float("nan"), 1)), ValueError, "a part is nan"),
+        (lambda: split(10, ("a", 1)), TypeError, "a part is 'a'"),
+        (lambda: split(10, 0.5), TypeError, "parts is 0.5"),
+        (lambda: split(0), ValueError, "count is 0"),
+        (lambda: split(10**20), ValueError, "8 bytes an example"),
+        (lambda: split(10, seed=-(2**64)), ValueError, "seed is -18446744073709551616"),
+        (lambda: split(3, (0.9, 0.1)), ValueError, "is empty"),
+        (lambda: split(3, groups=LABELS), ValueError, r"whole numbers \(3,\)"),
+        (lambda: split(6, groups=LABELS / 2), ValueError, "groups is a tensor of float32"),
+        (lambda: split(3, groups=["a", "b", "c"]), TypeError, "groups is a list"),
+        (lambda: duplicates(IMAGES, IMAGES[..., :4]), ValueError, "others .* one size"),
+        (lambda: duplicates(IMAGES / 255, IMAGES), TypeError, "images is a tensor of float32"),
+        (lambda: duplicates(IMAGES, [1]), TypeError, "others is a list"),
+        (lambda: duplicates(IMAGES, IMAGES[:0]), ValueError, "others is empty"),
+        (lambda: ImageDataset([1], [1, 2]), ValueError, "1 images and 2 labels"),
+        (lambda: ImageDataset([], []), ValueError, "empty"),
+        (
+            lambda: ImageDataset([1], [1], transform=3),
+            TypeError,
+            "transform is 3; expected a function of one image",
+        ),
+        (lambda: ImageDataset(3, [1]), TypeError, "images is 3; expected a sequence"),
+        (lambda: ImageDataset([1], None), TypeError, "labels is None"),
+        (lambda: ImageDataset({"a": 1}, [1]), TypeError, "images is a dict"),
+        (lambda: ImageDataset([1], torch.tensor(1)), TypeError, "labels is a tensor"),
+        (
+            lambda: ImageDataset([1], torch.tensor([0.5])),
+            TypeError,
+            "labels is a tensor of float32",
+        ),
+    ],
+)
 def test_bad_input_gets_one_sentence(call, error, words):
     with pytest.raises(error, match=words) as caught:
         call()
@@ -380,6 +651,8 @@ def test_bad_input_gets_one_sentence(call, error, words):
 def test_image_dataset_is_the_articles():
     dataset = ImageDataset(IMAGES, LABELS, transform=lambda image: image.float() / 255)
     assert len(dataset) == 6 and set(dataset[2]) == {"image", "label"} and dataset[2]["label"] == 2
-    assert torch.equal(dataset[-1]["image"], IMAGES[5] / 255) and ImageDataset("ab", [0, 1])[1] == dict(image="b", label=1)
+    assert torch.equal(dataset[-1]["image"], IMAGES[5] / 255) and ImageDataset("ab", [0, 1])[
+        1
+    ] == dict(image="b", label=1)
     batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
     assert batch["image"].shape == (4, 1, 9, 9) and batch["label"].tolist() == [0, 1, 2, 3]

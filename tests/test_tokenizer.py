@@ -1,4 +1,5 @@
-"Byte-level BPE: any Unicode round-trips, equal to the library tokenizers in training and use, and bad input in one sentence"
+"Byte-level BPE: any Unicode round-trips, equal to the library tokenizers, bad input in one sentence"
+
 import json
 import pickle
 import time
@@ -14,14 +15,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
-from foundation.data.tokenizer import SPECIAL, Tokenizer, find_merges, show_token, split_words, train_bpe
+from foundation.data.tokenizer import (
+    SPECIAL,
+    Tokenizer,
+    find_merges,
+    show_token,
+    split_words,
+    train_bpe,
+)
 
 few = settings(max_examples=60, deadline=None)
-TEXTS = ["the cat sat on the mat", "a mat for the cat's naïve café", "那只猫 坐在 那只垫子上", "1234 12 123 the the", "aaaa aaaaaaa aaa", "\n\n  the   cat"] * 3
+TEXTS = [
+    "the cat sat on the mat",
+    "a mat for the cat's naïve café",
+    "那只猫 坐在 那只垫子上",
+    "1234 12 123 the the",
+    "aaaa aaaaaaa aaa",
+    "\n\n  the   cat",
+] * 3
 SMALL = train_bpe(TEXTS, 300)
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 old = unicodedata.ucd_3_2_0  # letters that every version of Unicode knows, in the same category
-known_text = st.text(st.characters(exclude_categories=["Cs", "Cn"]).filter(lambda c: old.category(c) == unicodedata.category(c)), max_size=60)
+known_text = st.text(
+    st.characters(exclude_categories=["Cs", "Cn"]).filter(
+        lambda c: old.category(c) == unicodedata.category(c)
+    ),
+    max_size=60,
+)
 english = st.lists(st.text("abc '12.\n", max_size=30), min_size=1, max_size=8)
 
 
@@ -31,21 +51,33 @@ def test_any_unicode_comes_back(text):
     assert "".join(split_words(text)) == text
     for tokenizer in (SMALL, Tokenizer([]), Tokenizer([], special=())):
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text and all(len(tokenizer.special) <= n < tokenizer.vocab_size for n in ids)
+        assert tokenizer.decode(ids) == text and all(
+            len(tokenizer.special) <= n < tokenizer.vocab_size for n in ids
+        )
 
 
 @few
 @given(known_text)
 def test_the_same_numbers_as_the_library(text):
     assert SMALL.fast().encode(text).ids == SMALL.encode(text)
-    assert [piece for piece, _ in ByteLevel(add_prefix_space=False).pre_tokenize_str(text)] == [show_token(w.encode()) for w in split_words(text)]
+    assert [piece for piece, _ in ByteLevel(add_prefix_space=False).pre_tokenize_str(text)] == [
+        show_token(w.encode()) for w in split_words(text)
+    ]
 
 
 def library(texts, size):
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    made.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=size, min_frequency=2, special_tokens=list(SPECIAL),
-                                                                   initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+    made.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=size,
+            min_frequency=2,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return made
 
 
@@ -82,7 +114,12 @@ def slow_merges(counts, size):
 
 
 @few
-@given(st.dictionaries(st.text("abcde", min_size=1, max_size=9), st.integers(1, 9), min_size=1, max_size=12), st.integers(256, 290))
+@given(
+    st.dictionaries(
+        st.text("abcde", min_size=1, max_size=9), st.integers(1, 9), min_size=1, max_size=12
+    ),
+    st.integers(256, 290),
+)
 def test_quick_counts_are_slow_counts(counts, size):
     assert find_merges(counts, size) == slow_merges(counts, size)
 
@@ -93,12 +130,16 @@ def test_special_tokens():
     assert mask not in SMALL.encode("the [MASK]")
     ids = SMALL.encode("[CLS]the [MASK] cat", special=True)
     assert ids[0] == cls and mask in ids
-    assert SMALL.decode(ids) == "[CLS]the [MASK] cat" and SMALL.decode(ids, special=False) == "the  cat"
+    assert (
+        SMALL.decode(ids) == "[CLS]the [MASK] cat"
+        and SMALL.decode(ids, special=False) == "the  cat"
+    )
     assert SMALL.decode(torch.tensor(ids)) == SMALL.decode(ids)
     assert SMALL.fast(special=True).encode("[CLS]the [MASK] cat").ids == ids
 
 
-# Gluing in the order of learning, and what stands outside the text ------------------------------------------------------
+# Gluing in the order of learning, and what stands outside the text ----------------------------
+
 
 def slow_cut(word, rank):
     "One gluing at a time: the earliest, the leftmost of equals"
@@ -111,7 +152,7 @@ def slow_cut(word, rank):
 
 @st.composite
 def merge_lists(draw):
-    "Sound merges of any kind: several pairs for one token, late pairs of early tokens, the same pair twice"
+    "Sound merges of any kind: several pairs for one token, late pairs of early ones, pairs twice"
     tokens, merges = [b"a", b"b", b"c"], []
     for _ in range(draw(st.integers(0, 12))):
         pair = draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))
@@ -128,12 +169,14 @@ def merge_lists(draw):
 def test_words_are_cut_as_the_library_and_as_one_gluing_at_a_time_cut_them(merges, text):
     tokenizer = Tokenizer(merges)
     rank = {pair: i for i, pair in enumerate(merges)}
-    slow = [tokenizer._number[token] for word in split_words(text) for token in slow_cut(word, rank)]
+    slow = [
+        tokenizer._number[token] for word in split_words(text) for token in slow_cut(word, rank)
+    ]
     assert tokenizer.encode(text) == slow == tokenizer.fast().encode(text).ids
 
 
 def test_two_ways_to_one_token_are_taken_in_the_order_of_the_library():
-    "After the first (a, bc) comes (abc, a), which was learnt earlier; glued all at once it would be abc|abc"
+    "After the first (a, bc) comes the earlier (abc, a); glued all at once it would be abc|abc"
     merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c"), (b"abc", b"a"), (b"a", b"bc")]
     tokenizer = Tokenizer(merges)
     assert [tokenizer.decode([n]) for n in tokenizer.encode("abcabc")] == ["abca", "bc"]
@@ -144,25 +187,66 @@ def test_a_chain_of_letters_without_a_blank_takes_no_square_of_its_length():
     chain = "".join(np.random.default_rng(0).choice(list("thecatsmon"), 40_000))
     start = time.perf_counter()
     ids = SMALL.encode(chain)
-    assert time.perf_counter() - start < 2  # one step over the whole row for each gluing takes half a minute
+    assert (
+        time.perf_counter() - start < 2
+    )  # one step over the whole row for each gluing takes half a minute
     assert ids == SMALL.fast().encode(chain).ids and SMALL.decode(ids) == chain
 
 
-special_names = st.lists(st.sampled_from(["[A]", "[A]B", "[A][A]", "<|end|>", "[MASK]", "an end", " [X]", "狐狸"]), unique=True, max_size=4)
+special_names = st.lists(
+    st.sampled_from(["[A]", "[A]B", "[A][A]", "<|end|>", "[MASK]", "an end", " [X]", "狐狸"]),
+    unique=True,
+    max_size=4,
+)
 
 
 @few
-@given(special_names, st.lists(st.sampled_from(["[A]", "B", "<|end|>", "[MASK]", "an end", "an", " [X]", "狐狸", "aa ", "[", " "]), max_size=8))
+@given(
+    special_names,
+    st.lists(
+        st.sampled_from(
+            ["[A]", "B", "<|end|>", "[MASK]", "an end", "an", " [X]", "狐狸", "aa ", "[", " "]
+        ),
+        max_size=8,
+    ),
+)
 def test_names_in_a_text_are_text_unless_asked_for_here_and_in_the_library(names, parts):
     tokenizer, text = Tokenizer([(b"a", b"a"), (b"[", b"A")], names), "".join(parts)
     for special in (False, True):
         ids = tokenizer.encode(text, special=special)
-        assert ids == tokenizer.fast(special).encode(text).ids == tokenizer.fast(special).encode_batch([text])[0].ids
+        assert (
+            ids
+            == tokenizer.fast(special).encode(text).ids
+            == tokenizer.fast(special).encode_batch([text])[0].ids
+        )
         assert tokenizer.decode(ids) == text
     assert all(n >= len(names) for n in tokenizer.encode(text))
 
 
-@pytest.mark.parametrize("merges, name", [([], "a"), ([(b"a", b"b")], "ab"), ([], "\u0120"), ([(b" ", b"a")], "\u0120a"), ([], "\u00e9")])
+def test_of_two_names_that_begin_alike_the_longer_is_read():
+    for names in (["[A]", "[A]B"], ["[A]B", "[A]"]):
+        tokenizer = Tokenizer([], names)
+        assert tokenizer.encode("[A]B", special=True) == [tokenizer.special["[A]B"]]
+        assert tokenizer.encode("[A][A]Bb", special=True)[:2] == [
+            tokenizer.special["[A]"],
+            tokenizer.special["[A]B"],
+        ]
+        assert (
+            tokenizer.encode("[A][A]Bb", special=True)
+            == tokenizer.fast(special=True).encode("[A][A]Bb").ids
+        )
+
+
+@pytest.mark.parametrize(
+    "merges, name",
+    [
+        ([], "a"),
+        ([(b"a", b"b")], "ab"),
+        ([], "\u0120"),
+        ([(b" ", b"a")], "\u0120a"),
+        ([], "\u00e9"),
+    ],
+)
 def test_a_name_that_is_how_a_token_of_the_text_is_written_is_refused(merges, name):
     "The file holds both under one key, and one of the two would be lost"
     with pytest.raises(ValueError, match="also how a token of the text is shown"):
@@ -175,17 +259,33 @@ def test_words_are_remembered_and_forgotten_without_a_change():
     ids.append(3)
     assert tokenizer.encode(text) == ids[:-1]
     tokenizer._known.update((str(n), []) for n in range(100_000))
-    assert tokenizer.encode(text + " mat") == SMALL.encode(text + " mat") and len(tokenizer._known) < 9
+    assert (
+        tokenizer.encode(text + " mat") == SMALL.encode(text + " mat") and len(tokenizer._known) < 9
+    )
 
 
-@pytest.mark.parametrize("ids", [SMALL.encode("a cat"), tuple(SMALL.encode("a cat")), iter(SMALL.encode("a cat")), np.array(SMALL.encode("a cat"), np.int32),
-                                 np.array(SMALL.encode("a cat"), np.uint16), torch.tensor(SMALL.encode("a cat")), list(torch.tensor(SMALL.encode("a cat")))])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        SMALL.encode("a cat"),
+        tuple(SMALL.encode("a cat")),
+        iter(SMALL.encode("a cat")),
+        np.array(SMALL.encode("a cat"), np.int32),
+        np.array(SMALL.encode("a cat"), np.uint16),
+        torch.tensor(SMALL.encode("a cat")),
+        list(torch.tensor(SMALL.encode("a cat"))),
+    ],
+)
 def test_numbers_of_any_whole_kind_are_decoded(ids):
     assert SMALL.decode(ids) == "a cat"
 
 
 def test_numpy_sizes():
-    assert train_bpe(TEXTS, np.int64(300)).merges == SMALL.merges == find_merges(Counter(w for t in TEXTS for w in split_words(t)), np.int32(295))
+    assert (
+        train_bpe(TEXTS, np.int64(300)).merges
+        == SMALL.merges
+        == find_merges(Counter(w for t in TEXTS for w in split_words(t)), np.int32(295))
+    )
 
 
 def test_half_a_character_is_shown_as_such():
@@ -196,15 +296,28 @@ def test_half_a_character_is_shown_as_such():
 def test_saved_and_loaded(tmp_path):
     path = SMALL.save(tmp_path / "deep" / "tokenizer.json")
     again = Tokenizer.load(path)
-    assert (again.merges, again.special, again.vocab_size) == (SMALL.merges, SMALL.special, SMALL.vocab_size)
-    assert json.loads(tokenizers.Tokenizer.from_file(str(path)).to_str()) == json.loads(path.read_text())
+    assert (again.merges, again.special, again.vocab_size) == (
+        SMALL.merges,
+        SMALL.special,
+        SMALL.vocab_size,
+    )
+    assert json.loads(tokenizers.Tokenizer.from_file(str(path)).to_str()) == json.loads(
+        path.read_text()
+    )
     assert pickle.loads(pickle.dumps(SMALL)).encode("the cat") == SMALL.encode("the cat")
 
 
-@pytest.mark.parametrize("change", [
-    lambda d: d["model"].update(type="WordPiece"), lambda d: d["model"]["merges"].pop(0), lambda d: d.update(normalizer={"type": "NFC"}),
-    lambda d: d["pre_tokenizer"].update(add_prefix_space=True), lambda d: d.pop("model"), lambda d: d["model"]["merges"][0].append("x"),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["model"].update(type="WordPiece"),
+        lambda d: d["model"]["merges"].pop(0),
+        lambda d: d.update(normalizer={"type": "NFC"}),
+        lambda d: d["pre_tokenizer"].update(add_prefix_space=True),
+        lambda d: d.pop("model"),
+        lambda d: d["model"]["merges"][0].append("x"),
+    ],
+)
 def test_another_kind_of_file_is_refused(tmp_path, change):
     path = SMALL.save(tmp_path / "t.json")
     data = json.loads(path.read_text())
@@ -214,9 +327,24 @@ def test_another_kind_of_file_is_refused(tmp_path, change):
         Tokenizer.load(path)
 
 
-@pytest.mark.parametrize("raw", [b"no", b"", b"\xff\xfe{}", b"[" * 100_000, b"[]", b"3", b"null", b'{"added_tokens": [], "model": {"merges": [3]}}',
-                                 b'{"added_tokens": [{"content": "a"}], "model": {"merges": []}}', b'{"added_tokens": [{"content": 3}], "model": {"merges": []}}',
-                                 b'{"added_tokens": 3, "model": []}', b'{"a": 1e999}', "{}".encode("utf-16")])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"no",
+        b"",
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b"[]",
+        b"3",
+        b"null",
+        b'{"added_tokens": [], "model": {"merges": [3]}}',
+        b'{"added_tokens": [{"content": "a"}], "model": {"merges": []}}',
+        b'{"added_tokens": [{"content": 3}], "model": {"merges": []}}',
+        b'{"added_tokens": 3, "model": []}',
+        b'{"a": 1e999}',
+        "{}".encode("utf-16"),
+    ],
+)
 def test_what_is_another_file_is_refused(tmp_path, raw):
     (tmp_path / "t.json").write_bytes(raw)
     with pytest.raises(ValueError, match="t.json is no byte-level BPE"):
@@ -232,7 +360,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path, name):
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = Tokenizer([]).save(tmp_path / "t.json")
     before = path.read_bytes()
-    with patch("os.fsync", side_effect=OSError(28, "No space left on device")), pytest.raises(OSError):
+    with (
+        patch("os.fsync", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(OSError),
+    ):
         SMALL.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -242,12 +373,24 @@ BAD = {
     "bytes": (lambda: train_bpe([b"text"], 300), TypeError, "text is b'text'; expected a string"),
     "no text": (lambda: train_bpe([], 300), ValueError, "nothing to learn"),
     "empty texts": (lambda: train_bpe(["", ""], 300), ValueError, "nothing to learn"),
-    "too few tokens": (lambda: train_bpe(["a"], 260), ValueError, "expected a whole number from 261 on: 256 bytes and 5 special tokens"),
+    "too few tokens": (
+        lambda: train_bpe(["a"], 260),
+        ValueError,
+        "expected a whole number from 261 on: 256 bytes and 5 special tokens",
+    ),
     "a number": (lambda: SMALL.encode(3), TypeError, "text is 3; expected a string"),
-    "a special number": (lambda: SMALL.encode(3, special=True), TypeError, "text is 3; expected a string"),
+    "a special number": (
+        lambda: SMALL.encode(3, special=True),
+        TypeError,
+        "text is 3; expected a string",
+    ),
     "half a character": (lambda: SMALL.encode("a\ud800"), ValueError, "surrogate"),
     "training on half a character": (lambda: train_bpe(["a\ud800"], 300), ValueError, "surrogate"),
-    "a token too high": (lambda: SMALL.decode([SMALL.vocab_size]), ValueError, "expected a whole number from 0 to 299"),
+    "a token too high": (
+        lambda: SMALL.decode([SMALL.vocab_size]),
+        ValueError,
+        "expected a whole number from 0 to 299",
+    ),
     "a token below 0": (lambda: SMALL.decode([-1]), ValueError, "a token is -1"),
     "a merge of nothing": (lambda: Tokenizer([(b"ab", b"c")]), ValueError, "merge 0"),
     "equal names": (lambda: Tokenizer([], ["[A]", "[A]"]), ValueError, "different names"),
@@ -262,7 +405,11 @@ BAD = {
     "a fraction as a token": (lambda: SMALL.decode([1.7]), TypeError, "a token is 1.7"),
     "a fraction in an array": (lambda: SMALL.decode(np.array([1.0])), TypeError, "a token is 1.0"),
     "letters as tokens": (lambda: SMALL.decode("12"), TypeError, "a token is '1'"),
-    "a table of tokens": (lambda: SMALL.decode(torch.ones(2, 2).long()), ValueError, "ids has shape (2, 2)"),
+    "a table of tokens": (
+        lambda: SMALL.decode(torch.ones(2, 2).long()),
+        ValueError,
+        "ids has shape (2, 2)",
+    ),
     "one token": (lambda: SMALL.decode(3), TypeError, "ids is 3"),
     "text as a token": (lambda: show_token("a"), TypeError, "token is 'a'"),
     "no counts": (lambda: find_merges({"a": 1.5}, 300), TypeError, "the count of 'a' is 1.5"),

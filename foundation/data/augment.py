@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foundation.core.checks import (
-    check_floats, check_images, check_like, check_number, check_shares, check_whole, checked, got, precise
+    check_floats,
+    check_images,
+    check_like,
+    check_number,
+    check_shares,
+    check_whole,
+    checked,
+    got,
+    precise,
 )
 
 # %% ../../nbs/02_data/04_augment.ipynb #b98acd66
@@ -25,7 +33,7 @@ def sample_boxes(
     halves: Tensor,  # (b, 2): half-sizes as shares of the image; a negative one mirrors
     size: int | None = None,  # side of the result, in pixels; None keeps h and w
 ) -> Tensor:  # (b, c, size, size), floats of the kind of the images
-    """Read one box out of each image, bilinearly; beyond its rim an image goes on as its last pixel.
+    """Read one box out of each image, bilinearly; beyond its rim the last pixel goes on.
 
     Raises `TypeError`, `ValueError`."""
     check_floats(check_images(images, kind="floats"), "images", "(b, c, h, w)", finite=True)
@@ -44,6 +52,7 @@ class Augment:
     """Random crop, flip, light and erasing for a batch of images, each image with its own numbers.
 
     Raises `TypeError`, `ValueError` for ranges that make no sense."""
+
     area: tuple[float, float] = (0.3, 1.0)  # share of the image's area that a crop keeps
     aspect: float = 4 / 3  # crops are up to this much wider or taller than the image
     flip: float = 0.5  # chance of a mirror image
@@ -56,10 +65,14 @@ class Augment:
     def __post_init__(self):
         object.__setattr__(self, "area", _check_area(self.area))
         check_number(self.aspect, "aspect", 1, 1000)
-        check_shares(flip=self.flip, contrast=self.contrast, brightness=self.brightness, erase=self.erase)
+        check_shares(
+            flip=self.flip, contrast=self.contrast, brightness=self.brightness, erase=self.erase
+        )
         check_number(self.mean, "mean", -1e9, 1e9), check_number(self.std, "std", 1e-9, 1e9)
         for name in ("aspect", "flip", "contrast", "brightness", "erase", "mean", "std"):
-            object.__setattr__(self, name, float(getattr(self, name)))  # NumPy's numbers become plain
+            object.__setattr__(
+                self, name, float(getattr(self, name))
+            )  # NumPy's numbers become plain
 
     @torch.no_grad()
     @checked
@@ -81,14 +94,20 @@ def _crop(ranges: Augment, x: Tensor, u: Tensor) -> Tensor:  # (b, c, h, w), (8,
     low, high = ranges.area
     area = low + (high - low) * u[0]
     ratio = torch.exp((2 * u[1] - 1) * torch.log(torch.tensor(ranges.aspect)).item() / 2)
-    halves = torch.stack([(area.sqrt() * ratio).clamp(max=1), (area.sqrt() / ratio).clamp(max=1)], 1)
-    halves = torch.maximum(halves, low / halves.flip(1)).clamp(max=1)  # one side cut off: the other makes up
+    halves = torch.stack(
+        [(area.sqrt() * ratio).clamp(max=1), (area.sqrt() / ratio).clamp(max=1)], 1
+    )
+    halves = torch.maximum(halves, low / halves.flip(1)).clamp(
+        max=1
+    )  # one side cut off: the other makes up
     centers = (2 * u[2:4].T - 1) * (1 - halves)
     mirror = 1 - 2 * (u[4] < ranges.flip).float()
     return sample_boxes(x, centers, halves * torch.stack([mirror, torch.ones_like(mirror)], 1))
 
 
-def _relight(ranges: Augment, x: Tensor, u: Tensor) -> Tensor:  # (b, c, h, w), (8, b) -> (b, c, h, w)
+def _relight(
+    ranges: Augment, x: Tensor, u: Tensor
+) -> Tensor:  # (b, c, h, w), (8, b) -> (b, c, h, w)
     "Brighter or darker, then away from the picture's mean or towards it."
     light = 1 + ranges.brightness * (2 * u[5] - 1)
     gain = 1 + ranges.contrast * (2 * u[6] - 1)
@@ -119,8 +138,8 @@ def _as_floats(images, generator):
         return images.float() / 255
     if not (images.min() >= 0 and images.max() <= 1):  # NaN is refused too
         raise ValueError(
-            f"images run from {images.min():.3g} to {images.max():.3g}; expected floats from 0 to 1: "
-            "augment first, standardise last"
+            f"images run from {images.min():.3g} to {images.max():.3g}; expected floats "
+            "from 0 to 1: augment first, standardise last"
         )
     return precise(images)
 

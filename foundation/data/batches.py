@@ -50,7 +50,7 @@ def endless(
 
 # %% ../../nbs/02_data/05_batches.ipynb #cc3e2105
 def _endless(tensors, count, batch_size, seed, start):
-    "The generator behind `endless`, apart so that bad arguments fail at the call, not at the first batch"
+    "The generator behind `endless`, apart so that bad arguments fail at the call"
     device, current = tensors[0].device, None
     for step in count_from(start):
         epoch, place = divmod(step, count // batch_size)
@@ -119,7 +119,7 @@ def _augmented(tensors, count, plan, augment, views):
 
 # %% ../../nbs/02_data/05_batches.ipynb #a4d9a17d
 class Documents(Sequence):
-    """Token sequences laid end to end: one long tensor, in memory or in a file, and where each ends.
+    """Token sequences laid end to end: one long tensor, in memory or a file, and where each ends.
 
     A slice is `Documents` again, over the same memory."""
 
@@ -132,7 +132,8 @@ class Documents(Sequence):
         tokens, ends = _check_flat(tokens, "tokens"), _check_flat(ends, "ends").long()
         if int(ends[0]) < 1 or int(ends[-1]) != len(tokens) or (ends.diff() < 1).any():
             raise ValueError(
-                f"ends run from {int(ends[0])} to {int(ends[-1])} over {len(tokens)} tokens; expected "
+                f"ends run from {int(ends[0])} to {int(ends[-1])} over {len(tokens)} tokens; "
+                "expected "
                 "ends that grow to the number of tokens, none of the documents empty"
             )
         if tokens.device != ends.device:
@@ -255,10 +256,18 @@ def _padded(rows, tensors, lengths, plan, value, longest):
         epoch, place = divmod(step, per_epoch)
         if epoch != current:
             order = epoch_order(len(lengths), seed, epoch)[: per_epoch * batch_size]
-            order = torch.cat([p[lengths[p].argsort(stable=True)] for p in order.split(pool * batch_size)])
-            current, batches = epoch, order.view(per_epoch, batch_size)[epoch_order(per_epoch, seed + 1, epoch)]
+            order = torch.cat(
+                [p[lengths[p].argsort(stable=True)] for p in order.split(pool * batch_size)]
+            )
+            current, batches = (
+                epoch,
+                order.view(per_epoch, batch_size)[epoch_order(per_epoch, seed + 1, epoch)],
+            )
         index = batches[place]
-        yield *pad([rows[i] for i in index.tolist()], value, longest), *(t[index.to(t.device)] for t in tensors)
+        yield (
+            *pad([rows[i] for i in index.tolist()], value, longest),
+            *(t[index.to(t.device)] for t in tensors),
+        )
 
 
 def _lengths(rows):
@@ -270,7 +279,9 @@ def _lengths(rows):
             raise TypeError
         lengths = [*map(len, rows)]
     except TypeError:
-        raise TypeError(f"rows is {got(rows)}; expected Documents, or a list of token sequences") from None
+        raise TypeError(
+            f"rows is {got(rows)}; expected Documents, or a list of token sequences"
+        ) from None
     if not lengths or 0 in lengths:
         what = f"row {lengths.index(0)} is empty" if lengths else "rows is empty"
         raise ValueError(f"{what}; expected one row or more, and a token or more in each")
@@ -286,10 +297,12 @@ def packed(
     value: int = 0,  # of the padding, which only the very last row may need
     seed: int = 0,
     start: int = 0,  # first step
-) -> Iterator[tuple[Tensor, Tensor]]:  # tokens (b, n) int64; owner (b, n), the number of the document, -1 = padding
-    """Endless shuffled rows of `context` tokens, filled to the brim; documents may go on in another row.
+) -> Iterator[
+    tuple[Tensor, Tensor]
+]:  # tokens (b, n) int64; owner (b, n), the number of the document, -1 = padding
+    """Endless shuffled rows of `context` tokens, filled to the brim.
 
-    Raises `TypeError`, `ValueError`."""
+    Documents may go on in another row. Raises `TypeError`, `ValueError`."""
     check_whole(context, "context", 1)
     rows = torch.arange(-(-len(documents.tokens) // context), device=documents.tokens.device)
     batches = endless(rows, batch_size=batch_size, seed=seed, start=start)
@@ -323,11 +336,13 @@ def _packed(documents, batches, context, value):
 @checked
 def store(
     path: Path | str,  # a .npy file, which NumPy and many other tools can read
-    parts: Iterable[Tensor | np.ndarray],  # (n_i, ...) each, of one kind and width; only one is in memory at a time
+    parts: Iterable[
+        Tensor | np.ndarray
+    ],  # (n_i, ...) each, of one kind and width; only one is in memory at a time
 ) -> Path:
     """Write parts one below the other into one array on disk; the file appears when it is whole.
 
-    Raises `TypeError` for what no array file holds (bfloat16), `ValueError` for parts that do not fit."""
+    Raises `TypeError` for what no array file holds (bfloat16), `ValueError` for other misfits."""
     if isinstance(parts, (Tensor, np.ndarray)):
         raise TypeError(f"parts is {got(parts)}; expected several, so hand in [part]")
     with atomic_write(path) as file:
@@ -351,9 +366,14 @@ def mapped(
         rows, rest = torch.from_numpy(array), path.stat().st_size - array.offset - array.nbytes
     except Exception as error:  # what a damaged header raises in NumPy: ten kinds at least
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path.name} is no array that can be mapped, or it was cut short ({reason})") from None
+        raise ValueError(
+            f"{path.name} is no array that can be mapped, or it was cut short ({reason})"
+        ) from None
     if rest or not rows.ndim:
-        raise ValueError(f"{path.name} is no array of rows, or {rest} bytes stand behind it; expected what `store` writes")
+        raise ValueError(
+            f"{path.name} is no array of rows, or {rest} bytes stand behind it; "
+            "expected what `store` writes"
+        )
     return rows
 
 # %% ../../nbs/02_data/05_batches.ipynb #caf47842
@@ -366,8 +386,14 @@ def _as_array(part, name):
         part = part.astype(part.dtype.newbyteorder("="), copy=False)
         torch.from_numpy(part[:0])
     except (TypeError, ValueError, RuntimeError, IndexError):
-        mend = " (float32 or float16, as .float() or .half() makes)" if isinstance(part, Tensor) else ""
-        raise TypeError(f"{name} is {got(part)}; expected rows of numbers that NumPy has{mend}") from None
+        mend = (
+            " (float32 or float16, as .float() or .half() makes)"
+            if isinstance(part, Tensor)
+            else ""
+        )
+        raise TypeError(
+            f"{name} is {got(part)}; expected rows of numbers that NumPy has{mend}"
+        ) from None
     return part
 
 
@@ -380,7 +406,9 @@ def _write_parts(file, parts):
         if kind is None:
             kind, begin = mine, _write_header(file, mine, 0)
         if mine != kind:
-            raise ValueError(f"part {i} is {got(part)}; expected {kind[0]}, shape (n, ...) {kind[1]}, as before")
+            raise ValueError(
+                f"part {i} is {got(part)}; expected {kind[0]}, shape (n, ...) {kind[1]}, as before"
+            )
         file.write(part)
         total += len(part) if part.size else 0
     if not total:
@@ -391,7 +419,9 @@ def _write_parts(file, parts):
 
 
 def _write_header(file, kind, total):
-    about = dict(descr=np.lib.format.dtype_to_descr(kind[0]), fortran_order=False, shape=(total, *kind[1]))
+    about = dict(
+        descr=np.lib.format.dtype_to_descr(kind[0]), fortran_order=False, shape=(total, *kind[1])
+    )
     np.lib.format.write_array_header_1_0(file, about)
     return file.tell()
 
@@ -412,8 +442,10 @@ def store_documents(
         for i, row in enumerate(rows):
             row = _as_row(row, f"document {i}").cpu().long().numpy()
             if row.min() < 0 or row.max() >= vocab_size:
-                raise ValueError(f"document {i} has tokens from {row.min()} to {row.max()}; "
-                                 f"expected whole numbers from 0 to {vocab_size - 1}")
+                raise ValueError(
+                    f"document {i} has tokens from {row.min()} to {row.max()}; "
+                    f"expected whole numbers from 0 to {vocab_size - 1}"
+                )
             lengths.append(len(row))
             yield row.astype(kind)
 
@@ -433,8 +465,10 @@ def open_documents(folder: Path | str) -> Documents:
     folder = Path(folder)
     found = Documents(mapped(folder / "tokens.npy"), mapped(folder / "ends.npy"))
     if os.path.isfile(folder / "documents.json") and not _is_one_set(folder):
-        raise ValueError(f"the files in {folder.name} are not of one set: `store_documents` was stopped, "
-                         "or one of them was replaced; store them again")
+        raise ValueError(
+            f"the files in {folder.name} are not of one set: `store_documents` was stopped, "
+            "or one of them was replaced; store them again"
+        )
     return found
 
 # %% ../../nbs/02_data/05_batches.ipynb #a72144a4
@@ -449,7 +483,7 @@ def _make_folder(folder):
 
 
 def _take_places(draft, folder):
-    "The note first: whoever is stopped after it leaves files that do not fit it, until both are there"
+    "The note first: whoever is stopped after it leaves files that it does not fit"
     note = {name: _mark(draft / name) for name in ("tokens.npy", "ends.npy")}
     with atomic_write(folder / "documents.json", "w") as file:
         json.dump(note, file)

@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from foundation.core.checks import (
-    check_callable, check_choice, check_images, check_labels, check_number, check_whole, checked, got
+    check_callable,
+    check_choice,
+    check_images,
+    check_labels,
+    check_number,
+    check_whole,
+    checked,
+    got,
 )
 from ..core.sources import DataUnavailable, fetch, where
 
@@ -31,6 +38,7 @@ class ImageSet:
     """A labelled image set, as bytes: images (n, c, h, w) uint8, labels (n,) int64.
 
     Raises `TypeError`, `ValueError` for a set that cannot be trained on."""
+
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
@@ -52,8 +60,11 @@ class ImageSet:
 
     def __repr__(self):
         c, h, w = self.train_images.shape[1:]
-        return (f"ImageSet({self.name!r}: {len(self.train_images):,} train + {len(self.test_images):,} test images, "
-                f"{c}×{h}×{w}, {len(self.classes)} classes, from {self.source})")
+        return (
+            f"ImageSet({self.name!r}: {len(self.train_images):,} train + "
+            f"{len(self.test_images):,} test images, "
+            f"{c}×{h}×{w}, {len(self.classes)} classes, from {self.source})"
+        )
 
     def floats(self, images: Tensor) -> Tensor:
         "Standardised float images: about mean 0 and standard deviation 1 over the training set."
@@ -73,7 +84,9 @@ def check_set(
         classes = check_whole(classes, "classes", 1)
     labels = check_labels(labels, classes=classes)
     if len(labels) != len(images):
-        raise ValueError(f"got {len(labels)} labels for {len(images)} images; expected one for each")
+        raise ValueError(
+            f"got {len(labels)} labels for {len(images)} images; expected one for each"
+        )
     return images, labels
 
 
@@ -103,18 +116,32 @@ def to_float(
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 # %% ../../nbs/02_data/01_images.ipynb #d826450f
-FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+FASHION = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 
 
 @checked
 def read_idx(path: Path | str) -> np.ndarray:  # uint8, as many axes as the file says
-    """Read an IDX file (plain or gzipped): two zero bytes, the type, the number of axes, each size, then the data.
+    """Read an IDX file, plain or gzipped.
 
+    It holds two zero bytes, the type, the number of axes, each size, then the data.
     Raises `FileNotFoundError`, and `ValueError` for what is no such file, or was cut short."""
     path = Path(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path.name or path} is not there; `fetch` brings the files of a known set, "
-                                "and says where it looked")
+        raise FileNotFoundError(
+            f"{path.name or path} is not there; `fetch` brings the files of a known set, "
+            "and says where it looked"
+        )
     with open(path, "rb") as file:
         if file.read(2) != b"\x1f\x8b":
             file.seek(0)
@@ -123,23 +150,31 @@ def read_idx(path: Path | str) -> np.ndarray:  # uint8, as many axes as the file
         try:  # no byte of a gzip stream makes more than 1,032
             return _read_idx(gzip.GzipFile(fileobj=file), path.name, 1032 * path.stat().st_size)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path.name} cannot be unpacked ({error}); delete it and fetch it anew") from None
+            raise ValueError(
+                f"{path.name} cannot be unpacked ({error}); delete it and fetch it anew"
+            ) from None
 
 # %% ../../nbs/02_data/01_images.ipynb #ae01889a
 def _read_idx(file, name, most):
     "Header, then as many bytes as it promises and not one more: a file that lies is not unpacked"
     magic = file.read(4)
     if magic[:3] != b"\0\0\x08" or len(magic) < 4:
-        raise ValueError(f"{name} is not an IDX file of bytes: it begins with {magic[:3].hex(' ') or 'nothing'}")
+        raise ValueError(
+            f"{name} is not an IDX file of bytes: it begins with {magic[:3].hex(' ') or 'nothing'}"
+        )
     raw = file.read(4 * magic[3])
     shape = [int.from_bytes(raw[i : i + 4], "big", signed=True) for i in range(0, len(raw), 4)]
     if len(raw) < 4 * magic[3] or not 1 <= len(shape) <= 32 or min(shape) < 1:
-        raise ValueError(f"{name} is not an IDX file of bytes: its sizes are {shape or 'not there'}")
+        raise ValueError(
+            f"{name} is not an IDX file of bytes: its sizes are {shape or 'not there'}"
+        )
     need = math.prod(shape)
     try:
         data = file.read(need + 1) if need <= most else b""
     except MemoryError:
-        raise ValueError(f"{name} holds {need:,} bytes of data, more than there is memory for") from None
+        raise ValueError(
+            f"{name} holds {need:,} bytes of data, more than there is memory for"
+        ) from None
     if len(data) != need:
         there = "more" if len(data) > need else f"{len(data):,} bytes of data" if data else "less"
         raise ValueError(f"{name} holds {there}; its header promises {need:,}")
@@ -151,7 +186,7 @@ def load_images(
     name: str = "fashion_mnist",  # or "digits"
     fallback: bool = False,  # take the digits, with a warning, if the set cannot be found
 ) -> ImageSet:
-    "A data set by name. Raises `DataUnavailable` (with every place tried) unless a fallback is allowed."
+    "A data set by name. Raises `DataUnavailable`, with every place tried, without a fallback."
     check_choice(name, "name", _loaders)
     try:
         parts, classes, source = _loaders[name]()
@@ -159,12 +194,23 @@ def load_images(
         if not fallback:
             raise
         import warnings
-        warnings.warn(f"{name} is not to be had, so the 8×8 DIGITS of scikit-learn stand in for it "
-                      f"and every figure will differ from the text. {error}", stacklevel=3)
+
+        warnings.warn(
+            f"{name} is not to be had, so the 8×8 DIGITS of scikit-learn stand in for it "
+            f"and every figure will differ from the text. {error}",
+            stacklevel=3,
+        )
         return load_images("digits")
     tensors = [torch.from_numpy(np.array(p)) for p in parts]
     pixels = tensors[0].float() / 255
-    return ImageSet(*tensors, classes, name, source, round(pixels.mean().item(), 4), round(pixels.std().item(), 4))
+    return ImageSet(
+        *tensors,
+        classes,
+        name,
+        source,
+        round(pixels.mean().item(), 4),
+        round(pixels.std().item(), 4),
+    )
 
 # %% ../../nbs/02_data/01_images.ipynb #f31cebda
 def _fashion_mnist():
@@ -191,14 +237,20 @@ def few_labels(
     labels: Tensor | Sequence,  # (n,) labels of the whole training set, whole numbers from 0 on
     count: int,  # how many examples to draw in all
     seed: int = 0,
-) -> Tensor:  # (count,) indices, the same number from each class (one more for some if it does not divide)
-    """Indices of a balanced, seeded draw. A larger draw with the same seed holds the smaller one, class by class.
+) -> (
+    Tensor
+):  # (count,) indices, the same number from each class (one more for some if it does not divide)
+    """Indices of a balanced, seeded draw.
 
+    A larger draw with the same seed holds the smaller one, class by class.
     Raises `TypeError`, `ValueError`."""
     labels = check_labels(labels).cpu()
     classes = torch.unique(labels)
     if not len(classes) <= count <= len(labels):
-        raise ValueError(f"asked for {count} labels; expected {len(classes)} (one a class) to {len(labels)} (all)")
+        raise ValueError(
+            f"asked for {count} labels; expected {len(classes)} (one a class) to "
+            f"{len(labels)} (all)"
+        )
     shuffled = torch.randperm(len(labels), generator=_generator(seed))
     piles = [shuffled[labels[shuffled] == k] for k in classes]
     turns = [pile[i : i + 1] for i in range(min(count, max(map(len, piles)))) for pile in piles]
@@ -210,9 +262,11 @@ def split(
     count: int,  # number of examples
     parts: Sequence[float] = (0.9, 0.1),  # shares that add up to 1
     seed: int = 0,
-    groups: Tensor | None = None,  # (count,) whole numbers: examples of one group (a patient, a scene) stay together
+    groups: Tensor | None = None,  # (count,) whole numbers: one group (a patient) stays together
 ) -> list[Tensor]:  # disjoint index tensors that cover 0 … count-1
-    "A seeded split into disjoint parts. With groups, the shares are of the groups. Raises `TypeError`, `ValueError`."
+    """A seeded split into disjoint parts. With groups, the shares are of the groups.
+
+    Raises `TypeError`, `ValueError`."""
     if groups is not None:
         names, group = _check_groups(groups, count).unique(return_inverse=True)
         return [torch.isin(group, side).nonzero()[:, 0] for side in split(len(names), parts, seed)]
@@ -224,7 +278,9 @@ def split(
     ends = [round(count * sum(parts[: i + 1])) for i in range(len(parts))]
     pieces = [order[a:b] for a, b in zip([0, *ends], ends)]
     if min(map(len, pieces)) == 0:
-        raise ValueError(f"a part of {parts} of {count} examples is empty; use larger shares or more examples")
+        raise ValueError(
+            f"a part of {parts} of {count} examples is empty; use larger shares or more examples"
+        )
     return pieces
 
 
@@ -235,7 +291,9 @@ def _generator(seed):
 def _check_groups(groups, count):
     "Whole numbers, one for each example"
     if groups.shape != (count,) or groups.is_floating_point() or groups.is_complex():
-        raise ValueError(f"groups is {got(groups)}; expected whole numbers ({count},), one for each example")
+        raise ValueError(
+            f"groups is {got(groups)}; expected whole numbers ({count},), one for each example"
+        )
     return groups.cpu()
 
 # %% ../../nbs/02_data/01_images.ipynb #bb5b34fb
@@ -247,14 +305,19 @@ def duplicates(
     "Find leaks: images that are in both sets. Raises `TypeError`, `ValueError`."
     check_images(images, kind="bytes"), check_images(others, "others", kind="bytes")
     if others.shape[1:] != images.shape[1:]:
-        raise ValueError(f"images are {tuple(images.shape[1:])}, others {tuple(others.shape[1:])}; "
-                         "expected one size, or no picture could be in both")
+        raise ValueError(
+            f"images are {tuple(images.shape[1:])}, others {tuple(others.shape[1:])}; "
+            "expected one size, or no picture could be in both"
+        )
     seen = {row.tobytes() for row in others.cpu().numpy()}
-    return torch.tensor([i for i, row in enumerate(images.cpu().numpy()) if row.tobytes() in seen], dtype=torch.int64)
+    return torch.tensor(
+        [i for i, row in enumerate(images.cpu().numpy()) if row.tobytes() in seen],
+        dtype=torch.int64,
+    )
 
 # %% ../../nbs/02_data/01_images.ipynb #0fc10a87
 class ImageDataset(Dataset):
-    """Images and labels as a map-style dataset of dictionaries `image`, `label` (the article's §5.2).
+    """Images and labels as a map-style dataset of dictionaries `image`, `label` (article, §5.2).
 
     Raises `TypeError`, `ValueError` for what are no sequences of one length."""
 
@@ -266,7 +329,10 @@ class ImageDataset(Dataset):
     ):
         counts = _length(images, "images"), _length(labels, "labels")
         if counts[0] != counts[1]:
-            raise ValueError(f"got {counts[0]} images and {counts[1]} labels; expected as many of one as of the other")
+            raise ValueError(
+                f"got {counts[0]} images and {counts[1]} labels; expected as many of one "
+                "as of the other"
+            )
         if transform is not None:
             check_callable(transform, "transform", "one image")
         if isinstance(labels, (Tensor, np.ndarray)):
@@ -278,14 +344,23 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, item):
         image = self.images[item]
-        return {"image": self.transform(image) if self.transform else image, "label": self.labels[item]}
+        return {
+            "image": self.transform(image) if self.transform else image,
+            "label": self.labels[item],
+        }
 
 
 def _length(items, name):
     "How many there are, at least one; the sentence for what cannot be counted and indexed"
-    counted = hasattr(items, "__getitem__") and hasattr(items, "__len__") and not isinstance(items, (Mapping, type))
+    counted = (
+        hasattr(items, "__getitem__")
+        and hasattr(items, "__len__")
+        and not isinstance(items, (Mapping, type))
+    )
     if not counted or getattr(items, "ndim", 1) == 0:
         raise TypeError(f"{name} is {got(items)}; expected a sequence")
     if len(items) == 0:
-        raise ValueError(f"the data set is empty: {name} is {got(items)} of none; expected at least one image")
+        raise ValueError(
+            f"the data set is empty: {name} is {got(items)} of none; expected at least one image"
+        )
     return len(items)

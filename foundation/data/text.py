@@ -42,8 +42,9 @@ class Gloss:
 def read_glosses(
     path: Path | str,  # one of WordNet's data files
 ) -> list[Gloss]:
-    """Read the meanings in a WordNet data file (its licence, indented by two blanks, is passed over).
+    """Read the meanings in a WordNet data file.
 
+    Its licence, indented by two blanks, is passed over.
     Raises `FileNotFoundError`, and `ValueError` with the line that is none of WordNet's."""
     glosses, name = [], Path(path).name
     for i, line in enumerate(_lines(path, "glosses"), 1):
@@ -51,23 +52,32 @@ def read_glosses(
             try:
                 glosses.append(_gloss(line))
             except (ValueError, IndexError):
-                raise ValueError(f"{name} is not a data file of WordNet: line {i} is {line[:60]!r}; "
-                                 "expected one that `fetch('glosses')` gives") from None
+                raise ValueError(
+                    f"{name} is not a data file of WordNet: line {i} is {line[:60]!r}; "
+                    "expected one that `fetch('glosses')` gives"
+                ) from None
     if not glosses:
-        raise ValueError(f"{name} is not a data file of WordNet: it holds no meaning; "
-                         "expected one that `fetch('glosses')` gives")
+        raise ValueError(
+            f"{name} is not a data file of WordNet: it holds no meaning; "
+            "expected one that `fetch('glosses')` gives"
+        )
     return glosses
 
 
 def _lines(path, name):
     "The lines of a text file, or a sentence instead of an errno"
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{Path(path).name or path} is not there; fetch({name!r}) brings it, and says where it looked")
+        raise FileNotFoundError(
+            f"{Path(path).name or path} is not there; fetch({name!r}) brings it, "
+            "and says where it looked"
+        )
     try:
         return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{Path(path).name} is no text in UTF-8 (byte {error.start:,}); "
-                         f"delete it, and fetch({name!r}) brings it anew") from None
+        raise ValueError(
+            f"{Path(path).name} is no text in UTF-8 (byte {error.start:,}); "
+            f"delete it, and fetch({name!r}) brings it anew"
+        ) from None
 
 
 def _gloss(line):
@@ -75,8 +85,15 @@ def _gloss(line):
     number, field_number, _, count, *rest = head.split()
     if not re.fullmatch(r"\d{8} \d\d [0-9a-f]{2}", f"{number} {field_number} {count}", re.ASCII):
         raise ValueError
-    words, rest = rest[: 2 * int(count, 16)], rest[2 * int(count, 16) :]  # each with a digit that tells senses apart
-    if not words or not all(re.fullmatch("[0-9a-f]", sense) for sense in words[1::2]) or not re.fullmatch(r"\d{3}", rest[0]):
+    words, rest = (
+        rest[: 2 * int(count, 16)],
+        rest[2 * int(count, 16) :],
+    )  # each with a digit that tells senses apart
+    if (
+        not words
+        or not all(re.fullmatch("[0-9a-f]", sense) for sense in words[1::2])
+        or not re.fullmatch(r"\d{3}", rest[0])
+    ):
         raise ValueError
     if len(rest) < 1 + 4 * int(rest[0]):  # what other meanings it is tied to, four entries each
         raise ValueError
@@ -88,9 +105,11 @@ def _gloss(line):
 # %% ../../nbs/02_data/02_text.ipynb #3d02eb93
 @dataclass(frozen=True)
 class TextSet:
-    """Texts with labels. Texts of one group (sentences of one article, say) belong on the same side of a split.
+    """Texts with labels.
 
+    Texts of one group (sentences of one article, say) belong on the same side of a split.
     Raises `TypeError`, `ValueError` for what does not fit together."""
+
     name: str
     texts: tuple[str, ...]  # n
     labels: Tensor  # (n,) int64
@@ -103,8 +122,10 @@ class TextSet:
             object.__setattr__(self, name, _check_texts(getattr(self, name), name))
         labels = check_labels(self.labels, classes=len(self.classes))
         if not len(self.texts) == len(labels) == len(self.groups) > 0:
-            raise ValueError(f"{len(self.texts)} texts, {len(labels)} labels and {len(self.groups)} groups; "
-                             "expected the same number of each, and at least one")
+            raise ValueError(
+                f"{len(self.texts)} texts, {len(labels)} labels and {len(self.groups)} groups; "
+                "expected the same number of each, and at least one"
+            )
         object.__setattr__(self, "labels", labels)
 
     def __len__(self):
@@ -114,10 +135,17 @@ class TextSet:
         return f"TextSet({self.name}: {len(self):,} texts, {len(self.classes)} classes)"
 
     def take(self, indices: Sequence[int] | Tensor) -> "TextSet":
-        "The set of the texts with these indices. Raises `TypeError`, `ValueError` for none, `IndexError`."
+        "The set of the texts with these indices. Raises `TypeError`, `ValueError`, `IndexError`."
         indices = _check_indices(indices, len(self))
         pick = lambda values: tuple(values[i] for i in indices.tolist())
-        return TextSet(self.name, pick(self.texts), self.labels[indices], self.classes, pick(self.groups), self.licence)
+        return TextSet(
+            self.name,
+            pick(self.texts),
+            self.labels[indices],
+            self.classes,
+            pick(self.groups),
+            self.licence,
+        )
 
 # %% ../../nbs/02_data/02_text.ipynb #9f32a4d9
 def _check_texts(texts, name):
@@ -125,7 +153,10 @@ def _check_texts(texts, name):
     if not isinstance(texts, Sequence) or isinstance(texts, (str, bytes)):
         raise TypeError(f"{name} is {got(texts)}; expected a tuple of strings")
     if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise TypeError(f"{name} hold {len(wrong)} of {len(texts)} that are no strings, the first is {got(wrong[0])}")
+        raise TypeError(
+            f"{name} hold {len(wrong)} of {len(texts)} that are no strings, "
+            f"the first is {got(wrong[0])}"
+        )
     return tuple(texts)
 
 
@@ -137,11 +168,22 @@ def _check_indices(indices, count):
         raise TypeError(f"indices is {got(indices)}; expected whole numbers") from None
     if not indices.numel():
         raise ValueError("there are no indices; expected at least one")
-    if indices.ndim != 1 or indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise TypeError(f"indices is {got(indices)}; expected whole numbers (n,), as mask.nonzero()[:, 0] makes of a mask")
+    if (
+        indices.ndim != 1
+        or indices.is_floating_point()
+        or indices.is_complex()
+        or indices.dtype == torch.bool
+    ):
+        raise TypeError(
+            f"indices is {got(indices)}; expected whole numbers (n,), "
+            "as mask.nonzero()[:, 0] makes of a mask"
+        )
     indices = indices.long()
     if not -count <= int(indices.min()) <= int(indices.max()) < count:
-        raise IndexError(f"indices run from {int(indices.min())} to {int(indices.max())} in a set of {count} texts")
+        raise IndexError(
+            f"indices run from {int(indices.min())} to {int(indices.max())} "
+            f"in a set of {count} texts"
+        )
     return indices
 
 # %% ../../nbs/02_data/02_text.ipynb #f1f8685d
@@ -159,14 +201,18 @@ def _collect(name, rows, classes, licence):
         raise ValueError(f"{name}: no text is left; expected at least one, so leave out fewer")
     texts, labels, groups = zip(*first.values())
     index = {name: i for i, name in enumerate(classes)}
-    return TextSet(name, texts, torch.tensor([index[k] for k in labels]), tuple(classes), groups, licence)
+    return TextSet(
+        name, texts, torch.tensor([index[k] for k in labels]), tuple(classes), groups, licence
+    )
 
 
 def _choose(parts, source):
     "Names of parts of a source, each once"
     parts = (parts,) if isinstance(parts, str) else tuple(parts)
     if not parts:
-        raise ValueError(f"parts is empty; expected one or more of {', '.join(SOURCES[source].files)}")
+        raise ValueError(
+            f"parts is empty; expected one or more of {', '.join(SOURCES[source].files)}"
+        )
     for part in parts:
         check_choice(part, "a part", SOURCES[source].files)
     return tuple(dict.fromkeys(parts))
@@ -176,10 +222,13 @@ def _choose(parts, source):
 def glosses(
     parts: str | Sequence[str] = "noun",  # of speech: noun, verb, adjective, adverb
 ) -> TextSet:
-    "Definitions with their field of meaning as the class: 25 for nouns. WordNet 3.0, Princeton; keep its notice."
+    """Definitions with their field of meaning as the class: 25 for nouns.
+
+    WordNet 3.0, Princeton; keep its notice."""
     parts, files = _choose(parts, "glosses"), fetch("glosses")
-    meanings = [gloss for part in parts for gloss in read_glosses(files[part])
-                if gloss.field != "noun.Tops"]  # 51 roots of the hierarchy: no field of meaning
+    meanings = [
+        gloss for part in parts for gloss in read_glosses(files[part]) if gloss.field != "noun.Tops"
+    ]  # 51 roots of the hierarchy: no field of meaning
     present = {gloss.field for gloss in meanings}
     classes = [name for name in FIELDS if name in present]
     rows = ((gloss.definition, gloss.field, None) for gloss in meanings)
@@ -189,6 +238,7 @@ def glosses(
 @dataclass(frozen=True)
 class Snippet:
     "One rated piece of text."
+
     text: str
     valence: float  # mean rating, −4 … 4
     document: str | None  # that it is a sentence of; None if it stands alone
@@ -198,7 +248,7 @@ class Snippet:
 def read_snippets(
     path: Path | str,  # a file of number, mean rating and text
 ) -> list[Snippet]:
-    "Read a file of rated snippets. Raises `FileNotFoundError`, and `ValueError` with the line that is none."
+    "Read a file of rated snippets. Raises `FileNotFoundError`, `ValueError` with the bad line."
     snippets = []
     for i, line in enumerate(_lines(path, "reviews"), 1):
         try:
@@ -208,8 +258,11 @@ def read_snippets(
                 raise ValueError
             snippets.append(Snippet(html.unescape(text).strip(), float(valence), document))
         except ValueError:
-            raise ValueError(f"{Path(path).name}, line {i}: expected number, rating from -4 to 4 and text with tabs between, "
-                             f"got {line[:60]!r}") from None
+            raise ValueError(
+                f"{Path(path).name}, line {i}: expected number, rating from -4 to 4 "
+                "and text with tabs between, "
+                f"got {line[:60]!r}"
+            ) from None
     return snippets
 
 # %% ../../nbs/02_data/02_text.ipynb #39459c7c
@@ -230,9 +283,18 @@ def reviews(
     if task == "sentiment":
         rows = [(row, part) for row, part in rows if row.valence and abs(row.valence) >= margin]
     classes = ("negative", "positive") if task == "sentiment" else parts
-    label = (lambda row, part: classes[row.valence > 0]) if task == "sentiment" else (lambda row, part: part)
-    named = ((row.text, label(row, part), row.document and f"{part} {row.document}") for row, part in rows)
-    return _collect(f"reviews ({task}: {', '.join(parts)})", named, classes, SOURCES["reviews"].licence)
+    label = (
+        (lambda row, part: classes[row.valence > 0])
+        if task == "sentiment"
+        else (lambda row, part: part)
+    )
+    named = (
+        (row.text, label(row, part), row.document and f"{part} {row.document}")
+        for row, part in rows
+    )
+    return _collect(
+        f"reviews ({task}: {', '.join(parts)})", named, classes, SOURCES["reviews"].licence
+    )
 
 # %% ../../nbs/02_data/02_text.ipynb #d2e37ddb
 @checked
@@ -246,9 +308,14 @@ def split_texts(
     lots = {group: _lot(f"{seed} {group}") for group in data.groups}
     is_test = torch.tensor([lots[group] < test for group in data.groups])
     if is_test.all() or not is_test.any():
-        raise ValueError(f"all {len(lots)} groups fall on one side; use more texts or another share than {test}")
+        raise ValueError(
+            f"all {len(lots)} groups fall on one side; use more texts or another share than {test}"
+        )
     return data.take((~is_test).nonzero()[:, 0]), data.take(is_test.nonzero()[:, 0])
 
 
 def _lot(text):  # a number in [0, 1) that depends on the text alone
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+    return (
+        int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+        / 2**64
+    )

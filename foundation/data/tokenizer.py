@@ -22,10 +22,17 @@ from ..core.basics import atomic_write
 from ..core.checks import check_whole, checked, got
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #ab02002f
-_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are visible letters in Latin-1
+_SHOWN = [
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+]  # bytes that are visible letters in Latin-1
 _HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
 _BYTES = [bytes([byte]) for byte in _SHOWN + _HIDDEN]  # in GPT-2's order
-_LETTERS = {**{byte: chr(byte) for byte in _SHOWN}, **{byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}}
+_LETTERS = {
+    **{byte: chr(byte) for byte in _SHOWN},
+    **{byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)},
+}
 
 
 @checked
@@ -54,7 +61,7 @@ def _pattern() -> re.Pattern:
 def split_words(
     text: str,
 ) -> list[str]:  # pieces that together are the text
-    "Cut a text into words, each with the blank before it. Raises `TypeError` for anything but text."
+    "Cut a text into words, each with the blank before it. Raises `TypeError` for no text."
     return _pattern().findall(text)
 
 
@@ -96,7 +103,12 @@ def find_merges(
     pairs, where = Counter(), defaultdict(set)  # how often, and in which words
     for i, row in enumerate(rows):
         _count(row, i, times[i], pairs, where)
-    entry = lambda pair: (-pairs[pair], number[pair[0]], number[pair[1]], pair)  # of equals, the older tokens first
+    entry = lambda pair: (
+        -pairs[pair],
+        number[pair[0]],
+        number[pair[1]],
+        pair,
+    )  # of equals, the older tokens first
     heap = [entry(pair) for pair in pairs]
     heapify(heap)
     while heap and len(number) < size:
@@ -178,7 +190,9 @@ def _from_json(raw: bytes, name: str, make):
     try:
         found = json.loads(raw.decode())
         special = [token["content"] for token in found["added_tokens"]]
-        merges = [[bytes(byte[c] for c in part) for part in pair] for pair in found["model"]["merges"]]
+        merges = [
+            [bytes(byte[c] for c in part) for part in pair] for pair in found["model"]["merges"]
+        ]
         made = make(merges, special)
         sound = json.loads(_to_json(made)) == found
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -230,7 +244,7 @@ SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[EOS]")
 
 
 class Tokenizer(_Files):
-    "Text to numbers and back, without loss: special tokens come first, then 256 bytes, then what was glued."
+    "Text to numbers and back: special tokens come first, then 256 bytes, then what was glued."
 
     @checked
     def __init__(
@@ -260,11 +274,13 @@ class Tokenizer(_Files):
         text: str,
         special: bool = False,  # read names such as [MASK] as special tokens
     ) -> list[int]:  # numbers from 0 to vocab_size - 1
-        "Text to numbers. Raises `TypeError` for anything but text, `ValueError` for half a character."
+        "Text to numbers. Raises `TypeError` for no text, `ValueError` for half a character."
         if not special or not self.special:
             return [n for word in split_words(text) for n in self._encode_word(word)]
         parts = self._names.split(text)
-        return [n for p in parts for n in ([self.special[p]] if p in self.special else self.encode(p))]
+        return [
+            n for p in parts for n in ([self.special[p]] if p in self.special else self.encode(p))
+        ]
 
     @checked
     def decode(
@@ -272,9 +288,13 @@ class Tokenizer(_Files):
         ids: Iterable[int],  # a list, array or tensor (n,)
         special: bool = True,  # write special tokens by name; False leaves them out
     ) -> str:
-        "Numbers to text; bytes that are no whole character become �. Raises `TypeError`, `ValueError` for what is no token."
+        """Numbers to text; bytes that are no whole character become �.
+
+        Raises `TypeError`, `ValueError` for what is no token."""
         if getattr(ids, "ndim", 1) != 1:
-            raise ValueError(f"ids has shape {tuple(ids.shape)}; expected (n,), the tokens of one text")
+            raise ValueError(
+                f"ids has shape {tuple(ids.shape)}; expected (n,), the tokens of one text"
+            )
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         pieces = [name.encode() if special else b"" for name in self.special] + self.tokens
         ids = [check_whole(n, "a token", 0, len(pieces) - 1) for n in ids]
@@ -304,12 +324,14 @@ def _check_merges(merges):
 
 
 def _check_special(special, tokens):
-    "Names that differ from one another, and from the letters by which a file names the text's tokens"
+    "Names that differ from one another and from what a file calls the text's tokens"
     if isinstance(special, str):
         raise TypeError(f"special is one name, {special!r}; expected several, so hand in [name]")
     sound = all(isinstance(name, str) and _utf8(name) for name in special)
     if not sound or len(set(special)) < len(special):
-        raise ValueError(f"special tokens are {special!r:.80}; expected different names, none empty")
+        raise ValueError(
+            f"special tokens are {special!r:.80}; expected different names, none empty"
+        )
     byte = {letter: byte for byte, letter in _LETTERS.items()}
     for name in special:
         if set(name) <= byte.keys() and bytes(byte[letter] for letter in name) in tokens:
@@ -323,15 +345,19 @@ def _check_special(special, tokens):
 @checked
 def train_bpe(
     texts: Iterable[str],
-    vocab_size: int,  # special tokens, 256 bytes and glued ones together; fewer come out of too short texts
+    vocab_size: int,  # special ones, 256 bytes and glued ones; fewer come out of too short texts
     special: Sequence[str] = SPECIAL,
 ) -> Tokenizer:
-    "A byte-level tokenizer learnt from texts. Raises `TypeError` for one bare text, `ValueError` for none or too few tokens."
+    """A byte-level tokenizer learnt from texts.
+
+    Raises `TypeError` for one bare text, `ValueError` for none or too few tokens."""
     if isinstance(texts, (str, bytes)):
         raise TypeError("texts is one text, expected several; hand in [text]")
     least = Tokenizer([], special).vocab_size
     check_whole(vocab_size, "vocab_size", least, why=f"256 bytes and {least - 256} special tokens")
     counts = Counter(word for text in texts for word in split_words(text))
     if not counts:
-        raise ValueError("there is nothing to learn from: hand in at least one text that is not empty")
+        raise ValueError(
+            "there is nothing to learn from: hand in at least one text that is not empty"
+        )
     return Tokenizer(find_merges(counts, vocab_size - least + 256), special)

@@ -7,7 +7,7 @@ import torch
 
 from foundation.data import augment, batches, images, text, tokenizer
 
-WORDNET = "00001740 03 n 02 entity 0 whole_thing 0 001 ~ 00001930 n 0000 | a thing; \"it is\"\n"
+WORDNET = '00001740 03 n 02 entity 0 whole_thing 0 001 ~ 00001930 n 0000 | a thing; "it is"\n'
 TEXTS = ["the cat sat on the mat", "a mat for the cat", "the owl sat"]
 
 
