@@ -163,12 +163,14 @@ def doctor(
     checks: Sequence[Callable[[], Iterator[Finding]]] = CHECKS,
 ) -> int:  # exit code: 0 if the tour can run, 1 if not
     "Look at everything and print what was found, with a remedy for each gap."
+    if isinstance(checks, str) or not isinstance(checks, Sequence) or not checks or not all(callable(check) for check in checks):
+        raise TypeError(f"checks is {checks!r}; expected functions that give findings, at least one")
     findings = [finding for check in checks for finding in check()]
     can_run = all(finding.ok for finding in findings if finding.needed)
     if as_json:
         print(json.dumps({"can_run_tour": can_run, "findings": [asdict(finding) for finding in findings]}, indent=1))
         return 0 if can_run else 1
-    width = max(len(finding.name) for finding in findings)
+    width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
         mark = "ok  " if finding.ok else "FAIL" if finding.needed else "gap "
         print(f"{mark}  {finding.name:{width}}  {finding.found}" + ("" if finding.ok else f"  → {finding.remedy}"))
@@ -198,6 +200,8 @@ def fetch_data(
     names: Sequence[str],  # of data sets, or "all"
 ) -> int:  # exit code: 1 if any could not be had
     "Fetch data sets; one that fails does not keep the others back."
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names is {names!r}; expected a list of names, or 'all' in one")
     failed = 0
     for name in SOURCES if "all" in names else dict.fromkeys(names):
         try:

@@ -332,7 +332,7 @@ def test_counting_leaves_each_mode_as_it_was(last):
         model(x)
     assert [m.training for m in model.modules()] == modes and torch.equal(mean, model[1].running_mean)
     assert torch.is_grad_enabled()
-    with pytest.raises(TypeError, match="got no input"):
+    with pytest.raises(TypeError, match="got no input; expected"):
         count_macs(model)
 
 
@@ -410,3 +410,14 @@ def test_letters_without_a_meaning_are_named():
     assert legend("bk") == "b = batch, k = classes"
     with pytest.raises(ValueError, match=r"\['z'\]"):
         legend("bz")
+
+
+def test_inputs_that_the_model_does_not_take_are_named():
+    model = nn.Linear(3, 2)
+    assert count_macs(model, np.ones((2, 3), np.float32)) == 12
+    for bad, words in [(None, "got None"), ([1], "got a list"), (torch.ones(2, 4), r"does not take a tensor of float32, shape \(2, 4\)")]:
+        with pytest.raises((TypeError, ValueError), match=words) as caught:
+            count_macs(model, bad)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(NotADirectoryError, match="is no folder"):
+        sync_folder("not/there")

@@ -129,12 +129,18 @@ def count_macs(
     Each submodule keeps its mode. Raises `TypeError` without an input, `ValueError` for layers that PyTorch cannot count."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    if not inputs:
-        raise TypeError("count_macs got no input; expected one example batch after the model, as the model takes it")
+    inputs = [torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype != object else x for x in inputs]
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        wrong = next((got(x) for x in inputs if not isinstance(x, Tensor)), "no input")
+        raise TypeError(f"count_macs got {wrong}; expected one example batch of tensors after the model, as the model takes it")
     if blind := [m for m in model.modules() if isinstance(m, (nn.RNNBase, nn.Bilinear))]:
         raise ValueError(f"model holds {got(blind[0])}, whose products PyTorch does not count; expected other layers")
     with evaluating(model), _plain_kernels(), FlopCounterMode(display=False) as counter:
-        model(*inputs)
+        try:
+            model(*inputs)
+        except RuntimeError as error:
+            shapes = ", ".join(map(got, inputs))
+            raise ValueError(f"the model does not take {shapes}: {str(error).splitlines()[0]}") from error
     return counter.get_total_flops() // 2
 
 # %% ../../nbs/00_core/01_basics.ipynb #2cb4ac8b
@@ -313,7 +319,7 @@ def atomic_write(
 @checked
 def size_mb(path: Path | str) -> float:
     "Size of a file on disk in megabytes (10**6 bytes), as the file system reports it. Raises `FileNotFoundError`."
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     return Path(path).stat().st_size / 1e6
 
@@ -321,6 +327,8 @@ def size_mb(path: Path | str) -> float:
 @checked
 def sync_folder(folder: Path | str) -> None:
     "Put the names in a folder on the disk, so that a renamed file survives a power cut (Windows does so by itself)."
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(f"{str(folder)!r} is no folder")
     if os.name == "nt":  # opens no folders
         return
     try:
@@ -336,6 +344,8 @@ def sync_folder(folder: Path | str) -> None:
 
 def _target(path):
     "The file that a path means, links followed, and the mode of what is there; the sentence if that is no file"
+    if "\0" in os.fspath(path):
+        raise ValueError(f"path is {str(path)!r}; expected one without the character 0")
     real = Path(os.path.realpath(path))
     if real.is_symlink():
         raise OSError(f"{path} is a link that leads back to itself; expected a file, so delete the link")

@@ -458,7 +458,7 @@ def list_exercises(
 ) -> list[dict]:  # lesson, name, title, level, minutes, in reading order
     "All exercises that the notebooks below `folder` set, read from their call-outs."
     folder = Path(folder)
-    paths = [p.relative_to(folder) for p in folder.rglob("*.ipynb")]
+    paths = [p.relative_to(folder) for p in folder.rglob("*.ipynb")] if os.path.isdir(folder) else []
     paths = [p for p in paths if not any(part[0] in "._" for part in p.parts)]
     found = []
     for path in sorted(paths, key=lambda p: (len(p.parts) > 1, p.parts)):

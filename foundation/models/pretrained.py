@@ -10,6 +10,7 @@ __all__ = ['WEIGHTS', 'BadWeights', 'save_weights', 'write_card', 'hardware', 'r
 import hashlib
 import io
 import json
+import os
 import platform
 import warnings
 from collections.abc import Sequence
@@ -62,8 +63,10 @@ def write_card(
     path: Path | str,  # of a file of weights: the card goes beside it
     card: dict,  # what it says; numbers, texts, lists and dicts
 ) -> dict:  # the card with the machine, the hash of the file, and a hash over the card itself
-    "Write the card of a file. Raises `TypeError` for what JSON cannot hold."
+    "Write the card of a file. Raises `BadWeights` without the file, `TypeError` for what JSON cannot hold."
     path = Path(path)
+    if not os.path.isfile(path):
+        raise BadWeights(f"there is no file {str(path)!r}; expected the weights first, then their card")
     card = {**card, "hardware": card.get("hardware") or hardware(), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     card = json.loads(_json(card, "card"))
     card["card_sha256"] = _card_hash(card)
@@ -242,6 +245,8 @@ def rename_bert(
 ) -> dict[str, Tensor]:  # as `BERT` names them
     "Weights of the library `transformers` under our names; its pooler, which `BERT` lacks, is left out."
     renamed = {}
+    if odd := [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]:
+        raise TypeError(f"state holds {odd[0]!r}; expected names of weights and their tensors")
     for key, value in state.items():
         for theirs, ours in _NAMES:
             key = key.replace(theirs, ours)
