@@ -307,6 +307,52 @@ def test_the_model_computes_in_the_precision_that_is_asked_for_and_its_weights_s
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_batches_are_made_outside_of_the_precision(precision):
+    "A crop computed in half precision would be a pixel off"
+    made = []
+
+    def stream():
+        while True:
+            x = X[:16] @ torch.eye(12)
+            made.append(x.dtype)
+            yield x, Y[:16]
+
+    steps_of(net(norm=False), 2, precision=precision, data=stream())
+    assert made == [torch.float32] * 2
+
+
+def test_a_narrow_strided_convolution_is_trained_in_the_plain_order():
+    "PyTorch writes beyond its workspace in the other one; moments that are there already follow their weights"
+    def run(order, turn=False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 8, 1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)).to(memory_format=order)
+        x = torch.randn(16, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+        seen, opt = [], adamw(model, 0.01)
+        model.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].is_contiguous()))
+        steps_of(model, 2, opt=opt, data=[(x, Y[:16])] * 2)
+        if turn:  # as after a checkpoint of a model in the other order
+            model.to(memory_format=torch.channels_last)
+            for p, values in opt.state.items():
+                values |= {k: v.contiguous(memory_format=torch.channels_last) for k, v in values.items() if v.ndim == 4}
+        steps_of(model, 2, opt=opt, data=[(x, Y[:16])] * 2)
+        assert seen == [True] * 4 and model[0].weight.is_contiguous()
+        assert all(v.stride() == p.stride() for p, values in opt.state.items() for v in values.values() if v.shape == p.shape)
+        return weights(model)
+
+    assert torch.equal(run(torch.contiguous_format), run(torch.channels_last))
+    assert torch.equal(run(torch.contiguous_format), run(torch.channels_last, turn=True))
+
+
+def test_other_models_keep_the_order_they_are_given():
+    model, seen = nn.Sequential(nn.Conv2d(8, 4, 3), nn.Flatten(), nn.LazyLinear(4)), []
+    x = torch.randn(16, 8, 8, 8).contiguous(memory_format=torch.channels_last)
+    model(x)
+    model.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    steps_of(model, 1, data=[(x, Y[:16])])
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_takes_nearly_the_step_of_float32(precision):
     half, full = net(norm=False).eval(), net(norm=False).eval()
     for model in (half, full):

@@ -7,6 +7,7 @@ __all__ = ['Snapshot', 'snapshot', 'restore', 'BadCheckpoint', 'save_checkpoint'
            'fingerprint', 'Run', 'resumable']
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #8cd331c0
+import copyreg
 import dis
 import errno
 import functools
@@ -151,7 +152,7 @@ def load_checkpoint(
 
     Raises `BadCheckpoint` if files are there and none can be used, or if they are of another model or optimizer;
     nothing has been changed then."""
-    return _load(path, model, opt, accept=lambda name, notes: None)
+    return _load(path, model, opt, accept=lambda name, notes, fit: None)
 
 
 def _load(path, model, opt, accept):
@@ -164,8 +165,9 @@ def _load(path, model, opt, accept):
             problems.append(str(error))
             continue
         step, notes = state.about["step"], state.about["notes"]
-        _check_fit(file.name, state, model, opt)
-        accept(file.name, notes)
+        fit = functools.partial(_check_fit, file.name, state, model, opt)
+        accept(file.name, notes, fit)
+        fit()
         if problems:
             warnings.warn(f"{'; '.join(problems)}. Going on from {file.name}, step {step}", stacklevel=4)
         restore(state, model, opt)
@@ -505,7 +507,7 @@ def _tell(x) -> tuple:  # its kind in words, then parts; or bytes as a memoryvie
     try:
         if cls is object or isinstance(x, Iterator):
             raise TypeError("nothing to hold on to")
-        taken = x.__reduce_ex__(4)
+        taken = copyreg.dispatch_table[cls](x) if cls in copyreg.dispatch_table else x.__reduce_ex__(4)
     except Exception:  # each class has reasons of its own
         raise TypeError(f"{got(x)} cannot be told from another one; expected the data that it gives, or its settings") from None
     if isinstance(taken, str):
@@ -590,6 +592,8 @@ def _(x):
 
 @_tell.register(types.FunctionType)
 def _(f):
+    if f.__code__ is _CHECKED:  # what `checked` adds is no setting
+        f = f.__wrapped__
     if _importable(f):
         return f"function {_name(f)}",
     cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
@@ -598,6 +602,9 @@ def _(f):
     outside = {n: f.__globals__[n] for n in f.__code__.co_names if n in f.__globals__ and n not in stored}
     fixed = (int, float, complex, str, bytes, tuple, frozenset, types.FunctionType, functools.partial)
     return f"function {f.__name__}", f.__code__, *settings, {n: v for n, v in outside.items() if isinstance(v, fixed)}
+
+
+_CHECKED = checked(_name).__code__
 
 
 @_tell.register(types.CodeType)
@@ -744,7 +751,7 @@ def _go_on(checkpoint, model, stream, opt, plan, longer, scaler):
     first = list(itertools.islice(batches, min(1, plan["steps"])))
     plan["first batch"] = _told_apart(first)
     try:
-        start, notes = _load(checkpoint, model, opt, lambda name, notes: _check_plan(name, notes, plan, longer))
+        start, notes = _load(checkpoint, model, opt, lambda name, notes, fit: _check_plan(name, notes, plan, longer, fit))
     except BadCheckpoint:
         _restore_random(*luck)
         raise
@@ -758,12 +765,14 @@ def _go_on(checkpoint, model, stream, opt, plan, longer, scaler):
     return later, start, notes
 
 
-def _check_plan(name, notes, plan, longer):
+def _check_plan(name, notes, plan, longer, fit):
     "Refuse a checkpoint of another run, and name what differs"
     saved, same = notes.get("recipe"), lambda a, b: json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
     if not isinstance(saved, dict):
         raise BadCheckpoint(f"{name} was saved without a recipe; go on from it with `load_checkpoint`, or name another file")
     differs = [k for k in {**saved, **plan} if not (k in saved and k in plan and same(saved[k], plan[k]))]
+    if differs == ["layers"]:
+        fit()  # says more, where a size differs
     more = isinstance(saved.get("steps"), int) and plan["steps"] > saved["steps"] and {*differs} <= {"steps", "schedule"}
     if not differs or longer and more:
         return

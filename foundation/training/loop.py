@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.basics import supports_bf16
+from ..core.basics import in_order, memory_order, supports_bf16
 from ..core.checks import check_labels, check_number, check_whole, checked, got
 
 # %% ../../nbs/05_training/01_loop.ipynb #870812f5
@@ -68,6 +68,7 @@ def train(
     device, stream = next(model.parameters()).device, iter(batches)
     cast, scaler = _half(precision, device, scaler, opt)
     guard = _Guard(1 if device.type == "cpu" else check_every, steps, scaler)
+    order = _safe_order(model, opt)
     load_optimizers()
     with modes_back(model):
         for n in range(start, steps):
@@ -76,8 +77,9 @@ def train(
             opt.zero_grad(set_to_none=True)
             loss = 0.0
             for _ in range(accum):
+                batch = _to(_next(stream, n, steps), device, order)  # the data know nothing of the precision
                 with cast():
-                    part, extra = _judged(objective(model, _to(_next(stream, n, steps), device)))
+                    part, extra = _judged(objective(model, batch))
                 scaler.scale(part / accum).backward()
                 loss = loss + part.detach() / accum
             norm = _clip(opt, clip, scaler)
@@ -197,19 +199,30 @@ def _judged(result):
     return result
 
 # %% ../../nbs/05_training/01_loop.ipynb #b6d18bda
-def _to(batch, device):
-    "The batch on the device, arrays as tensors; tuples, lists and dictionaries keep their form"
+def _to(batch, device, order=None):
+    "The batch on the device, arrays as tensors, pictures in the order; tuples, lists and dictionaries keep their form"
     if isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf":
         batch = torch.from_numpy(np.array(batch, batch.dtype.newbyteorder("=")))
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        batch = batch.to(device, non_blocking=True)
+        return batch if order is None else in_order(batch, order)
     if hasattr(batch, "to"):  # packed sequences, tokenizers' batches
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {k: _to(v, device) for k, v in batch.items()}
+        return {k: _to(v, device, order) for k, v in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to(v, device) for v in batch))
-    return type(batch)(_to(v, device) for v in batch) if isinstance(batch, (tuple, list)) else batch
+        return type(batch)(*(_to(v, device, order) for v in batch))
+    return type(batch)(_to(v, device, order) for v in batch) if isinstance(batch, (tuple, list)) else batch
+
+
+def _safe_order(model, opt):
+    "None, or the plain order for a model that PyTorch cannot train in another; its weights and their moments are brought into it"
+    if memory_order(model) != torch.contiguous_format:
+        return None
+    model.to(memory_format=torch.contiguous_format)
+    for p, values in opt.state.items():
+        values |= {k: v.contiguous() for k, v in values.items() if isinstance(v, Tensor) and v.shape == p.shape}
+    return torch.contiguous_format
 
 
 def _next(stream, n, steps):
