@@ -16,10 +16,23 @@ from laws import outcome, same, tensors_in
 
 NAMES = sorted(EXAMPLES)
 COARSE = {}  # name -> why half precision may differ by more than rounding
-RANDOM = {}  # name -> why two equal calls may differ
+RANDOM = {"core.checks.got": "it says what it was handed"}  # name -> why another kind gives another result
+NO_GRADIENT = {  # name -> why its gradient is not asked for
+    f"objectives.descent.{rule}": "a step of an optimizer, whose root has no slope at zero"
+    for rule in ("adam", "adamw", "adafactor")
+}
 KEEPS_NAN = {  # name -> why NaN or infinity may come out
     "objectives.likelihood.log_sum_exp": "says so: NaN stays NaN",
     "objectives.likelihood.log_softmax": "says so: NaN stays NaN",
+    "evaluation.scores.reliability": "says so: empty bins hold NaN",
+} | {
+    name: "what the network gives, which scores and probes refuse"
+    for name in (
+        "evaluation.scores.in_batches",
+        "evaluation.scores.predict",
+        "evaluation.probes.encode_all",
+        "evaluation.probes.encode_stages",
+    )
 }
 
 
@@ -128,6 +141,7 @@ def test_half_precision(name):
             )
 
 
+# A forward pass hands NaN on, as every network does: a look would stall a GPU; `predict` and `train` say it
 EDGES = {"0": 0.0, "-0": -0.0, "1e4": 1e4, "1e-8": 1e-8, "inf": torch.inf, "-inf": -torch.inf}
 
 
@@ -168,14 +182,16 @@ def test_edges(name):
             assert kind in ("right", "refused"), (
                 f"{name}, {place} with {way}: {type(result).__name__}: {result}"
             )
-            if kind == "right" and name not in KEEPS_NAN:
+            if kind == "right" and name not in KEEPS_NAN and not name.endswith((".forward", ".encode")):
                 bad = any(t.is_floating_point() and t.isnan().any() for t in tensors_in(result))
                 assert not bad, f"{name}, {place} with {way}: NaN without a word"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name):
-    "Where a value is finite, so is each gradient: with zeros, excluded entries, equal rows, one huge number, halves"
+    "Where a value is finite, so is each gradient: zeros, excluded entries, equal rows, a huge number"
+    if name in NO_GRADIENT:
+        return
 
     def excluded(v):
         v = v.clone()

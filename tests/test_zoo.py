@@ -109,7 +109,7 @@ def test_eight_bits_are_near(name, way):
     whole = {
         "dynamic": lambda: quantize_dynamic(model),
         "static": lambda: quantize_static(model, [x]),
-        "weights": lambda: quantize_weights(copy.deepcopy(model), 8),
+        "weights": lambda: quantize_weights(model, 8)[0],
     }[way]
     small = tried(whole, model)
     if small is None:
@@ -128,9 +128,10 @@ def test_quantisation_meets_every_name_of_a_layer(name):
     kinds = {}
     for n, m in model.named_modules(remove_duplicate=False):
         try:
-            kinds.setdefault(id(m), set()).add(id(small.get_submodule(n)))
+            there = small.get_submodule(n)
         except AttributeError:
-            pass
+            continue
+        kinds.setdefault(id(m), set()).add(id(there))
     assert all(len(found) == 1 for found in kinds.values()), "one layer became two"
 
 
@@ -185,7 +186,8 @@ def test_the_average_follows(name):
         for p in {id(p): p for p in model.parameters()}.values():
             p.add_(0.01 * torch.ones_like(p))
     average.update(model)
-    near(average.model(x), model(x), fine(x) if x.is_floating_point() else 1e-4)
+    wide = x.float() if x.dtype == torch.bfloat16 else x  # the average lives in float32
+    near(average.model(wide), model(x), fine(x))
 
 
 @pytest.mark.parametrize("name", NAMES)

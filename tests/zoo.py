@@ -150,8 +150,8 @@ def lively(model):
             with torch.no_grad():
                 m.running_mean.copy_(torch.randn(m.num_features, generator=generator))
                 m.running_var.copy_(torch.rand(m.num_features, generator=generator) + 0.3)
-                m.weight.copy_(torch.randn(m.num_features, generator=generator))
-                m.bias.copy_(torch.randn(m.num_features, generator=generator))
+                for part in [p for p in (m.weight, m.bias) if p is not None]:
+                    part.copy_(torch.randn(m.num_features, generator=generator))
     return model.eval()
 
 

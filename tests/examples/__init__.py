@@ -6,6 +6,8 @@ and SKIP, name -> why it cannot be called here. Names are written without `found
 import importlib
 import pkgutil
 
+from foundation.core.basics import seed_everything
+
 EXAMPLES, SKIP = {}, {}
 for _found in pkgutil.iter_modules(__path__):
     _module = importlib.import_module(f"{__name__}.{_found.name}")
@@ -14,6 +16,7 @@ for _found in pkgutil.iter_modules(__path__):
 
 
 def make(name):
-    "The callable, its positional arguments as a list, and its keywords, all new"
+    "The callable, its positional arguments as a list, and its keywords, all new and the same each time"
+    seed_everything(0)
     function, *rest = EXAMPLES[name]()
     return function, list(rest[0]) if len(rest) == 2 else [], dict(rest[-1])
