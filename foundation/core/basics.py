@@ -82,9 +82,6 @@ def cpu_flags() -> set[str]:
         return set()
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[-1].split()}
 
-
-_cpu_flags = cpu_flags
-
 # %% ../../nbs/00_core/01_basics.ipynb #44254d89
 @checked
 def count_parameters(
