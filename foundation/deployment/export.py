@@ -9,9 +9,11 @@ __all__ = ['OnnxModel', 'export_onnx', 'quantize_onnx_weights', 'quantize_onnx',
 import logging
 import platform
 import statistics
+import sys
 import tempfile
 import warnings
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -19,8 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from ..core.basics import _cpu_flags, atomic_write, measure
+from ..core.basics import atomic_write, cpu_flags, measure
+from ..core.checks import (
+    check_callable, check_choice, check_number, check_sizes, check_whole, checked, got)
 from ..evaluation.scores import evaluating
 
 # %% ../../nbs/10_deployment/02_export.ipynb #23e2ef35
@@ -52,7 +58,7 @@ def _first_line(error):
 
 def _overflows():
     "Do 8-bit products overflow? x86 without VNNI adds them up in 16 bits; ONNX Runtime then has a slower, exact way"
-    return platform.machine().lower() in ("x86_64", "amd64") and not any("vnni" in flag for flag in _cpu_flags())
+    return platform.machine().lower() in ("x86_64", "amd64") and not any("vnni" in flag for flag in cpu_flags())
 
 
 @contextmanager
@@ -67,13 +73,17 @@ def _torch_threads(count):
 
 # %% ../../nbs/10_deployment/02_export.ipynb #f9757d8e
 class OnnxModel:
-    "An ONNX file as a function of tensors, run by ONNX Runtime on the CPU."
+    """An ONNX file as a function of tensors, run by ONNX Runtime on the CPU.
 
+    Raises `FileNotFoundError` for no file, `ValueError` for one that cannot be opened."""
+
+    @checked
     def __init__(
         self,
-        path: str | Path | bytes,  # the file, or its content
+        path: Path | str | bytes,  # the file, or its content
         threads: int = 1,  # within one operation
     ):
+        check_whole(threads, "threads", 1)
         runtime = _need("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
@@ -86,55 +96,210 @@ class OnnxModel:
         except Exception as error:
             name = "these bytes" if isinstance(path, bytes) else path
             raise ValueError(f"{name} cannot be opened as an ONNX model: {_first_line(error)}") from None
-        self.input = self.session.get_inputs()[0]
+        self.inputs = self.session.get_inputs()
+        self.input = self.inputs[0]
 
-    def __call__(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, k)
-        "Run the graph. Raises `ValueError` when the shape does not fit it."
-        want = self.input.shape
-        if len(x.shape) != len(want) or any(isinstance(w, int) and w != n for n, w in zip(x.shape, want)):
-            raise ValueError(f"got shape {tuple(x.shape)}; the graph expects {tuple(want)}")
-        array = x.detach().to("cpu", torch.float32).contiguous().numpy()
-        return torch.from_numpy(self.session.run(None, {self.input.name: array})[0])
+    def __call__(self, *inputs: Tensor) -> Tensor:  # such as (b, c, h, w) -> (b, k), or tokens (b, n) -> (b, n, d)
+        "Run the graph. Raises `TypeError`, `ValueError` when kind or shape does not fit it."
+        if len(inputs) != len(self.inputs):
+            raise ValueError(f"got {len(inputs)} inputs; the graph expects {', '.join(i.name for i in self.inputs)}")
+        arrays = {want.name: _as_input(x, want) for x, want in zip(inputs, self.inputs)}
+        try:
+            return torch.from_numpy(self.session.run(None, arrays)[0])
+        except Exception as error:
+            raise ValueError(f"ONNX Runtime fails on {', '.join(map(got, inputs))}: {_first_line(error)}") from None
+
+# %% ../../nbs/10_deployment/02_export.ipynb #7d8cf32a
+_KINDS = {"float": torch.float32, "float16": torch.float16, "double": torch.float64, "bool": torch.bool,
+          **{f"int{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}, "uint8": torch.uint8}  # as ONNX calls them
+
+
+def _as_input(x, want):
+    "An array of the type that an input of the graph has, if nothing is lost"
+    if isinstance(x, np.ndarray):
+        x = torch.tensor(x)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{want.name} is {got(x)}; expected a tensor")
+    if len(x.shape) != len(want.shape) or any(isinstance(w, int) and w != n for n, w in zip(x.shape, want.shape)):
+        raise ValueError(f"got shape {tuple(x.shape)}; the graph expects {tuple(want.shape)}")
+    kind = _KINDS.get(want.type.removeprefix("tensor(").removesuffix(")"))
+    if kind is None:
+        raise ValueError(f"{want.name} is {want.type} in the graph; expected one of {', '.join(_KINDS)}, which NumPy knows too")
+    if x.is_floating_point() != kind.is_floating_point or (x.dtype == torch.bool) != (kind == torch.bool) or x.is_complex():
+        raise TypeError(f"{want.name} is {got(x)}; the graph expects {str(kind).removeprefix('torch.')}")
+    x = x.detach().cpu()
+    array = x.to(kind)
+    if kind.is_floating_point and bool((array.isfinite() != x.isfinite()).any()) or not kind.is_floating_point and bool((array != x).any()):
+        raise ValueError(f"{want.name} holds numbers that do not fit the graph's {str(kind).removeprefix('torch.')}")
+    return array.contiguous().numpy()
 
 # %% ../../nbs/10_deployment/02_export.ipynb #66b94f50
+@checked
 def export_onnx(
     model: nn.Module,
-    example: Tensor,  # a batch as the model takes it, (b, c, h, w)
-    path: str | Path,
+    example: Tensor | tuple,  # a batch as the model takes it, (b, c, h, w) or tokens (b, n); several inputs as a tuple
+    path: Path | str,
     dynamic_batch: bool = True,  # let the graph take batches of any size
-    tolerance: float = 1e-4,  # largest difference from PyTorch's output that is accepted
+    tolerance: float = 1e-4,  # largest difference from PyTorch's output, by its size where that is above 1; in half precision 100 times
     opset: int = 17,  # version of ONNX's set of operations
 ) -> Path:
-    "Write `model` as an ONNX graph. Raises `ValueError`, naming the gap, when ONNX Runtime's outputs differ."
+    """Write `model` as an ONNX graph, if ONNX Runtime says the same as PyTorch: on other batch sizes and other values too.
+
+    Raises `ValueError` that names the gap, or the line that reads values of the input: a graph would repeat the example's."""
     _need("onnx"), _need("onnxruntime")
-    free = {"input": {0: "batch"}, "output": {0: "batch"}} if dynamic_batch else None
-    content, wide = BytesIO(), torch.cat([example, example]) if dynamic_batch else example
-    with _quiet(), evaluating(model):
-        torch.onnx.export(model, (example,), content, dynamo=False, opset_version=opset,
-                          input_names=["input"], output_names=["output"], dynamic_axes=free)
+    inputs = _check_inputs(example)
+    check_number(tolerance, "tolerance", 0)
+    names = ["input", *(f"input_{i}" for i in range(1, len(inputs)))]
+    free = {name: {0: "batch"} for name in [*names, "output"]} if dynamic_batch else None
+    content = BytesIO()
+    with _quiet(), evaluating(model), _watching(model) as reads:
         try:
-            gap = (OnnxModel(content.getvalue())(wide) - model(wide).cpu()).abs().max().item()
+            torch.onnx.export(model, inputs, content, dynamo=False, opset_version=opset,
+                              input_names=names, output_names=["output"], dynamic_axes=free)
         except Exception as error:
-            raise ValueError(f"model or graph fails on a batch of {len(wide)}: {_first_line(error)}") from None
-    if not gap <= tolerance:
-        raise ValueError(f"ONNX Runtime differs from PyTorch by {gap:.2g}, more than {tolerance:.2g}")
+            raise ValueError(f"the model cannot be written as a graph: {_first_line(error)}") from error
+    if reads:
+        raise ValueError(f"the model reads values of its input ({reads[0]}), and a graph would repeat what the example gave; "
+                         "expected operations on tensors, such as torch.where")
+    _compare(model, content.getvalue(), inputs, dynamic_batch, tolerance)
     with atomic_write(path) as file:
         file.write(content.getvalue())
     return Path(path)
 
+# %% ../../nbs/10_deployment/02_export.ipynb #42a508fa
+def _compare(model, graph, inputs, dynamic_batch, tolerance):
+    "Run both on the example and on others; raise for a gap"
+    run = OnnxModel(graph)
+    for values in _others(inputs, dynamic_batch):
+        with _quiet(), evaluating(model):
+            try:
+                want = model(*values)
+            except Exception as error:
+                if values[0].shape == inputs[0].shape and values[0] is not inputs[0]:
+                    continue  # other values than the example's may be none that the model takes
+                raise ValueError(f"the model fails on a batch of {len(values[0])}: {_first_line(error)}") from error
+        if not isinstance(want, Tensor):
+            raise ValueError(f"the model gives {got(want)}; expected one tensor")
+        want = want.detach().cpu()
+        try:
+            said = run(*values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the graph fails on a batch of {len(values[0])}: {_first_line(error)}") from None
+        if said.shape != want.shape:
+            raise ValueError(f"the graph gives shape {tuple(said.shape)} for a batch of {len(values[0])}, PyTorch {tuple(want.shape)}")
+        _check_gap(said, want, tolerance * (100 if want.dtype == torch.float16 else 1))
+
+
+def _check_gap(said, want, tolerance):
+    "Raise unless two outputs agree; NaN agrees with NaN, infinity with itself"
+    said, want = said.double(), want.double()
+    off = torch.where((said == want) | said.isnan() & want.isnan(), 0.0, (said - want).abs())
+    size = want[want.isfinite()].abs().max().clamp(min=1).item() if want.isfinite().any() else 1.0
+    gap = off.max().item() if off.numel() else 0.0
+    if not gap <= tolerance * size:
+        raise ValueError(f"ONNX Runtime differs from PyTorch by {gap:.2g}, more than {tolerance * size:.2g}")
+
+
+def _others(inputs, dynamic_batch):
+    "The example, other values of its kind, and other batch sizes"
+    changes = [lambda x: x, lambda x: -x, lambda x: 30 * x, lambda x: 0.03 * x, lambda x: x * 0,
+               lambda x: x.flatten().roll(x.numel() // 2 + 1).view(x.shape), lambda x: x.flatten().flip(0).view(x.shape)]
+    moved = [lambda x: x, *changes[-2:]]  # tokens and masks change places only: others may be none
+    for i in range(len(changes)):
+        yield tuple(changes[i](x) if x.is_floating_point() else moved[i % 3](x) for x in inputs)
+    for size in (2 * len(inputs[0]), 1, 3) if dynamic_batch else ():
+        yield tuple(x.repeat(-(-size // len(x)), *[1] * (x.ndim - 1))[:size] for x in inputs)
+
+
+def _check_inputs(example):
+    "Tensors with the same number of rows, at least one"
+    inputs = tuple(torch.tensor(x) if isinstance(x, np.ndarray) else x for x in (example if isinstance(example, tuple) else (example,)))
+    for x in inputs:
+        if not isinstance(x, Tensor) or x.ndim == 0 or x.numel() == 0 or len(x) != len(inputs[0]):
+            raise ValueError(f"example is {', '.join(map(got, inputs))}; expected a batch, or a tuple of batches of one size")
+        if x.dtype not in _KINDS.values():
+            raise ValueError(f"example is {got(x)}, which ONNX Runtime cannot be handed; expected float32: export model.float()")
+    if not inputs:
+        raise ValueError("example is an empty tuple; expected at least one input")
+    return inputs
+
+# %% ../../nbs/10_deployment/02_export.ipynb #8736240a
+#| code-fold: true
+#| code-summary: "Who reads values of the input: PyTorch tells every function that is handed a tensor"
+_READS = ("__bool__", "__int__", "__float__", "__complex__", "__index__", "item", "tolist", "numpy", "__array__", "__contains__")
+_SIZES = ("size", "dim", "numel", "__len__", "stride", "storage_offset", "data_ptr", "element_size")
+
+
+class _Reads(TorchFunctionMode):
+    "Follows what is computed from the inputs; notes where Python is told one of its values"
+
+    def __init__(self):
+        super().__init__()
+        self.data, self.places = {}, []  # id -> tensor, kept alive
+
+    def add(self, value):
+        for t in tree_leaves(value):
+            if isinstance(t, Tensor):
+                self.data[id(t)] = t
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        touched = any(id(t) in self.data for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        if touched and name in _READS:
+            self.places.append(_place())
+        result = function(*args, **(kwargs or {}))
+        shape = name in _SIZES or name == "__get__" and isinstance(result, torch.Size)
+        if touched and not shape:
+            self.add(result)
+            if name in ("__setitem__", "copy_") or name.endswith("_") and not name.startswith("_"):
+                self.add(args[0])
+        return result
+
+
+def _place():
+    "File and line of the code outside PyTorch that is being run"
+    frame, skip = sys._getframe(2), (str(Path(torch.__file__).parent), __file__)
+    while frame.f_back and frame.f_code.co_filename.startswith(skip):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
+
+
+@contextmanager
+def _watching(model) -> Iterator[list]:
+    "The places at which the model reads values, while it runs in the block"
+    reads, runs = _Reads(), ExitStack()
+
+    def before(module, args, kwargs):
+        reads.add((args, kwargs))
+        runs.enter_context(reads)
+
+    def after(module, args, output):
+        runs.close()
+
+    hooks = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True), model.register_forward_hook(after, always_call=True)
+    try:
+        yield reads.places
+    finally:
+        runs.close()
+        for hook in hooks:
+            hook.remove()
+
 # %% ../../nbs/10_deployment/02_export.ipynb #522a3cbd
+@checked
 def quantize_onnx_weights(
-    source: str | Path,  # an fp32 graph
-    target: str | Path,
+    source: Path | str,  # an fp32 graph
+    target: Path | str,
     bits: int = 8,  # 8 or 4
 ) -> Path:
-    "Write the weights of convolutions and matrix products with 8 or 4 bits; the runtime unfolds them when it loads."
+    """Write the weights of convolutions and matrix products with 8 or 4 bits; the runtime unfolds them when it loads.
+
+    Raises `FileNotFoundError`, or `ValueError` for what is no graph, or holds NaN."""
     onnx = _need("onnx")
-    if bits not in (8, 4):
-        raise ValueError(f"bits is {bits}; an ONNX file holds weights of 8 or 4 bits")
-    model = onnx.load(source)
+    check_choice(bits, "bits", (8, 4))
+    model = _load_graph(onnx, source)
     used = {node.input[1]: node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")}
-    for tensor in [t for t in model.graph.initializer if t.name in used and len(t.dims) > 1]:
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    for tensor in [t for t in model.graph.initializer if t.name in used and len(t.dims) > 1 and t.data_type in floats]:
         node = used[tensor.name]
         axis = len(tensor.dims) - 1 if node.op_type == "MatMul" or _is_plain_gemm(node) else 0
         parts, nodes = _integer_nodes(onnx, tensor, bits, axis)
@@ -149,16 +314,30 @@ def quantize_onnx_weights(
     return Path(target)
 
 # %% ../../nbs/10_deployment/02_export.ipynb #b301b42b
+def _load_graph(onnx, source):
+    "The graph in a file"
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"there is no file {source}; expected one that export_onnx wrote")
+    try:
+        model = onnx.load(source)
+        onnx.checker.check_model(model)
+        return model
+    except Exception as error:
+        raise ValueError(f"{source} cannot be opened as an ONNX model: {_first_line(error)}") from None
+
+
 def _is_plain_gemm(node):
     "A Gemm whose weight is (in, out); PyTorch's linear layers are stored (out, in), transposed at work"
     return node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
 
 
 def _integer_nodes(onnx, tensor, bits, axis):
-    "Integers and scales of one weight, and the two nodes Cast and Mul that turn them back into it"
-    weight, top = onnx.numpy_helper.to_array(tensor), 2 ** (bits - 1) - 1
+    "Integers and scales of one weight, and the nodes Cast and Mul that turn them back into it"
+    weight, top = onnx.numpy_helper.to_array(tensor).astype(np.float32), 2 ** (bits - 1) - 1
+    if not np.isfinite(weight).all():
+        raise ValueError(f"{tensor.name} holds NaN or infinite values in float32; mend the model before compressing it")
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    reach = np.abs(weight).max(axis=others, keepdims=True)
+    reach = np.abs(weight).max(axis=others, keepdims=True, initial=0)
     scale = np.maximum(reach / top, np.finfo(np.float32).tiny).astype(np.float32)
     marks = np.rint(weight * (1 / scale)).clip(-top, top).astype(np.int8)
     name, kind = tensor.name, onnx.TensorProto.INT8 if bits == 8 else onnx.TensorProto.INT4
@@ -166,42 +345,53 @@ def _integer_nodes(onnx, tensor, bits, axis):
         nibbles = np.append(marks.reshape(-1), [0] * (marks.size % 2)).astype(np.uint8) & 15
         marks = nibbles[::2] | nibbles[1::2] << 4
     integers = onnx.helper.make_tensor(f"{name}:q", kind, tensor.dims, marks.tobytes(), raw=True)
+    wide = name if tensor.data_type == onnx.TensorProto.FLOAT else f"{name}:w"
     nodes = [onnx.helper.make_node("Cast", [f"{name}:q"], [f"{name}:f"], to=onnx.TensorProto.FLOAT),
-             onnx.helper.make_node("Mul", [f"{name}:f", f"{name}:s"], [name])]
+             onnx.helper.make_node("Mul", [f"{name}:f", f"{name}:s"], [wide])]
+    if wide != name:  # scales in float32 whatever the weight is: half precision loses small ones
+        nodes.append(onnx.helper.make_node("Cast", [wide], [name], to=tensor.data_type))
     return [integers, onnx.numpy_helper.from_array(scale, f"{name}:s")], nodes
 
 # %% ../../nbs/10_deployment/02_export.ipynb #8ff29149
+@checked
 def quantize_onnx(
-    source: str | Path,  # an fp32 graph
-    target: str | Path,
+    source: Path | str,  # an fp32 graph
+    target: Path | str,
     calibration: Tensor,  # (n, c, h, w), a few hundred typical inputs, prepared as for the model
     per_channel: bool = True,  # one ruler for each output channel of a weight
     method: str = "minmax",  # how activation rulers end: "minmax", "entropy" or "percentile"
     batch_size: int = 64,  # of the calibration
 ) -> Path:
-    "Static int8 by ONNX Runtime's own quantiser: prepare the graph, watch activations, write integers."
+    """Static int8 by ONNX Runtime's own quantiser: prepare the graph, watch activations, write integers.
+
+    Raises `FileNotFoundError`, or `ValueError` for what is no graph, for no inputs, or for NaN among them."""
     methods = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
-    if method not in methods:
-        raise ValueError(f"method is {method!r}; expected one of {', '.join(methods)}")
-    if len(calibration) == 0 or not torch.isfinite(calibration).all():
-        raise ValueError(f"calibration has shape {tuple(calibration.shape)}; expected at least one image, and no NaN")
+    check_choice(method, "method", methods)
+    check_whole(batch_size, "batch_size", 1)
+    if calibration.ndim == 0 or len(calibration) == 0 or not torch.isfinite(calibration).all():
+        raise ValueError(f"calibration is {got(calibration)}; expected at least one input, and no NaN or infinity")
     graph = OnnxModel(source)
-    graph(calibration[:1])
+    if isinstance(fixed := graph.input.shape[0], int):  # a graph for one batch size
+        batch_size, calibration = fixed, calibration[:len(calibration) // fixed * fixed]
+    graph(calibration[:batch_size])
     tools = _need("onnxruntime.quantization")
     prepare = _need("onnxruntime.quantization.shape_inference").quant_pre_process
     with tempfile.TemporaryDirectory() as folder, _quiet():
         prepared, done = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
-        prepare(str(source), str(prepared), skip_symbolic_shape=True)
-        tools.quantize_static(str(prepared), str(done), _reader(tools, graph.input.name, calibration.split(batch_size)),
-                              quant_format=tools.QuantFormat.QDQ, per_channel=per_channel,
-                              activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8,
-                              calibrate_method=tools.CalibrationMethod[methods[method]])
+        try:
+            prepare(str(source), str(prepared), skip_symbolic_shape=True)
+            tools.quantize_static(str(prepared), str(done), _reader(tools, graph.input, calibration.split(batch_size)),
+                                  quant_format=tools.QuantFormat.QDQ, per_channel=per_channel,
+                                  activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8,
+                                  calibrate_method=tools.CalibrationMethod[methods[method]])
+        except Exception as error:
+            raise ValueError(f"{source} cannot be written in integers: {_first_line(error)}") from error
         with atomic_write(target) as file:
             file.write(done.read_bytes())
     return Path(target)
 
 # %% ../../nbs/10_deployment/02_export.ipynb #b81337f1
-def _reader(tools, name, batches):
+def _reader(tools, want, batches):
     "Batches in the form that ONNX Runtime's quantiser asks for"
     class Reader(tools.CalibrationDataReader):
         def __init__(self):
@@ -209,37 +399,54 @@ def _reader(tools, name, batches):
 
         def get_next(self):
             batch = next(self.batches, None)
-            return None if batch is None else {name: batch.cpu().float().contiguous().numpy()}
+            return None if batch is None else {want.name: _as_input(batch, want)}
 
     return Reader()
 
 # %% ../../nbs/10_deployment/02_export.ipynb #2d30c4ec
+@checked
 def compare_latency(
-    predicts: dict,  # name -> model or function of a batch
+    predicts: Mapping,  # name -> model or function of a batch
     example: Tensor,  # (b, c, h, w); repeated to fill a batch
-    batch_sizes: tuple[int, int] = (1, 256),  # for the latency, for the throughput
+    batch_sizes: Sequence[int] = (1, 256),  # for the latency, for the throughput
     rounds: int = 9,  # candidates take turns so many times
-    calls: tuple[int, int] = (30, 1),  # timed calls in a round, for each batch size
+    calls: Sequence[int] = (30, 1),  # timed calls in a round, for each batch size
     threads: int = 1,  # inside PyTorch; `OnnxModel` has its own
 ) -> dict[str, dict[str, float]]:  # name -> latency_ms and images_per_second
-    "Latency of one batch and throughput of another: the median over rounds in which the candidates take turns."
-    small, large = (torch.cat([example] * -(-size // len(example)))[:size] for size in batch_sizes)
+    """Latency of one batch and throughput of another: the median over rounds in which the candidates take turns.
+
+    Raises `TypeError`, `ValueError`. On a GPU the clock waits until the work is done."""
+    check_sizes(rounds=rounds, threads=threads)
+    (first, second), calls = _check_pair(batch_sizes, "batch_sizes"), _check_pair(calls, "calls")
+    if example.ndim == 0 or not len(example) or not predicts:
+        raise ValueError(f"example is {got(example)}, for {len(predicts)} candidates; expected at least one of each")
+    for name, predict in predicts.items():
+        check_callable(predict, f"predicts[{name!r}]", "(batch)")
+    small, large = (torch.cat([example] * -(-size // len(example)))[:size] for size in (first, second))
     seconds = {name: ([], []) for name in predicts}
     with _torch_threads(threads), torch.inference_mode():
         for turn in range(rounds):
             for name, predict in predicts.items():
                 with evaluating(predict) if isinstance(predict, nn.Module) else nullcontext():
-                    seconds[name][0].append(measure(lambda: predict(small), calls[0], warmup=5).median)
-                    seconds[name][1].append(measure(lambda: predict(large), calls[1], warmup=int(turn == 0)).median)
+                    for spent, batch, count, warmup in ((seconds[name][0], small, calls[0], 5), (seconds[name][1], large, calls[1], int(turn == 0))):
+                        spent.append(measure(lambda: predict(batch), count, warmup, example.device).median)
     middle = statistics.median
     return {name: {"latency_ms": middle(one) * 1e3, "images_per_second": len(large) / middle(many)}
             for name, (one, many) in seconds.items()}
 
 
+@checked
 def measure_latency(
-    predict,  # model or function of a batch
+    predict: Callable,  # model or function of a batch
     example: Tensor,  # (b, c, h, w)
     **options,  # as in `compare_latency`
 ) -> dict[str, float]:  # latency_ms and images_per_second
     "Latency and throughput of one candidate. To compare several, let them take turns: `compare_latency`."
     return compare_latency({"it": predict}, example, **options)["it"]
+
+
+def _check_pair(values, name):
+    "Two whole numbers from 1 on"
+    if len(values) != 2:
+        raise ValueError(f"{name} has {len(values)} entries; expected two whole numbers, for the latency and for the throughput")
+    return [check_whole(value, f"{name}[{i}]", 1) for i, value in enumerate(values)]
