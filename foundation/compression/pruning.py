@@ -9,27 +9,31 @@ __all__ = ['SLIM', 'layer_weights', 'keep_largest', 'magnitude_masks', 'apply_ma
            'make_pruned', 'make_weights']
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #a0a108d8
+import operator
 import warnings
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 
 import torch
 from torch import Tensor, fx, nn
 
 from .distillation import match_answers
-from ..core.basics import pick_device, seed_everything
+from ..core.basics import copy_model, in_order, memory_order, pick_device, seed_everything
+from ..core.checks import (
+    check_choice, check_floats, check_mask, check_number, check_sizes, check_whole, checked, got, precise)
 from ..core.sources import cache_folder
 from ..data.batches import endless
 from ..data.images import ImageSet, load_images
 from ..evaluation.comparison import Comparison, compare
 from ..evaluation.scores import accuracy, predict
 from ..layers.attention import Attention
-from ..models.convnets import VGG
+from ..models.convnets import VGG, Backbone, SameConv
 from ..models.pretrained import WEIGHTS, load_weights, save_weights
-from ..training.checkpoint import resumable
+from ..training.checkpoint import fingerprint, resumable
 from ..training.loop import Step, adamw, classify
 from ..training.schedules import one_cycle
 
@@ -37,91 +41,147 @@ from ..training.schedules import one_cycle
 _KINDS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
+@checked
 def layer_weights(
     model: nn.Module,
-    skip: tuple[str, ...] = (),  # names of modules to leave alone, such as ("head",)
-) -> dict[str, nn.Parameter]:  # by the name they have in the state dict
-    "The weights of all convolutions and linear layers; other layers with matrices are named in a warning. Raises `ValueError`."
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    modules = dict(model.named_modules())
-    if unknown := set(skip) - set(modules):
-        raise ValueError(f"skip names {sorted(unknown)}, which the model lacks; it has {sorted(filter(None, modules))}")
-    layers = {name: m for name, m in modules.items() if not any(f"{name}.".startswith(f"{s}.") for s in skip)}
-    for name, m in layers.items():
-        if _is_unknown(m):
-            warnings.warn(f"{name} ({type(m).__name__}) is neither a convolution nor a linear layer; it stays as it is", stacklevel=2)
-    chosen = {id(m.weight) for m in layers.values() if isinstance(m, _KINDS)}
-    found = {name: w for name, w in model.named_parameters() if id(w) in chosen}  # a shared one counts once
-    if not found:
-        raise ValueError("found no convolution or linear layer to work on; expected at least one outside `skip`")
-    for name, weight in found.items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name} holds NaN or infinite values; mend the training before compressing its result")
+    skip: str | Sequence[str] = (),  # names of modules to leave alone, such as "head"
+) -> dict[str, nn.Parameter]:  # by the first name in the state dict; a shared one counts once
+    """The weights of all convolutions and linear layers.
+
+    What else holds matrices is named in a warning and stays as it is. Raises `ValueError` for a name
+    that the model lacks, for a weight that is computed (by weight norm, a parametrization, a mask of
+    `torch.nn.utils.prune`), for NaN or infinity, and where nothing is left."""
+    found, told = _weights(model, skip)
+    _warn(told)
     return found
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #94a092cc
+def _weights(model, skip):
+    "The same, with the sentences of the warning instead of it"
+    layers = _layers(model, skip)
+    for m, name in layers.items():
+        if isinstance(m, _KINDS) and "weight" not in m._parameters:
+            raise ValueError(f"{name}.weight is computed at each pass; expected a plain parameter: use "
+                             "prune.remove, remove_weight_norm or remove_parametrizations, or skip it")
+    told = [f"{name} ({type(m).__name__}) is neither a convolution nor a linear layer; "
+            "it stays as it is" for m, name in layers.items() if _is_unknown(m)]
+    chosen = {id(m.weight): name for m, name in layers.items() if isinstance(m, _KINDS)}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if id(p) in chosen and owner not in layers:  # what `skip` names stays, whoever else has it
+            del chosen[id(p)]
+        elif id(p) in chosen and not isinstance(owner, _KINDS):
+            told.append(f"{name} ({type(owner).__name__}) is also the weight of {chosen[id(p)]}; "
+                        "it changes with it")
+    found = {name: w for name, w in model.named_parameters() if id(w) in chosen}
+    if not sum(w.numel() for w in found.values()):
+        raise ValueError("found no convolution or linear layer to work on; "
+                         "expected at least one outside `skip`, with a weight of its own")
+    _check_finite(found)
+    return found, told
+
+# %% ../../nbs/09_compression/02_pruning.ipynb #2e2a19bc
+def _layers(model, skip):
+    "Module -> its first name, without those that `skip` names and what is in them"
+    skip = [skip] if isinstance(skip, str) else list(skip)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if unknown := [name for name in skip if not isinstance(name, str) or name not in modules]:
+        raise ValueError(f"skip names {unknown}, which the model lacks; "
+                         f"it has {sorted(filter(None, modules))}")
+    kept = {m for name in skip for m in modules[name].modules()}
+    return {m: name for name, m in model.named_modules() if m not in kept}
+
+
 def _is_unknown(module) -> bool:
-    "One of PyTorch's own layers that holds matrices, such as an LSTM, and is none of ours, no embedding and no norm"
+    "One of PyTorch's own layers with matrices, such as an LSTM, but no embedding and no norm"
     known = isinstance(module, (*_KINDS, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm))
-    return type(module).__module__.startswith("torch.nn.") and not known and any(p.ndim > 1 for p in module.parameters(recurse=False))
+    return (type(module).__module__.startswith("torch.nn.") and not known
+            and any(p.ndim > 1 for p in module.parameters(recurse=False)))
+
+
+def _check_finite(weights):
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name} holds NaN or infinite values; "
+                             "mend the training before compressing its result")
+
+
+def _warn(told):
+    for sentence in told:
+        warnings.warn(sentence, stacklevel=4)  # at the line that called the public function
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #c13254c7
+@checked
 def keep_largest(
     scores: Tensor,  # importance of each weight, any shape
     sparsity: float,  # share to drop, 0 <= sparsity < 1
 ) -> Tensor:  # mask of the same shape, True = kept
-    "Keep the weights with the largest scores. Raises `ValueError` for a share outside [0, 1)."
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity}; expected 0 <= sparsity < 1, the share of weights to drop")
+    "Keep the weights with the largest scores. Raises `ValueError` for NaN and shares outside [0, 1)."
+    check_number(sparsity, "sparsity", 0, below=1, why="the share of weights to drop")
+    if check_floats(scores, "scores", "(...)").isnan().any():
+        raise ValueError(f"scores holds {int(scores.isnan().sum()):,} NaN; expected numbers to sort")
     dropped = scores.flatten().topk(round(sparsity * scores.numel()), largest=False).indices
     mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[dropped] = False
     return mask.view_as(scores)
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #665158b5
-@torch.no_grad()
+@checked
 def magnitude_masks(
     model: nn.Module,
     sparsity: float,  # share of all layer weights to drop, 0 <= sparsity < 1
     scope: str = "global",  # "global": one bar for all layers; "layer": the same share in each
-    skip: tuple[str, ...] = (),  # modules to leave alone
+    skip: str | Sequence[str] = (),  # modules to leave alone
 ) -> dict[str, Tensor]:  # name of a weight -> mask, True = kept
-    "Masks that keep the largest weights (Han et al. 2015, https://arxiv.org/abs/1506.02626)."
-    if scope not in ("global", "layer"):
-        raise ValueError(f'scope is {scope!r}; expected "global" or "layer"')
-    scores = {name: weight.abs() for name, weight in layer_weights(model, skip).items()}
-    if scope == "layer":
+    """Masks that keep the largest weights (Han et al. 2015, https://arxiv.org/abs/1506.02626).
+
+    Raises `TypeError`, `ValueError`, as `layer_weights` does."""
+    weights, told = _weights(model, skip)
+    masks = _largest({name: w.detach().abs() for name, w in weights.items()}, sparsity, scope)
+    _warn(told)
+    return masks
+
+
+def _largest(scores, sparsity, scope):
+    "Masks from scores, with one bar for all or one for each"
+    if check_choice(scope, "scope", ("global", "layer")) == "layer":
         return {name: keep_largest(score, sparsity) for name, score in scores.items()}
     kept = keep_largest(torch.cat([score.flatten() for score in scores.values()]), sparsity)
     parts = kept.split([score.numel() for score in scores.values()])
     return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts)}
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #a5250159
+@checked
 @torch.no_grad()
 def apply_masks(
     model: nn.Module,
-    masks: dict[str, Tensor],  # as `magnitude_masks` gives them
+    masks: Mapping[str, Tensor],  # as `magnitude_masks` gives them
 ) -> nn.Module:  # the same model
-    "Set every weight whose mask is False to exactly zero, in place."
-    weights = dict(model.named_parameters())
+    """Set every weight whose mask is False to exactly zero, in place.
+
+    Raises `TypeError`, `ValueError` for a mask that does not fit, and changes nothing then."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    if unknown := [name for name in masks if name not in weights]:
+        raise ValueError(f"masks names {unknown}, but the model has no such weight; "
+                         "expected names as `magnitude_masks` gives them")
+    masks = {name: check_mask(mask, f"the mask of {name}", weights[name].shape)
+             for name, mask in masks.items()}
     for name, mask in masks.items():
-        weight = weights.get(name)
-        if weight is None or weight.shape != mask.shape:
-            have = "no such weight" if weight is None else f"one of shape {tuple(weight.shape)}"
-            raise ValueError(f"the mask of {name} has shape {tuple(mask.shape)}; the model has {have}")
-        weight.masked_fill_(~mask.to(weight.device), 0)
+        weights[name].masked_fill_(~mask.to(weights[name].device), 0)
     return model
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #d37f7372
+@checked
 def sparsity(
     model: nn.Module,
-    skip: tuple[str, ...] = (),  # modules not to count
+    skip: str | Sequence[str] = (),  # modules not to count
 ) -> float:  # between 0 and 1
-    "The share of layer weights that are exactly zero."
-    weights = layer_weights(model, skip).values()
+    "The share of layer weights that are exactly zero. Raises `ValueError`, as `layer_weights` does."
+    weights = _weights(model, skip)[0].values()
     return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / sum(w.numel() for w in weights)
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #2227137e
+@checked
 def cubic_sparsity(
     step: int,  # now
     begin: int,  # pruning starts here
@@ -129,7 +189,9 @@ def cubic_sparsity(
     final: float,  # sparsity at the end, 0 <= final < 1
     initial: float = 0.0,  # sparsity at the beginning
 ) -> float:
-    "Gradual pruning's schedule, equation (1): steep, then flat (Zhu & Gupta 2017, https://arxiv.org/abs/1710.01878)."
+    """Gradual pruning's schedule, equation (1): steep, then flat. Raises `ValueError`.
+
+    Zhu & Gupta 2017, https://arxiv.org/abs/1710.01878"""
     if not begin < end or not 0 <= initial <= final < 1:
         raise ValueError(f"got begin={begin}, end={end}, initial={initial}, final={final}; "
                          "expected begin < end and 0 <= initial <= final < 1")
@@ -138,8 +200,11 @@ def cubic_sparsity(
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #66d7029c
 class Pruner:
-    "Prunes while the model trains: raises the sparsity on schedule, and holds pruned weights at exactly zero."
+    """Prunes while the model trains: raises the sparsity on schedule, and holds pruned weights at exactly zero.
 
+    Its masks are not part of a checkpoint: save when pruning has ended, or start anew. Raises `TypeError`, `ValueError`."""
+
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -149,59 +214,79 @@ class Pruner:
         every: int = 10,  # steps between two new sets of masks
         initial: float = 0.0,  # sparsity at `begin`
         scope: str = "global",  # as in `magnitude_masks`
-        skip: tuple[str, ...] = (),  # modules to leave alone
+        skip: str | Sequence[str] = (),  # modules to leave alone
     ):
-        if every < 1:
-            raise ValueError(f"every is {every}; expected at least 1 step between two masks")
-        cubic_sparsity(begin, begin, end, final, initial)  # refuse a bad plan now, not at step 500
-        layer_weights(model, skip)
+        check_sizes(every=every)
+        check_choice(scope, "scope", ("global", "layer"))
+        cubic_sparsity(begin, begin, end, final, initial)  # refuse a bad plan now, not later
+        _warn(_weights(model, skip)[1])
         self.model, self.final, self.begin, self.end, self.every = model, final, begin, end, every
         self.initial, self.scope, self.skip = initial, scope, skip
         self.target, self.masks = 0.0, {}
 
     def update(self, step: int) -> float:
-        "Call in the body of the training loop, after the optimizer's step. Returns the sparsity asked for so far."
-        apply_masks(self.model, self.masks)  # first zero what momentum or decay has moved: it must not win a place back
+        "Call after the optimizer's step. Returns the sparsity asked for so far."
+        step = check_whole(step, "step")
+        apply_masks(self.model, self.masks)  # what momentum or decay moved wins no place back
         if step >= self.begin:
             due = self.end if step >= self.end else step - (step - self.begin) % self.every
             target = cubic_sparsity(due, self.begin, self.end, self.final, self.initial)
-            if target != self.target:
-                self.target, self.masks = target, magnitude_masks(self.model, target, self.scope, self.skip)
+            if target > self.target:
+                weights = _weights(self.model, self.skip)[0]
+                scores = {name: w.detach().abs() for name, w in weights.items()}
+                for name, mask in self.masks.items():  # below a weight that happens to be zero
+                    scores[name].masked_fill_(~mask, -1)
+                self.target, self.masks = target, _largest(scores, target, self.scope)
                 apply_masks(self.model, self.masks)
         return self.target
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #af3fb843
+@checked
 def two_four_masks(
     model: nn.Module,
-    skip: tuple[str, ...] = (),  # modules to leave alone
+    skip: str | Sequence[str] = (),  # modules to leave alone
 ) -> dict[str, Tensor]:  # name of a weight -> mask, True = kept
-    "Of any four neighbours in a row keep the two largest (Mishra et al. 2021). A row that four does not divide is skipped, with a warning."
+    """Of any four neighbours in a row keep the two largest (Mishra et al. 2021).
+
+    A row that four does not divide is skipped, with a warning. Raises `ValueError`, as `layer_weights` does."""
+    weights, told = _weights(model, skip)
+    odd = [name for name, weight in weights.items() if weight[0].numel() % 4]
+    told += [f"{name} has rows of {weights[name][0].numel()} weights, which 4 does not divide; "
+             "it stays dense" for name in odd]
     masks = {}
-    for name, weight in layer_weights(model, skip).items():
-        if weight[0].numel() % 4:
-            warnings.warn(f"{name} has rows of {weight[0].numel()} weights, which 4 does not divide; it stays dense", stacklevel=2)
-            continue
-        fours = weight.detach().abs().reshape(-1, 4)
+    for name in weights.keys() - set(odd):
+        fours = weights[name].detach().abs().reshape(-1, 4)
         largest = fours.topk(2).indices
-        masks[name] = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, largest, True).view_as(weight)
-    return masks
+        masks[name] = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, largest, True).view_as(weights[name])
+    _warn(told)
+    return {name: masks[name] for name in weights if name in masks}
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #ad918f93
+@checked
 def to_two_four(
-    model: nn.Module,  # half precision, on a GPU; its linear layers hold two zeros in any four, as `two_four_masks` makes them
+    model: nn.Module,  # half precision, on a GPU; two zeros in any four, as by `two_four_masks`
 ) -> nn.Module:  # the same model, its linear weights stored compressed
-    "Let the GPU skip the zeros of linear layers. Raises `ValueError` for another pattern, `RuntimeError` where the hardware cannot."
+    """Let the GPU skip the zeros of linear layers.
+
+    Raises `ValueError` for another pattern, `RuntimeError` where the hardware cannot."""
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, m in linear.items():
-        if m.in_features % 4 == 0 and (m.weight.view(-1, 4) != 0).sum(1).max() > 2:
-            raise ValueError(f"{name} has more than two weights in four neighbours; apply the masks of two_four_masks first")
+        if "weight" not in m._parameters:
+            raise ValueError(f"{name}.weight is computed at each pass; expected a plain parameter")
+        if m.in_features % 4 == 0 and (m.weight.reshape(-1, 4) != 0).sum(1).max() > 2:
+            raise ValueError(f"{name} has more than two weights in four neighbours; "
+                             "apply the masks of two_four_masks first")
     if not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)):
-        raise RuntimeError("2:4 sparsity needs an NVIDIA GPU of compute capability 8.0 or more, and this machine has none")
-    if any(m.weight.dtype not in (torch.float16, torch.bfloat16) or not m.weight.is_cuda for m in linear.values()):
-        raise RuntimeError("2:4 kernels take float16 or bfloat16 weights on the GPU; call model.half().cuda() first")
+        raise RuntimeError("2:4 sparsity needs an NVIDIA GPU of compute capability 8.0 or more, "
+                           "and this machine has none")
+    half = (torch.float16, torch.bfloat16)
+    if not all(m.weight.dtype in half and m.weight.is_cuda for m in linear.values()):
+        raise RuntimeError("2:4 kernels take float16 or bfloat16 weights on the GPU; "
+                           "call model.half().cuda() first")
     for name, m in linear.items():
         if m.out_features % 32 or m.in_features % 64:
-            warnings.warn(f"{name} is {m.out_features} × {m.in_features}, the kernels take multiples of 32 × 64; it stays dense", stacklevel=2)
+            warnings.warn(f"{name} is {m.out_features} × {m.in_features}, the kernels take multiples "
+                          "of 32 × 64; it stays dense", stacklevel=3)
         else:
             m.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(m.weight))
     return model
@@ -223,8 +308,158 @@ class ChannelGroup:
         self.fixed |= other.fixed
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #2d1b3f1a
-_PASS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Dropout2d)
-_ZERO_STAYS = {"relu", "add", "iadd"}  # functions that take zeros to zeros, channel by channel
+@checked
+def channel_groups(
+    model: nn.Module,  # with convolutions in `body` and a linear `head` behind, as `VGG`, `ResNet`
+) -> dict[str, ChannelGroup]:  # the first writer's name -> group, those that can be cut
+    """Follow the channels through the network.
+
+    What we do not know how to cut is named in a warning and keeps its channels. Raises `TypeError`
+    without `body` and `head`, or for a network that PyTorch's tracer cannot follow, `ValueError` for NaN."""
+    groups, told = _groups(model)
+    _warn(told)
+    return groups
+
+
+def _groups(model):
+    "The groups, and the sentences of the warning"
+    if not (hasattr(model, "body") and isinstance(getattr(model, "head", None), nn.Linear)):
+        raise TypeError(f"{type(model).__name__} lacks a `body` and a linear `head`; "
+                        "expected a network such as VGG or ResNet")
+    _check_finite(dict(model.named_parameters()))
+    walk = _Walk(model)
+    met = dict.fromkeys(walk.home.values())
+    return {g.writers[0]: g for g in met if g.writers and not g.fixed}, walk.told
+
+# %% ../../nbs/09_compression/02_pruning.ipynb #9a62b930
+class _Walk:
+    "One way through the steps of a network: `home` says for each which group its channels are of"
+
+    def __init__(self, model):
+        self.layers = dict(model.named_modules(remove_duplicate=False))
+        self.home, self.form, self.told, self.owners = {}, {}, [], _owners(model)
+        steps = _steps(model)
+        self.read = {n.target.rpartition(".")[0] for n in steps if n.op == "get_attr"}
+        for step in steps:
+            self.home[step], self.form[step] = self.follow(step)
+
+    def follow(self, step):
+        "What comes out of a step: a group, and its form: a map (b, c, h, w), a row (b, c · h · w)"
+        groups = list(dict.fromkeys(self.home[n] for n in step.all_input_nodes))
+        forms = {self.form[n] for n in step.all_input_nodes}
+        layer = self.layers[step.target] if step.op == "call_module" else None
+        if step.op in ("placeholder", "get_attr"):
+            return _ground(), "map"
+        if why := _odd(self, step, layer):
+            return self.keep(step, layer, groups, why)
+        if type(layer) in _CONVS and layer.groups == 1:
+            groups[0].readers.append(step.target)
+            return ChannelGroup(layer.out_channels, [step.target], [], []), "map"
+        if type(layer) is nn.BatchNorm2d and layer.affine:
+            groups[0].norms.append(step.target)
+            return groups[0], "map"
+        if type(layer) is nn.Linear and _fits(layer, groups[0], forms):
+            groups[0].readers.append(step.target)
+            return _ground(), "row"
+        if _is_sum(step) and _alike(groups, forms):
+            return self.join(groups), forms.pop()
+        if form := _passes(step, layer, forms):
+            return groups[0], form
+        return self.keep(step, layer, groups, "is not a layer whose channels can be cut")
+
+    def join(self, groups):
+        "Groups that meet in a sum become one; the earliest gives its name"
+        first, *others = sorted(groups, key=list(self.home.values()).index)
+        for other in others:
+            first.join(other)
+            self.home.update({step: first for step, group in self.home.items() if group is other})
+        return first
+
+    def keep(self, step, layer, groups, why):
+        "What meets unknown ground keeps all its channels"
+        again = [g for g in self.home.values() if step.target in g.writers + g.norms + g.readers]
+        if layer is not None or any(g.writers and not g.fixed for g in groups):
+            name = getattr(step.target, "__name__", step.target)
+            kind = type(layer).__name__ if layer else step.op
+            self.told.append(f"{name} ({kind}) {why}; it keeps them all")
+        for group in groups + again:
+            group.fixed = True
+        return _ground(), "unknown"
+
+# %% ../../nbs/09_compression/02_pruning.ipynb #9b0d449e
+_CONVS = (nn.Conv2d, SameConv)
+_PASS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d,
+         nn.AvgPool2d, nn.AdaptiveAvgPool2d)  # zeros stay zeros, channel by channel
+
+
+def _ground():
+    "Channels that are not ours to cut"
+    return ChannelGroup(0, [], [], [], fixed=True)
+
+
+def _calls(step, functions, method):
+    return (step.op == "call_function" and step.target in functions
+            or step.op == "call_method" and step.target == method)
+
+
+def _is_sum(step):
+    "A sum of two results; a constant or a parameter is unknown ground"
+    parts = step.args[:2]
+    return (_calls(step, (operator.add, operator.iadd, torch.add), "add") and len(parts) == 2
+            and all(isinstance(p, fx.Node) and p.op != "get_attr" for p in parts))
+
+
+def _alike(groups, forms):
+    "The same channels at the same axis, so that nothing is stretched over them"
+    free = [g for g in groups if not g.fixed]
+    return len(free) < len(groups) or len({g.size for g in groups}) == len(forms) == 1
+
+
+def _fits(linear, group, forms):
+    "One or several numbers of each channel in a row"
+    return not group.size or forms == {"row"} and linear.in_features % group.size == 0
+
+
+def _passes(step, layer, forms):
+    "The form of what comes out of a step that takes zeros to zeros, channel by channel; else None"
+    form = next(iter(forms)) if len(forms) == 1 else None
+    if type(layer) in _PASS or _calls(step, (torch.relu, nn.functional.relu), "relu"):
+        return form
+    if _calls(step, (torch.mean,), "mean") and form == "map":
+        dims, keepdim = (_given(step, i, name) for i, name in ((1, "dim"), (2, "keepdim")))
+        over = isinstance(dims, (tuple, list)) and {d % 4 for d in dims} == {2, 3}
+        return ("map" if keepdim else "row") if over else None
+    start, end = _given(step, 1, "start_dim"), _given(step, 2, "end_dim")
+    flat = _calls(step, (torch.flatten,), "flatten") and start == 1 and end in (None, -1)
+    flat = flat or type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+    return "row" if flat and form in ("map", "row") else None
+
+
+def _given(step, place, name):
+    return step.args[place] if len(step.args) > place else step.kwargs.get(name)
+
+# %% ../../nbs/09_compression/02_pruning.ipynb #e27aff95
+def _odd(walk, step, layer):
+    "Why this layer cannot be cut although its kind can; None where it can"
+    if layer is None:
+        return None
+    if any(step.target in g.writers + g.norms + g.readers for g in walk.home.values()):
+        return "is called more than once"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "has hooks, as weight_norm and the masks of torch.nn.utils.prune set them"
+    if any(walk.owners[t.data_ptr()] > 1 for t in _own(layer)):
+        return "shares its weights with another layer"
+    return "has weights that are read directly" if step.target in walk.read else None
+
+
+def _own(layer):
+    return [t for t in (*layer._parameters.values(), *layer._buffers.values())
+            if t is not None and t.numel()]
+
+
+def _owners(model):
+    "Place in memory -> how many layers keep a parameter or buffer there"
+    return Counter(t.data_ptr() for layer in model.modules() for t in _own(layer))
 
 
 class _Tracer(fx.Tracer):
@@ -232,126 +467,147 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(module, name) or isinstance(module, nn.Conv2d)
 
 
-def channel_groups(
-    model: nn.Module,  # `body`: a traceable network of convolutions; `head`: a linear layer behind it, as in `VGG`, `ResNet`
-) -> dict[str, ChannelGroup]:  # the first writer's name -> group, those that can be cut
-    "Follow the channels through the body. What we do not know how to cut is named in a warning and keeps its channels."
-    if not (hasattr(model, "body") and isinstance(getattr(model, "head", None), nn.Linear)):
-        raise TypeError(f"{type(model).__name__} lacks a `body` and a linear `head`; expected a network such as VGG or ResNet")
-    layer_weights(model)  # refuses NaN
-    layers, home = {f"body.{name}": module for name, module in model.body.named_modules()}, {}
-    for node in _Tracer().trace(model.body).nodes:
-        name = f"body.{node.target}" if node.op == "call_module" else str(getattr(node.target, "__name__", node.target))
-        home[node] = _follow(node.op, name, layers.get(name), [home[n] for n in node.all_input_nodes], home)
-    group = home[node]
-    group.readers.append("head")
-    return {g.writers[0]: g for g in dict.fromkeys(home.values()) if g.writers and not g.fixed}
+class _Bare(nn.Module):
+    "What a `Backbone` does, without its checks, which look at values and cannot be traced"
 
-# %% ../../nbs/09_compression/02_pruning.ipynb #9a62b930
-def _follow(op, name, layer, inputs, home) -> ChannelGroup:
-    "The group that comes out of one step of the body; groups that meet in a sum become one"
-    if op == "placeholder":
-        return ChannelGroup(0, [], [], [], fixed=True)
-    first, *others = sorted(inputs, key=list(home.values()).index)  # the earliest names what they become
-    again = [group for group in home.values() if name in group.writers + group.norms + group.readers]  # a layer that is called twice
-    if isinstance(layer, nn.Conv2d) and layer.groups == 1 and not again:
-        first.readers.append(name)
-        return ChannelGroup(layer.out_channels, [name], [], [])
-    if isinstance(layer, nn.BatchNorm2d) and not again:
-        first.norms.append(name)
-    elif op == "output" or isinstance(layer, _PASS) or layer is None and name in _ZERO_STAYS:
-        for other in (g for g in others if g is not first):
-            first.join(other)
-            home.update({node: first for node, group in home.items() if group is other})
-    else:
-        warnings.warn(f"{name} ({type(layer).__name__ if layer else op}) is not a layer whose channels can be cut; it keeps them all", stacklevel=3)
-        for group in inputs + again:
-            group.fixed = True
-        return ChannelGroup(0, [], [], [], fixed=True)
-    return first
+    def __init__(self, model):
+        super().__init__()
+        self.body, self.head = model.body, model.head
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def _steps(model):
+    "The steps of a network as PyTorch's tracer writes them down, if training has the same ones"
+    ours = (type(model).forward is Backbone.forward
+            and type(model).encode.__module__ == Backbone.__module__)
+    root, tracer = _Bare(model) if ours else model, _Tracer()
+    for name, m in root.named_modules():
+        if (m._forward_hooks or m._forward_pre_hooks) and name and not tracer.is_leaf_module(m, name):
+            raise TypeError(f"{name} ({type(m).__name__}) has hooks; expected none around other layers")
+    modes, drawn = [(m, m.training) for m in root.modules()], []
+    try:
+        for mode in (True, False):
+            for m, _ in modes:
+                m.training = mode
+            drawn.append(list(_Tracer().trace(root).nodes))
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise TypeError(f"{type(model).__name__} cannot be followed ({why}); expected a network "
+                        "that does the same whatever it sees") from None
+    finally:
+        for m, mode in modes:
+            m.training = mode
+    said = [[(n.op, str(n.target), list(map(str, n.all_input_nodes))) for n in d] for d in drawn]
+    if said[0] != said[1]:
+        raise TypeError(f"{type(model).__name__} takes other steps in training than in eval mode; "
+                        "expected the same")
+    return drawn[1]
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #c5bae540
-@torch.no_grad()
+@checked
 def channel_masks(
     model: nn.Module,
-    sparsity: float | dict[str, float],  # share of the channels to drop, of all groups or by the name of a group's first writer
+    sparsity: float | dict[str, float],  # share of the channels to drop: of all groups, or by name
     multiple: int = 1,  # keep a multiple of so many: kernels like 8 or 16
 ) -> dict[str, Tensor]:  # first writer's name -> mask, True = kept
-    "Keep the channels that pass on most: scale of the batch norm (Liu et al. 2017) × norm of the weights that read them."
-    groups, modules = channel_groups(model), dict(model.named_modules())
+    """Keep the channels that pass on most: scale of the batch norm × norm of the weights that read them.
+
+    Liu et al. 2017. Raises `TypeError`, `ValueError`, as `channel_groups` does."""
+    check_sizes(multiple=multiple)
+    (groups, told), modules = _groups(model), dict(model.named_modules(remove_duplicate=False))
     shares = sparsity if isinstance(sparsity, dict) else dict.fromkeys(groups, sparsity)
-    if unknown := set(shares) - set(groups):
-        raise ValueError(f"there are no channel groups {sorted(unknown)}; there are: {', '.join(groups)}")
-    return {name: keep_largest(_channel_scores(groups[name], modules), _rounded(share, groups[name].size, multiple))
-            for name, share in shares.items()}
+    if unknown := [name for name in shares if name not in groups]:
+        raise ValueError(f"there are no channel groups {unknown}; there are: {', '.join(groups)}")
+    masks = {name: keep_largest(_channel_scores(groups[name], modules),
+                                _rounded(share, groups[name].size, multiple))
+             for name, share in shares.items()}
+    _warn(told)
+    return masks
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #9a93cfc3
 def _channel_scores(group, modules) -> Tensor:  # (c,)
     "How much each channel can pass on"
-    norms = [modules[name].weight.abs() for name in group.norms]
-    scale = norms or [modules[name].weight.flatten(1).norm(dim=1) for name in group.writers]
-    return sum(scale) * sum(modules[name].weight.transpose(0, 1).flatten(1).norm(dim=1) for name in group.readers)
+    weight = lambda name: precise(modules[name].weight.detach())
+    norms = [weight(name).abs() for name in group.norms]
+    scale = norms or [weight(name).flatten(1).norm(dim=1) for name in group.writers]
+    reads = [weight(name).transpose(0, 1).reshape(group.size, -1) for name in group.readers]
+    return sum(scale) * sum(columns.norm(dim=1) for columns in reads)
 
 
 def _rounded(share, size, multiple) -> float:
     "The share to drop, such that what stays is a multiple, and never nothing"
-    if not 0 <= share < 1:
-        raise ValueError(f"sparsity is {share}; expected 0 <= sparsity < 1: a layer cannot lose all its channels")
+    share = check_number(share, "sparsity", 0, below=1, why="a layer cannot lose all its channels")
     kept = max(1, round(size * (1 - share) / multiple)) * multiple
     return 1 - min(kept, size) / size
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #290daa69
+@checked
 @torch.no_grad()
 def mask_channels(
     model: nn.Module,
-    masks: dict[str, Tensor],  # as `channel_masks` gives them
+    masks: Mapping[str, Tensor],  # as `channel_masks` gives them
 ) -> nn.Module:  # the same model
-    "Silence channels in place: filters, biases, and scale *and* shift of their batch norms become zero."
-    modules = dict(model.named_modules())
+    """Silence channels in place: filters, biases, and scale *and* shift of their batch norms become zero.
+
+    Raises `TypeError`, `ValueError` for a mask that does not fit, and changes nothing then."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     for group, kept in _matched(model, masks):
         for name in group.writers + group.norms:
             for part in (modules[name].weight, modules[name].bias):
                 if part is not None:
-                    part[~kept] = 0
+                    part[~kept.to(part.device)] = 0
     return model
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #5770c56b
+@checked
 def remove_channels(
     model: nn.Module,
-    masks: dict[str, Tensor],  # as `channel_masks` gives them
+    masks: Mapping[str, Tensor],  # as `channel_masks` gives them
 ) -> nn.Module:  # a smaller copy
-    "Cut channels out of all that write, normalise or read them. Its outputs are those of `mask_channels`."
-    small = deepcopy(model)
-    modules = dict(small.named_modules())
-    for group, kept in _matched(model, masks):
+    """Cut channels out of all that write, normalise or read them. Its outputs are those of `mask_channels`.
+
+    Raises `TypeError`, `ValueError` for a mask that does not fit."""
+    matched, small = _matched(model, masks), copy_model(model)
+    modules = dict(small.named_modules(remove_duplicate=False))
+    for group, kept in matched:
         for name in group.writers + group.norms:
             _cut(modules[name], kept, 0)
         for name in group.readers:
             _cut(modules[name], kept, 1)
-    small.dim = small.head.in_features
+    if hasattr(small, "dim"):
+        small.dim = small.head.in_features
     return small
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #1f41637a
 def _matched(model, masks):
-    "Pairs of group and mask. Raises `ValueError` for a mask of no group, of another size, or that keeps nothing."
-    groups = channel_groups(model)
+    "Pairs of group and mask. Raises `ValueError` for a mask of no group, another size, or of nothing."
+    groups, matched = _groups(model)[0], []
     for name, kept in masks.items():
-        if name not in groups or kept.shape != (groups[name].size,) or kept.dtype != torch.bool:
-            raise ValueError(f"the mask of {name} is {kept.dtype} {tuple(kept.shape)}; expected booleans, one for each channel of "
-                             f"{ {n: g.size for n, g in groups.items()} }")
+        if name not in groups:
+            raise ValueError(f"the mask of {name} belongs to no group of channels; "
+                             f"there are: {', '.join(groups)}")
+        kept = check_mask(kept, f"the mask of {name}", (groups[name].size,))
         if not kept.any():
             raise ValueError(f"the mask of {name} removes all {len(kept)} channels; keep at least one")
-    return [(groups[name], kept) for name, kept in masks.items()]
+        matched.append((groups[name], kept))
+    return matched
 
 
 def _cut(module, kept, dim):
     "Keep rows (dim 0: outputs) or columns (dim 1: inputs) of a module's tensors, and mend its sizes"
     names = ("weight", "bias", "running_mean", "running_var") if dim == 0 else ("weight",)
+    if isinstance(module, nn.Linear) and dim == 1:  # several numbers of each channel stand in a row
+        kept = kept.repeat_interleave(module.in_features // len(kept))
+    places = kept.nonzero().squeeze(1)
     for name in names:
         if (tensor := getattr(module, name, None)) is not None:
-            part = tensor.detach().index_select(dim, kept.nonzero().squeeze(1).to(tensor.device)).clone()
-            setattr(module, name, nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part)
-    sizes = {nn.BatchNorm2d: ("num_features",), nn.Linear: ("out_features", "in_features"), nn.Conv2d: ("out_channels", "in_channels")}
+            part = tensor.detach().index_select(dim, places.to(tensor.device)).clone()
+            learnt = isinstance(tensor, nn.Parameter)
+            setattr(module, name, nn.Parameter(part, tensor.requires_grad) if learnt else part)
+    sizes = {nn.BatchNorm2d: ("num_features",), nn.Linear: ("out_features", "in_features"),
+             nn.Conv2d: ("out_channels", "in_channels")}
     kind = next(kind for kind in sizes if isinstance(module, kind))
     setattr(module, sizes[kind][dim], int(kept.sum()))
 
@@ -359,49 +615,85 @@ def _cut(module, kept, dim):
 SLIM = (8, 24, 48)  # widths of the stages after the cut; the VGG has 32, 64, 128
 
 
+@checked
 def slim_vgg(
     teacher: VGG,
     widths: Sequence[int] = SLIM,  # channels to keep in each stage
 ) -> VGG:  # a small copy
     "Cut the stages of a VGG down to these widths. Raises `ValueError` for widths that it does not have."
-    kept = [width for width, depth in zip(widths, teacher.config["depths"]) for _ in range(depth)]
-    groups = channel_groups(teacher)
-    if len(widths) != len(teacher.config["widths"]) or any(not 0 < k <= g.size for k, g in zip(kept, groups.values())):
-        raise ValueError(f"widths are {tuple(widths)}; expected one for each stage, from 1 to {tuple(teacher.config['widths'])}")
+    have, depths = teacher.config["widths"], teacher.config["depths"]
+    widths = [check_whole(width, "widths") for width in widths]
+    if len(widths) != len(have) or any(not 0 < k <= width for k, width in zip(widths, have)):
+        raise ValueError(f"widths are {tuple(widths)}; "
+                         f"expected one for each stage, from 1 to {tuple(have)}")
+    groups = _groups(teacher)[0]
+    if [g.size for g in groups.values()] != [w for w, n in zip(have, depths) for _ in range(n)]:
+        raise ValueError(f"of the teacher's layers only {list(groups)} can be cut; expected a plain VGG")
+    kept = [width for width, depth in zip(widths, depths) for _ in range(depth)]
     shares = {name: 1 - k / group.size for (name, group), k in zip(groups.items(), kept)}
-    small = VGG(**teacher.config | dict(widths=list(widths)))
-    small.load_state_dict(remove_channels(teacher, channel_masks(teacher, shares)).state_dict())
+    small = VGG(**teacher.config | dict(widths=widths)).to(next(teacher.parameters()))
+    cut = remove_channels(teacher, channel_masks(teacher, shares))
+    small.load_state_dict(cut.state_dict())
     return small
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #21e91bef
-@torch.no_grad()
+@checked
 def head_masks(
     model: nn.Module,
     sparsity: float,  # share of the heads of each layer to drop; one stays at least
 ) -> dict[str, Tensor]:  # name of an attention layer -> mask, True = kept, (h,)
-    "Keep the heads that write most: the norm of value and output weights multiplied, ‖W_out W_value‖."
-    layer_weights(model)
+    """Keep the heads that write most: the norm of value and output weights multiplied, ‖W_out W_value‖.
+
+    Raises `ValueError` for a model without attention layers of ours, or with changed ones."""
+    def scores(m):
+        value, out = (precise(part.weight.detach()) for part in (m.value, m.out))
+        value, out = value.view(m.heads, -1, m.dim), out.view(m.dim, m.heads, -1)
+        return torch.einsum("dhe,hec->hdc", out, value).flatten(1).norm(dim=1)
+    return {name: keep_largest(scores(m), _rounded(sparsity, m.heads, 1))
+            for name, m in _attentions(model).items()}
+
+
+def _attentions(model):
+    "Name -> attention layer, each of them as it was made"
     found = {name: m for name, m in model.named_modules() if isinstance(m, Attention)}
     if not found:
-        raise ValueError(f"{type(model).__name__} has no attention layers; expected a transformer such as ViT or BERT")
-    def scores(m):
-        value, out = m.value.weight.view(m.heads, -1, m.dim), m.out.weight.view(m.dim, m.heads, -1)
-        return torch.einsum("dhe,hec->hdc", out, value).flatten(1).norm(dim=1)
-    return {name: keep_largest(scores(m), _rounded(sparsity, m.heads, 1)) for name, m in found.items()}
+        raise ValueError(f"{type(model).__name__} has no attention layers; "
+                         "expected a transformer such as ViT or BERT")
+    owners = _owners(model)
+    for name, m in found.items():
+        for part in (m.query, m.key, m.value, m.out):
+            hooks = part._forward_hooks or part._forward_pre_hooks
+            if type(part) is not nn.Linear or hooks or any(owners[t.data_ptr()] > 1 for t in _own(part)):
+                raise ValueError(f"{name} has a changed, watched or shared layer ({got(part)}); "
+                                 "expected four linear layers of its own")
+        around = model.get_submodule(name.rpartition(".")[0])
+        if getattr(around, "base", None) is m and around._parameters:  # such as a learnt prefix
+            raise ValueError(f"{name} stands in {got(around)}, which has weights for its heads; "
+                             "expected an attention layer alone")
+    _check_finite(dict(model.named_parameters()))
+    return found
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #f5e0cf95
+@checked
 def remove_heads(
     model: nn.Module,
-    masks: dict[str, Tensor],  # as `head_masks` gives them
+    masks: Mapping[str, Tensor],  # as `head_masks` gives them
 ) -> nn.Module:  # a smaller copy
-    "Cut heads out of the four matrices of attention. Its outputs are those of a model whose heads write zeros."
-    small = deepcopy(model)
-    modules = dict(small.named_modules())
+    """Cut heads out of the four matrices of attention. Its outputs are those of a model whose heads write zeros.
+
+    Raises `TypeError`, `ValueError` for a mask that does not fit."""
+    layers = _attentions(model) if masks else {}
     for name, kept in masks.items():
-        layer = modules.get(name)
-        if not isinstance(layer, Attention) or kept.shape != (layer.heads,) or not kept.any():
-            raise ValueError(f"the mask of {name} keeps {int(kept.sum())} of {len(kept)}; expected an attention layer, a value for "
-                             "each of its heads, and one kept at least")
+        if name not in layers:
+            raise ValueError(f"the mask of {name} belongs to no attention layer; "
+                             f"there are: {', '.join(layers)}")
+        kept = check_mask(kept, f"the mask of {name}", (layers[name].heads,))
+        if not kept.any():
+            raise ValueError(f"the mask of {name} keeps no head of {len(kept)}; "
+                             "expected one kept at least")
+    small = copy_model(model)
+    for name, kept in masks.items():
+        layer, kept = small.get_submodule(name), torch.as_tensor(kept)
         rows = kept.repeat_interleave(layer.value.out_features // layer.heads)
         for part in (layer.query, layer.key, layer.value):
             _cut(part, rows, 0)
@@ -410,49 +702,73 @@ def remove_heads(
     return small
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #0bf411ea
+@checked
 def recover(
-    model: nn.Module,  # trained in place
+    model: nn.Module,  # trained in place, in float32
     data: ImageSet,
     answers: Tensor,  # (n, k) a teacher's logits for the training images
     steps: int,
     lr: float = 3e-3,
     seed: int = 0,  # of the order of the batches
-    each: Callable[[Step], None] | None = None,  # called after each step, such as `lambda step: pruner.update(step.n)`
-    checkpoint: Path | str | None = None,  # keeps the finished run; a second call reads it instead of training
+    each: Callable[[Step], None] | None = None,  # after each step: `lambda step: pruner.update(step.n)`
+    checkpoint: Path | str | None = None,  # keeps the finished run; a second call reads it
     title: str = "",  # before the bar; "" shows none
+    recipe: dict | None = None,  # what `each` depends on; it must fit when a run is read
 ) -> tuple[float, float]:  # accuracy on the test images, seconds of training
-    "Train on after pruning, on labels and a teacher's answers, in batches of 32, and judge."
-    x, y = data.floats(data.train_images), data.train_labels
-    model.to(memory_format=torch.channels_last)  # the order in memory that convolutions like
-    run = resumable(model, lambda start: endless(x, answers, y, batch_size=32, seed=seed, start=start), match_answers(4.0, hard=0.3),
-                    adamw(model, lr), steps=steps, schedule=one_cycle(steps), precision="auto", clip=1.0, each=each, title=title,
-                    checkpoint=checkpoint, save_every=steps)
+    """Train on after pruning, on labels and a teacher's answers, in batches of 32, and judge.
+
+    Raises `TypeError`, `ValueError`; `BadCheckpoint` for a run of another model, seed, data or teacher."""
+    check_sizes(steps=steps)
+    check_floats(answers, "answers", f"({len(data.train_images)}, k)")
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        raise ValueError("model is not in float32, in which small steps are not lost; call model.float()")
+    if checkpoint:
+        recipe = (recipe or {}) | dict(seed=seed, start=fingerprint(model), answers=fingerprint(answers),
+                                       data=fingerprint(data.train_images, data.train_labels, data.mean, data.std))
+    order = memory_order(model)  # channels last, unless the cut has made a shortcut too narrow for it
+    model.to(memory_format=order)
+    x, y = in_order(data.floats(data.train_images), order), data.train_labels
+    stream = lambda start: endless(x, answers, y, batch_size=32, seed=seed, start=start)
+    run = resumable(model, stream, match_answers(4.0, hard=0.3), adamw(model, lr), steps=steps,
+                    schedule=one_cycle(steps), precision="auto", clip=1.0, each=each, title=title,
+                    checkpoint=checkpoint, save_every=steps, recipe=recipe)
     return accuracy(predict(model, data.floats(data.test_images)), data.test_labels), run.seconds
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #43083ec6
+@checked
 def pruning_arms(
     teacher: VGG,
     steps: int,  # of the arms that keep all channels
     slim_steps: int,  # of the slim ones
-) -> dict[str, tuple[Callable, dict | None, int, float]]:  # name -> what makes the network, options of `Pruner`, steps, rate
-    "The teacher trained on; 90 % zeros at once and gradually; the slim net from random weights and cut out of the teacher."
-    copy, fresh = partial(deepcopy, teacher), partial(VGG, **teacher.config | dict(widths=SLIM))
-    gradual = dict(final=0.9, begin=0, end=steps // 4)
-    return {"dense": (copy, None, steps, 3e-3), "90 % at once": (copy, dict(final=0.9, begin=-1, end=0), steps, 3e-3),
-            "90 % gradually": (copy, gradual, steps, 3e-3), "slim from scratch": (fresh, None, slim_steps, 5e-3),
+) -> dict[str, tuple[Callable, dict | None, int, float]]:  # name -> maker, for `Pruner`, steps, rate
+    """The teacher trained on; 90 % zeros at once and gradually; the slim net, random and cut out of it.
+
+    Raises `ValueError` for fewer than 4 steps, in which nothing can be gradual."""
+    check_whole(steps, "steps", 4)
+    check_sizes(slim_steps=slim_steps)
+    copy = partial(copy_model, teacher)
+    fresh = partial(VGG, **teacher.config | dict(widths=SLIM))
+    at_once, gradual = dict(final=0.9, begin=-1, end=0), dict(final=0.9, begin=0, end=steps // 4)
+    return {"dense": (copy, None, steps, 3e-3), "90 % at once": (copy, at_once, steps, 3e-3),
+            "90 % gradually": (copy, gradual, steps, 3e-3),
+            "slim from scratch": (fresh, None, slim_steps, 5e-3),
             "channels cut": (partial(slim_vgg, teacher, SLIM), None, slim_steps, 5e-3)}
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #f11f765b
+@checked
 def compare_pruning(
     teacher: VGG,
     data: ImageSet,
     seeds: Sequence[int] = range(3),
     steps: int = 480,
     slim_steps: int = 4800,
-    runs: Path | str | None = None,  # folder that keeps finished runs: stopped and called again, only the others train
-) -> tuple[Comparison, dict[str, nn.Module], float]:  # test accuracies; each arm's network of the first seed; seconds
-    "Train all arms of `pruning_arms` with each seed."
-    answers, arms = predict(teacher, data.floats(data.train_images)), pruning_arms(teacher, steps, slim_steps)
+    runs: Path | str | None = None,  # folder that keeps finished runs, so that only others train
+) -> tuple[Comparison, dict[str, nn.Module], float]:  # test accuracies; nets of the first seed; seconds
+    """Train all arms of `pruning_arms` with each seed.
+
+    Raises `TypeError`, `ValueError`; `BadCheckpoint` if `runs` holds one of another teacher or data."""
+    arms = pruning_arms(teacher, steps, slim_steps)
+    answers = predict(teacher, data.floats(data.train_images))
     nets, seconds = {}, []
 
     def run(arm, seed):
@@ -460,8 +776,10 @@ def compare_pruning(
         seed_everything(seed)
         model = make().to(next(teacher.parameters()).device)
         pruner = Pruner(model, **plan) if plan else None
-        file = Path(runs) / f"{''.join(filter(str.isalnum, arm))}-{count}-{seed}.safetensors" if runs else None
-        score, spent = recover(model, data, answers, count, lr, seed, pruner and (lambda step: pruner.update(step.n)), file, f"{arm}, seed {seed}")
+        name = f"{''.join(filter(str.isalnum, arm))}-{count}-{seed}.safetensors"
+        score, spent = recover(
+            model, data, answers, count, lr, seed, pruner and (lambda step: pruner.update(step.n)),
+            Path(runs) / name if runs else None, f"{arm}, seed {seed}", dict(pruner=plan))
         nets.setdefault(arm, model)
         seconds.append(spent)
         return score
@@ -469,6 +787,7 @@ def compare_pruning(
     return compare({arm: partial(run, arm) for arm in arms}, seeds), nets, sum(seconds)
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #c2886549
+@checked
 def make_pruned(
     name: str = "vgg_pruned",
     slim_name: str = "vgg_slim",
@@ -479,36 +798,53 @@ def make_pruned(
 ) -> tuple[Path, Path]:
     """Run all arms; write the gradually pruned VGG, with every seed's score in its card, and the slim one.
 
-    Stopped and called again, it goes on with the first run that is missing: finished ones are kept in the cache."""
+    Stopped and called again, it goes on with the first run that is missing: finished ones are kept in
+    the cache until all is written. Raises `BadCheckpoint` if they are of another teacher."""
     data, teacher = load_images(), load_weights("vgg_supervised").to(pick_device(device))
     before = accuracy(predict(teacher, data.floats(data.test_images)), data.test_labels)
-    comparison, nets, seconds = compare_pruning(teacher, data, steps=steps, slim_steps=slim_steps, runs=cache_folder() / "runs" / name)
-    scores = {arm: runs.tolist() for arm, runs in comparison.scores.items()}
-    card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels and the teacher's answers",
-                origin="vgg_supervised", seeds=list(comparison.seeds), seconds=round(seconds), normalisation=dict(mean=data.mean, std=data.std))
-    about = dict(method="gradual magnitude pruning", steps=steps, slim_steps=slim_steps, metrics=dict(teacher=before, accuracy=scores))
-    slim = dict(method="channels cut, then recovery", steps=slim_steps, metrics=dict(accuracy=scores["channels cut"]))
-    return (save_weights(nets["90 % gradually"], name, card | about, folder),
-            save_weights(nets["channels cut"], slim_name, card | slim, folder))
+    runs = cache_folder() / "runs" / name
+    comparison, nets, seconds = compare_pruning(teacher, data, steps=steps, slim_steps=slim_steps, runs=runs)
+    scores = {arm: scores.tolist() for arm, scores in comparison.scores.items()}
+    count = f"{len(data.train_images):,}"
+    card = dict(data=f"{data.name}, {count} training images with labels and the teacher's answers",
+                origin="vgg_supervised", seeds=list(comparison.seeds), seconds=round(seconds),
+                normalisation=dict(mean=data.mean, std=data.std))
+    about = dict(method="gradual magnitude pruning", steps=steps, slim_steps=slim_steps,
+                 metrics=dict(teacher=before, accuracy=scores))
+    slim = dict(method="channels cut, then recovery", steps=slim_steps,
+                metrics=dict(accuracy=scores["channels cut"]))
+    written = (save_weights(nets["90 % gradually"], name, card | about, folder),
+               save_weights(nets["channels cut"], slim_name, card | slim, folder))
+    rmtree(runs)  # shipped: the next call trains anew
+    return written
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #55e4d31d
+@checked
 def make_weights(
     name: str = "vgg_supervised",
     epochs: int = 4,
     device: str | None = None,
     folder: Path | str = WEIGHTS,  # where to write
 ) -> Path:
-    "Train a VGG on all labels of Fashion-MNIST; write weights and card. Stopped and called again, it goes on where it was."
-    data, device = load_images(), pick_device(device)
+    """Train a VGG on all labels of Fashion-MNIST; write weights and card.
+
+    Stopped and called again, it goes on where it was; written, it begins anew."""
+    check_sizes(epochs=epochs)
+    data, device, runs = load_images(), pick_device(device), cache_folder() / "runs" / name
     seed_everything(0)
     model, batch_size = VGG(len(data.classes)).to(device), 128
     steps, x = epochs * len(data.train_images) // batch_size, data.floats(data.train_images)
-    run = resumable(model, lambda start: endless(x, data.train_labels, batch_size=batch_size, start=start), classify,
-                    adamw(model, 5e-3, 0.05), steps=steps, schedule=one_cycle(steps), precision="auto", clip=1.0, title=name,
-                    checkpoint=cache_folder() / "runs" / f"{name}.safetensors")
+    stream = lambda start: endless(x, data.train_labels, batch_size=batch_size, start=start)
+    recipe = dict(seed=0, data=fingerprint(data.train_images, data.train_labels, data.mean, data.std))
+    run = resumable(model, stream, classify, adamw(model, 5e-3, 0.05), steps=steps,
+                    schedule=one_cycle(steps), precision="auto", clip=1.0, title=name, recipe=recipe,
+                    checkpoint=runs / "run.safetensors")
     score = accuracy(predict(model, data.floats(data.test_images)), data.test_labels)
-    card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels", method="supervised", epochs=epochs,
-                batch_size=batch_size, steps=steps, seconds=round(run.seconds),
-                loss_first=float(run.losses[0]), loss_last=float(run.losses[-50:].mean()), metrics=dict(accuracy=score),
+    card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels",
+                method="supervised", epochs=epochs, batch_size=batch_size, steps=steps,
+                seconds=round(run.seconds), loss_first=float(run.losses[0]),
+                loss_last=float(run.losses[-50:].mean()), metrics=dict(accuracy=score),
                 normalisation=dict(mean=data.mean, std=data.std))
-    return save_weights(model, name, card, folder)
+    path = save_weights(model, name, card, folder)
+    rmtree(runs)
+    return path
