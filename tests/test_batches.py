@@ -713,7 +713,7 @@ def test_a_full_disk_leaves_the_old_documents(tmp_path):
     store_documents(tmp_path, OLD, 100)
     with (
         patch("os.fsync", side_effect=OSError(28, "No space left on device")),
-        pytest.raises(OSError),
+        pytest.raises(OSError, match="tokens.npy does not fit on the disk; make room"),
     ):
         store_documents(tmp_path, NEW, 100)
     assert rows_in(tmp_path) == OLD and len(list(tmp_path.iterdir())) == 3

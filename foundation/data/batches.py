@@ -7,6 +7,7 @@ __all__ = ['epoch_order', 'endless', 'augmented', 'Documents', 'join', 'pad', 'p
            'mapped', 'store_documents', 'open_documents']
 
 # %% ../../nbs/02_data/05_batches.ipynb #ca7353aa
+import errno
 import hashlib
 import json
 import os
@@ -342,11 +343,18 @@ def store(
 ) -> Path:
     """Write parts one below the other into one array on disk; the file appears when it is whole.
 
-    Raises `TypeError` for what no array file holds (bfloat16), `ValueError` for other misfits."""
+    Raises `TypeError` for what no array file holds (bfloat16), `ValueError` for other misfits,
+    `OSError` when the disk is full."""
     if isinstance(parts, (Tensor, np.ndarray)):
         raise TypeError(f"parts is {got(parts)}; expected several, so hand in [part]")
-    with atomic_write(path) as file:
-        _write_parts(file, parts)
+    try:
+        with atomic_write(path) as file:
+            _write_parts(file, parts)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise
+        raise OSError(error.errno, f"{Path(path).name} does not fit on the disk; make room, and "
+                                   "store it again (what was there before is still there)") from None
     return Path(path)
 
 
