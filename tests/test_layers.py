@@ -365,6 +365,35 @@ def test_attend_in_half_precision_is_rounded_once(dtype):
     assert torch.equal(out, attend(q.float(), k.float(), v.float()).to(dtype))
 
 
+def test_kernels_that_know_no_blind_query_are_helped(monkeypatch):
+    "Away from the CPU a kernel may answer NaN where a query sees nothing; it is never asked"
+    from foundation.layers import attention
+
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
+
+    asked = []
+
+    def kernel(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+        asked.append(attn_mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", kernel)
+    q, k, v = (draw(i, 2, 2, 4, 8) for i in range(3))
+    mask = torch.tensor([[True, False, True, True]] * 2 + [[False] * 4] * 2)
+    out = _fused(q.as_subclass(Elsewhere), k, v, mask, False, 0.0)
+    assert asked[0].any(-1).all() and (out[:, :, 2:] == 0).all()
+    assert_close(out.as_subclass(torch.Tensor), attend(q, k, v, mask))
+
+
+def test_a_residual_block_adds_its_shortcut_and_has_no_idle_bias():
+    block, x = ResidualBlock(4, 4).eval(), draw(0, 2, 4, 6, 6)
+    assert_close(block(x), torch.relu(block.body(x) + x))
+    wide = ResidualBlock(4, 8, 2).eval()
+    assert_close(wide(x), torch.relu(wide.body(x) + wide.shortcut(x)))
+    assert all(m.bias is None for m in wide.modules() if isinstance(m, nn.Conv2d))
+
+
 def test_a_learnt_prefix_takes_no_place_of_the_text():
     cache, prefix, words = KeyValueCache(), draw(0, 1, 2, 3, 4), draw(1, 1, 2, 5, 4)
     cache.extend(prefix, prefix, places=0)

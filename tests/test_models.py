@@ -384,6 +384,33 @@ def test_same_conv_gives_as_many_places_as_tensorflow(size, stride, dilation, ke
     assert layer(torch.zeros(1, 1, size, size)).shape[2:] == (-(-size // stride),) * 2
 
 
+def test_an_odd_row_of_padding_goes_to_the_end():
+    layer, x = SameConv(1, 1, 3, 2, bias=False), torch.randn(1, 1, 8, 8)
+    want = torch.nn.functional.conv2d(torch.nn.functional.pad(x, (0, 1, 0, 1)), layer.weight, stride=2)
+    torch.testing.assert_close(layer(x), want)
+    norms = [m for m in EfficientNetLite(3, 1, ((1, 3, 1, 2, 8),)).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}  # TensorFlow's, with which the weights were trained
+
+
+def test_each_stage_but_the_first_halves_the_map():
+    x, sizes = torch.zeros(1, 1, 28, 28), []
+    model = ResNet(widths=(4, 6, 8), depths=(2, 1, 2)).eval()
+    for layer in model.body:
+        x = layer(x)
+        sizes.append((x.shape[1], x.shape[2]))
+    assert sizes == [(4, 14), (4, 14), (4, 14), (6, 7), (8, 4), (8, 4)]
+
+
+def test_gpt_starts_small_and_smaller_where_a_branch_ends():
+    model, want = GPT(300, 64, 96, 8, 4), 0.55 / 96**0.5
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            end = name.endswith(("attention.out.weight", "mlp.3.weight"))
+            torch.testing.assert_close(p.std().item(), want / 4 if end else want, rtol=0.05, atol=0)  # √(2 · 8) = 4
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all()
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: ConvNet(widths=()), "for each width"),
     (lambda: ConvNet(widths=(4, 0)), "widths is 0"),

@@ -102,14 +102,17 @@ class KeyValueCache:
 
 # %% ../../nbs/03_layers/02_attention.ipynb #47fb5919
 def _fused(q, k, v, mask, causal, dropout):  # (b, h, n, e)
-    "`attend` by PyTorch's kernel. Its own causal mask begins at the first key, which is right for n = m alone"
+    "`attend` by PyTorch's kernel. Its own causal mask begins at the first key: right for n = m alone"
     own = causal and mask is None and q.shape[2] == k.shape[2]
     visible = None if own else _visible(mask, causal, (*q.shape[:3], k.shape[2]), q.device)
-    mix = partial(scaled_dot_product_attention, attn_mask=visible, dropout_p=dropout, is_causal=own)
-    if not q.is_cpu or q.dtype != torch.bfloat16:
-        return mix(q, k, v)
-    with torch.autocast("cpu", enabled=False):  # in bf16 the way back through PyTorch's CPU kernel is slow and less exact
-        return mix(q.float(), k.float(), v.float()).to(q.dtype)
+    mix = partial(scaled_dot_product_attention, dropout_p=dropout, is_causal=own)
+    if q.is_cpu and q.dtype == torch.bfloat16:  # the way back in bf16 is slow there and less exact
+        with torch.autocast("cpu", enabled=False):
+            return mix(q.float(), k.float(), v.float(), visible).to(q.dtype)
+    if q.is_cpu or visible is None:
+        return mix(q, k, v, visible)
+    blind = ~visible.any(-1, keepdim=True)  # elsewhere not every kernel gives zeros to who sees nothing
+    return mix(q, k, v, visible | blind).masked_fill(blind, 0)
 
 # %% ../../nbs/03_layers/02_attention.ipynb #ab1e077d
 class Attention(nn.Module):
