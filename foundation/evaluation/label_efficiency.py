@@ -127,12 +127,19 @@ def judge(
     chosen = [few_labels(y, labels, s) for s in range(seeds)] if labels else [torch.arange(total)]
     need = torch.unique(torch.cat([torch.arange(bank), *chosen]))
     place = torch.full((total,), -1).index_put((need,), torch.arange(len(need)))
-    train = encode(encoder, data.floats(data.train_images[need]))
-    test = encode(encoder, data.floats(data.test_images))
+    read = lambda images: _check_rows(encode(encoder, data.floats(images)), len(images))
+    train, test = read(data.train_images[need]), read(data.test_images)
     knn = knn_accuracy(train[place[:bank]], y[:bank], test, data.test_labels)
     l2 = min(1.0, 100 / labels) if labels else 1e-4
     probe = [linear_probe(train[place[i]], y[i], test, data.test_labels, l2) for i in chosen]
     return dict(knn=knn, probe=probe)
+
+
+def _check_rows(features, count: int) -> Tensor:
+    "Features with a row for each image"
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != count:
+        raise TypeError(f"encode gave {got(features)}; expected features ({count}, d)")
+    return features
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #f9de1f9b
 @checked

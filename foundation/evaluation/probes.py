@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.basics import in_order, memory_order
-from ..core.checks import check_floats, check_labels, check_model, check_number
-from ..core.checks import check_whole, checked, got, precise
+from ..core.checks import check_floats, check_images, check_labels, check_model
+from ..core.checks import check_number, check_whole, checked, got, precise
 from .scores import in_batches
 from ..training.loop import classify, train
 from ..training.schedules import warmup_cosine
@@ -49,7 +48,7 @@ def encode_stages(
     check_whole(stages, "stages", 1)
 
     def pooled(x: Tensor) -> Tensor:
-        maps = {}  # size of the map -> the last one of that size
+        maps, x = {}, check_images(x, kind="floats")  # size of the map -> the last one of that size
         for layer in model.body:
             x = layer(x)
             maps[x.shape[2:]] = x
@@ -235,10 +234,6 @@ def fine_tune(
     rest = [p for p in model.parameters() if not any(p is h for h in head)]
     opt = torch.optim.AdamW([dict(params=head, lr=head_lr or 10 * lr), dict(params=rest, lr=lr)],
                             weight_decay=weight_decay, fused=True)
-    order = memory_order(model)
-    if order == torch.contiguous_format:  # a network that may not be trained with channels last
-        model.to(memory_format=order)
-        batches = ((in_order(x, order), y) for x, y in batches)
     plan = dict(steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0, precision="auto")
     for _ in train(model, batches, classify, opt, **plan):
         pass

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..core.basics import copy_model, freeze, in_order, memory_order, pick_device
-from ..core.basics import seed_everything
-from ..core.checks import check_floats, check_model, check_number, check_shares
-from ..core.checks import check_sizes, check_whole, checked, got, precise
+from ..core.basics import copy_model, freeze, memory_order, pick_device, seed_everything
+from ..core.checks import check_floats, check_like, check_model, check_number
+from ..core.checks import check_shares, check_sizes, check_whole, checked, got, precise
 from ..core.sources import cache_folder
 from ..data.augment import Augment
 from ..data.batches import augmented
@@ -127,10 +126,8 @@ def pretrain(
     two_views(images, augment, batch_size, seed)  # refuses what cannot be, and touches nothing
     torch.manual_seed(seed)
     model = encoder if hasattr(encoder, "encoder") else ContrastiveModel(encoder)
-    order = memory_order(model)
-    model, images = model.to(device, memory_format=order), images.to(device)
-    views = lambda start: two_views(images, augment, batch_size, seed, start)
-    stream = lambda start: (in_order(x, order) for x in views(start))
+    model, images = model.to(device, memory_format=memory_order(model)), images.to(device)
+    stream = lambda start: two_views(images, augment, batch_size, seed, start)
     recipe = dict(batch_size=batch_size, temperature=temperature, seed=seed)
     if checkpoint:
         recipe |= dict(data=fingerprint(images), augment=fingerprint(augment))
@@ -220,10 +217,13 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def keys(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, d), of length 1, without a gradient
-        return _directions(self.slow(x.to(next(self.slow.parameters()).dtype)))
+        x = check_floats(x, "x", "(...)").to(next(self.slow.parameters()).dtype)
+        return _directions(self.slow(x))
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:  # (b, d), (b, d) -> (b, b + size)
         "Cosines with the batch's keys, the right one at (i, i), then with the queue's, or -inf."
+        queries = check_floats(queries, "queries", f"(b, {self.queue.shape[1]})")
+        check_like(check_floats(keys, "keys", "(b, d)"), "keys", queries.shape, queries, "queries")
         with torch.autocast(queries.device.type, enabled=False):
             queries = _directions(queries)
             empty = torch.arange(len(self.queue), device=keys.device) >= self.seen

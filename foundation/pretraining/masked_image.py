@@ -138,8 +138,16 @@ def random_masking(
 ) -> Tensor:  # (b, m) places of the patches that stay, m = round(n · (1 - ratio)), in random order
     "Each image keeps patches of its own (He et al. 2021, section 3). `ValueError` for none or all."
     check_sizes(b=b, n=n)
-    kept = _kept(n, ratio)
+    kept, device = _kept(n, ratio), _check_device(device)
     return torch.rand(b, n, device=device, generator=generator).argsort(1)[:, :kept]
+
+
+def _check_device(device) -> torch.device:
+    "A device by its name"
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {got(device)}; expected a name such as 'cuda'") from None
 
 
 def _kept(n: int, ratio: float) -> int:
@@ -206,8 +214,8 @@ class MaskedAutoencoder(nn.Module):
 
     def encode_visible(self, images: Tensor, keep: Tensor) -> Tensor:
         "Features of the visible patches, (b, m, d); the others never enter a block."
-        keep = _check_keep(keep, len(images), self.encoder.patches.count)
-        x = take(self.encoder.embed(images), keep)
+        x = self.encoder.embed(images)
+        x = take(x, _check_keep(keep, *x.shape[:2]))
         for block in self.encoder.blocks:
             x = block(x)
         return self.encoder.norm(x)
@@ -237,6 +245,13 @@ def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:  # (b, n, 1) each
     return mean, (variance + 1e-6).sqrt()
 
 
+def _patch_size(model) -> int:
+    config = getattr(getattr(model, "encoder", None), "config", {})
+    if "patch_size" not in config:
+        raise TypeError(f"model is {got(model)}; expected a MaskedAutoencoder")
+    return config["patch_size"]
+
+
 @checked
 def masked_patches(
     ratio: float = 0.75,
@@ -245,7 +260,7 @@ def masked_patches(
     "Objective: the error on hidden patches, other ones in each step (5.1); the batch is images."
     check_number(ratio, "ratio", 0, 1)
     def objective(model, images):
-        p = model.encoder.config["patch_size"]
+        p = _patch_size(model)
         target = patch_targets(images, p) if normalise else patchify(images, p)
         keep = random_masking(*target.shape[:2], ratio, images.device)
         return hidden_error(model(images, keep), target, keep), {}
@@ -323,7 +338,7 @@ def paint(
     normalise: bool = True,  # it paints standardised patches; undone with the true ones' moments
 ) -> Tensor:  # (b, c, h, h)
     "Pictures whose hidden patches the model has painted; visible ones stay as they are."
-    p = model.encoder.config["patch_size"]
+    p = _patch_size(model)
     patches = patchify(images, p)
     with evaluating(model):
         guess = precise(model(images, keep))
@@ -342,7 +357,7 @@ def reconstruction(
     seed: int = 0,  # of the masks
 ) -> dict[str, float]:  # painter -> error on hidden patches
     "Standardised patches painted by the model, by nobody (all 0: their mean), and by naive fills."
-    target = patch_targets(images, model.encoder.config["patch_size"]).detach()
+    target = patch_targets(images, _patch_size(model)).detach()
     luck = torch.Generator().manual_seed(seed)
     keep = random_masking(*target.shape[:2], ratio, generator=luck).to(target.device)
     with evaluating(model):

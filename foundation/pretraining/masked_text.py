@@ -165,7 +165,7 @@ def masked_tokens(
 ) -> tuple[Tensor, dict]:  # loss in nats; "right": the share of hidden words that is guessed
     "Objective: cross-entropy at the hidden places; logits are computed nowhere else."
     inputs, mask, places, targets = _check_batch(batch)
-    logits = precise(model(inputs, mask, places=places))  # (places.sum(), v)
+    logits = precise(check_model(model)(inputs, mask, places=places))  # (places.sum(), v)
     targets = check_labels(targets, "targets", logits.shape[1], (len(logits),))
     right = (logits.detach().argmax(1) == targets).float().mean()
     return nn.functional.cross_entropy(logits, targets), {"right": right}
