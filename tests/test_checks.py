@@ -375,3 +375,14 @@ def test_messages_have_one_voice(path):
             assert not last.value.endswith("."), (
                 f"line {node.lineno}: …{last.value[-40:]!r} ends with a full stop"
             )
+
+
+def test_what_follows_a_star_is_left_to_the_function():
+    @checked
+    def f(*rows: Tensor, size: int = 1):
+        return rows, size
+
+    x = torch.zeros(2)
+    assert type(f(x, x, size=np.int64(3))[1]) is int
+    assert len(f(x, x, x)[0]) == 3
+    assert "size is 'a'" in complaint(f, x, size="a")

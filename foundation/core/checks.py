@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['got', 'check_whole', 'check_number', 'complaint', 'check_sizes', 'check_shares', 'check_choice', 'may_look',
-           'precise', 'check_floats', 'check_like', 'check_rows', 'check_labels', 'check_tokens', 'check_mask',
-           'check_images', 'check_model', 'check_callable', 'refuse_nan', 'checked']
+           'precise', 'check_floats', 'check_temperature', 'check_like', 'check_rows', 'check_labels', 'check_tokens',
+           'check_mask', 'check_images', 'check_model', 'check_type', 'check_callable', 'refuse_nan', 'checked']
 
 # %% ../../nbs/00_core/00_checks.ipynb #4c2dba83
 import functools
@@ -207,6 +207,22 @@ def check_floats(
     return x
 
 
+def check_temperature(
+    temperature: float | Tensor,  # a number, or a tensor of one that may be learnt
+    most: float | None = None,
+) -> float | Tensor:  # the number, or the tensor in shape ()
+    "A finite number above 0; a learnt NaN passes, as in the losses. Raises `TypeError`, `ValueError`."
+    if not isinstance(temperature, Tensor):
+        return check_number(temperature, "temperature", most=most, above=0)
+    if temperature.numel() != 1:
+        raise ValueError(
+            f"temperature has shape {tuple(temperature.shape)}; expected one number, ()"
+        )
+    if may_look(temperature) and not (temperature.requires_grad and temperature.isnan()):
+        check_number(temperature.item(), "temperature", most=most, above=0)
+    return temperature.reshape(())
+
+
 def check_like(
     x: Tensor,
     name: str,
@@ -341,6 +357,8 @@ def check_images(
     images = _tensor(images, name, f"images {shape}")
     if kind == "bytes" and images.dtype != torch.uint8:
         raise TypeError(f"{name} is {got(images)}; expected bytes (torch.uint8), values 0 to 255")
+    if kind is None and images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"{name} is {got(images)}; expected bytes (torch.uint8) or floats")
     if kind == "floats" and not images.is_floating_point():
         raise TypeError(
             f"{name} is {got(images)}; expected floats, which `to_float` makes of bytes"
@@ -368,6 +386,19 @@ def check_model(
                 f"{name} is {got(model)} without `{method}`; expected a network with `{method}(x)`"
             )
     return model
+
+
+def check_type(
+    x: Tensor,  # floats, already known to be such
+    name: str,
+    module: nn.Module,  # the layer or network that will read them
+) -> Tensor:
+    "`x` in the type of some weight of the module; under autocast PyTorch converts. Raises `TypeError`."
+    types = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    if types and x.dtype not in types and not torch.is_autocast_enabled(x.device.type):
+        mend = f"{name}.to({types[0]})"
+        raise TypeError(f"{name} is {got(x)}; expected the type of the weights, which {mend} makes")
+    return x
 
 
 def check_callable(
@@ -409,7 +440,7 @@ def checked(
     lets None through, an infinite one lets infinity through.
     Raises `TypeError`, or `ValueError` for a number that is not finite."""
     plan = inspect.signature(function).parameters
-    names = list(plan)
+    places = [n for n, p in plan.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     kinds = None
 
     @functools.wraps(function)
@@ -419,11 +450,10 @@ def checked(
             return function(*args, **options)
         if kinds is None:  # at the first call: a class may be named before it stands
             kinds = _kinds(function, plan)
-        args = [kinds[n](v, n) if n in kinds else v for n, v in zip(names, args)] + list(
-            args[len(names) :]
-        )
+        rest = args[len(places) :]
+        args = [kinds[n](v, n) if n in kinds else v for n, v in zip(places, args)]
         options = {n: kinds[n](v, n) if n in kinds else v for n, v in options.items()}
-        return function(*args, **options)
+        return function(*args, *rest, **options)
 
     return inner
 
