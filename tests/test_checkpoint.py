@@ -852,6 +852,13 @@ def test_a_stream_that_draws_from_the_global_generators_goes_on_exactly(tmp_path
     assert torch.equal(run(tmp_path / "run"), straight) and torch.equal(run(tmp_path / "whole"), straight)
 
 
+def test_a_stream_of_nothing_is_refused(tmp_path):
+    net, opt = fresh()
+    for path in (None, tmp_path / "run"):
+        with pytest.raises(TypeError, match="stream gave 3; expected batches to go through"):
+            resumable(net, lambda start: 3, classify, opt, steps=5, checkpoint=path)
+
+
 def test_a_checkpoint_without_a_recipe_is_no_run_of_this_kind(tmp_path):
     net, opt = fresh()
     save_checkpoint(tmp_path / "run", net, opt, 3)
@@ -985,6 +992,21 @@ def test_a_folder_is_refused_and_stays(tmp_path, name):
         with pytest.raises(BadCheckpoint, match="is a folder; expected a file for the checkpoint"):
             call()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.new", "run.old", "sub"]
+
+
+@pytest.mark.parametrize("name", ["x" * 400, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    net, opt = fresh()
+    for call in (lambda: save_checkpoint(tmp_path / name, net, opt, 1), lambda: load_checkpoint(tmp_path / name, net, opt), lambda: long_run(tmp_path / name)):
+        with pytest.raises(BadCheckpoint, match="is no place for a checkpoint: "):
+            call()
+
+
+def test_a_long_name_works_as_long_as_there_is_room_for_its_endings(tmp_path):
+    net, opt = fresh()
+    for step in (1, 2):
+        save_checkpoint(tmp_path / ("x" * 240), net, opt, step)
+    assert load_checkpoint(tmp_path / ("x" * 240), net, opt)[0] == 2 and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_link_is_followed_and_the_mode_stays(tmp_path):

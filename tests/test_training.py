@@ -481,7 +481,11 @@ def test_on_a_gpu(precision):
     (dict(scaler=torch.amp.GradScaler("cpu")), "only 'fp16' scales"),
     (dict(objective=lambda m, b: classify(m, b)[0].detach()), "a pair"),
     (dict(objective=lambda m, b: (F.cross_entropy(m(b[0]), b[1], reduction="none"), {})), r"shape \(16,\)"),
-    (dict(objective=lambda m, b: (torch.tensor(1.0), {})), "not frozen"),
+    (dict(objective=lambda m, b: (torch.tensor(1.0), {})), "not frozen"), (dict(objective=len), "expected a function of \\(model, batch\\)"),
+    (dict(objective=lambda m: m), "too many positional arguments"), (dict(objective="loss"), "objective is 'loss'; expected a function"),
+    (dict(opt="SGD"), "opt is 'SGD'; expected"), (dict(data=7), "batches is 7; expected something to go through"),
+    (dict(data=[(X[:8], Y[:8] + 9)]), "labels run from"), (dict(data=[(X[:8], Y[:7])]), r"labels has shape \(7,\)"),
+    (dict(data=[(X[:8], Y[:8].float())]), r"labels has shape \(8,\); expected \(8, 4\) to fit the logits"), (dict(schedule=[[1.0]] * 3), "negative or not finite"),
 ])
 def test_train_refuses_in_one_sentence(options, sentence):
     with pytest.raises((ValueError, TypeError), match=sentence) as told:
@@ -897,10 +901,21 @@ def test_a_disk_that_is_full_for_a_moment_costs_no_line(tmp_path_factory, room, 
 def test_what_a_full_disk_never_took_is_told(tmp_path):
     log = Log(tmp_path / "run.jsonl", every=100)
     log(step(0))
-    log.file = SimpleNamespace(name="run.jsonl", fileno=log.file.fileno, close=log.file.close,
+    own = log.file
+    log.file = SimpleNamespace(name="run.jsonl", fileno=own.fileno, close=own.close,
                                write=lambda data: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.warns(UserWarning, match="1 steps are missing at the end of run.jsonl"):
         log.__exit__()
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda path: read_log("x" * 400), "x{40} cannot be read as a log: File name too long"), (lambda path: read_log("a\0b"), "cannot be read as a log"),
+    (lambda path: Log("x" * 400), "x{40} cannot be written as a log"), (lambda path: Log("a\0b"), "expected a name that a file can have"), (lambda path: Log(path), "a folder"),
+    (lambda path: curve([None]), "rows hold None; expected dictionaries"), (lambda path: curve([{"loss": 1}]), "rows hold a dict"), (lambda path: plot_log({}), "got no runs"),
+])
+def test_places_and_rows_that_are_none_end_in_a_sentence(tmp_path, call, words):
+    with pytest.raises((OSError, ValueError, TypeError), match=words):
+        call(tmp_path)
 
 
 @few

@@ -183,12 +183,16 @@ def _load(path, model, opt, accept):
 # %% ../../nbs/05_training/03_checkpoint.ipynb #a569addd
 def _places(path):
     "Where the newest checkpoint is for a moment, where it stays, and where the one before goes; links are followed"
-    real = Path(os.path.realpath(path))
-    places = real.with_name(real.name + ".new"), real, real.with_name(real.name + ".old")
-    for place in places:
-        if place.is_dir():
-            raise BadCheckpoint(f"{place.name} is a folder; expected a file for the checkpoint, such as "
-                                f"{Path(path) / 'run.safetensors'}")
+    try:
+        real = Path(os.path.realpath(path))
+        places = real.with_name(real.name + ".new"), real, real.with_name(real.name + ".old")
+        folders = [place for place in places if place.is_dir()]
+    except (OSError, ValueError) as error:  # too long, or a name that no file can have
+        short = str(path) if len(str(path)) < 60 else f"{str(path)[:40]}…"
+        raise BadCheckpoint(f"{short!r} is no place for a checkpoint: {getattr(error, 'strerror', '') or error}") from None
+    if folders:
+        raise BadCheckpoint(f"{folders[0].name} is a folder; expected a file for the checkpoint, such as "
+                            f"{Path(path) / 'run.safetensors'}")
     return places
 
 
@@ -389,10 +393,6 @@ def _check_luck(name, state):
         np.random.RandomState().set_state(tuple(state.about["random"]["numpy"]))
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise BadCheckpoint(f"{name} cannot be used: its random states do not fit ({str(error).splitlines()[0]})") from None
-
-# %% ../../nbs/05_training/03_checkpoint.ipynb #2c8d029b
-_pack, _read = snapshot, read_checkpoint
-def _restore(model, opt, tensors, about): restore(Snapshot(tensors, about), model, opt)
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #d3e57fee
 def _bare(model):
@@ -696,7 +696,7 @@ def resumable(
             plan = _plan(model, objective, opt, steps, recipe, options)
             batches, start, notes = _go_on(checkpoint, model, stream, opt, plan, longer, options.get("scaler"))
         else:
-            batches, start, notes = stream(0), 0, {}
+            batches, start, notes = _begun(stream, 0), 0, {}
         losses, before, began = notes.get("losses", []), notes.get("seconds", 0.0), time.perf_counter()
         seconds = lambda: before + time.perf_counter() - began
         with progress(steps, title, start) as bar:
@@ -747,7 +747,7 @@ def _told_apart(thing, model=None):
 def _go_on(checkpoint, model, stream, opt, plan, longer, scaler):
     "Batches, first step and notes of a run that begins, or goes on from its checkpoint; the first batch of all is part of the plan"
     luck = _random_states()
-    batches = iter(stream(0))
+    batches = _begun(stream, 0)
     first = list(itertools.islice(batches, min(1, plan["steps"])))
     plan["first batch"] = _told_apart(first)
     try:
@@ -759,10 +759,18 @@ def _go_on(checkpoint, model, stream, opt, plan, longer, scaler):
         return itertools.chain(first, batches), 0, {}
     if scaler and notes.get("scaler"):
         scaler.load_state_dict(notes["scaler"])
-    later = stream(start)
+    later = _begun(stream, start)
     if later is batches:
         raise ValueError("stream gave the same iterator twice; expected new batches from the step that it is handed")
     return later, start, notes
+
+
+def _begun(stream, start):
+    "The batches from a step on"
+    batches = stream(start)
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"stream gave {got(batches)}; expected batches to go through, from the step that it is handed")
+    return iter(batches)
 
 
 def _check_plan(name, notes, plan, longer, fit):

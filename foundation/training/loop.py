@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import in_order, memory_order, supports_bf16
-from ..core.checks import check_labels, check_number, check_whole, checked, got
+from ..core.checks import check_labels, check_like, check_number, check_whole, checked, got, refuse_nan
 
 # %% ../../nbs/05_training/01_loop.ipynb #870812f5
 Objective = Callable[[nn.Module, Any], tuple[Tensor, dict]]  # (model, batch) -> loss, things worth logging
@@ -64,7 +64,7 @@ def train(
 
     Raises ValueError or TypeError for what cannot be trained, TrainingDiverged when the loss or the norm
     to be clipped is not finite; the modes of all layers are then as they were."""
-    _check_plan(model, opt, steps, schedule, accum, clip, start, check_every)
+    _check_plan(model, objective, opt, steps, schedule, accum, clip, start, check_every)
     device, stream = next(model.parameters()).device, iter(batches)
     cast, scaler = _half(precision, device, scaler, opt)
     guard = _Guard(1 if device.type == "cpu" else check_every, steps, scaler)
@@ -89,8 +89,14 @@ def train(
             yield Step(n, loss, opt.param_groups[0].get("lr", math.nan), norm, extra)
 
 # %% ../../nbs/05_training/01_loop.ipynb #ddf93593
-def _check_plan(model, opt, steps, schedule, accum, clip, start, check_every):
+def _check_plan(model, objective, opt, steps, schedule, accum, clip, start, check_every):
     "Refuse what cannot be trained, a sentence each"
+    try:
+        inspect.signature(objective).bind(model, None)
+    except TypeError as error:
+        raise TypeError(f"objective is {got(objective)}; expected a function of (model, batch): {error}") from None
+    except ValueError:  # some that are written in C do not tell
+        pass
     if next(model.parameters(), None) is None:
         raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to train")
     check_whole(steps, "steps", 0)
@@ -99,7 +105,8 @@ def _check_plan(model, opt, steps, schedule, accum, clip, start, check_every):
     check_whole(check_every, "check_every", 1)
     if clip is not None:
         check_number(clip, "clip", above=0, infinite=True, why="a norm, or None for no clipping")
-    needed = [p for p in inspect.signature(opt.step).parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
+    needed = [p for p in inspect.signature(opt.step).parameters.values()
+              if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
     if needed:
         raise ValueError(f"{type(opt).__name__}.step needs a {needed[0].name}, so that it can compute the loss several times "
                          "in one step; `train` computes it once: write the loop yourself, or use another optimizer")
@@ -132,6 +139,7 @@ def _half(precision, device, scaler, opt):
     return cast, torch.amp.GradScaler(device.type, enabled=precision == "fp16") if scaler is None else scaler
 
 # %% ../../nbs/05_training/01_loop.ipynb #888623d8
+@checked
 @contextmanager
 def modes_back(
     model: nn.Module,
@@ -264,21 +272,38 @@ def _advice(n, every, loss, norm, opt):
 def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict]:
     """Objective: the cross-entropy of `model`'s logits against labels, in float32; the batch is (inputs, labels).
 
-    Labels are class numbers of any whole-number type, or probabilities. Raises `TypeError` for other labels."""
+    Labels are class numbers of any whole-number type, or probabilities. Raises `TypeError`, `ValueError` for others."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"the batch is {got(batch)}; expected a pair: inputs, labels")
     inputs, labels = batch
-    logits = model(inputs).float()
-    return nn.functional.cross_entropy(logits, _as_labels(labels, logits.device)), {}
+    logits = model(torch.as_tensor(inputs) if isinstance(inputs, np.ndarray) else inputs).float()
+    labels = _as_labels(labels, logits)
+    try:
+        loss = nn.functional.cross_entropy(logits, labels)
+    except (IndexError, RuntimeError, ValueError):
+        _check_answers(logits, labels)
+        raise
+    refuse_nan(loss, logits=logits)
+    return loss, {}
 
-
-def _as_labels(labels, device):
+# %% ../../nbs/05_training/01_loop.ipynb #f80c60ea
+def _as_labels(labels, logits):
     "Class numbers as int64; probabilities in the logits' float32"
     if isinstance(labels, Tensor) and labels.is_floating_point():
         return labels.float()
     if isinstance(labels, Tensor) and labels.dtype not in (torch.bool, torch.complex64, torch.complex128):
         return labels.long()
-    return check_labels(labels).to(device)
+    return check_labels(labels).to(logits.device)
+
+
+def _check_answers(logits, labels):
+    "The sentence for logits and labels that PyTorch's cross-entropy does not take"
+    if logits.ndim < 2 or logits.numel() == 0:
+        raise ValueError(f"the model gave {got(logits)}; expected logits (b, k), a number for each class")
+    if labels.is_floating_point():
+        check_like(labels, "labels", logits.shape, logits, "the logits")
+    else:
+        check_labels(labels, "labels", logits.shape[1], (len(logits), *logits.shape[2:]), ignore_index=-100)
 
 # %% ../../nbs/05_training/01_loop.ipynb #e40bae5b
 @checked

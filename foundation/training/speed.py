@@ -154,7 +154,7 @@ def peak_memory(
     every: float = 0.002,  # seconds between readings on a CPU
 ) -> Iterator[Peak]:
     "The most memory that a block needs. Raises `ValueError` for other devices and where the system does not tell."
-    check_number(every, "every", above=0)
+    check_number(every, "every", above=0, most=3600)
     _waiter(device)
     device, peak = torch.device(device), Peak()
     if device.type not in ("cpu", "cuda"):

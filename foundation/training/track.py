@@ -60,8 +60,13 @@ class Log(AbstractContextManager):
         self._close()
 
     def _open(self, start):
-        _drop_lines(self.path, start)
-        self.file = open(self.path, "ab", buffering=0)  # "a": each write goes to the end, whole
+        if "\0" in str(self.path):
+            raise ValueError(f"path is {got(str(self.path))}; expected a name that a file can have")
+        try:
+            _drop_lines(self.path, start)
+            self.file = open(self.path, "ab", buffering=0)  # "a": each write goes to the end, whole
+        except OSError as error:
+            raise OSError(f"{self.path.name[:40]} cannot be written as a log: {error.strerror or error}") from None
 
     def _write(self, rows):
         return _append(self.file, "".join(map(_line, rows)).encode())
@@ -112,7 +117,7 @@ def _line(row):
 
 def _drop_lines(path, start):
     "Keep the whole lines of steps before `start`; if anything goes, the file as it was stays as `<name>.old`"
-    if not path.exists():
+    if not os.path.exists(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return
     kept = "".join(_line(row) for row in read_log(path) if row["n"] < start).encode()
@@ -131,11 +136,7 @@ def read_log(
 
     Raises `FileNotFoundError` where there is no file, `ValueError` for one that holds no step at all."""
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path.name} is a folder; expected a file of JSON lines, as `Log` writes them")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no log at {path.name}; `Log` makes one")
-    *lines, _ = path.read_bytes().split(b"\n")
+    *lines, _ = _content(path).split(b"\n")
     rows = [_parsed(line) for line in lines]
     torn = [number for number, row in enumerate(rows, 1) if row is None]
     if torn and len(torn) == len(rows):
@@ -144,6 +145,17 @@ def read_log(
         which = f"line {torn[0]}" if len(torn) == 1 else f"{len(torn)} lines, the first is line {torn[0]},"
         warnings.warn(f"{which} of {path.name} cannot be read: {lines[torn[0] - 1][:40]!r}; left out", stacklevel=3)
     return [row for row in rows if row is not None]
+
+
+def _content(path):
+    "The bytes of a log, or the sentence that says why there are none"
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"there is no log at {path.name}; `Log` makes one") from None
+    except (OSError, ValueError) as error:
+        what = "is a folder" if path.name and os.path.isdir(path) else getattr(error, "strerror", "") or error
+        raise ValueError(f"{path.name[:40]} cannot be read as a log: {what}; expected a file of JSON lines, as `Log` writes them") from None
 
 
 def _parsed(line):
@@ -162,6 +174,8 @@ def curve(
     name: str = "loss",
 ) -> tuple[Tensor, Tensor]:  # steps (k,), values (k,), of the rows that have it
     "One column of a log. Raises `ValueError` for a name that no row has."
+    if wrong := [row for row in rows if not isinstance(row, Mapping) or not isinstance(row.get("n"), (int, float))]:
+        raise TypeError(f"rows hold {got(wrong[0])}; expected dictionaries with the number n of a step, as `read_log` gives them")
     own = [(row["n"], float(row[name])) for row in rows if isinstance(row.get(name), (int, float))]
     if not own:
         names = sorted({key for row in rows for key in row})
