@@ -296,9 +296,11 @@ def test_pruned_and_diverged_trials_never_win(tmp_path):
 # bad input ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, words", [
-    (dict(lo=0.0), "lo is 0.0"), (dict(lo=-1.0), "lo is -1.0"), (dict(lo=1.0, hi=0.1), "hi is 0.1; .* above 1.0"),
-    (dict(lo=1.0, hi=1.0), "hi is 1.0; .* above 1.0"), (dict(lo=math.nan), "lo is nan"), (dict(hi=math.inf), "hi is inf"),
-    (dict(steps=5), "steps is 5; expected a whole number from 20 on"), (dict(lo="a"), "lo is 'a'")])
+    (dict(lo=0.0), "lo is 0.0"), (dict(lo=-1.0), "lo is -1.0"), (dict(lo="a"), "lo is 'a'"),
+    (dict(lo=1.0, hi=0.1), "hi is 0.1; .* above 1.0"),
+    (dict(lo=1.0, hi=1.0), "hi is 1.0; .* above 1.0"),
+    (dict(lo=math.nan), "lo is nan"), (dict(hi=math.inf), "hi is inf"),
+    (dict(steps=5), "steps is 5; expected a whole number from 20 on")])
 def test_range_tests_that_cannot_be(task, options, words):
     model = Net()
     with pytest.raises((ValueError, TypeError), match=words):
@@ -340,7 +342,8 @@ def test_other_bad_input(task, tmp_path):
     for rates in ([1e-3], [1e-2, 1e-3], [0.0, 1.0], [-1.0, 1.0]):
         with pytest.raises(ValueError, match="rising|above 0"):
             sweep(lambda lr, seed: 1.0, rates)
-    for space in ({}, dict(lr=(0.0, 1.0)), dict(lr=(1.0, 0.1)), dict(lr=(1.0,)), dict(lr=3), {1: (0.1, 1)}):
+    for space in ({}, dict(lr=(0.0, 1.0)), dict(lr=(1.0, 0.1)), dict(lr=(1.0,)), dict(lr=3),
+                  {1: (0.1, 1)}):
         with pytest.raises((ValueError, TypeError), match="0 < lo < hi|bound of lr"):
             search(hill, space, tmp_path / "j")
     with pytest.raises(ValueError, match="trials is 0"):
@@ -365,14 +368,18 @@ def test_without_optuna_there_is_one_clear_sentence(tmp_path):
         search(hill, SPACE, tmp_path / "j")
 
 
-# order, buffers, journals ---------------------------------------------------------------------------
+# order, buffers, journals -------------------------------------------------------------------------
+
 
 class Deep(nn.Module):
     "A head of several layers, so that it has an order"
+
     def __init__(self):
         super().__init__()
         self.body = nn.Linear(4, 4)
-        self.head = nn.Sequential(*(nn.Linear(4, 4 + i) if i == 0 else nn.Linear(3 + i, 4 + i) for i in range(6)))
+        self.head = nn.Sequential(
+            *(nn.Linear(4, 4 + i) if i == 0 else nn.Linear(3 + i, 4 + i) for i in range(6))
+        )
 
     def forward(self, x):
         return self.head(self.body(x))
@@ -380,7 +387,7 @@ class Deep(nn.Module):
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor"])
 def test_parameters_go_into_an_optimizer_in_the_order_of_the_model(name):
-    "A checkpoint goes by place: an order by memory address hands moments to the wrong weights, or beyond them"
+    "A checkpoint goes by place: in an order by memory address moments meet the wrong weights"
     kept = []
     for _ in range(20):
         kept.append(model := Deep())  # all alive, so that each lies elsewhere
@@ -402,7 +409,10 @@ def test_a_head_tied_to_the_body_is_in_one_group():
 class Counts(nn.Module):
     def __init__(self):
         super().__init__()
-        self.w, self.rest = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2), requires_grad=False)
+        self.w, self.rest = (
+            nn.Parameter(torch.ones(3)),
+            nn.Parameter(torch.ones(2), requires_grad=False),
+        )
         self.register_buffer("n", torch.zeros(()), persistent=False)
 
     def forward(self, x):
@@ -426,8 +436,22 @@ def test_labels_of_another_whole_number_type_train_alike(task):
     scores = []
     for kind in (torch.int64, torch.int32, torch.uint8):
         seed_everything(0)
-        model, other = Net(), task._replace(labels=task.labels.to(kind), dev_labels=task.dev_labels.to(kind))
-        scores.append(list(dev_scores(model, other, make_optimizer("adamw", model, 1e-2), steps=np.int64(6), every=2, precision="fp32")))
+        model, other = (
+            Net(),
+            task._replace(labels=task.labels.to(kind), dev_labels=task.dev_labels.to(kind)),
+        )
+        scores.append(
+            list(
+                dev_scores(
+                    model,
+                    other,
+                    make_optimizer("adamw", model, 1e-2),
+                    steps=np.int64(6),
+                    every=2,
+                    precision="fp32",
+                )
+            )
+        )
     assert scores[0] == scores[1] == scores[2] and len(scores[0]) == 3
 
 
@@ -435,12 +459,17 @@ def test_numbers_of_numpy_are_plain_ones(tmp_path):
     space = dict(lr=(np.float32(1e-4), np.float64(1e-1)), decay=[np.float32(1e-3), 1])
     found = search(hill, space, tmp_path / "j", trials=np.int64(3), seed=np.int32(0))
     assert found == search(hill, space, tmp_path / "j", trials=3) and len(found) == 3
-    assert sweep(lambda lr, seed: 1 - lr, np.array([1e-3, 1e-2], np.float32), np.arange(2)).best == pytest.approx(1e-3)
+    assert sweep(
+        lambda lr, seed: 1 - lr, np.array([1e-3, 1e-2], np.float32), np.arange(2)
+    ).best == pytest.approx(1e-3)
 
 
 def test_runs_that_give_no_scores(tmp_path):
-    for run, words in ((lambda **p: 0.5, "run gave 0.5; expected dev scores"), (lambda **p: [None], "run gave None; expected a score"),
-                       (lambda **p: "abc", "run gave 'abc'")):
+    for run, words in (
+        (lambda **p: 0.5, "run gave 0.5; expected dev scores"),
+        (lambda **p: [None], "run gave None; expected a score"),
+        (lambda **p: "abc", "run gave 'abc'"),
+    ):
         with pytest.raises(TypeError, match=words):
             search(run, SPACE, tmp_path / words[9:11], trials=1)
     with pytest.raises(TypeError, match="run gave None"):
@@ -448,7 +477,7 @@ def test_runs_that_give_no_scores(tmp_path):
 
 
 def test_a_torn_last_line_of_a_journal_is_left_out_and_the_trials_are_the_same(tmp_path):
-    "What a full disk leaves: cut anywhere, the search goes on to the trials that it would have found"
+    "What a full disk leaves: cut anywhere, the search goes on to the same trials"
     whole = search(hill, SPACE, tmp_path / "whole", trials=6)
     data = (tmp_path / "whole").read_bytes()
     lines = len(data.splitlines())
@@ -510,4 +539,5 @@ def test_a_journal_of_other_data_is_refused_where_the_recipe_says_so(tmp_path):
 
 
 def test_a_flat_curve_is_drawn_without_a_suggestion():
-    assert RangeTest(torch.logspace(-5, -4, 30), torch.full((30,), 2.3)).plot(alt="flat") is not None
+    flat = RangeTest(torch.logspace(-5, -4, 30), torch.full((30,), 2.3))
+    assert flat.plot(alt="flat") is not None

@@ -224,7 +224,7 @@ def test_targets_match_whole_names():
     (lambda: add_lora(bert(), targets=["attention.qurey"]), ValueError, "no layer is called 'attention.qurey'"),
     (lambda: add_lora(bert(), targets="mlp.0"), ValueError, "expected a list"),
     (lambda: add_lora(bert(), targets=[]), ValueError, "expected a list"),
-    (lambda: add_lora(bert(), targets=["norm1"]), TypeError, "norm1 is a LayerNorm; expected a layer of the class Linear"),
+    (lambda: add_lora(bert(), targets=["norm1"]), TypeError, "norm1 is a LayerNorm; .* the class Linear"),
     (lambda: add_lora(bert(), 0), ValueError, "rank is 0"),
     (lambda: add_lora(bert(), -3), ValueError, "rank is -3"),
     (lambda: add_lora(bert(), 33), ValueError, "rank is 33; expected a whole number from 1 to 32"),
@@ -237,7 +237,7 @@ def test_targets_match_whole_names():
     (lambda: add_adapters(bert(), 0), ValueError, "width is 0"),
     (lambda: add_prefix(bert(), -1), ValueError, "length is -1"),
     (lambda: add_prefix(bert(), 3, IDS[0]), ValueError, r"words has shape \(5,\); expected \(3,\)"),
-    (lambda: Prefix(nn.Linear(4, 4), torch.zeros(1, 4), torch.zeros(1, 4)), TypeError, "base is a Linear; expected an? Attention"),
+    (lambda: Prefix(nn.Linear(4, 4), torch.zeros(1, 4), torch.zeros(1, 4)), TypeError, "base is a Linear"),
     (lambda: train_biases(nn.Linear(3, 3, bias=False)), ValueError, "no parameter called bias"),
     (lambda: Adapter(nn.ReLU()), TypeError, "base is a ReLU; expected a Linear"),
 ])
@@ -256,10 +256,14 @@ def test_a_refused_change_leaves_the_model_alone():
 @pytest.mark.parametrize("labels, options, match", [
     (torch.tensor([0, 3]), {}, "expected 0 to 2"), (torch.tensor([-1, 0]), {}, "expected 0 to 2"),
     (torch.tensor([0.0, 1.0]), {}, "whole numbers"), (torch.tensor([[0], [1]]), {}, "one axis"),
-    (torch.tensor([], dtype=torch.int64), {}, "labels is empty"), ([0, 1], {}, r"has the labels \[2\]"),
-    (torch.tensor([0, 1, 2]), {}, "tokens 2, labels 3"), (torch.tensor([0, 1, 2]), dict(batch_size=0), "batch_size is 0"),
-    (torch.tensor([0, 1]), dict(lr=0.0), "lr is 0.0"), (torch.tensor([0, 1]), dict(lr=-1e-3), "lr is -0.001"),
-    (torch.tensor([0, 1]), dict(lr=float("nan")), "lr is nan"), (torch.tensor([0, 1]), dict(steps=0), "steps is 0"),
+    (torch.tensor([], dtype=torch.int64), {}, "labels is empty"),
+    ([0, 1], {}, r"has the labels \[2\]"),
+    (torch.tensor([0, 1, 2]), {}, "tokens 2, labels 3"),
+    (torch.tensor([0, 1, 2]), dict(batch_size=0), "batch_size is 0"),
+    (torch.tensor([0, 1]), dict(lr=0.0), "lr is 0.0"),
+    (torch.tensor([0, 1]), dict(lr=-1e-3), "lr is -0.001"),
+    (torch.tensor([0, 1]), dict(lr=float("nan")), "lr is nan"),
+    (torch.tensor([0, 1]), dict(steps=0), "steps is 0"),
     (torch.tensor([0, 1]), dict(steps=0.5), "steps is 0.5")])
 def test_bad_training(labels, options, match):
     with pytest.raises((ValueError, TypeError), match=match):
@@ -284,7 +288,7 @@ def test_the_shipped_card_holds_what_the_lesson_claims():
     assert mean["LoRA"] > mean["LoRA, both random"]
 
 
-# Layers of every kind ---------------------------------------------------------------------------------------------------
+# Layers of every kind -----------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -324,7 +328,9 @@ def test_merging_a_tied_layer_leaves_the_embedding_alone_and_unmerging_ties_it_a
     assert model.out.base.weight is model.words.weight and torch.equal(model.words.weight, words)
     again = deepcopy(merge(model))
     unmerge(again)
-    assert again.out.base.weight is again.words.weight and again.words.weight is not model.words.weight
+    assert (
+        again.out.base.weight is again.words.weight and again.words.weight is not model.words.weight
+    )
 
 
 def test_two_layers_with_one_weight_merge_each_for_itself():
@@ -356,7 +362,9 @@ def test_blocks_that_are_one_block_share_their_new_layers():
     model = bert()
     model.blocks[1] = model.blocks[0]
     add_lora(model)
-    assert model.blocks[1].mlp[0] is model.blocks[0].mlp[0] and isinstance(model.blocks[0].mlp[0], LoRA)
+    assert model.blocks[1].mlp[0] is model.blocks[0].mlp[0] and isinstance(
+        model.blocks[0].mlp[0], LoRA
+    )
     assert len([m for m in model.modules() if isinstance(m, LoRA)]) == 6
 
 
@@ -397,8 +405,12 @@ def test_lora_where_pytorch_reads_the_matrix_on_its_fast_path():
 def weights_that_are_computed():
     from torch.nn.utils import parametrizations, prune
 
-    return {"weight_norm": lambda m: parametrizations.weight_norm(m), "spectral": lambda m: parametrizations.spectral_norm(m),
-            "old weight_norm": lambda m: nn.utils.weight_norm(m), "pruned": lambda m: prune.l1_unstructured(m, "weight", 0.5)}
+    return {
+        "weight_norm": lambda m: parametrizations.weight_norm(m),
+        "spectral": lambda m: parametrizations.spectral_norm(m),
+        "old weight_norm": lambda m: nn.utils.weight_norm(m),
+        "pruned": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -418,12 +430,18 @@ def test_a_computed_weight_is_adapted_but_not_merged_into(kind):
 
 def test_nothing_is_changed_after_a_refusal():
     model = nn.ModuleDict(dict(lin=nn.Linear(4, 4), conv=nn.Conv2d(3, 3, 1), small=nn.Linear(2, 2)))
-    for call in (lambda: add_lora(model, 2, targets=["lin", "conv"]), lambda: add_lora(model, 3, targets=["lin", "small"]),
-                 lambda: add_adapters(model, 0, targets=["lin"]), lambda: add_lora(model, 2, -1.0, ["lin"])):
+    for call in (
+        lambda: add_lora(model, 2, targets=["lin", "conv"]),
+        lambda: add_lora(model, 3, targets=["lin", "small"]),
+        lambda: add_adapters(model, 0, targets=["lin"]),
+        lambda: add_lora(model, 2, -1.0, ["lin"]),
+    ):
         luck = torch.get_rng_state()
         with pytest.raises((TypeError, ValueError)):
             call()
-        assert all(p.requires_grad for p in model.parameters()) and torch.equal(torch.get_rng_state(), luck)
+        assert all(p.requires_grad for p in model.parameters()) and torch.equal(
+            torch.get_rng_state(), luck
+        )
         assert type(model["lin"]) is nn.Linear
 
 
@@ -444,12 +462,16 @@ def test_what_learns_beside_a_half_base_is_float32_and_the_output_is_half(half):
 
 def test_small_steps_count_beside_a_half_base():
     "In bfloat16 a step below half a unit in the last place is no step: the loss stays where it is"
+
     def train_lora(spoil):
         torch.manual_seed(0)
         layer = LoRA(nn.Linear(8, 8).bfloat16(), 2)
         spoil(layer)
         x = torch.randn(256, 8)
-        y = x @ (layer.base.weight.float() + 0.3 * torch.randn(8, 1) @ torch.randn(1, 8)).T + layer.base.bias.float()
+        y = (
+            x @ (layer.base.weight.float() + 0.3 * torch.randn(8, 1) @ torch.randn(1, 8)).T
+            + layer.base.bias.float()
+        )
         opt = torch.optim.AdamW([layer.A, layer.B], lr=1e-3)
         for _ in range(400):
             opt.zero_grad()
@@ -474,16 +496,23 @@ def test_merging_into_halves_rounds_once_and_unmerging_brings_back_each_bit(half
     assert torch.equal(layer.base.weight, before)
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda m: m[0].B.data.fill_(float("nan")), "from B"), (lambda m: m[0].A.data.fill_(float("inf")), "from A"),
-    (lambda m: m.half() and m[0].A.data.fill_(6e4) is m[0].B.data.fill_(6e4), "cannot hold")])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda m: m[0].B.data.fill_(float("nan")), "from B"),
+        (lambda m: m[0].A.data.fill_(float("inf")), "from A"),
+        (lambda m: m.half() and m[0].A.data.fill_(6e4) is m[0].B.data.fill_(6e4), "cannot hold"),
+    ],
+)
 def test_nan_is_not_merged(spoil, words):
     model = lora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["0", "1"])
     spoil(model)
     before = deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=f"nothing is merged|{words}"):
         merge(model)
-    assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items())
+    assert all(
+        torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items()
+    )
     assert not any(layer.merged for layer in model)
 
 
@@ -492,9 +521,13 @@ def test_a_merged_state_and_an_unmerged_model_do_not_mix():
     one, x = lora(nn.Sequential(nn.Linear(4, 4)), ["0"]), torch.randn(3, 4)
     other, want = deepcopy(one), one(x)
     apart, merged = deepcopy(one.state_dict()), deepcopy(merge(one).state_dict())
-    with pytest.raises(ValueError, match="0 is not merged, the state to load is merged; merge the model first"):
+    with pytest.raises(
+        ValueError, match="0 is not merged, the state to load is merged; merge the model first"
+    ):
         other.load_state_dict(merged)
-    with pytest.raises(ValueError, match="0 is merged, the state to load is not; unmerge the model first"):
+    with pytest.raises(
+        ValueError, match="0 is merged, the state to load is not; unmerge the model first"
+    ):
         one.load_state_dict(apart)
     one.load_state_dict(merged), other.load_state_dict(apart)
     assert_close(one(x), want), assert_close(unmerge(one)(x), want), assert_close(other(x), want)
@@ -514,10 +547,13 @@ def test_what_was_changed_while_merged_stays_changed():
 
 def test_modes_and_devices_of_new_layers_are_those_of_the_old():
     model = add_adapters(add_lora_free := bert())
-    assert not any(m.training for m in model.modules() if isinstance(m, Adapter)) and model is add_lora_free
+    assert (
+        not any(m.training for m in model.modules() if isinstance(m, Adapter))
+        and model is add_lora_free
+    )
 
 
-# A prefix and its cache -------------------------------------------------------------------------------------------------
+# A prefix and its cache ---------------------------------------------------------------------------
 
 
 def gpt_with_prefix(length=3):
@@ -527,7 +563,10 @@ def gpt_with_prefix(length=3):
 
 @pytest.mark.parametrize("pieces", [[1] * 8, [5, 3], [8], [1, 6, 1]])
 def test_a_prefix_and_a_cache_give_what_the_whole_text_gives(pieces):
-    model, ids = gpt_with_prefix(), torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1))
+    model, ids = (
+        gpt_with_prefix(),
+        torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1)),
+    )
     caches = model.new_caches()
     parts = [model(part, caches) for part in ids.split(pieces, 1)]
     assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-5)
@@ -545,7 +584,9 @@ def test_a_prefix_is_seen_by_the_places_that_are_asked_for():
     "BERT asks with some tokens only in its last block; the prefix must stand before them as well"
     model, places = randomise(add_prefix(bert(), 3), 0.5), torch.zeros_like(IDS).bool()
     places[0, 2] = places[1, 1] = True
-    assert_close(model(IDS, IDS != 0, places=places), model(IDS, IDS != 0)[places], rtol=1e-4, atol=1e-5)
+    assert_close(
+        model(IDS, IDS != 0, places=places), model(IDS, IDS != 0)[places], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_real_words_are_read_without_dropout_and_hooks_are_taken_off():
@@ -553,13 +594,17 @@ def test_real_words_are_read_without_dropout_and_hooks_are_taken_off():
     model = BERT(50, context=16, dim=32, depth=2, heads=4, dropout=0.5).train()
     one, two = (add_prefix(deepcopy(model), 3, IDS[0, :3]) for _ in range(2))
     assert torch.equal(one.blocks[0].attention.keys, two.blocks[0].attention.keys)
-    assert all(m.training for m in one.modules()) and not any(m._forward_pre_hooks for m in one.modules())
+    assert all(m.training for m in one.modules()) and not any(
+        m._forward_pre_hooks for m in one.modules()
+    )
     with pytest.raises((ValueError, IndexError)):
         add_prefix(model, 1, torch.tensor([99]))
-    assert not any(m._forward_pre_hooks for m in model.modules()) and all(m.training for m in model.modules())
+    assert not any(m._forward_pre_hooks for m in model.modules()) and all(
+        m.training for m in model.modules()
+    )
 
 
-# Texts, labels, deltas ----------------------------------------------------------------------------------------------------
+# Texts, labels, deltas ----------------------------------------------------------------------------
 
 
 def test_a_text_of_padding_has_features_of_zero_and_padding_may_stand_anywhere():
@@ -568,7 +613,9 @@ def test_a_text_of_padding_has_features_of_zero_and_padding_may_stand_anywhere()
     with torch.no_grad():
         out = model(torch.tensor([[1, 2, 0], [0, 0, 0]]))
         assert torch.equal(out[1], model.head.bias) and out.isfinite().all()
-        assert torch.equal(model(torch.zeros(2, 3, dtype=torch.int64)), model.head.bias.expand(2, -1))
+        assert torch.equal(
+            model(torch.zeros(2, 3, dtype=torch.int64)), model.head.bias.expand(2, -1)
+        )
         assert_close(out[:1], model(torch.tensor([[1, 2]])))
         seen = model.encode(torch.tensor([[0, 5, 3]]))  # on the left: its last token is not cut off
         assert (seen - model.encode(torch.tensor([[0, 5, 7]]))).abs().max() > 1e-3
@@ -580,12 +627,30 @@ def test_a_text_of_padding_has_features_of_zero_and_padding_may_stand_anywhere()
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int32, "numpy", "list"])
 def test_labels_and_tokens_of_any_whole_number_type_train_alike(task, kind):
     labels, tokens = task.labels[task.pool], task.tokens[task.pool]
-    other = labels.tolist() if kind == "list" else labels.int().numpy() if kind == "numpy" else labels.to(kind)
-    small = tokens.int().numpy() if kind == "numpy" else tokens.to(kind) if kind != "list" else tokens
+    other = (
+        labels.tolist()
+        if kind == "list"
+        else labels.int().numpy()
+        if kind == "numpy"
+        else labels.to(kind)
+    )
+    small = (
+        tokens.int().numpy() if kind == "numpy" else tokens.to(kind) if kind != "list" else tokens
+    )
     models = [prepared(bert(), "LoRA", task) for _ in range(2)]
     for model, x, y in zip(models, (tokens, small), (labels, other)):
         adapt(model, x, y, steps=2, precision="fp32")
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+def test_batches_are_of_the_size_asked_for_and_of_like_length(task):
+    model, seen = prepared(bert(), "head only", task), []
+    model.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=8, batch_size=10)
+    assert {len(x) for x in seen} == {10}
+    spread = lambda x: (x != 0).sum(1).float().std()
+    mixed = spread(task.tokens[task.pool])
+    assert sum(map(spread, seen)) / len(seen) < 0.8 * mixed
 
 
 def test_a_head_that_is_adapted_itself_can_be_trained(task):
@@ -599,7 +664,13 @@ def test_a_head_that_is_adapted_itself_can_be_trained(task):
 def test_a_head_tied_to_the_encoder_stands_in_one_group(task):
     model = MeanClassifier(BERT(3, context=16, dim=32, depth=1, heads=4), 3)
     model.head.weight = model.encoder.embedding.token.weight
-    opt = adapt(model, task.tokens[task.pool].clamp(max=2), task.labels[task.pool], steps=1, precision="fp32")
+    opt = adapt(
+        model,
+        task.tokens[task.pool].clamp(max=2),
+        task.labels[task.pool],
+        steps=1,
+        precision="fp32",
+    )
     ids = [id(p) for group in opt.param_groups for p in group["params"]]
     assert len(ids) == len(set(ids)) == len([*model.parameters()])
 
@@ -614,21 +685,33 @@ def test_a_delta_holds_statistics_too_and_takes_no_other_names():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     model[0].requires_grad_(False)
     state = Delta(model).state_dict()
-    assert set(state) == {"1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert set(state) == {
+        "1.weight",
+        "1.bias",
+        "1.running_mean",
+        "1.running_var",
+        "1.num_batches_tracked",
+    }
     with pytest.raises(ValueError, match="1.bias is not in the state"):
         Delta(model).load_state_dict({k: v for k, v in state.items() if k != "1.bias"})
     with pytest.raises(ValueError, match="2.x is not in this model"):
         Delta(model).load_state_dict(state | {"2.x": torch.ones(1)})
 
 
-# The recipe -----------------------------------------------------------------------------------------------------------
+# The recipe ---------------------------------------------------------------------------------------
 
 
 def recipe(task, tmp_path, monkeypatch, encoder, spy=None, **options):
     from foundation.finetuning import peft
 
-    for name, value in dict(load_minilm=lambda: (encoder, None), noun_task=lambda tokenizer: task, cache_folder=lambda: tmp_path,
-                            RATES={"LoRA": (1e-3,), "prefix": (1e-3,)}, VARIANTS={}, BEYOND={}).items():
+    for name, value in dict(
+        load_minilm=lambda: (encoder, None),
+        noun_task=lambda tokenizer: task,
+        cache_folder=lambda: tmp_path,
+        RATES={"LoRA": (1e-3,), "prefix": (1e-3,)},
+        VARIANTS={},
+        BEYOND={},
+    ).items():
         monkeypatch.setattr(peft, name, value)
     monkeypatch.setattr(NounTask, "draw", lambda self, seed, count=40: self.pool)
     monkeypatch.setattr(peft, "step_costs", lambda *a: {})
@@ -651,7 +734,9 @@ def test_scores_of_an_interrupted_run_are_kept_for_the_same_run_alone(task, tmp_
     with pytest.raises(KeyboardInterrupt):
         make(bert())
     make(bert())
-    assert len(asked) == 2 + 4 and not list((tmp_path / "runs").glob("*"))  # one was done; what is shipped is not kept
+    assert len(asked) == 2 + 4 and not list(
+        (tmp_path / "runs").glob("*")
+    )  # one was done; what is shipped is not kept
     for encoder, other in ((bert(1), task), (bert(), task._replace(labels=(task.labels + 1) % 3))):
         asked.clear()
         with pytest.raises(KeyboardInterrupt):

@@ -71,11 +71,14 @@ def make_optimizer(
     check_choice(name, "the optimizer's name", _OPTIMIZERS)
     check_number(lr, "lr", above=0)
     check_number(head_factor, "head_factor", above=0)
-    if not isinstance(getattr(model, "head", None), nn.Module) or not any(True for _ in model.head.parameters()):
-        raise TypeError(f"{type(model).__name__} has no `head` with parameters; expected a model whose last layer is called so")
-    head = list(model.head.parameters())  # in the order of the model, as the body: a checkpoint goes by place
-    body = [p for p in model.parameters() if p not in set(head)]
-    return _OPTIMIZERS[name]([dict(params=body, lr=lr), dict(params=head, lr=lr * head_factor)], **options)
+    last = getattr(model, "head", None)
+    head = list(last.parameters()) if isinstance(last, nn.Module) else []
+    body = [p for p in model.parameters() if p not in set(head)]  # both in the order of the model
+    if not head:
+        raise TypeError(f"{type(model).__name__} has no `head` with parameters; expected one as "
+                        "its last layer")
+    groups = [dict(params=body, lr=lr), dict(params=head, lr=lr * head_factor)]
+    return _OPTIMIZERS[name](groups, **options)
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #ed1e693c
 @checked
@@ -95,11 +98,14 @@ def dev_scores(
     check_sizes(steps=steps, every=every or 1, batch_size=batch_size)
     if len(task.dev_labels) == 0:
         raise ValueError("the dev set is empty, so nothing can be chosen by it; expected at least one image")
-    labels, dev_labels = check_classes(task.labels, model), check_labels(task.dev_labels, "dev_labels")
-    check_rows(images=task.images, labels=labels), check_rows(dev_images=task.dev_images, dev_labels=dev_labels)
+    labels = check_classes(task.labels, model)
+    dev_labels = check_labels(task.dev_labels, "dev_labels")
+    check_rows(images=task.images, labels=labels)
+    check_rows(dev_images=task.dev_images, dev_labels=dev_labels)
     schedule = warmup_cosine(steps, steps // 10) if schedule is None else schedule
     batches = endless(task.images, labels, batch_size=min(batch_size, len(labels)), seed=seed)
-    run = train(model, batches, classify, opt, steps=steps, schedule=schedule, **dict(precision="auto", clip=1.0) | options)
+    options = dict(precision="auto", clip=1.0) | options
+    run = train(model, batches, classify, opt, steps=steps, schedule=schedule, **options)
     return (accuracy(predict(model, task.dev_images), dev_labels)
             for step in run if step.n + 1 == steps or every and (step.n + 1) % every == 0)
 
@@ -107,7 +113,7 @@ def dev_scores(
 @contextmanager
 @checked
 def restored(model: nn.Module, opt: torch.optim.Optimizer) -> Iterator[None]:
-    "Whatever the block does to model, buffers, optimizer, gradients, modes and random generators is undone at its end."
+    "What the block does to model, buffers, optimizer, gradients, modes and generators is undone."
     state = snapshot(model, opt)
     modes = {module: module.training for module in model.modules()}
     learns = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -159,7 +165,8 @@ class RangeTest(NamedTuple):
             ax.plot(self.rates, self.losses, color="#bbbbbb", label="each batch")
             ax.plot(self.rates, self.smooth, color=PALETTE["blue"], label="smoothed")
             if rate := self._found():
-                ax.axvline(rate, color=PALETTE["vermilion"], linestyle="--", label=f"suggestion {rate:.2g}")
+                red = dict(color=PALETTE["vermilion"], linestyle="--")
+                ax.axvline(rate, label=f"suggestion {rate:.2g}", **red)
             ax.legend(frameon=False)
         top = 1.4 * self.losses[0].item()
         return draw(paint, alt=alt, title=title, xscale="log", ylim=(0, top), xlabel="learning rate", ylabel="loss")
@@ -250,9 +257,11 @@ def sweep(
     diverged: float = 0.0,  # the score of a run that raises `TrainingDiverged` or gives NaN
 ) -> Sweep:
     "Run each rate with each seed. Raises `ValueError` for rates that are not rising from above 0, and what `compare` raises."
-    rates = torch.tensor([check_number(rate, f"rates[{i}]", above=0) for i, rate in enumerate(rates)], dtype=torch.double)
-    if len(rates) < 2 or not (rates.diff() > 0).all() or len({f"{lr:g}" for lr in rates.tolist()}) < len(rates):
-        raise ValueError(f"rates are {rates.tolist()}; expected two or more, rising, each apart in six digits")
+    rates = [check_number(rate, f"rates[{i}]", above=0) for i, rate in enumerate(rates)]
+    if len(rates) < 2 or rates != sorted(rates) or len({f"{lr:g}" for lr in rates}) < len(rates):
+        raise ValueError(f"rates are {rates}; expected two or more, rising, each apart in six "
+                         "digits")
+    rates = torch.tensor(rates, dtype=torch.double)
 
     def score(lr, seed):
         try:
@@ -300,14 +309,15 @@ def search(
     trials: int = 12,  # finished ones in all, those of earlier calls included
     startup: int = 4,  # trials drawn blindly, and never pruned
     seed: int = 0,
-    recipe: dict | None = None,  # what else the scores depend on, as JSON can hold it: a `fingerprint` of the data
+    recipe: dict | None = None,  # what else the scores depend on: a `fingerprint` of the data …
 ) -> list[Trial]:  # in the order in which they finished
-    """Search with TPE and median pruning. Killed and called again, it goes on to the same trials, if one process at a
-    time uses the journal. Raises `ValueError` for bad bounds, and for a journal that is damaged or of another search;
-    `ImportError` without Optuna."""
+    """Search with TPE and median pruning. Killed and called again, it goes on to the same trials,
+    if one process at a time uses the journal. Raises `ValueError` for bad bounds, and for a journal
+    that is damaged or of another search; `ImportError` without Optuna."""
     space = _check_space(space)
     check_sizes(trials=trials, startup=startup)
-    about = dict(space={k: list(v) for k, v in space.items()}, startup=startup, seed=seed) | (recipe and dict(recipe=recipe) or {})
+    about = dict(space={k: list(v) for k, v in space.items()}, startup=startup, seed=seed)
+    about |= {} if recipe is None else dict(recipe=recipe)
     study = _open_study(Path(path), about)
     while len(done := _finished(study)) < trials:
         study.sampler = _sampler(startup, seed + 1_000_003 * len(done))
@@ -325,7 +335,8 @@ def _run_trial(study, run, space):
     try:
         scores = run(**params)
         if not isinstance(scores, Iterable) or isinstance(scores, (str, bytes)):
-            raise TypeError(f"run gave {got(scores)}; expected dev scores on the way, as `dev_scores` gives them")
+            raise TypeError(f"run gave {got(scores)}; expected dev scores on the way, as of "
+                            "`dev_scores`")
         for n, score in enumerate(map(_score, scores)):
             if not math.isfinite(score):
                 break
@@ -334,7 +345,9 @@ def _run_trial(study, run, space):
                 return study.tell(trial, state=TrialState.PRUNED)
     except TrainingDiverged:
         score = math.nan
-    return study.tell(trial, score) if math.isfinite(score) else study.tell(trial, state=TrialState.PRUNED)
+    if math.isfinite(score):
+        return study.tell(trial, score)
+    return study.tell(trial, state=TrialState.PRUNED)
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #20d37153
 def _optuna():
@@ -362,7 +375,8 @@ def _check_space(space) -> dict[str, tuple[float, float]]:
     found = {}
     for name, bounds in space.items():
         if not isinstance(name, str) or not hasattr(bounds, "__len__") or len(bounds) != 2:
-            raise TypeError(f"the space holds {name!r} -> {got(bounds)}; expected a name and two bounds, 0 < lo < hi")
+            raise TypeError(f"the space holds {name!r} -> {got(bounds)}; expected a name and 0 < "
+                            "lo < hi")
         lo = check_number(bounds[0], f"the lower bound of {name}", above=0)
         found[name] = lo, check_number(bounds[1], f"the upper bound of {name}", above=lo)
     if not found:
@@ -379,18 +393,22 @@ def _open_study(path, recipe):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _mend_journal(path)
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=_lock(path)))
-        study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True, direction="maximize",
-                                    pruner=optuna.pruners.MedianPruner(n_startup_trials=recipe["startup"], n_warmup_steps=0))
-        there = study.user_attrs.get("recipe")
-        open_trials = [t.number for t in study.get_trials(deepcopy=False) if t.state.name == "RUNNING"]
+        journal = JournalFileBackend(str(path), lock_obj=_lock(path))
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=recipe["startup"], n_warmup_steps=0)
+        storage = optuna.storages.JournalStorage(journal)
+        study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True,
+                                    direction="maximize", pruner=pruner)
+        there, trials = study.user_attrs.get("recipe"), study.get_trials(deepcopy=False)
+        open_trials = [t.number for t in trials if t.state.name == "RUNNING"]
     except Exception as error:  # whatever a damaged entry leads Optuna to
         if type(error) is ValueError and str(error).startswith(path.name):
             raise
-        raise ValueError(f"{path.name} is no journal that can be used ({type(error).__name__}: {str(error)[:80]}); "
-                         "delete it to start anew, or name another file") from error
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        raise ValueError(f"{path.name} is no journal that can be used ({reason}); delete it to "
+                         "start anew, or name another file") from error
     if there not in (None, recipe):
-        raise ValueError(f"{path.name} is the journal of another search: {there}; this one is {recipe}. Name another file")
+        raise ValueError(f"{path.name} is the journal of another search: {there}; this one is "
+                         f"{recipe}, so name another file")
     study.set_user_attr("recipe", recipe)
     for number in open_trials:
         study.tell(number, state=optuna.trial.TrialState.FAIL)
@@ -402,11 +420,12 @@ def _as_json(recipe):
     try:
         return json.loads(json.dumps(recipe))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"recipe cannot be kept ({error}); expected what JSON can hold: numbers, texts, lists") from None
+        raise TypeError(f"recipe cannot be kept ({error}); expected numbers, texts, lists, as in "
+                        "JSON") from None
 
 
 def _mend_journal(path):
-    "Cut off a last line that a full disk or a power cut left torn, and name any other line that cannot be read"
+    "Cut off a last line that a full disk or a power cut left torn; name any other damaged one"
     begin, whole = b'{"op_code"', 0
     lines = path.read_bytes().splitlines(keepends=True)
     for n, line in enumerate(lines, 1):
@@ -415,8 +434,9 @@ def _mend_journal(path):
         except (ValueError, TypeError, RecursionError):
             sound = False
         if not sound and (n < len(lines) or not whole and not begin.startswith(line[: len(begin)])):
-            raise ValueError(f"{path.name} is damaged in line {n:,} of {len(lines):,}, or no journal at all; get it from a "
-                             "copy, delete it to start anew, or name another file")
+            raise ValueError(f"{path.name} is damaged in line {n:,} of {len(lines):,}, or no "
+                             "journal at all; get it from a copy, delete it to start anew, or name "
+                             "another file")
         whole += len(line) * sound
     if whole < path.stat().st_size:
         warnings.warn(f"the last line of {path.name} was cut short and is left out", stacklevel=4)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.basics import freeze, in_order, memory_order, unfreeze
-from ..core.checks import check_callable, check_choice, check_images, check_labels, check_number
+from ..core.checks import check_choice, check_images, check_labels, check_number
 from ..core.checks import check_rows, check_shares, check_sizes, check_whole, checked, got
 from ..data.augment import Augment
 from ..data.batches import augmented
@@ -32,7 +32,8 @@ from ..data.images import ImageDataset, ImageSet, few_labels, load_images, split
 from ..evaluation.probes import fit_head
 from ..evaluation.scores import accuracy, evaluating, predict
 from ..models.convnets import ResNet
-from ..models.pretrained import WEIGHTS, BadWeights, imagenet_inputs, load_efficientnet_lite0, load_weights, save_weights
+from ..models.pretrained import WEIGHTS, BadWeights, imagenet_inputs
+from ..models.pretrained import load_efficientnet_lite0, load_weights, save_weights
 from ..training.checkpoint import resumable
 from ..training.loop import Step, classify, train
 from ..training.schedules import warmup_cosine
@@ -45,9 +46,11 @@ def read_image(
     path: Path | str,
     channels: int = 3,  # 3 (red, green, blue) or 1 (grey)
 ) -> Tensor:  # (c, h, w) uint8
-    """Read an image file, the way up that its camera says; more than 8 bits become v // 256, see-through parts white.
+    """Read an image file, the way up that its camera says. 16 bits become v // 256, see-through
+    parts white.
 
-    Raises `ValueError` for one that is damaged, or that is no single picture of 8 or 16 bits; `FileNotFoundError`."""
+    Raises `FileNotFoundError`, and `ValueError` for what is damaged or no single picture of 8 or 16
+    bits."""
     from PIL import Image, ImageOps
 
     check_choice(channels, "channels", (3, 1))
@@ -55,12 +58,15 @@ def read_image(
     try:
         with Image.open(path) as file:
             odd = _odd(file)
-            pixels = None if odd else np.array(_eight_bits(ImageOps.exif_transpose(file), "RGB" if channels == 3 else "L"))
+            if not odd:
+                mode = "RGB" if channels == 3 else "L"
+                pixels = np.array(_eight_bits(ImageOps.exif_transpose(file), mode))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {path.name}; look at the list of paths") from None
     except Exception as error:  # readers of formats raise whatever a damaged byte leads to
-        raise ValueError(f"{path.name} cannot be read as an image ({type(error).__name__}: {str(error)[:80]}); "
-                         "replace it, or leave it out of the list") from None
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        raise ValueError(f"{path.name} cannot be read as an image ({reason}); replace it, or leave "
+                         "it out of the list") from None
     if odd:
         raise ValueError(f"{path.name} {odd}")
     return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
@@ -70,9 +76,11 @@ def _odd(file) -> str:
     "What keeps a file from being one picture of bytes, or nothing"
     if file.mode == "F" or file.mode == "I" and file.format not in ("PNG", "PPM"):
         kind = "floats" if file.mode == "F" else "whole numbers of 32 bits"
-        return f"holds {kind}, and nothing says which of them is white; expected 8 or 16 bits, so scale it to those first"
+        return (f"holds {kind}, and nothing says which is white; expected 8 or 16 bits, so scale it "
+                "to those first")
     if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":  # MPO: a photo and its preview
-        return f"holds {file.n_frames} pictures; expected one, so save the one that is meant in a file of its own"
+        return (f"holds {file.n_frames} pictures; expected one, so save that one in a file of its "
+                "own")
     return ""
 
 
@@ -82,7 +90,8 @@ def _eight_bits(image, mode):
 
     if image.mode.startswith("I"):  # 16 bits; TIFF knows 12 as well
         bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]
-        return Image.fromarray((np.array(image).astype(np.int64) >> bits - 8).astype(np.uint8)).convert(mode)
+        pixels = np.array(image).astype(np.int64) >> bits - 8
+        return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -96,7 +105,8 @@ def number_labels(
 ) -> tuple[Tensor, tuple]:  # labels (n,) int64, the classes
     """Class names to numbers; hand the same `classes` in for dev, test and later use.
 
-    Raises `ValueError` for names that are missing or not among the classes, `TypeError` for names of several kinds."""
+    Raises `ValueError` for names that are missing or not among the classes, `TypeError` for mixed
+    kinds."""
     names = _check_names(names, "names")
     classes = tuple(sorted(set(names)) if classes is None else _check_names(classes, "classes"))
     place = {name: i for i, name in enumerate(classes)}
@@ -110,14 +120,16 @@ def number_labels(
 # %% ../../nbs/08_finetuning/01_loop.ipynb #48a3fb63
 def _check_names(names, what):
     "Names of one kind, none of them missing, as a list of plain values"
-    names = [] if isinstance(names, (str, bytes)) else [n.item() if getattr(n, "ndim", None) == 0 else n for n in names]
+    names = [] if isinstance(names, (str, bytes)) else list(names)
+    names = [name.item() if getattr(name, "ndim", None) == 0 else name for name in names]
     if not names:
         raise ValueError(f"{what} is empty or a single text; expected a list of names")
     if gone := sum(map(_missing, names)):
-        raise ValueError(f"{gone:,} of {len(names):,} {what} are missing (None, NaN or empty); leave these examples out, "
-                         "or give them a class of their own")
-    if len(kinds := sorted({type(name).__name__ for name in names})) > 1 or not hasattr(names[0], "__lt__"):
-        raise TypeError(f"{what} are {' and '.join(kinds)}; expected one kind, such as str(name) for each")
+        raise ValueError(f"{gone:,} of {len(names):,} {what} are missing (None, NaN or empty); "
+                         "leave these examples out, or give them a class of their own")
+    kinds = sorted({type(name).__name__ for name in names})
+    if len(kinds) > 1 or not hasattr(names[0], "__lt__"):
+        raise TypeError(f"{what} are {' and '.join(kinds)}; expected one kind, such as str(name)")
     try:
         set(names)
     except TypeError:
@@ -142,18 +154,21 @@ def check_classes(
     k = classes if isinstance(classes, int) else _outputs(classes)
     labels = check_labels(labels, "labels", classes=check_whole(k, "classes", 1))
     if missing := sorted(set(range(k)) - set(labels.unique().tolist())):
-        raise ValueError(f"no training example has the labels {missing[:5]}{' …' * (len(missing) > 5)}, so the model would "
-                         "learn never to give them; add examples, or use a head without these outputs")
+        more = " …" if len(missing) > 5 else ""
+        raise ValueError(f"no training example has the labels {missing[:5]}{more}, so the model "
+                         "would learn never to give them; add examples, or use a head without "
+                         "these outputs")
     return labels
 
 
 def _outputs(model: nn.Module) -> int:
-    "How many classes a model can give: the outputs of the last linear layer in its head, or in all of it"
+    "How many classes a model can give: outputs of the last linear layer in its head, or at all"
     for part in (getattr(model, "head", None), model):
-        linear = [m for m in part.modules() if isinstance(m, nn.Linear)] if isinstance(part, nn.Module) else []
-        if linear:
+        modules = part.modules() if isinstance(part, nn.Module) else ()
+        if linear := [m for m in modules if isinstance(m, nn.Linear)]:
             return linear[-1].out_features
-    raise ValueError(f"{type(model).__name__} has no linear layer; expected a head with an output for each class")
+    raise ValueError(f"{type(model).__name__} has no linear layer; expected a head with an output "
+                     "a class")
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #1a35d205
 def check_disjoint(
@@ -168,10 +183,11 @@ def check_disjoint(
         for i, image in enumerate(_images(part, name)):
             kind, digest = _digest(image, f"{name}[{i}]")
             found[name][digest] = i
-            first = kinds.setdefault(kind, f"{name}[{i}]")
+            kinds.setdefault(kind, f"{name}[{i}]")
             if len(kinds) > 1:
                 (a, x), (b, y) = list(kinds.items())[:2]
-                raise ValueError(f"{x} is {a} and {y} is {b}, which hashes cannot compare; hand all parts in alike")
+                raise ValueError(f"{x} is {a} and {y} is {b}, which hashes cannot compare; make "
+                                 "them alike")
     names = list(found)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
@@ -187,7 +203,8 @@ def _images(part, name):
     images = getattr(part, "images", part)
     alone = isinstance(images, (str, bytes, Mapping)) or getattr(images, "ndim", 1) == 0
     if alone or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
-        raise TypeError(f"{name} is {got(part)}; expected a data set with images, or a sequence of images, arrays or paths")
+        raise TypeError(f"{name} is {got(part)}; expected a data set with images, or images, "
+                        "arrays or paths")
     return (images[i] for i in range(len(images)))
 
 
@@ -197,9 +214,11 @@ def _digest(image, name) -> tuple[str, bytes]:
         try:
             return "a file", hashlib.sha256(Path(image).read_bytes()).digest()
         except FileNotFoundError:
-            raise FileNotFoundError(f"there is no image {Path(image).name}; look at the list of paths") from None
+            place = Path(image).name
+            raise FileNotFoundError(f"there is no image {place}; look at the paths") from None
         except (OSError, ValueError) as error:
-            raise ValueError(f"{Path(image).name[:60]} cannot be read ({type(error).__name__})") from None
+            reason = type(error).__name__
+            raise ValueError(f"{Path(image).name[:60]} cannot be read ({reason})") from None
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = image.view(torch.int16) if image.dtype == torch.bfloat16 else image
@@ -209,7 +228,8 @@ def _digest(image, name) -> tuple[str, bytes]:
         image = np.array(None)
     if image.dtype.hasobject or image.dtype.kind in "US":
         raise TypeError(f"{name} is {got(image)}; expected an image as tensor, array or path")
-    return str(image.dtype), hashlib.sha256(f"{image.dtype} {image.shape}".encode() + image.tobytes()).digest()
+    about = f"{image.dtype} {image.shape}".encode()
+    return str(image.dtype), hashlib.sha256(about + image.tobytes()).digest()
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #43be67c1
 @checked
@@ -238,7 +258,8 @@ def evaluate(
 ) -> float:  # from 0 to 1
     """Accuracy on `dataset`; each layer's train/eval mode is as before afterwards.
 
-    Raises `ValueError`, `TypeError` for an empty set, other labels, or pictures that do not go together."""
+    Raises `ValueError`, `TypeError` for an empty set, other labels, or pictures of several
+    sizes."""
     check_whole(batch_size, "batch_size", 1)
     count, right = _check_dataset(dataset), 0
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
@@ -250,10 +271,13 @@ def evaluate(
 # %% ../../nbs/08_finetuning/01_loop.ipynb #f3efc7dd
 def _check_dataset(dataset) -> int:
     "How many examples there are, at least one"
-    if isinstance(dataset, (str, bytes, Mapping)) or not all(hasattr(dataset, name) for name in ("__len__", "__getitem__")):
-        raise TypeError(f"dataset is {got(dataset)}; expected one with a length whose items are examples: `ImageDataset` makes it")
+    wanted = all(hasattr(dataset, name) for name in ("__len__", "__getitem__"))
+    if isinstance(dataset, (str, bytes, Mapping)) or not wanted:
+        raise TypeError(f"dataset is {got(dataset)}; expected examples and their number, as in an "
+                        "`ImageDataset`")
     if not len(dataset):
-        raise ValueError("the data set is empty, so there is no loss and no accuracy; expected at least one example")
+        raise ValueError("the data set is empty, so there is nothing to measure; expected one "
+                         "example or more")
     return len(dataset)
 
 
@@ -261,10 +285,11 @@ def _stack(items: list[dict]) -> tuple[Tensor, Tensor]:  # (b, c, h, w), (b,)
     "A batch, or a sentence why its pictures do not go together"
     for item in items:
         if not isinstance(item, Mapping) or not {"image", "label"} <= item.keys():
-            raise TypeError(f"an example is {got(item)}; expected a dictionary with `image` and `label`")
-        if not isinstance(item["image"], Tensor) or not item["image"].is_floating_point():
-            raise TypeError(f"an image is {got(item['image'])}; expected a float tensor (c, h, w): give the data set a "
-                            "transform that makes one")
+            raise TypeError(f"an item is {got(item)}; expected a dictionary with `image` and "
+                            "`label`")
+        if not isinstance(image := item["image"], Tensor) or not image.is_floating_point():
+            raise TypeError(f"an image is {got(image)}; expected a float tensor (c, h, w): give "
+                            "the data set a transform that makes one")
     images = [item["image"] for item in items]
     if len(shapes := {tuple(image.shape) for image in images}) > 1:
         raise ValueError(f"images have the shapes {sorted(shapes)}; expected one size and number of channels: resize in the transform")
@@ -290,7 +315,7 @@ class Best:
         self.seen += 1
         if score > self.score:
             self.score, self.epoch = score, self.seen
-            self.weights = {name: value.detach().clone() for name, value in _held(self.model).items()}
+            self.weights = {name: t.detach().clone() for name, t in _held(self.model).items()}
         return self.seen - self.epoch >= self.patience
 
     def restore(self) -> nn.Module:
@@ -298,8 +323,10 @@ class Best:
         if not self.weights:
             raise ValueError("there is no score yet; call update(score) after each epoch")
         held = _held(self.model)
-        if odd := [name for name in self.weights | held if not _alike(self.weights.get(name), held.get(name))]:
-            raise ValueError(f"{odd[0]} is not what it was when the score came; expected the model as it was handed in")
+        kept = self.weights
+        if odd := [name for name in kept | held if not _alike(kept.get(name), held.get(name))]:
+            raise ValueError(f"{odd[0]} is not what it was when the score came; expected the same "
+                             "model")
         with torch.no_grad():
             for name, value in held.items():
                 value.copy_(self.weights[name])
@@ -342,9 +369,10 @@ def layers(
     "The parameters of a model, layer by layer: children, and the members of sequences and lists of modules."
     parts = {"": list(model.parameters(recurse=False))}  # positions, class tokens: they enter with the input
     for name, child in model.named_children():
-        members = dict(child.named_children()) if isinstance(child, (nn.Sequential, nn.ModuleList)) else {}
-        parts |= {f"{name}.{key}": list(member.parameters()) for key, member in members.items()}
-        parts[name] = list(child.parameters())  # all of it, or what a sequence holds beside its members
+        row = isinstance(child, (nn.Sequential, nn.ModuleList))
+        for key, member in child.named_children() if row else ():
+            parts[f"{name}.{key}"] = list(member.parameters())
+        parts[name] = list(child.parameters())  # all of it, or what a sequence has of its own
     seen = set()
     parts = {name: [p for p in own if not (p in seen or seen.add(p))] for name, own in parts.items()}
     own = parts.pop("")
@@ -404,17 +432,19 @@ def frozen_norms(
     model: nn.Module,
     every: bool = False,  # also those whose weights learn
 ) -> Iterator[nn.Module]:
-    """Inside the block, a norm whose weights are frozen uses its running statistics and leaves them alone, in any mode.
+    """Inside the block, a norm whose weights are frozen uses its running statistics and leaves them
+    alone.
 
-    It is switched for the length of its own call, so each keeps the mode that it has. One without weights goes by
-    those of the module around it."""
+    It is switched for its own call only, so each keeps the mode that it has. One without weights
+    goes by those of the module around it."""
     around = {m: part for part in model.modules() for m in part.children()}
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     before = {}
 
-    def hold(norm, inputs):  # at each forward pass, because a loop calls model.train() again and again
-        own = list(norm.parameters()) or list(around.get(norm, norm).parameters()) or list(model.parameters())
-        if every or not any(p.requires_grad for p in own):
+    def hold(norm, inputs):  # at each forward pass, because a loop calls model.train() each time
+        near = (norm, around.get(norm, norm), model)
+        own = next((part for part in near if list(part.parameters())), model)
+        if every or not any(p.requires_grad for p in own.parameters()):
             before[norm], norm.training = norm.training, False
 
     def let_go(norm, inputs, output):
@@ -450,13 +480,19 @@ def finetune(
     title: str = "",  # before the progress bar; "" shows none
     each: Callable[[Step], None] | None = None,  # called after each step
 ) -> Tensor:  # (steps,) the losses
-    """Fine-tune as `probes.fine_tune` does (AdamW, warmup and cosine, clipping), on augmented batches.
+    """Fine-tune as `probes.fine_tune` does (AdamW, warmup, cosine, clipping), on augmented batches.
 
-    What is frozen afterwards is what was frozen before, also after an error or Ctrl-C. Raises `ValueError`, `TypeError`."""
-    labels = _check_run(model, images, labels, steps, lr, head_lr, decay, gradual, batch_size, weight_decay, smoothing)
+    What is frozen afterwards is what was before, after an error or Ctrl-C too. Raises `ValueError`,
+    `TypeError`."""
+    labels = _check_run(model, images, labels, lr, head_lr, gradual)
+    check_sizes(steps=steps, batch_size=batch_size)
+    check_shares(smoothing=smoothing)
+    check_number(decay, "decay", above=0, most=1)
+    check_number(weight_decay, "weight_decay", 0)
     device, count = next(model.parameters()).device, len(layers(model))
     images, labels, order = images.to(device), labels.to(device), memory_order(model)
-    stream = partial(augmented, images, labels, augment=augment, batch_size=min(batch_size, len(labels)), seed=seed)
+    plan = dict(augment=augment, batch_size=min(batch_size, len(labels)), seed=seed)
+    stream = partial(augmented, images, labels, **plan)
     batches = lambda start: ((in_order(x, order), y) for x, y in stream(start=start))
 
     def after(step):
@@ -468,29 +504,29 @@ def finetune(
     with _frozen_as_before(model), frozen_norms(model):
         if order == torch.contiguous_format:  # the only one that is safe for this model
             model.to(memory_format=order)
-        opt = torch.optim.AdamW(_groups(model, lr, head_lr, decay), weight_decay=weight_decay, fused=True)
+        groups = _groups(model, lr, head_lr, decay)
+        opt = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         if gradual:
             thaw(model, 1)
-        return resumable(model, batches, partial(_classify, smoothing), opt, steps=steps, precision="auto", clip=1.0,
-                         schedule=warmup_cosine(steps, steps // 10), title=title, each=after).losses
+        loss, schedule = partial(_classify, smoothing), warmup_cosine(steps, steps // 10)
+        return resumable(model, batches, loss, opt, steps=steps, precision="auto", clip=1.0,
+                         schedule=schedule, title=title, each=after).losses
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #88a2edca
-def _check_run(model, images, labels, steps, lr, head_lr, decay, gradual, batch_size, weight_decay, smoothing):
-    "The labels as int64, if the run can be"
+def _check_run(model, images, labels, lr, head_lr, gradual) -> Tensor:
+    "The labels as int64, if model, pictures, labels and rates go together"
     if not isinstance(getattr(model, "head", None), nn.Module):
-        raise TypeError(f"{type(model).__name__} has no `head`; expected a model whose last layer is called so")
+        raise TypeError(f"{type(model).__name__} has no `head`; expected a model whose last layer "
+                        "is called so")
     check_images(images, "images", kind="bytes")
     labels = check_classes(labels, model)
     check_rows(images=images, labels=labels)
-    check_sizes(steps=steps, batch_size=batch_size)
     check_number(lr, "lr", 0)
-    check_number(decay, "decay", above=0, most=1)
-    check_number(weight_decay, "weight_decay", 0)
-    check_shares(smoothing=smoothing)
     if head_lr is not None:
         check_number(head_lr, "head_lr", above=0)
     elif not lr:
-        raise ValueError("lr is 0 and head_lr is None; with a body that is frozen the head needs a rate of its own")
+        raise ValueError("lr is 0 and head_lr is None; beside a frozen body the head needs a rate "
+                         "of its own")
     if gradual and not lr:
         raise ValueError("lr is 0, which freezes the body; gradual unfreezing needs a rate above 0")
     return labels
@@ -675,15 +711,18 @@ def load_vgg(
     classes: int,
     name: str = "vgg16_bn",  # as torchvision calls it: vgg11, vgg13, vgg19_bn …
 ) -> nn.Module:
-    """torchvision's VGG with ImageNet weights and a fresh last layer. Downloads nothing, and runs no code that a file holds.
+    """torchvision's VGG with ImageNet weights and a fresh last layer. Downloads nothing, runs no
+    code of a file.
 
-    Raises `FileNotFoundError`, `ValueError`, and `BadWeights` for a file whose hash is not the one in its name."""
+    Raises `FileNotFoundError`, `ValueError`; `BadWeights` for a file whose hash is not the one in
+    its name."""
     from torchvision import models
 
     check_whole(classes, "classes", 2)
     if name not in (known := models.list_models(include="vgg*")):
         raise ValueError(f"torchvision has no {name!r}; it has {', '.join(known)}")
-    file = Path(torch.hub.get_dir()) / "checkpoints" / models.get_model_weights(name).DEFAULT.url.rsplit("/", 1)[1]
+    url = models.get_model_weights(name).DEFAULT.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not file.is_file():
         raise FileNotFoundError(f"VGG's ImageNet weights, {file.name}, are not on this machine; "
                                 f"run torchvision.models.{name}(weights='DEFAULT') once, online (500 MB)")
@@ -694,14 +733,20 @@ def load_vgg(
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #62a3491b
 def _checked_weights(file: Path) -> dict[str, Tensor]:
-    "The tensors in a file of torch's cache, if it is the file that its name speaks of: name-<hash>.pth"
+    "The tensors in a file of torch's cache, if its hash is the one in its name: name-<hash>.pth"
     want = re.search(r"-([0-9a-f]{8,64})\.", file.name)
     digest = hashlib.sha256()
     with file.open("rb") as f:
         while chunk := f.read(2**20):
             digest.update(chunk)
-        if want is None or not digest.hexdigest().startswith(want[1]):
-            raise BadWeights(f"{file.name} is not the file that its name speaks of (its hash begins with {digest.hexdigest()[:8]}); "
-                             "delete it and let torchvision fetch it anew")
+        digest = digest.hexdigest()
+        if want is None or not digest.startswith(want[1]):
+            raise BadWeights(f"{file.name} is not the file that its name speaks of (its hash "
+                             f"begins with {digest[:8]}); delete it and let torchvision fetch it "
+                             "anew")
         f.seek(0)
-        return torch.load(f, map_location="cpu", weights_only=True)  # tensors only, no code
+        try:
+            return torch.load(f, map_location="cpu", weights_only=True)  # tensors only, no code
+        except Exception as error:  # whatever a pickle of something else leads to
+            raise BadWeights(f"{file.name} holds more than tensors ({type(error).__name__}); delete "
+                             "it and let torchvision fetch it anew") from None

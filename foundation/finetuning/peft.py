@@ -10,6 +10,7 @@ __all__ = ['LINEAR', 'METHODS', 'VARIANTS', 'RATES', 'BEYOND', 'LoRA', 'find_lay
 # %% ../../nbs/08_finetuning/04_peft.ipynb #6d983b8f
 import json
 import math
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..core.basics import atomic_write, count_parameters, evaluating, freeze, unfreeze
-from ..core.checks import check_choice, check_floats, check_labels, check_model, check_number, check_rows
-from ..core.checks import check_sizes, check_tokens, check_whole, checked, got, precise
+from ..core.checks import check_choice, check_floats, check_labels, check_model
+from ..core.checks import check_number, check_rows, check_sizes, check_tokens, check_whole
+from ..core.checks import checked, got, precise
 from ..core.sources import cache_folder
 from ..data.images import few_labels
 from ..data.text import glosses, split_texts
@@ -69,7 +71,8 @@ class LoRA(nn.Module):
     def merge(self) -> None:
         """Put W + alpha/r · B A in the place of W: from here on the layer costs what it did before.
 
-        Raises `ValueError` a second time, for numbers that are not finite, and where W is computed anew at each call."""
+        Raises `ValueError` a second time, for a sum that is not finite, and where W is computed at
+        each call."""
         whole = _whole(self)
         self.kept, self.merged = [self.base.weight], True  # whoever shares W keeps it
         self.base.weight = nn.Parameter(whole, requires_grad=False)
@@ -81,7 +84,7 @@ class LoRA(nn.Module):
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #1875cf35
 def _kind(base):
-    "Dtype and device of what learns beside a layer: its own, but float32 at least, or small steps would be lost"
+    "Dtype and device of what learns beside a layer: its own, but float32 at least"
     like = next(base.parameters())
     if nn.parameter.is_lazy(like):
         raise ValueError("the layer has no weights yet; run one batch through the model first")
@@ -105,21 +108,23 @@ def _whole(layer):
     _check_merged(layer, False)
     base = layer.base
     if "weight" not in base._parameters or type(base).forward is not nn.Linear.forward:
-        raise ValueError("this layer computes its weight at each call (weight_norm, a parametrization, pruning, a "
-                         "forward of its own), so nothing can be merged into it; take that off first, as with "
+        raise ValueError("this layer computes its weight at each call (weight_norm, a "
+                         "parametrization, pruning, a forward of its own), so nothing can be "
+                         "merged into it; take that off first, with "
                          "parametrize.remove_parametrizations or prune.remove")
     whole = _plus(base.weight, layer)
     if not whole.isfinite().all():
         parts = dict(W=base.weight, A=layer.A, B=layer.B)
         bad = [name for name, p in parts.items() if not p.isfinite().all()]
-        raise ValueError("merging would write NaN or infinite weights: they come from "
-                         f"{' and '.join(bad) or f'a sum that {whole.dtype} cannot hold'}; nothing is merged")
+        reason = " and ".join(bad) or f"a sum that {whole.dtype} cannot hold"
+        raise ValueError(f"merging would write NaN or infinite weights: they come from {reason}; "
+                         "nothing is merged")
     return whole
 
 
 @torch.no_grad()
 def _before(layer):
-    "W as it was, to the last bit; where the sum was changed while it stood there, the sum less the product"
+    "W as it was, to the last bit; where the sum was changed meanwhile, the sum less the product"
     whole, kept = layer.base.weight, layer.kept
     if kept and (kept[0].device, kept[0].dtype) != (whole.device, whole.dtype):
         kept[0].data = kept[0].data.to(whole)  # the model moved meanwhile
@@ -128,8 +133,12 @@ def _before(layer):
     return nn.Parameter(_plus(whole, layer, -1), requires_grad=False)
 
 
-LoRA.weight = property(lambda self: self.base.weight if self.merged else _plus(self.base.weight, self),
-                       doc="For a module that reads the matrix and never calls the layer, as PyTorch's fast paths do")
+# for a module that reads the matrix and never calls the layer, as PyTorch's fast paths do
+def _as_one(self):
+    return self.base.weight if self.merged else _plus(self.base.weight, self)
+
+
+LoRA.weight = property(_as_one)
 LoRA.bias = property(lambda self: self.base.bias)
 
 
@@ -143,9 +152,10 @@ def _save(self, destination, prefix, keep_vars):
 def _load(self, state, prefix, *rest):
     there = bool(state.pop(f"{prefix}merged", False))
     if there != self.merged and (f"{prefix}A" in state or f"{prefix}base.weight" in state):
-        raise ValueError(f"{prefix.rstrip('.') or 'this LoRA'} is {'merged' if self.merged else 'not merged'}, the state "
-                         f"to load is {'merged' if there else 'not'}; "
-                         f"{'unmerge' if self.merged else 'merge'} the model first")
+        words = ("merged", "not", "unmerge") if self.merged else ("not merged", "merged", "merge")
+        is_, to_load, do = words
+        raise ValueError(f"{prefix.rstrip('.') or 'this LoRA'} is {is_}, the state to load is "
+                         f"{to_load}; {do} the model first")
     nn.Module._load_from_state_dict(self, state, prefix, *rest)
 
 
@@ -159,16 +169,19 @@ def find_layers(
 ) -> list[str]:  # full names; a layer that stands under two names has both
     "Names of the layers that `targets` mean. Raises `ValueError` for one that no layer has, and for a model changed before."
     if isinstance(targets, str) or not len(targets):
-        raise ValueError(f"targets is {got(targets)}; expected a list of one or more ends of names, as ['attention.query']")
+        raise ValueError(f"targets is {got(targets)}; expected a list of ends of names, as "
+                         "['attention.query']")
     if done := [name for name, m in model.named_modules() if _wraps(m)]:
-        raise ValueError(f"the model has been changed at {done[0] or 'its top'} already; start from a fresh copy")
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and ".parametrizations" not in name]
-    found = []
+        raise ValueError(f"the model has been changed at {done[0] or 'its top'} already; start "
+                         "from a copy")
+    every = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names, found = [name for name in every if name and ".parametrizations" not in name], []
     for target in targets:
         hits = [name for name in names if f".{name}".endswith(f".{target}")]
         if not hits:
-            some = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in names})[:8])
-            raise ValueError(f"no layer is called {target!r}; there are, among others: {some or 'none'}")
+            ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+            some = ", ".join(ends[:8]) or "none"
+            raise ValueError(f"no layer is called {target!r}; there are, among others: {some}")
         found += [name for name in hits if name not in found]
     return found
 
@@ -179,17 +192,17 @@ def _wraps(layer):
     return bool(ours) and isinstance(getattr(layer, "base", None), nn.Module)
 
 
-def _replace(model: nn.Module, targets: Sequence[str], kind: type, make: Callable, readers: tuple = ()) -> nn.Module:
-    "Freeze the model, and put `make(layer)` in the place of each layer that is meant, at each of its names"
+def _replace(model, targets, kind: type, make: Callable, readers: tuple = ()) -> nn.Module:
+    "Freeze the model, and put `make(layer)` in the place of each layer, at all its names"
     old = {name: model.get_submodule(name) for name in find_layers(model, targets)}
     for name, layer in old.items():
         if not isinstance(layer, kind):
-            raise TypeError(f"{name} is {got(layer)}; expected {got(kind).replace('the class', 'a layer of the class')}, "
-                            "so name other targets")
+            raise TypeError(f"{name} is {got(layer)}; expected a layer of {got(kind)}, so name "
+                            "other targets")
         _check_called(model, name, readers)
     learns, luck = [(p, p.requires_grad) for p in model.parameters()], torch.get_rng_state()
     try:
-        new = {layer: make(layer) for layer in dict.fromkeys(old.values())}  # all fit, or nothing changes
+        new = {layer: make(layer) for layer in dict.fromkeys(old.values())}  # all fit, or none
     except Exception:
         for p, learnt in learns:
             p.requires_grad_(learnt)
@@ -209,9 +222,11 @@ def _check_called(model, name, readers):
     parts = name.split(".")
     for i in range(len(parts)):
         above = model.get_submodule(".".join(parts[:i]))
-        if isinstance(above, nn.MultiheadAttention) or isinstance(above, readers) and i == len(parts) - 1:
-            raise ValueError(f"{name} is inside {got(above)}, which reads its weight without calling it, so that what is "
-                             "put beside it would be left out; name other targets")
+        near = i == len(parts) - 1 and isinstance(above, readers)
+        if near or isinstance(above, nn.MultiheadAttention):
+            raise ValueError(f"{name} is inside {got(above)}, which reads its weight without "
+                             "calling it, so that what is put beside it would be left out; name "
+                             "other targets")
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #de6a551e
 LINEAR = ("attention.query", "attention.key", "attention.value", "attention.out", "mlp.0", "mlp.3")
@@ -226,19 +241,20 @@ def add_lora(
 ) -> nn.Module:
     """LoRA on each linear layer that `targets` mean, at each of its names.
 
-    Raises `ValueError` or `TypeError` for layers and ranks that do not fit; nothing is changed then."""
+    Raises `ValueError` or `TypeError` for layers and ranks that do not fit, and changes nothing
+    then."""
     return _replace(model, targets, nn.Linear, lambda layer: LoRA(layer, rank, alpha))
 
 
 @checked
 def merge(model: nn.Module) -> nn.Module:
-    "Merge every LoRA of the model, or none: raises `ValueError` when there is none, or one that cannot be merged."
+    "Merge every LoRA of the model. Raises `ValueError`, and merges none, if one cannot be."
     return _each_lora(model, _whole, LoRA.merge)
 
 
 @checked
 def unmerge(model: nn.Module) -> nn.Module:
-    "Take every LoRA out of the weights again. Raises `ValueError` when there is none, or one is not merged."
+    "Take every LoRA out of the weights again. Raises `ValueError` if one is not merged."
     return _each_lora(model, partial(_check_merged, merged=True), LoRA.unmerge)
 
 
@@ -260,7 +276,8 @@ class Adapter(nn.Module):
         super().__init__()
         check_whole(width, "width", 1)
         dim, new = base.out_features, _kind(base)
-        self.base, self.down, self.up = freeze(base), nn.Linear(dim, width, **new), nn.Linear(width, dim, **new)
+        self.base = freeze(base)
+        self.down, self.up = nn.Linear(dim, width, **new), nn.Linear(width, dim, **new)
         nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)  # starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), in the dtype of the base
@@ -275,7 +292,8 @@ def add_adapters(
     targets: Sequence[str] = ("attention.out", "mlp.3"),  # the ends of both halves of a block
 ) -> nn.Module:
     "An adapter behind each layer that `targets` mean. Raises what `add_lora` raises."
-    return _replace(model, targets, nn.Linear, lambda layer: Adapter(layer, width), (nn.TransformerEncoderLayer,))
+    readers = (nn.TransformerEncoderLayer,)  # on its fast path
+    return _replace(model, targets, nn.Linear, lambda layer: Adapter(layer, width), readers)
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #c5bde8c7
 class Prefix(nn.Module):
@@ -299,7 +317,8 @@ class Prefix(nn.Module):
             return self.base(x, context, mask, causal, cache)
         cache = KeyValueCache() if cache is None else cache
         if not len(cache):
-            cache.extend(self._heads(self.keys, x), self._heads(self.values, x), places=0)  # no place of the text
+            keys, values = self._heads(self.keys, x), self._heads(self.values, x)
+            cache.extend(keys, values, places=0)  # they take no place of the text
         if mask is not None:
             mask = nn.functional.pad(mask, (length, 0), value=True)  # everybody sees the prefix
         return self.base(x, context, mask, causal, cache)
@@ -323,7 +342,8 @@ def add_prefix(
         held = _held(check_model(model, "model", "encode"), words)
     place = lambda layer: next(layer.query.parameters()).device
     draw = lambda layer: 0.02 * torch.randn(2, length, layer.dim, device=place(layer))
-    return _replace(model, ["attention"], Attention, lambda layer: Prefix(layer, *held.get(layer, draw(layer))))
+    make = lambda layer: Prefix(layer, *held.get(layer, draw(layer)))
+    return _replace(model, ["attention"], Attention, make)
 
 
 def _held(model, words):
@@ -345,14 +365,14 @@ def _held(model, words):
 
 def _check_places(keys, values, dim):
     for name, t in dict(keys=keys, values=values).items():
-        if not t.is_floating_point() or t.shape != keys.shape or t.shape[1:] != (dim,) or t.ndim != 2:
-            raise ValueError(f"{name} is {got(t)}; expected floats (p, {dim}), keys and values alike")
+        if not t.is_floating_point() or t.ndim != 2 or t.shape[1] != dim or t.shape != keys.shape:
+            raise ValueError(f"{name} is {got(t)}; expected floats (p, {dim}), keys like values")
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #61c8e5d7
 @checked
 def train_biases(model: nn.Module) -> nn.Module:
     "BitFit (Ben Zaken et al. 2021): freeze all but the biases. Raises `ValueError` when there are none."
-    own = lambda name: name.split("parametrizations.")[-1].split(".")[0 if "parametrizations." in name else -1]
+    own = lambda name: re.sub(r"(.*\.)?parametrizations\.(\w+)\..*|.*\.", r"\2", name)  # last
     biases = [p for name, p in model.named_parameters() if "bias" in own(name)]
     if not biases:
         raise ValueError(f"this {type(model).__name__} has no parameter called bias; BitFit cannot train it")
@@ -363,9 +383,11 @@ def train_biases(model: nn.Module) -> nn.Module:
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #61ebf0a4
 class Delta(nn.Module):
-    """What training may change of a model, as a thing of its own: `save_weights` and `load_weights` handle only that part.
+    """What training may change of a model, as a thing of its own: `save_weights` and `load_weights`
+    handle that.
 
-    These are the parameters that learn and the statistics that norms keep. Loading raises `ValueError` for other names."""
+    It is the parameters that learn and the statistics that norms keep. Loading raises `ValueError`
+    for others."""
 
     @checked
     def __init__(self, model: nn.Module, **config):  # what the next reader needs to rebuild the model
@@ -379,8 +401,9 @@ class Delta(nn.Module):
 
     def load_state_dict(self, state, strict: bool = True):
         if strict and (odd := sorted(state.keys() ^ self.state_dict().keys())):
-            raise ValueError(f"{odd[0]} is {'not in this model' if odd[0] in state else 'not in the state'}; expected what a "
-                             "model that was changed and frozen in the same way learns")
+            place = "not in this model" if odd[0] in state else "not in the state"
+            raise ValueError(f"{odd[0]} is {place}; expected what a model changed and frozen in "
+                             "this way learns")
         return self.model.load_state_dict(state, strict=False)
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #7fe4e45e
@@ -406,9 +429,10 @@ class MeanClassifier(nn.Module):
         self.encoder, self.dim, self.head = encoder, encoder.dim, nn.Linear(encoder.dim, classes)
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
-    def encode(self, tokens: Tensor) -> Tensor:  # (b, n), 0 = padding -> (b, d); 0 for a text of padding only
+    def encode(self, tokens: Tensor) -> Tensor:  # (b, n), 0 = padding -> (b, d); 0 for padding only
         tokens = check_tokens(tokens)
-        used = int(((tokens != 0).any(0) * torch.arange(1, 1 + tokens.shape[1], device=tokens.device)).max())
+        columns = torch.arange(1, 1 + tokens.shape[1], device=tokens.device)
+        used = int(((tokens != 0).any(0) * columns).max())
         tokens = tokens[:, : used or 1]  # what all rows pad is cut
         return mean_tokens(self.encoder.encode(tokens, tokens != 0), tokens != 0)
 
@@ -456,7 +480,8 @@ def noun_task(
 def _unpadded(tokenizer, texts):
     "Encodings without padding; the tokenizer that was handed in stays as it is"
     if not callable(getattr(tokenizer, "to_str", None)):
-        raise TypeError(f"tokenizer is {got(tokenizer)}; expected a tokenizers.Tokenizer, as `load_minilm` gives it")
+        raise TypeError(f"tokenizer is {got(tokenizer)}; expected a tokenizers.Tokenizer, as of "
+                        "`load_minilm`")
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())
     tokenizer.no_padding()
     return tokenizer.encode_batch(list(texts))
@@ -480,9 +505,12 @@ def adapt(
     check_number(lr, "lr", above=0)
     check_number(head_lr, "head_lr", above=0)
     if not isinstance(getattr(model, "head", None), nn.Module):
-        raise TypeError(f"{type(model).__name__} has no `head`; expected a model whose last layer is called so")
+        raise TypeError(f"{type(model).__name__} has no `head`; expected one as its last layer")
     labels = check_classes(labels, model)
-    tokens = check_floats(tokens, "tokens", "(m, d)") if tokens.is_floating_point() else check_tokens(tokens, shape="(m, n)")
+    if tokens.is_floating_point():
+        check_floats(tokens, "tokens", "(m, d)")
+    else:
+        tokens = check_tokens(tokens, shape="(m, n)")
     check_rows(tokens=tokens, labels=labels)
     opt, batches = _adamw(model, lr, head_lr), _alike(tokens, labels, batch_size, seed)
     for _ in train(model, batches, classify, opt, steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0,
@@ -492,7 +520,7 @@ def adapt(
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #f734f546
 def _adamw(model, lr, head_lr):
-    head = list(model.head.parameters())  # lists in the order of the model: a checkpoint goes by place
+    head = list(model.head.parameters())  # in the order of the model: a checkpoint goes by place
     rest = [p for p in model.parameters() if p.requires_grad and p not in set(head)]
     groups = [dict(params=head, lr=head_lr), *([dict(params=rest, lr=lr)] if rest else [])]
     return torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
@@ -616,13 +644,15 @@ def make_adapter(
 ) -> Path:
     """Tune and run every method, ship the LoRA of the first draw, and write all scores in its card.
 
-    Each score is kept in the cache as soon as it is there, so an interrupted run goes on where it stopped, if encoder,
-    texts and settings are the same. What was shipped is not kept any longer."""
+    Each score is kept in the cache as soon as it is there, so an interrupted run goes on where it
+    stopped, if encoder, texts and settings are the same. What was shipped is not kept any
+    longer."""
     from tqdm.auto import tqdm
 
     (encoder, tokenizer), kept = load_minilm(), cache_folder() / "runs" / f"{name}.json"
     if 999 in seeds or not len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}; expected one or more, without 999, the draw that rates are picked on")
+        raise ValueError(f"seeds are {list(seeds)}; expected some without 999, the draw that rates "
+                         "are picked on")
     task = noun_task(tokenizer)
     recipe = fingerprint(task, encoder, list(METHODS), list(VARIANTS), RATES, BEYOND)
     scores = _kept_scores(kept, recipe)
@@ -655,7 +685,7 @@ def make_adapter(
 
 
 def _kept_scores(path, recipe) -> dict[str, float]:
-    "Scores of an interrupted run of this recipe; none where it was another one, or the file is damaged"
+    "Scores of an interrupted run of this recipe; none of another one, or of a damaged file"
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
         return there["scores"] if there["recipe"] == recipe else {}

@@ -59,7 +59,13 @@ def tokens(n=6):
 def nouns():
     at = torch.arange(12)
     return peft.NounTask(
-        ("a cat", "an owl", "the sea") * 4, tokens(12), at % 3, ("x", "y", "z"), at[:6], at[6:9], at[9:]
+        ("a cat", "an owl", "the sea") * 4,
+        tokens(12),
+        at % 3,
+        ("x", "y", "z"),
+        at[:6],
+        at[6:9],
+        at[9:],
     )
 
 
@@ -80,7 +86,17 @@ def picture():
 
 def images(k=3):
     rows = torch.arange(30) % k
-    return ImageSet(pixels(30, 16), rows, pixels(6, 16), rows[:6], tuple("abcdefghij"[:k]), "toy", "here", 0.5, 0.3)
+    return ImageSet(
+        pixels(30, 16),
+        rows,
+        pixels(6, 16),
+        rows[:6],
+        tuple("abcdefghij"[:k]),
+        "toy",
+        "here",
+        0.5,
+        0.3,
+    )
 
 
 def task():
@@ -122,14 +138,27 @@ def best_after(score):
 def scores_on_the_way():
     model = net()
     return learning_rate.dev_scores, dict(
-        model=model, task=task(), opt=sgd(model), steps=2, every=1, batch_size=3, seed=0, precision="fp32"
+        model=model,
+        task=task(),
+        opt=sgd(model),
+        steps=2,
+        every=1,
+        batch_size=3,
+        seed=0,
+        precision="fp32",
     )
 
 
 def ranging():
     model = net()
     return learning_rate.range_test, dict(
-        model=model, batches=[(floats(), labels())] * 25, objective=classify, opt=sgd(model), lo=1e-5, hi=0.1, steps=20
+        model=model,
+        batches=[(floats(), labels())] * 25,
+        objective=classify,
+        opt=sgd(model),
+        lo=1e-5,
+        hi=0.1,
+        steps=20,
     )
 
 
@@ -207,7 +236,15 @@ EXAMPLES = {
     ),
     "finetuning.loop.run_arm": lambda: (
         loop.run_arm,
-        dict(arm="from scratch", data=images(), index=torch.arange(6), rate=2**-20, steps=1, batch_size=4, seed=0),
+        dict(
+            arm="from scratch",
+            data=images(),
+            index=torch.arange(6),
+            rate=2**-20,
+            steps=1,
+            batch_size=4,
+            seed=0,
+        ),
     ),
     "finetuning.loop.tune_all": lambda: (
         lambda **options: loop.tune_all(**options)[:2],
@@ -242,7 +279,9 @@ EXAMPLES = {
     ),
     "finetuning.learning_rate.sweep": lambda: (
         learning_rate.sweep,
-        dict(run=lambda lr, seed: 1 - lr + seed / 100, rates=[0.1, 0.2], seeds=[0, 1], diverged=0.0),
+        dict(
+            run=lambda lr, seed: 1 - lr + seed / 100, rates=[0.1, 0.2], seeds=[0, 1], diverged=0.0
+        ),
     ),
     "finetuning.learning_rate.Trial": lambda: (
         learning_rate.Trial,
@@ -268,7 +307,10 @@ EXAMPLES = {
         peft.LoRA,
         dict(base=nn.Linear(4, 3), rank=2, alpha=4.0),
     ),
-    "finetuning.peft.LoRA.merge": lambda: (lora_then(peft.LoRA.merge)[1]["model"].blocks[0].mlp[0].merge, {}),
+    "finetuning.peft.LoRA.merge": lambda: (
+        lora_then(peft.LoRA.merge)[1]["model"].blocks[0].mlp[0].merge,
+        {},
+    ),
     "finetuning.peft.find_layers": lambda: (
         peft.find_layers,
         dict(model=bert(), targets=["attention.query"]),
@@ -330,7 +372,15 @@ EXAMPLES = {
     ),
     "finetuning.peft.score": lambda: (
         peft.score,
-        dict(encoder=bert(), method="BitFit", task=FewNouns(*nouns()), rate=2**-10, seed=0, where=torch.arange(9, 12), steps=1),
+        dict(
+            encoder=bert(),
+            method="BitFit",
+            task=FewNouns(*nouns()),
+            rate=2**-10,
+            seed=0,
+            where=torch.arange(9, 12),
+            steps=1,
+        ),
     ),
 }
 SKIP = {
