@@ -359,7 +359,7 @@ def test_the_task_keeps_its_parts_apart(tokenizer):
 
 @pytest.mark.parametrize("sizes", [dict(pool=9000), dict(valid=0), dict(test=5000)])
 def test_more_texts_than_there_are_is_refused(tokenizer, sizes):
-    with pytest.raises(ValueError, match="asked for"):
+    with pytest.raises(ValueError, match="asked for|expected a whole number from 1 on"):
         sentiment_task(tokenizer, **dict(pool=60, valid=20, test=30) | sizes)
 
 
@@ -412,7 +412,8 @@ TINY = dict(seeds=range(2), labels=40, steps=2, student_steps=3, layers=((0, 1, 
 @pytest.fixture
 def recipe(tokenizer, tmp_path):
     base = encoder(), tokenizer
-    return lambda **changes: make_weights("tiny", folder=tmp_path / "out", base=base, runs=tmp_path / "runs", **TINY | changes)
+    plan = TINY | dict(base=base, runs=tmp_path / "runs", folder=tmp_path / "out")
+    return lambda **changes: make_weights("tiny", **plan | changes)
 
 
 def test_the_recipe_from_nothing_stopped_and_resumed(recipe, tmp_path, monkeypatch):
@@ -436,11 +437,34 @@ def test_the_recipe_from_nothing_stopped_and_resumed(recipe, tmp_path, monkeypat
     assert all(len(runs) == 2 and all(0 <= s <= 1 for s in runs) for runs in card["metrics"]["accuracy"].values())
     assert set(card["tuning"]) == {"6 layers", "layers", "no teacher", "distilled"} and len(card["layers"]) == 3
     assert {"data", "steps", "seconds", "hardware", "sha256", "rates"} <= set(card) and card["metrics"]["costs"]["3 layers"]
-    calls.clear()
-    recipe()
-    assert not calls, "nothing is done twice"
-    with pytest.raises(ValueError, match="delete it or name another"):
-        recipe(steps=5)
+    assert not (tmp_path / "runs" / "tiny").exists(), "what is shipped is trained anew the next time"
+
+
+def stopped_at(count, monkeypatch, recipe):
+    "Stop the recipe at its n-th score"
+    calls, score = [], distillation.accuracy
+
+    def judge(*args):
+        calls.append(1)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distillation, "accuracy", judge)
+        recipe()
+
+
+def test_kept_runs_of_another_plan_or_base_are_refused(recipe, tokenizer, tmp_path, monkeypatch):
+    stopped_at(2, monkeypatch, recipe)
+    torch.manual_seed(1)
+    for change in (dict(steps=5), dict(base=(encoder(), tokenizer)), dict(test=30)):
+        with pytest.raises(ValueError, match="delete it or name another"):
+            recipe(**change)
+    notes = tmp_path / "runs" / "tiny" / "scores.json"
+    notes.write_text(notes.read_text()[:-9])
+    with pytest.raises(ValueError, match="scores.json is damaged"):
+        recipe()
 
 
 def test_the_shipped_student_is_what_its_card_says():

@@ -9,84 +9,115 @@ __all__ = ['LAYERS', 'RATES', 'match_teacher', 'match_answers', 'distil', 'tap',
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #ffce05c0
 import json
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
+from shutil import rmtree
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..core.basics import atomic_write, count_macs, count_parameters, freeze
+from ..core.basics import (
+    atomic_write, copy_model, count_macs, count_parameters, evaluating, freeze, in_order, memory_order)
+from ..core.checks import (
+    check_choice, check_floats, check_images, check_labels, check_model, check_number, check_sizes,
+    check_tokens, check_whole, checked, got, precise)
 from ..core.sources import cache_folder
-from ..data.augment import Augment
 from ..data.batches import augmented, pad, padded
 from ..data.images import few_labels
 from ..data.text import reviews, split_texts
 from ..evaluation.scores import accuracy, predict
 from ..models.bert import BERT
-from ..models.pretrained import WEIGHTS, load_minilm, load_weights, read_card, save_weights
-from ..objectives.divergence import distillation_loss
-from ..training.checkpoint import Run, resumable
+from ..models.pretrained import (
+    WEIGHTS, BadWeights, load_minilm, load_weights, read_card, save_weights)
+from ..objectives.divergence import check_temperature, distillation_loss
+from ..training.checkpoint import Run, fingerprint, resumable
 from ..training.loop import Objective, Step, adamw, classify
 from ..training.schedules import warmup_cosine
 from ..training.speed import throughput
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #7fd9a619
+@checked
 def match_teacher(
     teacher: nn.Module,
-    temperature: float = 2.0,
-    hard: float = 0.0,  # share of the loss that comes from labels; the batch is then (inputs, labels)
+    temperature: float | Tensor = 2.0,
+    hard: float = 0.0,  # share of the loss from labels; the batch is then (inputs, labels)
 ) -> Objective:
-    "Objective: the student's softened answers against the teacher's, on the same inputs (Hinton et al. 2015)."
-    if not 0 <= hard < 1:
-        raise ValueError(f"hard is {hard}; expected 0 <= hard < 1 (with 1 there is no teacher left)")
+    """Objective: the student's softened answers against the teacher's, on the same inputs.
+
+    The teacher is set to eval mode, and answers in it and without gradient, whatever sets it back.
+    Hinton et al. 2015. Raises `TypeError`, `ValueError`."""
+    _check_heat(temperature, hard)
     teacher.eval()
 
     def objective(model, batch):
-        inputs, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        with torch.no_grad():
+        inputs, labels = _parts(batch, 1, 2) if isinstance(batch, (tuple, list)) else (batch, None)
+        with evaluating(teacher):
             answers = teacher(inputs)
         return _soft_and_hard(model(inputs), answers, labels, temperature, hard)
     return objective
 
 
+@checked
 def match_answers(
-    temperature: float = 2.0,
+    temperature: float | Tensor = 2.0,
     hard: float = 0.0,
 ) -> Objective:
-    "The same with the teacher's logits computed beforehand: the batch is (inputs, logits) or (inputs, logits, labels)."
-    if not 0 <= hard < 1:
-        raise ValueError(f"hard is {hard}; expected 0 <= hard < 1 (with 1 there is no teacher left)")
+    """The same with the teacher's logits computed beforehand: the batch is (inputs, logits) or with labels.
+
+    Raises `TypeError`, `ValueError`."""
+    _check_heat(temperature, hard)
 
     def objective(model, batch):
-        inputs, answers, *labels = batch
-        return _soft_and_hard(model(inputs), answers, labels[0] if labels else None, temperature, hard)
+        inputs, answers, labels = _parts(batch, 2, 3)
+        return _soft_and_hard(model(inputs), answers, labels, temperature, hard)
     return objective
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #c9ca2fcf
 def _soft_and_hard(logits, answers, labels, temperature, hard):
-    "The mixed loss, and its soft part for the log"
+    "The mixed loss, and its soft part for the log; float32 at least, whatever the networks compute in"
+    logits, answers = precise(check_floats(logits, "the student's logits")), precise(
+        check_floats(answers, "the teacher's logits"))
     if logits.shape != answers.shape:
-        raise ValueError(f"the student gives {tuple(logits.shape)} logits and the teacher {tuple(answers.shape)}; expected the same classes")
-    soft = distillation_loss(logits.float(), answers.float(), temperature)
+        raise ValueError(f"the student gives {tuple(logits.shape)} logits and the teacher "
+                         f"{tuple(answers.shape)}; expected the same classes")
+    soft = distillation_loss(logits, answers.to(logits), temperature)
     if not hard:
         return soft, {}
     if labels is None:
-        raise ValueError(f"hard is {hard} but the batch has no labels; give (inputs, labels) or hard=0")
-    return (1 - hard) * soft + hard * nn.functional.cross_entropy(logits.float(), labels), {"soft": soft.detach()}
+        raise ValueError(f"hard is {hard} but the batch has no labels; "
+                         "give (inputs, labels) or hard=0")
+    labels = check_labels(labels, "labels", logits.shape[-1], logits.shape[:-1], ignore_index=-100)
+    right = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    return (1 - hard) * soft + hard * right, {"soft": soft.detach()}
+
+
+def _parts(batch, least, most):
+    "The parts of a batch, None for those that may be left out"
+    if not isinstance(batch, (tuple, list)) or not least <= len(batch) <= most:
+        held = f"of {len(batch)} parts" if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(f"the batch is {got(batch)} {held}".rstrip() + f"; expected a tuple of {least} "
+                         f"or {most}: inputs{', answers' if most == 3 else ''}, labels")
+    return *batch, *[None] * (most - len(batch))
+
+
+def _check_heat(temperature, hard):
+    check_temperature(temperature)
+    check_number(hard, "hard", 0, below=1, why="with 1 there is no teacher left")
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #1e9fe914
+@checked
 def distil(
     student: nn.Module,  # trained in place
     images: Tensor,  # (n, c, h, w) uint8; no labels needed
     answers: Tensor,  # (n, k) the teacher's logits for them
-    augment: Augment,
+    augment: Callable,  # (images, generator) -> images, as `Augment`
     *,
     steps: int,
     lr: float = 3e-3,
-    temperature: float = 2.0,
+    temperature: float | Tensor = 2.0,
     labels: Tensor | None = None,  # (n,), only for hard > 0
     hard: float = 0.0,  # share of the loss that comes from labels
     batch_size: int = 256,
@@ -94,25 +125,42 @@ def distil(
     title: str = "",  # before the progress bar; "" shows none
     each: Callable[[Step], None] | None = None,  # called after each step
 ) -> Tensor:  # (steps,) the losses
-    "Train `student` on a teacher's answers, with AdamW, warmup and cosine."
-    device = next(student.parameters()).device
+    """Train `student`, in float32, on a teacher's answers, with AdamW, warmup and cosine.
+
+    Raises `TypeError`, `ValueError` for what does not fit, before the first step."""
+    check_sizes(steps=steps, batch_size=batch_size)
+    count, opt = len(check_images(images, kind="bytes")), adamw(student, lr)
+    k = check_floats(answers, "answers", f"({count}, k)", finite=True).shape[1]
+    if labels is not None:
+        labels = check_labels(labels, "labels", k, (count,))
+    elif hard:
+        raise ValueError(f"hard is {hard} without labels; give labels or hard=0")
+    if any(p.dtype != torch.float32 for p in student.parameters()):
+        raise ValueError("student is not in float32, which keeps small steps; call student.float()")
+    order, device = memory_order(student), next(student.parameters()).device
     tensors = [t.to(device) for t in (images, answers, labels) if t is not None]
-    batches = augmented(*tensors, augment=augment, batch_size=min(batch_size, len(images)), seed=seed)
-    run = resumable(student, lambda start: batches, match_answers(temperature, hard), adamw(student, lr), steps=steps,
-                    schedule=warmup_cosine(steps, steps // 10), precision="auto", clip=1.0, title=title, each=each)
+    stream = lambda start: ((in_order(x, order), *rest) for x, *rest in augmented(
+        *tensors, augment=augment, batch_size=min(batch_size, count), seed=seed, start=start))
+    run = resumable(student, stream, match_answers(temperature, hard), opt, steps=steps,
+                    schedule=warmup_cosine(steps, steps // 10), precision="auto", clip=1.0,
+                    title=title, each=each)
     return run.losses
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #f17e21cf
+@checked
 def tap(
     model: nn.Module,
     layer: str,  # name of a module, as "body.2"
     inputs: Tensor,
-) -> tuple[Tensor, Tensor]:  # what the model says, and what came out of the layer
-    "Run a model and listen at one layer. Raises `ValueError` for a layer that is not there, or does not run exactly once."
-    modules, heard = dict(model.named_modules()), []
+) -> tuple[Tensor, Tensor]:  # what the model says, and a copy of what came out of the layer
+    "Run a model and listen at one layer. Raises `ValueError` for one that is not there, or runs not just once."
+    modules, heard = dict(model.named_modules(remove_duplicate=False)), []
     if layer not in modules:
-        raise ValueError(f"there is no layer {layer!r}; there are, among others: {', '.join(list(filter(None, modules))[:8])}")
-    hook = modules[layer].register_forward_hook(lambda module, args, output: heard.append(output))
+        raise ValueError(f"there is no layer {layer!r}; there are, among others: "
+                         f"{', '.join(list(filter(None, modules))[:8])}")
+    copy = lambda output: output.clone() if isinstance(output, Tensor) else output
+    hook = modules[layer].register_forward_hook(  # a copy: a ReLU behind may work in place
+        lambda module, args, output: heard.append(copy(output)))
     try:
         said = model(inputs)
     finally:
@@ -123,78 +171,112 @@ def tap(
 
 
 class Hinted(nn.Module):
-    "A student, and a regressor from one of its layers to the shape of a teacher's (Romero et al. 2015). Keep `.student`."
+    """A student, and a regressor from one of its layers to the shape of a teacher's. Keep `.student`.
 
+    Romero et al. 2015. Raises `ValueError` for a layer that the student lacks."""
+
+    @checked
     def __init__(self, student: nn.Module, layer: str, regressor: nn.Module):
         super().__init__()
+        check_choice(layer, "layer", [n for n, _ in student.named_modules(remove_duplicate=False)])
         self.student, self.layer, self.regressor = student, layer, regressor
 
     def forward(self, x: Tensor) -> Tensor:  # what the regressor makes of the guided layer
         return self.regressor(tap(self.student, self.layer, x)[1])
 
 
+@checked
 def match_hints(
     teacher: nn.Module | None = None,  # None: the batch is (inputs, features), computed beforehand
     layer: str = "",  # the teacher's, to listen at
 ) -> Objective:
-    "Objective of a `Hinted` student: its translated features against the teacher's, mean squares (Romero et al. 2015, eq. 3)."
+    """Objective of a `Hinted` student: its translated features against the teacher's, mean squares.
+
+    Romero et al. 2015, eq. 3. The teacher is set to eval mode. Raises `TypeError`, `ValueError`."""
     if teacher is not None:
         teacher.eval()
 
     def objective(model, batch):
         inputs, *given = batch if isinstance(batch, (tuple, list)) else (batch,)
-        with torch.no_grad():
-            hints = given[0] if teacher is None else tap(teacher, layer, inputs)[1]
-        guess = model(inputs)
-        if guess.shape != hints.shape:
-            raise ValueError(f"the regressor gives {tuple(guess.shape)} and the hint is {tuple(hints.shape)}; expected the same shape")
-        return nn.functional.mse_loss(guess.float(), hints.float()), {}
+        if teacher is None:
+            hints = _parts(batch, 2, 3)[1]
+        else:
+            with evaluating(teacher):
+                hints = tap(teacher, layer, inputs)[1]
+        guess = check_floats(model(inputs), "what the regressor gives", "(...)")
+        if guess.shape != check_floats(hints, "the hint", "(...)").shape:
+            raise ValueError(f"the regressor gives {tuple(guess.shape)} and the hint is "
+                             f"{tuple(hints.shape)}; expected the same shape")
+        guess = precise(guess)
+        return nn.functional.mse_loss(guess, hints.to(guess)), {}
     return objective
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #d92a1967
+@checked
 def keep_layers(
-    model: nn.Module,  # a transformer, or what stands around one: its blocks are a list called `blocks`
+    model: nn.Module,  # a transformer, or what stands around one: its blocks are a list `blocks`
     layers: Sequence[int],  # which blocks stay, in growing order, from 0
 ) -> nn.Module:  # a copy
-    "Layer drop: the same model with these blocks only. Raises `TypeError` without blocks, `ValueError` for layers it lacks."
-    small = deepcopy(model)
-    holders = [m for m in small.modules() if isinstance(getattr(m, "blocks", None), nn.ModuleList)]
-    if len(holders) != 1:
-        raise TypeError(f"found {len(holders)} lists of blocks in this {type(model).__name__}; expected one, as in BERT, GPT or ViT")
-    [inner], layers = holders, list(layers)
-    if not layers or layers != sorted(set(layers) & set(range(len(inner.blocks)))):
-        raise ValueError(f"layers are {layers}; expected one or more of 0 to {len(inner.blocks) - 1}, each once, in growing order")
-    inner.blocks = nn.ModuleList(inner.blocks[i] for i in layers)
-    inner.config = {**inner.config, "depth": len(layers)}
+    """Layer drop: the same model with these blocks only; what blocks share stays shared.
+
+    Raises `TypeError` without blocks, `ValueError` for layers it lacks."""
+    is_list = lambda m: isinstance(getattr(m, "blocks", None), nn.ModuleList)
+    stacks = {m.blocks for m in model.modules() if is_list(m)}
+    if len(stacks) != 1:
+        raise TypeError(f"found {len(stacks)} lists of blocks in this {type(model).__name__}; "
+                        "expected one, as in BERT, GPT or ViT")
+    layers, have = [check_whole(i, "layers") for i in layers], range(len(stacks.pop()))
+    if not layers or layers != sorted(set(layers) & set(have)):
+        raise ValueError(f"layers are {layers}; expected one or more of 0 to {len(have) - 1}, "
+                         "each once, in growing order")
+    small = copy_model(model)
+    holders = [m for m in small.modules() if is_list(m)]
+    kept = nn.ModuleList(holders[0].blocks[i] for i in layers)
+    for m in holders:
+        m.blocks = kept
+        if isinstance(getattr(m, "config", None), dict):
+            m.config = {**m.config, "depth": len(layers)}
     return small
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #eb7cf2d0
 class TextClassifier(nn.Module):
-    "The mean of a text's token features, and a linear layer: tokens (b, n), 0 = padding at the end -> logits (b, k)."
+    """The mean of a text's token features, and a linear layer: tokens (b, n) -> logits (b, k).
 
+    0 is padding, at the end; the mean of a text that is all padding is 0. The encoder is copied.
+    Raises `TypeError`, `ValueError`."""
+
+    @checked
     def __init__(self, encoder: BERT, classes: int = 2):
         super().__init__()
-        self.encoder, self.head = deepcopy(encoder), nn.Linear(encoder.dim, classes)
+        check_sizes(classes=classes)
+        self.encoder, self.head = copy_model(encoder), nn.Linear(encoder.dim, classes)
         self.encoder.head, self.encoder.bias = nn.Identity(), None  # they guess words
         freeze(self.encoder.embedding)  # half of MiniLM's weights, and no arithmetic
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens[:, : int((tokens != 0).sum(1).max())]
+        tokens = _trimmed(check_tokens(tokens))
         real = tokens != 0
-        features = self.encoder.encode(tokens, real) * real[..., None]
-        return self.head(features.sum(1) / real.sum(1, keepdim=True))
+        features = self.encoder.encode(tokens, real).masked_fill(~real[..., None], 0)
+        return self.head(features.sum(1) / real.sum(1, keepdim=True).clamp(min=1))
+
+
+def _trimmed(tokens):
+    "Tokens without the places behind the last real one of all rows"
+    used = (tokens != 0).any(0).nonzero()
+    return tokens[:, : int(used.max()) + 1 if len(used) else 1]
 
 
 class SentimentTask(NamedTuple):
     "Snippets of film reviews, negative or positive."
     tokens: Tensor  # (n, 40), 0 = padding
     labels: Tensor  # (n,)
-    pool: Tensor  # indices of training texts; what is drawn from them gets labels, the others go without
+    pool: Tensor  # indices of training texts; what is drawn from them gets labels
     valid: Tensor  # of other training texts, to pick settings on
     test: Tensor  # of held-out texts; both in the order of their length
 
 
+@checked
 def sentiment_task(
     tokenizer,  # as `load_minilm` gives it
     pool: int = 3000,
@@ -202,145 +284,213 @@ def sentiment_task(
     test: int = 1500,
     longest: int = 40,  # tokens; one text in eight is longer
 ) -> SentimentTask:
-    "The task behind the card, the same on every machine. Raises `ValueError` for more texts than there are."
+    "The task behind the card, the same on every machine. Raises `TypeError`, `ValueError` for too many texts."
+    if not hasattr(tokenizer, "from_str") or not hasattr(tokenizer, "enable_truncation"):
+        raise TypeError(f"tokenizer is {got(tokenizer)}; expected one of the library tokenizers, "
+                        "as load_minilm() gives")
+    check_sizes(pool=pool, valid=valid, test=test, longest=longest)
     seen, held = split_texts(reviews("films"))
-    if min(pool, valid, test) < 1 or pool + valid > len(seen) or test > len(held):
-        raise ValueError(f"asked for {pool} + {valid} and {test} texts; there are {len(seen):,} and {len(held):,}")
-    pick = lambda data, count: data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
+    if pool + valid > len(seen) or test > len(held):
+        raise ValueError(f"asked for {pool} + {valid} and {test} texts; "
+                         f"there are {len(seen):,} and {len(held):,}")
+    luck = lambda: torch.Generator().manual_seed(0)
+    pick = lambda data, count: data.take(torch.randperm(len(data), generator=luck())[:count])
     seen, held = pick(seen, pool + valid), pick(held, test)
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # what was handed in stays as it is
     tokenizer.no_padding(), tokenizer.enable_truncation(longest)
     tokens, real = pad([row.ids for row in tokenizer.encode_batch([*seen.texts, *held.texts])])
     parts, lengths = torch.arange(len(tokens)).split([pool, valid, test]), real.sum(1)
     sort = lambda part: part[lengths[part].argsort(stable=True)]
-    return SentimentTask(tokens, torch.cat([seen.labels, held.labels]), parts[0], sort(parts[1]), sort(parts[2]))
+    labels = torch.cat([seen.labels, held.labels])
+    return SentimentTask(tokens, labels, parts[0], sort(parts[1]), sort(parts[2]))
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #066f3973
+@checked
 def train_text(
     model: TextClassifier,  # trained in place
     tokens: Tensor,  # (m, n), 0 = padding
     *targets: Tensor,  # what the objective wants beside them: labels (m,), or answers (m, k)
-    objective: Objective,
+    objective: Callable,  # an `Objective`
     steps: int,
     lr: float,
     batch_size: int = 32,
     seed: int = 0,
-    **options,  # of `resumable`: checkpoint, title …
+    **options,  # of `resumable`: checkpoint, recipe, title …
 ) -> Run:
-    "AdamW, warmup and cosine, ten times the rate for the head, on batches of texts of like length."
-    rows = [row[row != 0] for row in tokens]
-    stream = lambda start: ((tokens, *rest) for tokens, _, *rest in padded(rows, *targets, batch_size=batch_size, seed=seed, start=start))
-    body = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head.")]
-    opt = torch.optim.AdamW([dict(params=model.head.parameters(), lr=10 * lr), dict(params=body, lr=lr)], weight_decay=0.01, fused=True)
-    return resumable(model, stream, objective, opt, steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0,
-                     precision="auto", **options)
+    """AdamW, warmup and cosine, ten times the rate for the head, on batches of texts of like length.
+
+    Raises `TypeError`, `ValueError`; `BadCheckpoint` for a run of another seed or of other texts."""
+    check_sizes(steps=steps, batch_size=batch_size)
+    check_number(lr, "lr", above=0)
+    rows = [_trimmed(row[None])[0] for row in check_tokens(tokens, shape="(m, n)")]
+    if options.get("checkpoint"):
+        data = dict(seed=seed, data=fingerprint(tokens, *targets))
+        options["recipe"] = (options.get("recipe") or {}) | data
+    stream = lambda start: ((tokens, *rest) for tokens, _, *rest in padded(
+        rows, *targets, batch_size=batch_size, seed=seed, start=start))
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = [p for name, p in learnt.items() if name.startswith("head.")]
+    body = [p for name, p in learnt.items() if not name.startswith("head.")]
+    rates = [dict(params=head, lr=10 * lr), dict(params=body, lr=lr)]
+    opt = torch.optim.AdamW([group for group in rates if group["params"]], weight_decay=0.01, fused=True)
+    return resumable(model, stream, objective, opt, steps=steps, clip=1.0, precision="auto",
+                     schedule=warmup_cosine(steps, steps // 10), **options)
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #354de322
+@checked
 def answer_texts(
     model: nn.Module,  # tokens (b, n) -> logits (b, k)
     tokens: Tensor,  # (m, n), 0 = padding
 ) -> Tensor:  # (m, k)
-    "Its logits for each text, read in the order of their length: little padding."
+    "Its logits for each text, read in the order of their length: little padding. Raises `TypeError`, `ValueError`."
+    tokens = check_tokens(tokens, shape="(m, n)")
     order = (tokens != 0).sum(1).argsort(stable=True)
     return predict(model, tokens[order], batch_size=64)[order.argsort()]
 
 
+@checked
 def usual_texts(
     tokens: Tensor,  # (m, n), 0 = padding
     count: int = 32,
 ) -> Tensor:  # (count, n)
-    "Texts of about median length."
+    "Texts of about median length. Raises `ValueError` for more than there are."
+    tokens = check_tokens(tokens, shape="(m, n)")
+    check_whole(count, "count", 1, len(tokens))
     order = (tokens != 0).sum(1).argsort(stable=True)
-    return tokens[order[len(order) // 2 :][:count]]
+    return tokens[order[min(len(order) // 2, len(order) - count) :][:count]]
 
 
+@checked
 @torch.inference_mode()
 def text_costs(
-    models: dict[str, nn.Module],  # the first is the one that the others are compared with
+    models: Mapping[str, nn.Module],  # the first is the one that the others are compared with
     tokens: Tensor,  # (b, n), the batch to time; its first row is the single text
     rounds: int = 15,
-) -> dict[str, dict]:  # model -> parameters, macs of one text, milliseconds for one and for the batch, how many times as fast
-    "What each model costs: counted, and timed in turns."
-    account = {name: dict(parameters=count_parameters(m), macs=count_macs(m, tokens[:1])) for name, m in models.items()}
-    for kind, batch in (("one", tokens[:1]), ("batch", tokens)):
-        timing = throughput({name: partial(model, batch) for name, model in models.items()}, len(batch), rounds)
-        for name, row in account.items():
-            row |= {f"{kind}_ms": 1e3 * len(batch) / timing.rate(name), f"{kind}_speedup": timing.ratio(name)}
+) -> dict[str, dict]:  # model -> parameters, macs of one text, ms for one and the batch, speedups
+    "What each model costs in eval mode: counted, and timed in turns. Raises `TypeError`, `ValueError`."
+    check_sizes(rounds=rounds)
+    if not models:
+        raise ValueError("models is empty; expected at least one, by name")
+    tokens = check_tokens(tokens)
+    with ExitStack() as stack:
+        for name, m in models.items():
+            stack.enter_context(evaluating(check_model(m, f"models[{name!r}]")))
+        account = {name: dict(parameters=count_parameters(m), macs=count_macs(m, tokens[:1]))
+                   for name, m in models.items()}
+        for kind, batch in (("one", tokens[:1]), ("batch", tokens)):
+            ways = {name: partial(model, batch) for name, model in models.items()}
+            timing = throughput(ways, len(batch), rounds)
+            for name, row in account.items():
+                row |= {f"{kind}_ms": 1e3 * len(batch) / timing.rate(name),
+                        f"{kind}_speedup": timing.ratio(name)}
     return account
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #de3e3bd8
 class Stored(nn.Module):
-    """What training changed of a student, matrices as 8-bit whole numbers: `save_weights` and `load_weights` see only that.
+    """What training changed of a student, matrices as 8-bit whole numbers; `save_weights` sees only that.
 
-    Each row of a matrix keeps a scale; the lesson on quantisation says why that is enough."""
+    Each row of a matrix keeps a scale; the lesson on quantisation says why that is enough. Raises
+    `ValueError` for NaN, infinity and what a scale in half precision cannot hold."""
 
+    @checked
     def __init__(self, model: nn.Module, **config):  # what the next reader needs to rebuild the model
         super().__init__()
         self.model, self.config = model, config
 
     def state_dict(self, *args, **options) -> dict[str, Tensor]:
+        "The parameters that learn: `name` in 8 bits and `name.scale` for a matrix, others as they are."
         state = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         for name in [name for name, p in state.items() if p.ndim == 2]:
-            scale = (state[name].abs().amax(1, keepdim=True) / 127).clamp_min(1e-6).half().float()
-            state |= {name: (state[name] / scale).round().clamp(-127, 127).to(torch.int8), f"{name}.scale": scale}
+            scale = precise(state[name]).abs().amax(1, keepdim=True) / 127
+            scale = scale.clamp_min(1e-6).half().float()
+            if not scale.isfinite().all() or f"{name}.scale" in state:
+                raise ValueError(f"{name} holds numbers that 8 bits and a scale cannot keep, "
+                                 "or its scale has a namesake; expected finite ones below 8e6")
+            whole = (state[name] / scale).round().clamp(-127, 127).to(torch.int8)
+            state |= {name: whole, f"{name}.scale": scale}
         return state
 
-    def load_state_dict(self, state, strict: bool = True):
-        scaled = {name: w * state[f"{name}.scale"] if w.dtype == torch.int8 else w for name, w in state.items()}
-        return self.model.load_state_dict({n: w for n, w in scaled.items() if not n.endswith(".scale")}, strict=False)
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True):
+        "Put such numbers into the model. Raises `ValueError`, and changes nothing, if names differ and `strict`."
+        if strict and (odd := state.keys() ^ self.state_dict().keys()):
+            raise ValueError(f"{sorted(odd)[0]} is missing on one side; expected the names of this model")
+        scales = {f"{name}.scale" for name, w in state.items() if w.dtype == torch.int8}
+        whole = {name: w * state[f"{name}.scale"] if f"{name}.scale" in scales else w
+                 for name, w in state.items() if name not in scales}
+        return self.model.load_state_dict(whole, strict=False)
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #c2770d37
 LAYERS = ((0, 1, 2), (0, 2, 4))  # to pick from: the lower half, or every second
 RATES = {"6 layers": (1e-4, 3e-4), "no teacher": (1e-4, 3e-4), "distilled": (1e-4, 3e-4)}  # likewise
 
 
+@checked
 def make_weights(
     name: str = "minilm_sentiment",
     seeds: Sequence[int] = range(3),  # each draws its labels
     labels: int = 2000,
     steps: int = 80,  # of the teacher, 32 texts each
     student_steps: int = 94,
-    rates: dict[str, Sequence[float]] = RATES,
+    rates: Mapping[str, Sequence[float]] = RATES,
     layers: Sequence[tuple[int, ...]] = LAYERS,
     folder: Path | str = WEIGHTS,  # where to write
     base: tuple | None = None,  # encoder and tokenizer; None: MiniLM's
     runs: Path | str | None = None,  # where checkpoints and scores wait; None: in the cache
     **sizes,  # of `sentiment_task`
 ) -> Path:
-    """Fine-tune MiniLM on sentiment, cut it to three layers, train those with and without their teacher; ship the first student.
+    """Fine-tune MiniLM on sentiment, cut it to three layers, train those with and without their teacher.
 
-    Rates and layers are picked by the first seed's runs, on other training texts. A score is kept as soon as it is there: an interrupted run goes on."""
+    Ships the first student. Rates and layers are picked by the first seed's runs, on other training
+    texts. A score is kept as soon as it is there, until all is written: an interrupted run goes on.
+    Raises `ValueError` if what is kept is of another plan, other texts or another base."""
     encoder, tokenizer = base or load_minilm()
-    task, plan = sentiment_task(tokenizer, **sizes), dict(labels=labels, steps=steps, student_steps=student_steps)
+    check_sizes(labels=labels, steps=steps, student_steps=student_steps)
+    task = sentiment_task(tokenizer, **sizes)
+    plan = dict(labels=labels, steps=steps, student_steps=student_steps)
     lab = _Lab(task, encoder, Path(runs or cache_folder() / "runs") / name, plan)
     lab.expect(sum(map(len, rates.values())) + len(layers) + 4 * len(seeds), name)
     first, tuning, best = seeds[0], {}, lambda row: max(row, key=row.get)
-    tuning["6 layers"] = {lr: lab.score("6 layers", first, lr, None, task.valid) for lr in rates["6 layers"]}
+    score = lambda arm, lr, kept: lab.score(arm, first, lr, kept, task.valid)
+    tuning["6 layers"] = {lr: score("6 layers", lr, None) for lr in rates["6 layers"]}
     lab.rate = best(tuning["6 layers"])
-    tuning["layers"] = {kept: lab.score("distilled", first, rates["distilled"][-1], kept, task.valid) for kept in layers}
+    tuning["layers"] = {kept: score("distilled", rates["distilled"][-1], kept) for kept in layers}
     kept = best(tuning["layers"])
     for arm in ("no teacher", "distilled"):
-        tuning[arm] = {lr: lab.score(arm, first, lr, kept, task.valid) for lr in rates[arm]}
+        tuning[arm] = {lr: score(arm, lr, kept) for lr in rates[arm]}
     picked = {arm: best(tuning[arm]) for arm in rates} | {"as cut": 0.0}
-    scores = [{arm: lab.score(arm, seed, lr, kept, task.test) for arm, lr in picked.items()} for seed in seeds]
+    scores = [{arm: lab.score(arm, seed, lr, kept, task.test) for arm, lr in picked.items()}
+              for seed in seeds]
     lab.bar.close()
     student = lab.train("distilled", first, picked["distilled"], kept)
     models = {"6 layers": lab.teacher(first, lab.rate), "3 layers": student}
-    card = dict(data=f"film reviews, {len(task.pool):,} training texts, {labels:,} of them with labels", method="fine-tuned, cut, distilled",
-                base="minilm", layers=list(kept), seeds=list(seeds), batch_size=32, **plan, seconds=round(lab.seconds), rates=picked,
-                tuning={what: {str(value): score for value, score in row.items()} for what, row in tuning.items()},
-                metrics=dict(test_texts=len(task.test), accuracy={arm: [run[arm] for run in scores] for arm in picked},
+    texts = f"{len(task.pool):,} training texts, {labels:,} of them with labels"
+    card = dict(data=f"film reviews, {texts}", method="fine-tuned, cut, distilled", base="minilm",
+                layers=list(kept), seeds=list(seeds), batch_size=32, **plan,
+                seconds=round(lab.seconds), rates=picked,
+                tuning={what: {str(value): score for value, score in row.items()}
+                        for what, row in tuning.items()},
+                metrics=dict(test_texts=len(task.test),
+                             accuracy={arm: [run[arm] for run in scores] for arm in picked},
                              costs=text_costs(models, usual_texts(task.tokens[task.test]))))
-    return save_weights(Stored(student), name, card, folder)
+    path = save_weights(Stored(student), name, card, folder)
+    rmtree(lab.home)  # shipped: the next call trains anew
+    return path
 
 
+@checked
 def load_student(
     encoder: BERT,  # as `load_minilm` gives it; copied
     name: str = "minilm_sentiment",
     folder: Path | str = WEIGHTS,
 ) -> TextClassifier:  # in eval mode
-    "The shipped student: three layers of the encoder with what they learnt. Raises `BadWeights` when file, hash or shapes do not fit."
-    student = TextClassifier(keep_layers(encoder, read_card(name, folder)["layers"]))
+    """The shipped student: three layers of the encoder with what they learnt.
+
+    Raises `BadWeights` when card, file, hash or shapes do not fit."""
+    layers = read_card(name, folder).get("layers")
+    if not isinstance(layers, list) or not set(map(repr, layers)) <= {str(i) for i in range(len(encoder.blocks))}:
+        raise BadWeights(f"the card of {name} names the layers {layers!r}; expected some of the "
+                         f"encoder's {len(encoder.blocks)}")
+    student = TextClassifier(keep_layers(encoder, layers))
     return load_weights(name, Stored(student), folder).model
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #2927c736
@@ -348,12 +498,23 @@ class _Lab:
     "Trains the arms of the recipe, and remembers what is done"
 
     def __init__(self, task, encoder, home, plan):
-        self.task, self.encoder, self.home, self.plan = task, encoder, home, plan | dict(pool=len(task.pool), test=len(task.test))
-        self.notes = home / "scores.json"
-        self.done = json.loads(self.notes.read_text()) if self.notes.exists() else dict(plan=self.plan, scores={}, seconds={})
+        self.task, self.encoder, self.home = task, encoder, home
+        self.plan = plan | dict(pool=len(task.pool), test=len(task.test),
+                                texts=fingerprint(*task), base=fingerprint(encoder))
+        self.notes, self.done = home / "scores.json", dict(plan=self.plan, scores={}, seconds={})
+        if self.notes.exists():
+            self.done = self.read()
         if self.done["plan"] != self.plan:
-            raise ValueError(f"{self.notes} is of the recipe {self.done['plan']}, this one says {self.plan}; delete it or name another folder")
+            raise ValueError(f"{self.notes} is of the recipe {self.done['plan']}, this one says "
+                             f"{self.plan}; delete it or name another folder")
         self.teacher, self.answers = lru_cache(1)(self.teacher), lru_cache(1)(self.answers)
+
+    def read(self):
+        try:
+            done = json.loads(self.notes.read_text(encoding="utf-8"))
+            return dict(plan=done["plan"], scores=dict(done["scores"]), seconds=dict(done["seconds"]))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.notes} is damaged; delete it to judge its runs again") from None
 
     def expect(self, scores, title):
         from tqdm.auto import tqdm
@@ -380,7 +541,8 @@ class _Lab:
         if arm == "6 layers":
             return self.teacher(seed, lr)
         student = keep_layers(self.teacher(seed, self.rate), kept)
-        return student if arm == "as cut" else self.fit(student, f"{arm} {kept}", seed, lr, self.plan["student_steps"])
+        return student if arm == "as cut" else self.fit(
+            student, f"{arm} {kept}", seed, lr, self.plan["student_steps"])
 
     def fit(self, model, title, seed, lr, steps):
         if title.startswith("distilled"):
@@ -389,8 +551,10 @@ class _Lab:
             where, objective = self.draw(seed), classify
             targets = self.task.labels[where]
         key = f"{title}, rate {lr:g}, seed {seed}"
-        run = train_text(model, self.task.tokens[where], targets, objective=objective, steps=steps, lr=lr, seed=seed,
-                         checkpoint=self.home / f"{key}.safetensors", save_every=40, recipe=self.plan)
+        run = train_text(
+            model, self.task.tokens[where], targets, objective=objective, steps=steps, lr=lr, seed=seed,
+            checkpoint=self.home / f"{key}.safetensors", save_every=40,
+            recipe=self.plan | dict(start=fingerprint(model)))
         self.done["seconds"][key] = run.seconds
         return model.eval()
 
