@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from ..core.basics import copy_model, freeze, memory_order, pick_device, seed_everything
 from ..core.checks import check_floats, check_like, check_model, check_number
 from ..core.checks import check_shares, check_sizes, check_whole, checked, got, precise
+from ..core.checks import refuse_nan
 from ..core.sources import cache_folder
 from ..data.augment import Augment
 from ..data.batches import augmented
@@ -223,13 +224,16 @@ class MomentumContrast(nn.Module):
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:  # (b, d), (b, d) -> (b, b + size)
         "Cosines with the batch's keys, the right one at (i, i), then with the queue's, or -inf."
         queries = check_floats(queries, "queries", f"(b, {self.queue.shape[1]})")
-        check_like(check_floats(keys, "keys", "(b, d)"), "keys", queries.shape, queries, "queries")
+        keys = check_floats(keys, "keys", "(b, d)")
+        check_like(keys, "keys", queries.shape, queries, "queries")
         with torch.autocast(queries.device.type, enabled=False):
             queries = _directions(queries)
             empty = torch.arange(len(self.queue), device=keys.device) >= self.seen
             queue = self.queue.to(queries.dtype, copy=True)  # the way back needs it as it was
             old = (queries @ queue.T).masked_fill(empty, -math.inf)
-            return torch.cat([queries @ keys.to(queries.dtype).T, old], 1)
+            own = queries @ keys.to(queries.dtype).T
+        refuse_nan(own, queries=queries, keys=keys)
+        return torch.cat([own, old], 1)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:  # (b, d)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.basics import pick_device, seed_everything
 from ..core.checks import check_floats, check_like, check_number, check_sizes, check_whole
-from ..core.checks import checked, got, may_look, precise
+from ..core.checks import checked, got, may_look, precise, refuse_nan
 from ..core.sources import cache_folder
 from ..data.augment import Augment
 from ..data.batches import augmented
@@ -232,7 +232,9 @@ def patch_targets(
     "Patches, each standardised by its own mean and deviation (He et al. 2021, section 4.1)."
     patches = patchify(images, patch_size)
     mean, sd = _moments(patches)
-    return (patches - mean) / sd
+    target = (patches - mean) / sd
+    refuse_nan(target, images=images)
+    return target
 
 
 def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:  # (b, n, 1) each
@@ -340,13 +342,14 @@ def paint(
     "Pictures whose hidden patches the model has painted; visible ones stay as they are."
     p = _patch_size(model)
     patches = patchify(images, p)
-    with evaluating(model):
-        guess = precise(model(images, keep))
+    guess = _guess(model, images, keep)
     if normalise:
         mean, sd = _moments(patches)
         guess = guess * sd + mean
     seen = visible(keep, patches.shape[1])[:, :, None]
-    return unpatchify(patches.detach().where(seen, guess.to(patches.dtype)), p, images.shape[1])
+    painted = patches.detach().where(seen, guess.to(patches.dtype))
+    refuse_nan(painted, images=images)
+    return unpatchify(painted, p, images.shape[1])
 
 
 @checked
@@ -360,12 +363,16 @@ def reconstruction(
     target = patch_targets(images, _patch_size(model)).detach()
     luck = torch.Generator().manual_seed(seed)
     keep = random_masking(*target.shape[:2], ratio, generator=luck).to(target.device)
-    with evaluating(model):
-        guess = model(images, keep)
-    guesses = {"model": guess, "nobody": torch.zeros_like(target),
+    guesses = {"model": _guess(model, images, keep), "nobody": torch.zeros_like(target),
                "nearest visible patch": naive_fill(target, keep),
                "mean of the visible": naive_fill(target, keep, nearest=False)}
     return {name: hidden_error(guess, target, keep).item() for name, guess in guesses.items()}
+
+
+def _guess(model, images, keep) -> Tensor:  # (b, n, c·p·p)
+    "What the model paints in eval mode, in float32 at least"
+    with evaluating(model):
+        return precise(model(images.to(next(model.parameters()).dtype), keep))
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #c10cefd6
 @checked
