@@ -447,8 +447,11 @@ def _write(tensors, layout, path):
 
     tensors = {name: x.contiguous() for name, x in tensors.items()}
     data = save(tensors, {"layout": layout, "crc32": _checksum(tensors, layout)})
-    with atomic_write(path) as file:
-        file.write(data)
+    try:
+        with atomic_write(path) as file:
+            file.write(data)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{str(path)[:200]} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     return Path(path)
 
 
@@ -456,8 +459,12 @@ def _read(path):
     "Tensors and layout of a safetensors file, checked"
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; expected one that save_model wrote")
+    try:
+        there = path.is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
+        raise FileNotFoundError(f"there is no file {str(path)[:200]}; expected one that save_model wrote")
     try:
         with safe_open(path, framework="pt") as file:
             notes = file.metadata() or {}

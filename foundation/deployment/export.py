@@ -13,9 +13,9 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ def _quiet():
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -54,6 +54,25 @@ def _quiet():
 def _first_line(error):
     "The part of a long message that a reader needs"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_file(path):
+    try:
+        there = Path(path).is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
+        raise FileNotFoundError(f"there is no file {str(path)[:200]}; expected one that export_onnx wrote")
+
+
+def _write(path, data):
+    "The file, whole or not at all"
+    try:
+        with atomic_write(path) as file:
+            file.write(data)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{str(path)[:200]} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    return Path(path)
 
 
 def _overflows():
@@ -88,8 +107,8 @@ class OnnxModel:
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.x64quantprecision", str(int(_overflows())))
-        if not isinstance(path, bytes) and not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}; expected one that export_onnx wrote")
+        if not isinstance(path, bytes):
+            _check_file(path)
         try:
             content = path if isinstance(path, bytes) else Path(path).read_bytes()
             self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -105,19 +124,27 @@ class OnnxModel:
             raise ValueError(f"got {len(inputs)} inputs; the graph expects {', '.join(i.name for i in self.inputs)}")
         arrays = {want.name: _as_input(x, want) for x, want in zip(inputs, self.inputs)}
         try:
-            return torch.from_numpy(self.session.run(None, arrays)[0])
+            out = torch.from_numpy(self.session.run(None, arrays)[0])
         except Exception as error:
             raise ValueError(f"ONNX Runtime fails on {', '.join(map(got, inputs))}: {_first_line(error)}") from None
+        for name, x in arrays.items() if out.isnan().any() else ():
+            if not np.isfinite(x).all():
+                raise ValueError(f"{name} holds {(~np.isfinite(x)).sum():,} NaN or infinite values, and the answer is NaN")
+        return out
 
 # %% ../../nbs/10_deployment/02_export.ipynb #7d8cf32a
 _KINDS = {"float": torch.float32, "float16": torch.float16, "double": torch.float64, "bool": torch.bool,
           **{f"int{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}, "uint8": torch.uint8}  # as ONNX calls them
 
 
+def _plain(x):
+    "An array of numbers as a tensor"
+    return torch.tensor(x) if isinstance(x, np.ndarray) and x.dtype.kind in "biuf" else x
+
+
 def _as_input(x, want):
     "An array of the type that an input of the graph has, if nothing is lost"
-    if isinstance(x, np.ndarray):
-        x = torch.tensor(x)
+    x = _plain(x)
     if not isinstance(x, Tensor):
         raise TypeError(f"{want.name} is {got(x)}; expected a tensor")
     if len(x.shape) != len(want.shape) or any(isinstance(w, int) and w != n for n, w in zip(x.shape, want.shape)):
@@ -149,6 +176,7 @@ def export_onnx(
     _need("onnx"), _need("onnxruntime")
     inputs = _check_inputs(example)
     check_number(tolerance, "tolerance", 0)
+    check_whole(opset, "opset", 9, 20, "what this exporter writes")
     names = ["input", *(f"input_{i}" for i in range(1, len(inputs)))]
     free = {name: {0: "batch"} for name in [*names, "output"]} if dynamic_batch else None
     content = BytesIO()
@@ -162,9 +190,7 @@ def export_onnx(
         raise ValueError(f"the model reads values of its input ({reads[0]}), and a graph would repeat what the example gave; "
                          "expected operations on tensors, such as torch.where")
     _compare(model, content.getvalue(), inputs, dynamic_batch, tolerance)
-    with atomic_write(path) as file:
-        file.write(content.getvalue())
-    return Path(path)
+    return _write(path, content.getvalue())
 
 # %% ../../nbs/10_deployment/02_export.ipynb #42a508fa
 def _compare(model, graph, inputs, dynamic_batch, tolerance):
@@ -213,7 +239,7 @@ def _others(inputs, dynamic_batch):
 
 def _check_inputs(example):
     "Tensors with the same number of rows, at least one"
-    inputs = tuple(torch.tensor(x) if isinstance(x, np.ndarray) else x for x in (example if isinstance(example, tuple) else (example,)))
+    inputs = tuple(map(_plain, example if isinstance(example, tuple) else (example,)))
     for x in inputs:
         if not isinstance(x, Tensor) or x.ndim == 0 or x.numel() == 0 or len(x) != len(inputs[0]):
             raise ValueError(f"example is {', '.join(map(got, inputs))}; expected a batch, or a tuple of batches of one size")
@@ -309,15 +335,12 @@ def quantize_onnx_weights(
             model.graph.node.insert(0, new)
     if bits == 4:  # 4-bit tensors came with ONNX 1.16
         model = onnx.version_converter.convert_version(model, 21)
-    with atomic_write(target) as file:
-        file.write(model.SerializeToString())
-    return Path(target)
+    return _write(target, model.SerializeToString())
 
 # %% ../../nbs/10_deployment/02_export.ipynb #b301b42b
 def _load_graph(onnx, source):
     "The graph in a file"
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"there is no file {source}; expected one that export_onnx wrote")
+    _check_file(source)
     try:
         model = onnx.load(source)
         onnx.checker.check_model(model)
@@ -386,9 +409,7 @@ def quantize_onnx(
                                   calibrate_method=tools.CalibrationMethod[methods[method]])
         except Exception as error:
             raise ValueError(f"{source} cannot be written in integers: {_first_line(error)}") from error
-        with atomic_write(target) as file:
-            file.write(done.read_bytes())
-    return Path(target)
+        return _write(target, done.read_bytes())
 
 # %% ../../nbs/10_deployment/02_export.ipynb #b81337f1
 def _reader(tools, want, batches):
@@ -428,8 +449,8 @@ def compare_latency(
         for turn in range(rounds):
             for name, predict in predicts.items():
                 with evaluating(predict) if isinstance(predict, nn.Module) else nullcontext():
-                    for spent, batch, count, warmup in ((seconds[name][0], small, calls[0], 5), (seconds[name][1], large, calls[1], int(turn == 0))):
-                        spent.append(measure(lambda: predict(batch), count, warmup, example.device).median)
+                    seconds[name][0].append(_median(name, predict, small, calls[0], 5))
+                    seconds[name][1].append(_median(name, predict, large, calls[1], int(turn == 0)))
     middle = statistics.median
     return {name: {"latency_ms": middle(one) * 1e3, "images_per_second": len(large) / middle(many)}
             for name, (one, many) in seconds.items()}
@@ -443,6 +464,14 @@ def measure_latency(
 ) -> dict[str, float]:  # latency_ms and images_per_second
     "Latency and throughput of one candidate. To compare several, let them take turns: `compare_latency`."
     return compare_latency({"it": predict}, example, **options)["it"]
+
+
+def _median(name, predict, batch, calls, warmup):
+    "Seconds for one call"
+    try:
+        return measure(lambda: predict(batch), calls, warmup, batch.device).median
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"{name} fails on {got(batch)}: {_first_line(error)}") from error
 
 
 def _check_pair(values, name):
