@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,13 +54,12 @@ def is_sentence(error):
     "Was it raised by a `raise` of the package, or of a class that the package defines?"
     if type(error).__module__.startswith("foundation."):
         return True
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or not last.tb_frame.f_code.co_filename.startswith(HOME):
-        return False
-    file, line = last.tb_frame.f_code.co_filename, last.tb_lineno
-    return any(re.search(r"\braise\b", linecache.getline(file, n)) for n in range(line, line - 6, -1))
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        lines = range(line, max(line - 6, 0), -1) if file.startswith(HOME) else ()
+        if any(re.search(r"\braise\b", linecache.getline(file, n)) for n in lines):
+            return True
+    return False
 
 
 def seed():
