@@ -258,6 +258,8 @@ def test_moments_come_back_in_the_layout_of_the_weights(tmp_path, fused):
     assert torch.equal(steps(net, opt), want)
 
 
+DATA = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+
 # By name ---------------------------------------------------------------------------------------------------------------
 
 class Two(nn.Module):
@@ -317,6 +319,45 @@ def test_each_moment_goes_to_the_weight_of_its_name_whatever_the_order(tmp_path,
             assert values.keys() == want[name].keys()
             assert all(torch.equal(v, want[name][k]) and v.dtype == want[name][k].dtype for k, v in values.items()), name
         assert run(net, opt, 3, 6) == straight[3:]
+
+
+class Careful(torch.optim.Optimizer):
+    "One of somebody else, which keeps float32 for weights in bfloat16, a number, and sums of another shape"
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(slow=p.float(), rows=torch.zeros(p.shape[0]), count=0, first=True)
+                state["slow"] -= group["lr"] * p.grad.float()
+                state["rows"] += p.grad.float().reshape(p.shape[0], -1).sum(1)
+                state["count"] += 1
+                p.copy_(state["slow"])
+
+
+def test_an_optimizer_of_somebody_else_goes_on_with_moments_of_any_kind(tmp_path):
+    def make():
+        net = same_weights(Two().bfloat16())
+        return net, Careful(net.parameters(), lr=0.01)
+
+    def run(net, opt, start, stop):
+        for step in train(net, [(DATA.bfloat16(), DATA[:, :3].argmax(1))] * 9, classify, opt, steps=stop, start=start):
+            pass
+        return [v for values in opt.state.values() for v in (values["slow"], values["rows"], torch.tensor(values["count"]))]
+
+    whole = run(*make(), 0, 6)
+    net, opt = make()
+    run(net, opt, 0, 3)
+    save_checkpoint(tmp_path / "run", net, opt, 3)
+    net, opt = make()
+    load_checkpoint(tmp_path / "run", net, opt)
+    assert {v.dtype for values in opt.state.values() for v in (values["slow"], values["rows"])} == {torch.float32}
+    assert all(map(torch.equal, run(net, opt, 3, 6), whole))
 
 
 def two_groups(net, order=(0, 1), move=()):
@@ -696,8 +737,6 @@ def test_a_damaged_file_never_pushes_the_good_one_out(tmp_path, number):
 
 
 # Which run it is -------------------------------------------------------------------------------------------------------
-
-DATA = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
 
 
 def stop_at(n):

@@ -325,7 +325,7 @@ def test_a_narrow_strided_convolution_is_trained_in_the_plain_order():
     "PyTorch writes beyond its workspace in the other one; moments that are there already follow their weights"
     def run(order, turn=False):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(4, 8, 1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)).to(memory_format=order)
+        model = nn.Sequential(nn.Conv2d(4, 8, 1, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 4)).to(memory_format=order)
         x = torch.randn(16, 4, 8, 8).contiguous(memory_format=torch.channels_last)
         seen, opt = [], adamw(model, 0.01)
         model.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].is_contiguous()))
@@ -335,7 +335,7 @@ def test_a_narrow_strided_convolution_is_trained_in_the_plain_order():
             for p, values in opt.state.items():
                 values |= {k: v.contiguous(memory_format=torch.channels_last) for k, v in values.items() if v.ndim == 4}
         steps_of(model, 2, opt=opt, data=[(x, Y[:16])] * 2)
-        assert seen == [True] * 4 and model[0].weight.is_contiguous()
+        assert seen == [True] * 4 and model[2].weight.is_contiguous()
         assert all(v.stride() == p.stride() for p, values in opt.state.items() for v in values.values() if v.shape == p.shape)
         return weights(model)
 
@@ -369,6 +369,13 @@ def test_a_clip_is_any_number(value):
     value = value if not isinstance(value, torch.Tensor) else value.item()
     model = net()
     assert steps_of(model, 1, clip=value)[0].grad_norm > 0
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+def test_a_step_holds_no_graph(accum):
+    "Else a list of losses would keep the activations of all steps"
+    for step in steps_of(net(), 2, accum=accum, clip=1.0):
+        assert not step.loss.requires_grad and not step.grad_norm.requires_grad and step.loss.shape == ()
 
 
 def test_an_infinite_clip_only_measures():
