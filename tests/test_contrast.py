@@ -1,4 +1,5 @@
 "Contrast: laws that a broken version loses, half precision, and bad input; the rest stands in its lesson and in test_objectives"
+
 import math
 
 import pytest
@@ -11,7 +12,12 @@ from torch.testing import assert_close
 from foundation.objectives.contrast import alignment, info_nce, nt_xent, uniformity
 
 few = settings(max_examples=25, deadline=None)
-seeds, sizes, widths, temperatures = st.integers(0, 10**6), st.integers(2, 8), st.integers(2, 9), st.floats(0.05, 10)
+seeds, sizes, widths, temperatures = (
+    st.integers(0, 10**6),
+    st.integers(2, 8),
+    st.integers(2, 9),
+    st.floats(0.05, 10),
+)
 
 
 def draw(seed, *shape):
@@ -22,9 +28,17 @@ def draw(seed, *shape):
 @given(seeds, sizes, widths, temperatures)
 def test_neither_order_nor_length_nor_rotation_matters(seed, n, d, T):
     a, b = draw(seed, 2, n, d).double()
-    turn, mix = torch.linalg.qr(draw(seed + 1, d, d).double())[0], torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    turn, mix = (
+        torch.linalg.qr(draw(seed + 1, d, d).double())[0],
+        torch.randperm(n, generator=torch.Generator().manual_seed(seed)),
+    )
     here = nt_xent(a, b, T)
-    for other in (nt_xent(b, a, T), nt_xent(a[mix], b[mix], T), nt_xent(7 * a, b / 3, T), nt_xent(a @ turn, b @ turn, T)):
+    for other in (
+        nt_xent(b, a, T),
+        nt_xent(a[mix], b[mix], T),
+        nt_xent(7 * a, b / 3, T),
+        nt_xent(a @ turn, b @ turn, T),
+    ):
         assert_close(other, here)
     assert_close(nt_xent(0 * a + 1, 0 * b + 1, T), torch.tensor(math.log(2 * n - 1)).double())
 
@@ -34,20 +48,29 @@ def test_neither_order_nor_length_nor_rotation_matters(seed, n, d, T):
 def test_nt_xent_is_bounded_by_its_two_halves(seed, n, d, T):
     a, b = draw(seed, 2, n, d).double()
     t = 1 / (2 * T)
-    assert nt_xent(a, b, T) <= alignment(a, b) * t + uniformity(torch.cat([a, b]), t) + math.log(2 * n - 1) + 1e-9
+    assert (
+        nt_xent(a, b, T)
+        <= alignment(a, b) * t + uniformity(torch.cat([a, b]), t) + math.log(2 * n - 1) + 1e-9
+    )
 
 
 @few
 @given(seeds, sizes, st.integers(0, 5))
 def test_pull_and_pushes_of_a_question_cancel(seed, b, extra):
     scores = draw(seed, b, b + extra).requires_grad_()
-    force, = torch.autograd.grad(info_nce(scores), scores)
+    (force,) = torch.autograd.grad(info_nce(scores), scores)
     assert_close(force.sum(1), torch.zeros(b), rtol=0, atol=1e-6)
-    assert (force.diagonal() < 0).all() and (force.masked_fill(torch.eye(b, b + extra).bool(), 1) > 0).all()
+    assert (force.diagonal() < 0).all() and (
+        force.masked_fill(torch.eye(b, b + extra).bool(), 1) > 0
+    ).all()
 
 
 def test_both_views_receive_a_gradient_and_so_does_a_learnt_temperature():
-    a, b, T = draw(0, 4, 3).requires_grad_(), draw(1, 4, 3).requires_grad_(), torch.tensor(0.5, requires_grad=True)
+    a, b, T = (
+        draw(0, 4, 3).requires_grad_(),
+        draw(1, 4, 3).requires_grad_(),
+        torch.tensor(0.5, requires_grad=True),
+    )
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(nt_xent(a, b, T), [a, b, T]))
 
 
@@ -57,8 +80,11 @@ def test_extra_columns_are_negatives():
     assert_close(info_nce(torch.cat([scores, torch.full((4, 2), -math.inf)], 1)), info_nce(scores))
 
 
-@pytest.mark.parametrize("measure", [lambda a, b: nt_xent(a, b, 0.05), alignment, lambda a, b: uniformity(torch.cat([a, b]), 20.0)],
-                         ids=["nt_xent", "alignment", "uniformity"])
+@pytest.mark.parametrize(
+    "measure",
+    [lambda a, b: nt_xent(a, b, 0.05), alignment, lambda a, b: uniformity(torch.cat([a, b]), 20.0)],
+    ids=["nt_xent", "alignment", "uniformity"],
+)
 def test_autocast_and_half_precision_are_computed_in_float32(measure):
     a = draw(0, 64, 32)
     b = a + 0.1 * draw(1, 64, 32)
@@ -103,8 +129,12 @@ def test_bad_input_is_refused_in_one_sentence(call, kind, word):
 
 # Edges ----------------------------------------------------------------------------------------------------------------
 
-MEASURES = {"nt_xent": lambda a, b: nt_xent(a, b, 0.2), "alignment": alignment, "uniformity": lambda a, b: uniformity(torch.cat([a, b])),
-            "info_nce": lambda a, b: info_nce(F.normalize(b, dim=1) @ a.T)}
+MEASURES = {
+    "nt_xent": lambda a, b: nt_xent(a, b, 0.2),
+    "alignment": alignment,
+    "uniformity": lambda a, b: uniformity(torch.cat([a, b])),
+    "info_nce": lambda a, b: info_nce(F.normalize(b, dim=1) @ a.T),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -150,7 +180,13 @@ def test_candidates_that_are_ruled_out_send_no_gradient():
 def test_the_views_of_a_pair_are_never_compared_with_themselves():
     a, b = draw(0, 5, 4), draw(1, 5, 4)
     z = F.normalize(torch.cat([a, b]), dim=1)
-    others = [F.cross_entropy((z @ z[[j for j in range(10) if j != i]].T / 0.1)[i : i + 1], torch.tensor([(i + 5) % 10 - ((i + 5) % 10 > i)])) for i in range(10)]
+    others = [
+        F.cross_entropy(
+            (z @ z[[j for j in range(10) if j != i]].T / 0.1)[i : i + 1],
+            torch.tensor([(i + 5) % 10 - ((i + 5) % 10 > i)]),
+        )
+        for i in range(10)
+    ]
     assert_close(nt_xent(a, b, 0.1), torch.stack(others).mean())
     apart = (z[:, None] - z[None]).square().sum(2)[~torch.eye(10).bool()]
     assert_close(uniformity(z, 3.0), (-3 * apart).exp().mean().log())

@@ -1,4 +1,5 @@
 "Layers against loops, PyTorch and transformers, on inputs that hypothesis draws; laws; and bad input, one sentence each"
+
 import io
 import math
 import warnings
@@ -13,10 +14,23 @@ from torch import nn
 from torch.testing import assert_close
 
 from foundation.core.basics import count_macs
-from foundation.layers.attention import Attention, KeyValueCache, _fused, attend, causal_mask, padding_mask
+from foundation.layers.attention import (
+    Attention,
+    KeyValueCache,
+    _fused,
+    attend,
+    causal_mask,
+    padding_mask,
+)
 from foundation.layers.block import MLP, Block
 from foundation.layers.convolution import ResidualBlock
-from foundation.layers.embedding import PatchEmbedding, TokenEmbedding, patchify, sinusoidal, unpatchify
+from foundation.layers.embedding import (
+    PatchEmbedding,
+    TokenEmbedding,
+    patchify,
+    sinusoidal,
+    unpatchify,
+)
 
 few = settings(max_examples=25, deadline=None)
 sizes, seeds, scales = st.integers(1, 6), st.integers(0, 10**6), st.sampled_from([1e-2, 1.0, 30.0])
@@ -45,7 +59,11 @@ def test_patches_are_unfolds_and_go_back(seed, b, c, y, x, p):
 def test_patch_embedding_is_a_convolution(seed, b, c, side, p, d):
     embed, images = PatchEmbedding(side * p, p, c, d), draw(seed, b, c, side * p, side * p)
     kernel = embed.project.weight.view(d, c, p, p)
-    assert_close(embed(images), F.conv2d(images, kernel, embed.project.bias, p).flatten(2).transpose(1, 2), **near)
+    assert_close(
+        embed(images),
+        F.conv2d(images, kernel, embed.project.bias, p).flatten(2).transpose(1, 2),
+        **near,
+    )
     assert embed.count == side**2
 
 
@@ -69,7 +87,9 @@ def test_sinusoidal_is_the_papers_formula(n, half):
     for t in {0, n // 2, n - 1}:
         for f in range(half):
             angle = t / 10000 ** (2 * f / d)
-            assert_close(waves[t, 2 * f : 2 * f + 2], torch.tensor([math.sin(angle), math.cos(angle)]))
+            assert_close(
+                waves[t, 2 * f : 2 * f + 2], torch.tensor([math.sin(angle), math.cos(angle)])
+            )
     gram = waves @ waves.T
     for shift in range(n):
         assert gram.diagonal(shift).std(correction=0) < 1e-4 * d
@@ -79,10 +99,23 @@ def test_sinusoidal_is_the_papers_formula(n, half):
 
 
 @few
-@given(seeds, sizes, sizes, sizes, st.integers(0, 5), sizes, scales, st.sampled_from(["none", "any", "causal", "both"]))
+@given(
+    seeds,
+    sizes,
+    sizes,
+    sizes,
+    st.integers(0, 5),
+    sizes,
+    scales,
+    st.sampled_from(["none", "any", "causal", "both"]),
+)
 def test_attend_is_pytorchs(seed, b, h, n, extra, e, scale, kind):
     m = n + extra
-    q, k, v = draw(seed, b, h, n, e, scale=scale), draw(seed + 1, b, h, m, e), draw(seed + 2, b, h, m, e)
+    q, k, v = (
+        draw(seed, b, h, n, e, scale=scale),
+        draw(seed + 1, b, h, m, e),
+        draw(seed + 2, b, h, m, e),
+    )
     mask = draw(seed + 3, b, 1, n, m) > 0 if kind in ("any", "both") else None
     causal = kind in ("causal", "both")
     full = torch.ones(b, 1, n, m).bool() if mask is None else mask
@@ -99,7 +132,10 @@ def test_bf16_attention_on_a_cpu_is_mixed_in_float32():
     layer, x = Attention(64, 2), draw(0, 8, 17, 64)
     with torch.autocast("cpu", torch.bfloat16):
         q, k, v = layer.project(x)
-        mixed, native = _fused(q, k, v, None, True, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed, native = (
+            _fused(q, k, v, None, True, 0.0),
+            F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        )
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
     assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, exact.bfloat16())
     assert not torch.equal(native, mixed)  # the check would see the other kernel
@@ -109,7 +145,10 @@ def test_bf16_attention_on_a_cpu_is_mixed_in_float32():
 @given(seeds, sizes, st.sampled_from([(4, 1), (6, 3), (12, 2)]), sizes, st.booleans())
 def test_attention_is_multihead_attention(seed, b, size, n, bias):
     (d, heads), x, context = size, draw(seed, b, n, size[0]), draw(seed + 1, b, n + 2, size[0])
-    theirs, ours = nn.MultiheadAttention(d, heads, bias=bias, batch_first=True), Attention(d, heads, bias=bias)
+    theirs, ours = (
+        nn.MultiheadAttention(d, heads, bias=bias, batch_first=True),
+        Attention(d, heads, bias=bias),
+    )
     with torch.no_grad():
         for i, part in enumerate((ours.query, ours.key, ours.value)):
             part.weight.copy_(theirs.in_proj_weight.chunk(3)[i])
@@ -123,7 +162,9 @@ def test_attention_is_multihead_attention(seed, b, size, n, bias):
     assert_close(ours(x, mask=~hidden), want, **near)
     assert_close(ours.weights(x, causal=True), weights, **near)
     visible = padding_mask(torch.full((b,), max(1, n - 1)), n)
-    assert_close(ours(x, mask=visible), theirs(x, x, x, key_padding_mask=~visible[:, 0, 0])[0], **near)
+    assert_close(
+        ours(x, mask=visible), theirs(x, x, x, key_padding_mask=~visible[:, 0, 0])[0], **near
+    )
 
 
 @few
@@ -170,7 +211,12 @@ def test_attend_passes_gradcheck():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     q, k, v = (draw(i, 2, 2, 9, 8) for i in range(3))
-    assert_close(attend(*(t.to(dtype) for t in (q, k, v)), causal=True).float(), attend(q, k, v, causal=True), rtol=0.05, atol=0.05)
+    assert_close(
+        attend(*(t.to(dtype) for t in (q, k, v)), causal=True).float(),
+        attend(q, k, v, causal=True),
+        rtol=0.05,
+        atol=0.05,
+    )
     layer, x = Attention(16, 2), draw(4, 2, 9, 16)
     with torch.autocast("cpu", torch.bfloat16):
         half = layer(x, causal=True)
@@ -190,7 +236,9 @@ def test_dropout_is_on_while_training_only():
 
 def test_attention_is_counted_whatever_kernel_runs_it():
     n, d = 5, 8
-    assert count_macs(Attention(d, 2), torch.randn(1, n, d)) == 4 * n * d * d + 2 * n * n * d  # four projections, scores, mixing
+    assert (
+        count_macs(Attention(d, 2), torch.randn(1, n, d)) == 4 * n * d * d + 2 * n * n * d
+    )  # four projections, scores, mixing
 
 
 # Block ----------------------------------------------------------------------------------------------------------------
@@ -199,13 +247,21 @@ def test_attention_is_counted_whatever_kernel_runs_it():
 @few
 @given(seeds, sizes, st.integers(1, 7), st.booleans(), st.sampled_from([1.0, 2.5, 4.0]))
 def test_block_is_pytorchs_encoder_layer(seed, b, n, norm_first, ratio):
-    theirs = nn.TransformerEncoderLayer(12, 3, int(12 * ratio), 0.0, "gelu", batch_first=True, norm_first=norm_first)
+    theirs = nn.TransformerEncoderLayer(
+        12, 3, int(12 * ratio), 0.0, "gelu", batch_first=True, norm_first=norm_first
+    )
     block, x = Block(12, 3, ratio, norm_first=norm_first), draw(seed, b, n, 12)
     state = theirs.state_dict()
     for kind in ("weight", "bias"):
         parts = state.pop(f"self_attn.in_proj_{kind}").chunk(3)
-        state |= {f"attention.{name}.{kind}": part for name, part in zip(("query", "key", "value"), parts)}
-        for old, new in (("self_attn.out_proj", "attention.out"), ("linear1", "mlp.0"), ("linear2", "mlp.3")):
+        state |= {
+            f"attention.{name}.{kind}": part for name, part in zip(("query", "key", "value"), parts)
+        }
+        for old, new in (
+            ("self_attn.out_proj", "attention.out"),
+            ("linear1", "mlp.0"),
+            ("linear2", "mlp.3"),
+        ):
             state[f"{new}.{kind}"] = state.pop(f"{old}.{kind}")
     block.load_state_dict(state)
     assert_close(block(x), theirs(x), **near)
@@ -213,19 +269,38 @@ def test_block_is_pytorchs_encoder_layer(seed, b, n, norm_first, ratio):
 
 
 def test_block_is_berts_layer():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e '.[bench]')")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (pip install -e '.[bench]')"
+    )
     from transformers.models.bert.modeling_bert import BertLayer
 
-    config = transformers.BertConfig(hidden_size=16, num_attention_heads=4, intermediate_size=64, hidden_dropout_prob=0.0,
-                                     attention_probs_dropout_prob=0.0)
+    config = transformers.BertConfig(
+        hidden_size=16,
+        num_attention_heads=4,
+        intermediate_size=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     config._attn_implementation = "eager"
     theirs, block = BertLayer(config), Block(16, 4, norm_first=False, eps=1e-12)
-    names = {"attention.self.query": "attention.query", "attention.self.key": "attention.key",
-             "attention.self.value": "attention.value", "attention.output.dense": "attention.out",
-             "attention.output.LayerNorm": "norm1", "intermediate.dense": "mlp.0", "output.dense": "mlp.3",
-             "output.LayerNorm": "norm2"}
+    names = {
+        "attention.self.query": "attention.query",
+        "attention.self.key": "attention.key",
+        "attention.self.value": "attention.value",
+        "attention.output.dense": "attention.out",
+        "attention.output.LayerNorm": "norm1",
+        "intermediate.dense": "mlp.0",
+        "output.dense": "mlp.3",
+        "output.LayerNorm": "norm2",
+    }
     state = theirs.state_dict()
-    block.load_state_dict({f"{new}.{kind}": state[f"{old}.{kind}"] for old, new in names.items() for kind in ("weight", "bias")})
+    block.load_state_dict(
+        {
+            f"{new}.{kind}": state[f"{old}.{kind}"]
+            for old, new in names.items()
+            for kind in ("weight", "bias")
+        }
+    )
     x = draw(0, 2, 5, 16)
     out = theirs(x)
     assert_close(block(x), out[0] if isinstance(out, tuple) else out, rtol=1e-5, atol=1e-5)
@@ -237,7 +312,9 @@ def test_order_and_future(seed, n, norm_first):
     block, x = Block(8, 2, norm_first=norm_first), draw(seed, 2, n, 8)
     mix = torch.randperm(n, generator=torch.manual_seed(seed))
     assert_close(block(x[:, mix]), block(x)[:, mix], **near)
-    later = torch.cat([x[:, :-1], -x[:, -1:]], 1)  # adding a constant would not do: layer norm takes it out again
+    later = torch.cat(
+        [x[:, :-1], -x[:, -1:]], 1
+    )  # adding a constant would not do: layer norm takes it out again
     assert_close(block(later, causal=True)[:, :-1], block(x, causal=True)[:, :-1], **near)
     assert (block(later)[:, :-1] - block(x)[:, :-1]).abs().max() > 1e-5
 
@@ -248,10 +325,14 @@ def test_traced_and_exported_blocks_take_other_sizes():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(block, draw(0, 2, 5, 8))
         assert_close(traced(draw(1, 3, 7, 8)), block(draw(1, 3, 7, 8)), **near)
-        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install -e '.[deploy]')")
+        onnxruntime = pytest.importorskip(
+            "onnxruntime", reason="onnxruntime is not installed (pip install -e '.[deploy]')"
+        )
         file = io.BytesIO()
         axes = {"x": {0: "b", 1: "n"}}
-        torch.onnx.export(block, (draw(0, 2, 5, 8),), file, dynamo=False, input_names=["x"], dynamic_axes=axes)
+        torch.onnx.export(
+            block, (draw(0, 2, 5, 8),), file, dynamo=False, input_names=["x"], dynamic_axes=axes
+        )
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     x = draw(2, 4, 3, 8)
     assert_close(torch.tensor(session.run(None, {"x": x.numpy()})[0]), block(x), **near)
@@ -263,33 +344,97 @@ x, q, ids = torch.zeros(2, 3, 8), torch.zeros(1, 2, 3, 4), torch.zeros(2, 3, dty
 held = KeyValueCache()
 held.extend(q, q)
 BAD = {
-    "patches that do not tile": (lambda: patchify(torch.zeros(1, 1, 28, 28), 5), ValueError, "do not tile"),
-    "an image without a batch": (lambda: patchify(torch.zeros(1, 28, 28), 7), ValueError, r"\(1, 28, 28\)"),
+    "patches that do not tile": (
+        lambda: patchify(torch.zeros(1, 1, 28, 28), 5),
+        ValueError,
+        "a divisor of 28 and 28",
+    ),
+    "an image without a batch": (
+        lambda: patchify(torch.zeros(1, 28, 28), 7),
+        ValueError,
+        r"\(1, 28, 28\)",
+    ),
     "images as a list": (lambda: patchify([[1.0]], 7), TypeError, "list"),
     "no images": (lambda: patchify(torch.zeros(0, 1, 28, 28), 7), ValueError, "images is empty"),
-    "a patch of no size": (lambda: patchify(torch.zeros(1, 1, 4, 4), 0), ValueError, "patch_size is 0"),
-    "a patch of half a pixel": (lambda: patchify(torch.zeros(1, 1, 4, 4), 0.5), TypeError, "whole number"),
-    "patches of another width": (lambda: unpatchify(torch.zeros(1, 4, 5), 2, 1), ValueError, r"\(b, n, 4\)"),
-    "patches of no square": (lambda: unpatchify(torch.zeros(1, 6, 4), 2, 1), ValueError, "square number"),
-    "an embedding that does not tile": (lambda: PatchEmbedding(28, 5, 1, 8), ValueError, "do not tile"),
-    "bytes to embed": (lambda: PatchEmbedding(4, 2, 1, 8)(torch.zeros(1, 1, 4, 4).byte()), TypeError, "uint8"),
-    "images of another size": (lambda: PatchEmbedding(4, 2, 1, 8)(torch.zeros(1, 1, 6, 6)), ValueError, r"6, 6"),
+    "a patch of no size": (
+        lambda: patchify(torch.zeros(1, 1, 4, 4), 0),
+        ValueError,
+        "patch_size is 0",
+    ),
+    "a patch of half a pixel": (
+        lambda: patchify(torch.zeros(1, 1, 4, 4), 0.5),
+        TypeError,
+        "whole number",
+    ),
+    "patches of another width": (
+        lambda: unpatchify(torch.zeros(1, 4, 5), 2, 1),
+        ValueError,
+        r"\(b, n, 4\)",
+    ),
+    "patches of no square": (
+        lambda: unpatchify(torch.zeros(1, 6, 4), 2, 1),
+        ValueError,
+        "square number",
+    ),
+    "an embedding that does not tile": (
+        lambda: PatchEmbedding(28, 5, 1, 8),
+        ValueError,
+        "a divisor of 28",
+    ),
+    "bytes to embed": (
+        lambda: PatchEmbedding(4, 2, 1, 8)(torch.zeros(1, 1, 4, 4).byte()),
+        TypeError,
+        "uint8",
+    ),
+    "images of another size": (
+        lambda: PatchEmbedding(4, 2, 1, 8)(torch.zeros(1, 1, 6, 6)),
+        ValueError,
+        r"6, 6",
+    ),
     "an image path": (lambda: PatchEmbedding(4, 2, 1, 8)("boot.png"), TypeError, "boot.png"),
     "no vocabulary": (lambda: TokenEmbedding(0, 8, 4), ValueError, "vocab_size is 0"),
-    "a word beyond the vocabulary": (lambda: TokenEmbedding(5, 8, 4)(ids + 5), ValueError, "0 to 4"),
+    "a word beyond the vocabulary": (
+        lambda: TokenEmbedding(5, 8, 4)(ids + 5),
+        ValueError,
+        "0 to 4",
+    ),
     "a negative word": (lambda: TokenEmbedding(5, 8, 4)(ids - 1), ValueError, "from -1"),
     "words as floats": (lambda: TokenEmbedding(5, 8, 4)(ids.float()), TypeError, "float32"),
     "words as text": (lambda: TokenEmbedding(5, 8, 4)([["a", "b"]]), TypeError, "list"),
-    "one sentence without a batch": (lambda: TokenEmbedding(5, 8, 4)(ids[0]), ValueError, r"\(b, n\)"),
-    "a text beyond the context": (lambda: TokenEmbedding(5, 8, 4)(ids, start=2), ValueError, "context of 4"),
-    "segments where there are none": (lambda: TokenEmbedding(5, 8, 4)(ids, ids), ValueError, "segments=0"),
-    "a third segment": (lambda: TokenEmbedding(5, 8, 4, 2)(ids, ids + 2), ValueError, "segments run"),
-    "segments of another shape": (lambda: TokenEmbedding(5, 8, 4, 2)(ids, ids[:, :2]), ValueError, "as ids"),
+    "one sentence without a batch": (
+        lambda: TokenEmbedding(5, 8, 4)(ids[0]),
+        ValueError,
+        r"\(b, n\)",
+    ),
+    "a text beyond the context": (
+        lambda: TokenEmbedding(5, 8, 4)(ids, start=2),
+        ValueError,
+        "context of 4",
+    ),
+    "segments where there are none": (
+        lambda: TokenEmbedding(5, 8, 4)(ids, ids),
+        ValueError,
+        "segments=0",
+    ),
+    "a third segment": (
+        lambda: TokenEmbedding(5, 8, 4, 2)(ids, ids + 2),
+        ValueError,
+        "segments run",
+    ),
+    "segments of another shape": (
+        lambda: TokenEmbedding(5, 8, 4, 2)(ids, ids[:, :2]),
+        ValueError,
+        "to fit ids",
+    ),
     "an odd width of waves": (lambda: sinusoidal(4, 7), ValueError, "even"),
     "no places": (lambda: sinusoidal(0, 8), ValueError, "n is 0"),
     "more queries than keys": (lambda: causal_mask(3, 2), ValueError, "n <= m"),
-    "a length beyond m": (lambda: padding_mask(torch.tensor([3, 6]), 5), ValueError, "1 to m = 5"),
-    "an empty row": (lambda: padding_mask(torch.tensor([0, 5]), 5), ValueError, "from 0"),
+    "a length beyond m": (
+        lambda: padding_mask(torch.tensor([3, 6]), 5),
+        ValueError,
+        "a length is 6",
+    ),
+    "an empty row": (lambda: padding_mask(torch.tensor([0, 5]), 5), ValueError, "a length is 0"),
     "lengths as floats": (lambda: padding_mask(torch.tensor([1.0]), 5), TypeError, "whole numbers"),
     "queries without heads": (lambda: attend(q[0], q, q), ValueError, r"\(b, h, tokens, e\)"),
     "queries as integers": (lambda: attend(q.long(), q, q), TypeError, "int64"),
@@ -298,19 +443,47 @@ BAD = {
     "no keys": (lambda: attend(q, q[:, :, :0], q[:, :, :0]), ValueError, "k is empty"),
     "NaN": (lambda: attend(q, q, q * math.nan), ValueError, "v holds 24 NaN"),
     "a mask of floats": (lambda: attend(q, q, q, torch.ones(3, 3)), TypeError, "expected bool"),
-    "a mask of another shape": (lambda: attend(q, q, q, torch.ones(3, 4).bool()), ValueError, r"\(3, 4\)"),
-    "a mask with three dimensions": (lambda: attend(q, q, q, torch.ones(1, 3, 3).bool()), ValueError, "padding_mask"),
-    "causal with more queries than keys": (lambda: attend(q, q[:, :, :2], q[:, :, :2], causal=True), ValueError, "n <= m"),
-    "a cache of another batch": (lambda: held.extend(q.expand(2, 2, 3, 4), q.expand(2, 2, 3, 4)), ValueError, "one cache"),
+    "a mask of another shape": (
+        lambda: attend(q, q, q, torch.ones(3, 4).bool()),
+        ValueError,
+        r"\(3, 4\)",
+    ),
+    "a mask with three dimensions": (
+        lambda: attend(q, q, q, torch.ones(1, 3, 3).bool()),
+        ValueError,
+        "padding_mask",
+    ),
+    "causal with more queries than keys": (
+        lambda: attend(q, q[:, :, :2], q[:, :, :2], causal=True),
+        ValueError,
+        "n <= m",
+    ),
+    "a cache of another batch": (
+        lambda: held.extend(q.expand(2, 2, 3, 4), q.expand(2, 2, 3, 4)),
+        ValueError,
+        "one cache",
+    ),
     "a cache without heads": (lambda: held.extend(q[0], q[0]), ValueError, r"\(b, h, tokens, e\)"),
     "heads that do not divide": (lambda: Attention(8, 3), ValueError, "divide"),
     "all dropped": (lambda: Attention(8, 2, dropout=1.0), ValueError, "dropout"),
     "tokens of another width": (lambda: Attention(6, 2)(x), ValueError, r"\(b, n, 6\)"),
     "tokens without a batch": (lambda: Attention(8, 2)(x[0]), ValueError, r"\(3, 8\)"),
     "tokens as ids": (lambda: Attention(8, 2)(x.long()), TypeError, "int64"),
-    "a context of another width": (lambda: Attention(8, 2)(x, x[..., :4]), ValueError, "context has shape"),
-    "a context and a cache": (lambda: Attention(4, 1)(q[0], q[0], cache=held), ValueError, "one of them"),
-    "a mask of another batch": (lambda: Attention(8, 2)(x, mask=padding_mask(torch.tensor([1, 2, 3]), 3)), ValueError, "mask has shape"),
+    "a context of another width": (
+        lambda: Attention(8, 2)(x, x[..., :4]),
+        ValueError,
+        "context has shape",
+    ),
+    "a context and a cache": (
+        lambda: Attention(4, 1)(q[0], q[0], cache=held),
+        ValueError,
+        "one of them",
+    ),
+    "a mask of another batch": (
+        lambda: Attention(8, 2)(x, mask=padding_mask(torch.tensor([1, 2, 3]), 3)),
+        ValueError,
+        "mask has shape",
+    ),
     "no hidden width": (lambda: MLP(8, 0), ValueError, "hidden is 0"),
     "a ratio of nothing": (lambda: Block(8, 2, mlp_ratio=0.0), ValueError, "mlp_ratio is 0"),
     "a block that cannot be divided": (lambda: Block(8, 3), ValueError, "divide"),
@@ -358,7 +531,10 @@ def test_queries_that_see_nothing_get_zeros_and_finite_gradients(dtype, causal):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_attend_in_half_precision_is_rounded_once(dtype):
-    q, k, v = (t.to(dtype) for t in (100 * draw(0, 1, 1, 6, 8), 100 * draw(1, 1, 1, 6, 8), draw(2, 1, 1, 6, 8)))
+    q, k, v = (
+        t.to(dtype)
+        for t in (100 * draw(0, 1, 1, 6, 8), 100 * draw(1, 1, 1, 6, 8), draw(2, 1, 1, 6, 8))
+    )
     assert (q @ k.transpose(-2, -1)).abs().max() > 30_000  # near or above the largest half
     out, weights = attend(q, k, v, return_weights=True)
     assert out.dtype == weights.dtype == dtype
@@ -423,7 +599,9 @@ def test_a_refused_mask_leaves_the_cache_as_it_was():
 def test_ids_of_any_whole_number_type(dtype):
     embed, ids = TokenEmbedding(9, 4, 5, segments=2), torch.tensor([[0, 8, 3]])
     assert torch.equal(embed(ids.to(dtype), (ids > 3).to(dtype)), embed(ids, (ids > 3).long()))
-    assert torch.equal(embed(ids.numpy()), embed(ids)) and torch.equal(embed(ids.tolist()), embed(ids))
+    assert torch.equal(embed(ids.numpy()), embed(ids)) and torch.equal(
+        embed(ids.tolist()), embed(ids)
+    )
 
 
 def test_a_table_is_read_through_its_layer():
@@ -431,7 +609,10 @@ def test_a_table_is_read_through_its_layer():
     from torch.nn.utils import parametrizations, prune
 
     ids = torch.tensor([[1, 2, 3]])
-    for make in (lambda table: prune.l1_unstructured(table, "weight", 0.5), parametrizations.weight_norm):
+    for make in (
+        lambda table: prune.l1_unstructured(table, "weight", 0.5),
+        parametrizations.weight_norm,
+    ):
         embed = TokenEmbedding(5, 4, 6, segments=2)
         for table in embed.children():
             make(table)
@@ -447,15 +628,22 @@ def test_a_table_is_read_through_its_layer():
 def test_sizes_may_be_numbers_of_numpy():
     n = np.int64
     assert Attention(n(8), np.int32(2)).dim == 8 and type(Attention(n(8), n(2)).heads) is int
-    assert Block(n(8), n(2), mlp_ratio=np.float32(2.5), dropout=np.float32(0.1)).mlp[0].out_features == 20
-    assert causal_mask(n(2), n(3)).shape == (2, 3) and padding_mask(np.array([1, 3], np.uint8), n(3)).shape == (2, 1, 1, 3)
+    assert (
+        Block(n(8), n(2), mlp_ratio=np.float32(2.5), dropout=np.float32(0.1)).mlp[0].out_features
+        == 20
+    )
+    assert causal_mask(n(2), n(3)).shape == (2, 3) and padding_mask(
+        np.array([1, 3], np.uint8), n(3)
+    ).shape == (2, 1, 1, 3)
     assert patchify(np.zeros((1, 1, 4, 4), np.uint8), n(2)).shape == (1, 4, 4)
     assert sinusoidal(n(3), n(4)).shape == (3, 4) and MLP(n(4), n(8))[0].out_features == 8
     assert PatchEmbedding(n(4), n(2), n(1), n(8))(torch.zeros(1, 1, 4, 4)).shape == (1, 4, 8)
     assert ResidualBlock(n(2), n(3), n(2))(torch.zeros(1, 2, 4, 4)).shape == (1, 3, 2, 2)
 
 
-@pytest.mark.parametrize("ratio, hidden", [(2.9, 290), (np.float32(0.29), 29), (0.57, 57), (4.0, 400), (2.555, 255)])
+@pytest.mark.parametrize(
+    "ratio, hidden", [(2.9, 290), (np.float32(0.29), 29), (0.57, 57), (4.0, 400), (2.555, 255)]
+)
 def test_the_hidden_width_is_the_ratio_and_not_its_rounding(ratio, hidden):
     assert Block(100, 2, mlp_ratio=ratio).mlp[0].out_features == hidden
 

@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..core.checks import check_floats, check_mask, check_number, check_sizes, check_tokens, check_whole
-from ..core.checks import checked, may_look, precise, refuse_nan
+from ..core.checks import check_floats, check_mask, check_number, check_sizes, check_tokens
+from ..core.checks import check_whole, checked, may_look, precise, refuse_nan
 from .embedding import check_type
 
 # %% ../../nbs/03_layers/02_attention.ipynb #f8903fdc
@@ -26,11 +26,13 @@ def causal_mask(
     m: int | None = None,  # keys; as many as queries where not given
     device=None,
 ) -> Tensor:  # True = visible, (n, m)
-    "Query i stands at place m - n + i and sees the keys up to there. Raises `ValueError` unless 1 <= n <= m."
+    """Query i stands at place m - n + i and sees the keys up to there.
+
+    Raises `TypeError`, `ValueError` unless 1 <= n <= m."""
     m = n if m is None else m
     check_sizes(n=n, m=m)
     if n > m:
-        raise ValueError(f"got {n} queries for {m} keys; expected n <= m: a query sees at least itself")
+        raise ValueError(f"got {n} queries for {m} keys; expected n <= m: each sees itself")
     return torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
 
 
@@ -39,11 +41,14 @@ def padding_mask(
     lengths: Tensor | Sequence,  # real tokens of each row, (b,), whole numbers from 1 to m
     m: int,  # tokens of each row with padding at the end
 ) -> Tensor:  # True = visible, (b, 1, 1, m)
-    "Hide what was added to make rows equally long, from all heads and queries. Raises `ValueError` for bad lengths."
+    """Hide what was added to make rows equally long, from all heads and queries.
+
+    Raises `TypeError`, `ValueError` for bad lengths."""
     check_sizes(m=m)
     lengths = check_tokens(lengths, "lengths", shape="(b,)")
-    if may_look(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= m:
-        raise ValueError(f"lengths run from {int(lengths.min())} to {int(lengths.max())}; expected 1 to m = {m}")
+    if may_look(lengths):
+        for length in (int(lengths.min()), int(lengths.max())):
+            check_whole(length, "a length", 1, m)
     return (torch.arange(m, device=lengths.device) < lengths[:, None])[:, None, None]
 
 # %% ../../nbs/03_layers/02_attention.ipynb #5337b3ab
@@ -56,24 +61,27 @@ def attend(
     causal: bool = False,  # hide the future; the queries are the last n of the m tokens
     return_weights: bool = False,  # also give the weights, (b, h, n, m)
 ) -> Tensor:  # (b, h, n, e); a query that sees nothing gets zeros
-    """`softmax(q kᵀ / √e) v` by hand, with the whole table of weights in memory, in float32 at least.
+    """`softmax(q kᵀ / √e) v` by hand, with the whole table of weights in memory.
 
-    Raises TypeError or ValueError when shapes or dtypes do not fit, or NaN comes in.
-    Vaswani et al. 2017, equation 1."""
+    Computes in float32 at least. Raises TypeError or ValueError when shapes or dtypes do not fit,
+    or NaN comes in. Vaswani et al. 2017, equation 1."""
     _check_heads(q, k, v)
     scores = precise(q) @ precise(k).transpose(-2, -1) / math.sqrt(q.shape[-1])  # (b, h, n, m)
     visible = _visible(mask, causal, scores.shape, q.device)
     if visible is None:
         weights = scores.softmax(-1)
     else:
-        weights = scores.masked_fill(~visible, -math.inf).softmax(-1).masked_fill(~visible, 0)  # 0: no row of NaN
+        weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+        weights = weights.masked_fill(~visible, 0)  # who sees nothing has a row of NaN
     out = (weights @ precise(v)).to(q.dtype)
     refuse_nan(out, q=q, k=k, v=v)
     return (out, weights.to(q.dtype)) if return_weights else out
 
 # %% ../../nbs/03_layers/02_attention.ipynb #7878d6f6
 class KeyValueCache:
-    "Keys and values of the tokens so far: one for each attention layer, so that a new token computes only its own."
+    """Keys and values of the tokens so far, so that a new token computes only its own.
+
+    One for each attention layer."""
 
     def __init__(self):
         self.keys = self.values = None  # (b, h, m, e) once something is in
@@ -88,12 +96,10 @@ class KeyValueCache:
         v: Tensor,  # their values, (b, h, n, e)
         places: int | None = None,  # of the text that they take; None: one each; 0: a learnt prefix
     ) -> tuple[Tensor, Tensor]:  # all keys and values so far, (b, h, m, e) each
-        "Put new keys and values behind those that are here. Raises `ValueError` when batch, heads or widths differ."
-        _check_heads(k, k, v)
-        if self.keys is not None:
-            held, new = (tuple(x.shape[:2] + x.shape[3:]) for x in (self.keys, k))
-            if held != new:
-                raise ValueError(f"the cache holds (b, h, e) = {held}, got {new}; use one cache for each layer and batch")
+        """Put new keys and values behind those that are here.
+
+        Raises `TypeError`, `ValueError` when batch, heads or widths differ."""
+        _check_heads(k, k, v, self.keys)
         new = k.shape[2] if places is None else check_whole(places, "places", 0)
         if self.keys is not None:
             k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
@@ -102,7 +108,7 @@ class KeyValueCache:
 
 # %% ../../nbs/03_layers/02_attention.ipynb #47fb5919
 def _fused(q, k, v, mask, causal, dropout):  # (b, h, n, e)
-    "`attend` by PyTorch's kernel. Its own causal mask begins at the first key: right for n = m alone"
+    "`attend` by PyTorch's kernel, whose causal mask begins at the first key: right for n = m only"
     own = causal and mask is None and q.shape[2] == k.shape[2]
     visible = None if own else _visible(mask, causal, (*q.shape[:3], k.shape[2]), q.device)
     mix = partial(scaled_dot_product_attention, dropout_p=dropout, is_causal=own)
@@ -111,13 +117,16 @@ def _fused(q, k, v, mask, causal, dropout):  # (b, h, n, e)
             return mix(q.float(), k.float(), v.float(), visible).to(q.dtype)
     if q.is_cpu or visible is None:
         return mix(q, k, v, visible)
-    blind = ~visible.any(-1, keepdim=True)  # elsewhere not every kernel gives zeros to who sees nothing
+    blind = ~visible.any(-1, keepdim=True)  # elsewhere a kernel may answer NaN to who sees nothing
     return mix(q, k, v, visible | blind).masked_fill(blind, 0)
 
 # %% ../../nbs/03_layers/02_attention.ipynb #ab1e077d
 class Attention(nn.Module):
-    """Multi-head attention through PyTorch's fused kernel, (b, n, d) → (b, n, d): `heads` divides the width `dim`;
-    `dropout` is the share of the weights that is dropped while training. Vaswani et al. 2017, section 3.2.2."""
+    """Multi-head attention through PyTorch's fused kernel, (b, n, d) → (b, n, d).
+
+    `heads` divides the width `dim`; `dropout` is the share of the weights that is dropped while
+    training. Raises TypeError or ValueError for what does not fit.
+    Vaswani et al. 2017, section 3.2.2."""
 
     @checked
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True):
@@ -127,7 +136,8 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"got dim={dim}, heads={heads}; expected heads that divide dim")
         self.dim, self.heads, self.dropout = dim, heads, dropout
-        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
+        layers = [nn.Linear(dim, dim, bias=bias) for _ in range(4)]
+        self.query, self.key, self.value, self.out = layers
 
     def project(self, x, context=None):  # (b, h, n, e), (b, h, m, e), (b, h, m, e)
         fit = lambda t, name: check_type(check_floats(t, name, f"(b, n, {self.dim})"), name, self)
@@ -143,13 +153,14 @@ class Attention(nn.Module):
         context: Tensor | None = None,  # tokens that answer, (b, m, d); x itself where not given
         mask: Tensor | None = None,  # True = visible, (n, m) or broadcastable to (b, h, n, m)
         causal: bool = False,  # hide the future
-        cache: KeyValueCache | None = None,  # keys and values of earlier tokens; it grows by those of x
+        cache: KeyValueCache | None = None,  # of earlier tokens; it grows by those of x
     ) -> Tensor:  # (b, n, d)
         if context is not None and cache is not None and cache.places:
-            raise ValueError("got a context and a cache with tokens; expected one of them: a cache is for self-attention")
+            raise ValueError("got a context and a cache with tokens; expected one of them")
         q, k, v = self.project(x, context)
         if cache is not None:
-            _visible(mask, causal, (*q.shape[:3], len(cache) + k.shape[2]), q.device)  # refused before the cache grows
+            m = len(cache) + k.shape[2]
+            _visible(mask, causal, (*q.shape[:3], m), q.device)  # refused before the cache grows
             k, v = cache.extend(k, v)
         mixed = _fused(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.out(rearrange(mixed, "b h n e -> b n (h e)"))
@@ -163,22 +174,27 @@ def _visible(mask, causal, shape, device):  # shape: b, h, n, m
     n, m = shape[2:]
     if mask is not None:
         mask = check_mask(mask).to(device)
-        if mask.ndim not in (2, 4) or any(s not in (1, t) for s, t in zip(mask.shape[::-1], shape[::-1])):
-            raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (n, m) = ({n}, {m}), or one that broadcasts "
-                             f"to (b, h, n, m) = {tuple(shape)}: padding_mask(lengths, m) makes (b, 1, 1, m)")
+        fits = all(s in (1, t) for s, t in zip(mask.shape[::-1], shape[::-1]))
+        if mask.ndim not in (2, 4) or not fits:
+            want = f"(n, m) = ({n}, {m}) or, as of padding_mask, one for {tuple(shape)}"
+            raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {want}")
     if not causal or n == 1:  # a single query is the last token: it sees all
         return mask
     past = causal_mask(n, m, device)
     return past if mask is None else mask & past
 
 
-def _check_heads(q, k, v):
-    "Float tensors (b, h, n or m, e) that fit each other"
-    for name, x in dict(q=q, k=k, v=v).items():
+def _check_heads(q, k, v, held=None):
+    "Float tensors (b, h, n or m, e) that fit each other, and the keys that a cache holds"
+    parts = dict(q=q, k=k, v=v)
+    for name, x in parts.items():
         check_floats(x, name, "(b, h, tokens, e)")
+    shapes = [tuple(x.shape) for x in parts.values()]
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; expected "
-                         "(b, h, n, e), (b, h, m, e) and (b, h, m, e)")
-    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype} on {q.device}, {k.device}, {v.device}; "
-                         "expected one type on one device")
+        raise ValueError("q {}, k {}, v {} do not fit; expected (b, h, n or m, e)".format(*shapes))
+    if len({(x.dtype, x.device) for x in parts.values()}) > 1:
+        kinds = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in parts.items())
+        raise ValueError(f"got {kinds}; expected one type on one device")
+    if held is not None and (held.shape[:2] != k.shape[:2] or held.shape[3] != k.shape[3]):
+        want = f"b, h and e of {tuple(held.shape)}: use one cache for each layer and batch"
+        raise ValueError(f"k has shape {tuple(k.shape)}; expected {want}")

@@ -18,16 +18,24 @@ class MLP(nn.Sequential):
     Raises TypeError or ValueError for sizes below 1, or a dropout that is no share."""
 
     @checked
-    def __init__(self, dim: int, hidden: int, dropout: float = 0.0, activation: type[nn.Module] = nn.GELU):
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        dropout: float = 0.0,
+        activation: type[nn.Module] = nn.GELU,
+    ):
         check_sizes(dim=dim, hidden=hidden)
         check_shares(dropout=dropout)
-        super().__init__(nn.Linear(dim, hidden), activation(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+        wide, narrow = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        super().__init__(wide, activation(), nn.Dropout(dropout), narrow)
 
 # %% ../../nbs/03_layers/03_block.ipynb #20f25b7b
 class Block(nn.Module):
-    """One transformer block, (b, n, d) → (b, n, d). Post-norm: Vaswani et al. 2017, BERT; pre-norm: Xiong et al. 2020.
+    """One transformer block, (b, n, d) → (b, n, d).
 
-    Raises TypeError or ValueError for numbers out of range, or heads that do not divide the width."""
+    Raises TypeError or ValueError for numbers out of range, or heads that do not divide d.
+    Post-norm: Vaswani et al. 2017, BERT; pre-norm: Xiong et al. 2020."""
 
     @checked
     def __init__(
@@ -35,13 +43,14 @@ class Block(nn.Module):
         dim: int,  # d
         heads: int,  # h, divides d
         mlp_ratio: float = 4.0,  # hidden width of the MLP as a multiple of d
-        dropout: float = 0.0,  # on the weights of attention, in the MLP, and on what both add to the stream
+        dropout: float = 0.0,  # of attention's weights, in the MLP, of what both add to the stream
         norm_first: bool = True,  # pre-norm; False is post-norm
         eps: float = 1e-5,  # of the layer norms; BERT has 1e-12
     ):
         super().__init__()
         check_number(eps, "eps", 0)
-        hidden = int(round(dim * check_number(mlp_ratio, "mlp_ratio", most=1000, above=0), 3))  # 2.9 · 100 is 290, not 289.99…
+        check_number(mlp_ratio, "mlp_ratio", most=1000, above=0)
+        hidden = int(round(dim * mlp_ratio, 3))  # 2.9 · 100 is 290, not 289.99…
         self.attention, self.mlp = Attention(dim, heads, dropout), MLP(dim, hidden, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
         self.drop, self.norm_first = nn.Dropout(dropout), norm_first

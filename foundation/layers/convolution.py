@@ -25,17 +25,20 @@ class ConvBlock(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and a shortcut around them (He et al. 2015, fig. 2); the shortcut is 1×1 where shapes differ.
+    """Two convolutions and a shortcut around them, which is 1×1 where shapes differ.
 
-    Raises TypeError or ValueError for channels or a stride below 1."""
+    Raises TypeError or ValueError for channels or a stride below 1. He et al. 2015, fig. 2."""
 
     @checked
     def __init__(self, c_in: int, c_out: int, stride: int = 1):
         super().__init__()
-        self.body = nn.Sequential(ConvBlock(c_in, c_out, stride), ConvBlock(c_out, c_out, relu=False))
-        same = c_in == c_out and stride == 1
-        project = lambda: nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
-        self.shortcut = nn.Identity() if same else project()
+        blocks = ConvBlock(c_in, c_out, stride), ConvBlock(c_out, c_out, relu=False)
+        self.body = nn.Sequential(*blocks)
+        if c_in == c_out and stride == 1:
+            self.shortcut = nn.Identity()
+        else:
+            project = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(project, nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.shortcut(x))

@@ -15,10 +15,10 @@ from ..layers.embedding import TokenEmbedding
 
 # %% ../../nbs/04_models/03_bert.ipynb #c5df8385
 class BERT(nn.Module):
-    """An encoder that sees both sides of each token: ids (b, n) → logits over the vocabulary (b, n, v) (Devlin et al. 2018).
+    """An encoder that sees both sides of each token: ids (b, n) → logits of all words (b, n, v).
 
-    Raises TypeError or ValueError for sizes that do not fit each other, and for ids, masks, segments or places
-    of another kind or shape."""
+    Raises TypeError or ValueError for sizes that do not fit each other, and for ids, masks,
+    segments or places of another kind or shape. Devlin et al. 2018."""
 
     @checked
     def __init__(
@@ -36,8 +36,9 @@ class BERT(nn.Module):
         super().__init__()
         check_sizes(depth=depth)
         check_shares(dropout=dropout)
-        self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth, heads=heads,
-                           mlp_ratio=mlp_ratio, segments=segments, dropout=dropout, eps=eps)
+        self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth,
+                           heads=heads, mlp_ratio=mlp_ratio, segments=segments, dropout=dropout,
+                           eps=eps)
         self.dim = dim
         self.embedding = TokenEmbedding(vocab_size, dim, context, segments)
         self.norm, self.drop = nn.LayerNorm(dim, eps), nn.Dropout(dropout)
@@ -49,7 +50,7 @@ class BERT(nn.Module):
     def encode(
         self,
         tokens: Tensor,  # ids, (b, n)
-        mask: Tensor | None = None,  # True = a real token, False = padding, (b, n); or as `padding_mask` makes it
+        mask: Tensor | None = None,  # True = a real token, (b, n); or as `padding_mask` makes it
         segments: Tensor | None = None,  # (b, n); all 0 where not given
     ) -> Tensor:  # (b, n, d)
         "What each token means among the others."
@@ -71,23 +72,25 @@ class BERT(nn.Module):
     ) -> Tensor:  # (b, n, v), or (places.sum(), v) in reading order
         if places is None:
             x = self.encode(tokens, mask, segments)
-        else:  # most tokens are not hidden: the last block need not finish them, and the head, the widest product, skips them
+        else:  # the last block and the head, the widest product, spare the others
             x, visible = self._read(self.blocks[:-1], tokens, mask, segments)
             places = check_mask(places, "places", x.shape[:2])
             if not places.any():
-                raise ValueError("places is False everywhere; expected at least one True: hide a token of the batch")
+                raise ValueError("places is False everywhere; expected a hidden token, True")
             x = _answer(self.blocks[-1], x, visible, places)
         return nn.functional.linear(self.head(x), self.embedding.token.weight, self.bias)
 
 # %% ../../nbs/04_models/03_bert.ipynb #ab18cd95
 def _answer(block, x, visible, places):  # (b, n, d) -> (count, d)
-    "The last block for some places: all tokens are looked at, but only these look. In reading order"
+    "The last block for some places, in reading order: all are looked at, but only these look"
     count = places.sum(1, keepdim=True)
     most = int(count.max())
-    index = (~places).byte().argsort(dim=1, stable=True)[:, :most]  # a row's places come first, then others as filling, (b, most)
+    order = (~places).byte().argsort(dim=1, stable=True)  # a row's places, then others as filling
+    index = order[:, :most]  # (b, most)
     if visible is not None and visible.shape[2] > 1:  # each token has a view of its own
         visible = visible.expand(len(x), -1, -1, -1)
-        visible = visible.gather(2, index[:, None, :, None].expand(-1, visible.shape[1], -1, visible.shape[3]))
+        rows = index[:, None, :, None].expand(-1, visible.shape[1], -1, visible.shape[3])
+        visible = visible.gather(2, rows)
     asked = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
     look = block.norm1(asked + block.drop(block.attention(asked, context=x, mask=visible)))
     look = look[torch.arange(most, device=x.device) < count]
@@ -102,5 +105,6 @@ def _visible(mask, x):
     if mask.ndim != 4:
         return check_mask(mask, "mask", (b, n))[:, None, None]
     if mask.shape[0] not in (1, b) or any(size not in (1, n) for size in mask.shape[2:]):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected ({b}, {n}), or what broadcasts to ({b}, h, {n}, {n})")
+        want = f"({b}, {n}), or what broadcasts to ({b}, h, {n}, {n})"
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {want}")
     return mask

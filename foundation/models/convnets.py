@@ -8,7 +8,6 @@ __all__ = ['Backbone', 'ResNet', 'ConvNet', 'VGG', 'SameConv', 'InvertedBlock', 
 # %% ../../nbs/04_models/01_convnets.ipynb #318d63a3
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,7 +28,9 @@ class Backbone(nn.Module):
         self.head = nn.Linear(dim, config["classes"])
 
     def encode(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, d)
-        "Features: the mean of the last feature map over its places. Raises `TypeError`, `ValueError` for other images."
+        """Features: the mean of the last feature map over its places.
+
+        Raises `TypeError`, `ValueError` for other images."""
         x = check_images(x, "images", f"(b, {self.config['channels']}, h, w)", "floats")
         check_type(x, "images", self)
         return self.body(x).mean((2, 3))
@@ -39,9 +40,10 @@ class Backbone(nn.Module):
 
 
 class ResNet(Backbone):
-    """A small ResNet (He et al. 2015): a stride-2 stem, then stages of residual blocks, each stage at half the size.
+    """A small ResNet: a stride-2 stem, then stages of residual blocks, each at half the size.
 
-    Raises TypeError or ValueError for sizes below 1, or not as many depths as widths."""
+    Raises TypeError or ValueError for sizes below 1, or not as many depths as widths.
+    He et al. 2015."""
 
     @checked
     def __init__(
@@ -80,9 +82,10 @@ class ConvNet(Backbone):
 
 # %% ../../nbs/04_models/01_convnets.ipynb #86f222ac
 class VGG(Backbone):
-    """Stages of 3×3 convolutions, each closed by the maximum over 2×2 places (Simonyan & Zisserman 2014), with batch norm.
+    """Stages of 3×3 convolutions with batch norm, each closed by the maximum over 2×2 places.
 
-    Raises TypeError or ValueError for sizes below 1, or not as many depths as widths."""
+    Raises TypeError or ValueError for sizes below 1, or not as many depths as widths.
+    Simonyan & Zisserman 2014."""
 
     @checked
     def __init__(
@@ -103,13 +106,15 @@ class VGG(Backbone):
         super().__init__(nn.Sequential(*layers), c_in, config)
 
     def encode(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, d)
-        "Features: the mean of the last feature map. Raises `ValueError` for images that vanish in the pooling."
+        "Features: the mean of the last map. Raises `ValueError` for images that vanish on the way."
         _check_room(check_images(x), 2 ** len(self.config["depths"]))
         return super().encode(x)
 
 # %% ../../nbs/04_models/01_convnets.ipynb #34a78773
 class SameConv(nn.Conv2d):
-    "A convolution padded as TensorFlow does it: ⌈size / stride⌉ places come out, and an odd row of padding goes to the end."
+    """A convolution padded as TensorFlow does it: ⌈size / stride⌉ places come out.
+
+    An odd row of padding goes to the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = zip(x.shape[2:], self.stride, self.kernel_size, self.dilation)
@@ -119,14 +124,15 @@ class SameConv(nn.Conv2d):
 
 def _unit(c_in, c_out, kernel=1, stride=1, groups=1, relu=True):
     "Convolution → batch norm → ReLU6, as a list"
-    layers = [SameConv(c_in, c_out, kernel, stride, groups=groups, bias=False), nn.BatchNorm2d(c_out, 1e-3, 0.01)]
-    return layers + [nn.ReLU6(inplace=True)] * relu
+    convolution = SameConv(c_in, c_out, kernel, stride, groups=groups, bias=False)
+    norm = nn.BatchNorm2d(c_out, 1e-3, 0.01)
+    return [convolution, norm] + [nn.ReLU6(inplace=True)] * relu
 
 
 class InvertedBlock(nn.Module):
-    """Widen, filter each channel alone, narrow; a shortcut where the shapes allow it (Sandler et al. 2018, fig. 4).
+    """Widen, filter each channel alone, narrow; a shortcut where the shapes allow it.
 
-    Raises TypeError or ValueError for sizes below 1."""
+    Raises TypeError or ValueError for sizes below 1. Sandler et al. 2018, fig. 4."""
 
     @checked
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, ratio: int):
@@ -134,28 +140,30 @@ class InvertedBlock(nn.Module):
         check_sizes(c_in=c_in, c_out=c_out, kernel=kernel, stride=stride, ratio=ratio)
         wide = c_in * ratio
         widen = _unit(c_in, wide) if ratio > 1 else []
-        self.body = nn.Sequential(*widen, *_unit(wide, wide, kernel, stride, groups=wide), *_unit(wide, c_out, relu=False))
+        each = _unit(wide, wide, kernel, stride, groups=wide)
+        self.body = nn.Sequential(*widen, *each, *_unit(wide, c_out, relu=False))
         self.shortcut = c_in == c_out and stride == 1
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + x if self.shortcut else self.body(x)
 
 # %% ../../nbs/04_models/01_convnets.ipynb #5c4e1785
-_LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
-          (1, 3, 1, 6, 320))  # blocks, kernel, stride, ratio, width
+_LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
+          (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # blocks, kernel, stride, ratio, width
 
 
 class EfficientNetLite(Backbone):
-    """EfficientNet (Tan & Le 2019, table 1) without squeeze-and-excitation and with ReLU6, for small devices; lite0 by default.
+    """EfficientNet without squeeze-and-excitation and with ReLU6, for small devices; here lite0.
 
-    Raises TypeError or ValueError for sizes below 1, or stages that are not five numbers each."""
+    Raises TypeError or ValueError for sizes below 1, or stages that are not five numbers each.
+    Tan & Le 2019, table 1."""
 
     @checked
     def __init__(
         self,
         classes: int = 1000,
         channels: int = 3,
-        stages: Sequence[Sequence[int]] = _LITE0,  # of each: blocks, kernel, stride of the first, ratio, width
+        stages: Sequence[Sequence[int]] = _LITE0,  # blocks, kernel, first stride, ratio, width
     ):
         check_sizes(channels=channels)
         stages = [_five(stage) for stage in stages]
@@ -173,18 +181,19 @@ def _stages(widths, depths):
     widths = [check_whole(n, "widths", 1) for n in widths]
     depths = [check_whole(n, "depths", 1) for n in depths]
     if not widths or len(widths) != len(depths):
-        raise ValueError(f"got widths {widths}, depths {depths}; expected a depth of 1 or more for each width")
+        raise ValueError(f"got widths {widths}, depths {depths}; expected a depth for each width")
     return widths, depths
 
 
 def _five(stage):
     "One stage of EfficientNet as a list"
     if not isinstance(stage, Sequence) or len(stage) != 5:
-        raise ValueError(f"stage is {stage!r}; expected five whole numbers: blocks, kernel, stride, ratio, width")
+        raise ValueError(f"stage is {stage!r}; expected blocks, kernel, stride, ratio and width")
     return [check_whole(n, "stages", 1) for n in stage]
 
 
 def _check_room(images, least):
     "Images that survive all halvings; a recorded graph has no sizes to look at"
     if isinstance(images, Tensor) and min(images.shape[2:]) < least:
-        raise ValueError(f"images has shape {tuple(images.shape)}; expected at least {least} × {least}: each stage halves them")
+        want = f"at least {least} × {least}: each stage halves them"
+        raise ValueError(f"images has shape {tuple(images.shape)}; expected {want}")

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import evaluating
-from ..core.checks import check_number, check_shares, check_sizes, check_tokens, check_whole
-from ..core.checks import checked, got, refuse_nan
+from ..core.checks import check_number, check_shares, check_sizes, check_tokens
+from ..core.checks import check_whole, checked, got, refuse_nan
 from ..layers.attention import KeyValueCache
 from ..layers.block import Block
 from ..layers.embedding import TokenEmbedding
 
 # %% ../../nbs/04_models/04_gpt.ipynb #cf968fe9
 class GPT(nn.Module):
-    """A decoder that sees only the past: ids (b, n) → logits of the next token (b, n, v) (Radford et al. 2019).
+    """A decoder that sees only the past: ids (b, n) → logits of the next token (b, n, v).
 
-    Raises TypeError or ValueError for sizes that do not fit each other, and for ids or caches that do not fit."""
+    Raises TypeError or ValueError for sizes, ids or caches that do not fit. Radford et al. 2019."""
 
     @checked
     def __init__(
@@ -40,12 +40,13 @@ class GPT(nn.Module):
         super().__init__()
         check_sizes(depth=depth)
         check_shares(dropout=dropout)
-        self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth, heads=heads,
-                           mlp_ratio=mlp_ratio, dropout=dropout, eps=eps)
+        self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth,
+                           heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, eps=eps)
         self.dim = dim
         self.embedding = TokenEmbedding(vocab_size, dim, context)
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, dropout, eps=eps) for _ in range(depth))
+        block = lambda: Block(dim, heads, mlp_ratio, dropout, eps=eps)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps)
         _start_small(self)
 
@@ -56,7 +57,7 @@ class GPT(nn.Module):
     def encode(
         self,
         tokens: Tensor,  # ids, (b, n): with caches only the new ones
-        caches: list[KeyValueCache] | None = None,  # of the tokens before; all grow, or none when anything fails
+        caches: list[KeyValueCache] | None = None,  # of the tokens before; all grow, or none
     ) -> Tensor:  # (b, n, d)
         "What each token means after all before it."
         if caches is None:
@@ -76,7 +77,11 @@ class GPT(nn.Module):
             x = block(x, causal=True, cache=cache)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:  # (b, n) -> (b, n, v)
+    def forward(
+        self,
+        tokens: Tensor,  # (b, n)
+        caches: list[KeyValueCache] | None = None,
+    ) -> Tensor:  # (b, n, v)
         return nn.functional.linear(self.encode(tokens, caches), self.embedding.token.weight)
 
     @checked
@@ -89,12 +94,14 @@ class GPT(nn.Module):
     ) -> Tensor:  # (b, n + count) int64
         """Write on, token by token, without dropout; afterwards the model is in the mode it was in.
 
-        Raises TypeError or ValueError for bad ids or numbers, or when it would not fit the context."""
+        Raises TypeError or ValueError for bad ids or numbers, or what would not fit the context."""
         tokens = check_tokens(tokens, "tokens", self.config["vocab_size"])
-        check_whole(count, "count", 0, self.config["context"] - tokens.shape[1], "what is left of the context")
+        room = self.config["context"] - tokens.shape[1]
+        check_whole(count, "count", 0, room, "what is left of the context")
         check_number(temperature, "temperature", 0)
         check_whole(seed, "seed", 0, 2**63 - 1)
-        rng, caches, new = torch.Generator(tokens.device).manual_seed(seed), self.new_caches(), tokens
+        rng = torch.Generator(tokens.device).manual_seed(seed)
+        caches, new = self.new_caches(), tokens
         with evaluating(self):
             for _ in range(count):
                 new = _choose(self(new, caches)[:, -1], temperature, rng)
@@ -103,13 +110,16 @@ class GPT(nn.Module):
 
 # %% ../../nbs/04_models/04_gpt.ipynb #f07e9869
 def _start_small(model):
-    "GPT-2's start, for any width: N(0, 0.55/√d), which is its 0.02 at d = 768; the end of each branch is √(2·depth) smaller"
+    """GPT-2's start, for any width: N(0, 0.55/√d), which is its 0.02 at d = 768.
+
+    The end of each branch is √(2·depth) smaller."""
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
         elif p.ndim == 2:
             branch_end = name.endswith(("attention.out.weight", "mlp.3.weight"))
-            nn.init.normal_(p, std=0.55 / math.sqrt(model.dim * (2 * len(model.blocks) if branch_end else 1)))
+            smaller = 2 * len(model.blocks) if branch_end else 1
+            nn.init.normal_(p, std=0.55 / math.sqrt(model.dim * smaller))
 
 
 def _choose(logits, temperature, rng):  # (b, v) -> (b, 1)
@@ -126,7 +136,7 @@ def _check_caches(caches, blocks):
         if not isinstance(cache, KeyValueCache):
             raise TypeError(f"caches hold {got(cache)}; expected what new_caches() makes")
     if not len(caches) == len({id(cache) for cache in caches}) == len(blocks):
-        raise ValueError(f"got {len(caches)} caches for {len(blocks)} blocks; expected one of its own for each: new_caches()")
+        raise ValueError(f"got {len(caches)} caches for {len(blocks)} blocks; use new_caches()")
     if len(places := {cache.places for cache in caches}) != 1:
-        raise ValueError(f"the caches hold {sorted(places)} tokens; expected the same text in each: new_caches() begins anew")
+        raise ValueError(f"the caches hold {sorted(places)} tokens; expected one text in all")
     return places.pop()

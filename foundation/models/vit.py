@@ -15,9 +15,10 @@ from ..layers.embedding import PatchEmbedding
 
 # %% ../../nbs/04_models/02_vit.ipynb #7deeab3a
 class ViT(nn.Module):
-    """A vision transformer, pre-norm: images (b, c, h, h) → logits (b, k) (Dosovitskiy et al. 2020).
+    """A vision transformer, pre-norm: images (b, c, h, h) → logits (b, k).
 
-    Raises TypeError or ValueError for sizes that do not fit each other, and images of another kind or size."""
+    Raises TypeError or ValueError for sizes that do not fit each other, and for other images.
+    Dosovitskiy et al. 2020."""
 
     @checked
     def __init__(
@@ -37,19 +38,22 @@ class ViT(nn.Module):
         check_sizes(classes=classes, depth=depth)
         check_shares(dropout=dropout)
         check_choice(pool, "pool", ("mean", "class"))
-        self.config = dict(image_size=image_size, patch_size=patch_size, channels=channels, classes=classes, dim=dim,
-                           depth=depth, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, pool=pool)
+        self.config = dict(image_size=image_size, patch_size=patch_size, channels=channels,
+                           classes=classes, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
+                           dropout=dropout, pool=pool)
         self.dim = dim
         self.patches = PatchEmbedding(image_size, patch_size, channels, dim)
         self.first = nn.Parameter(torch.zeros(1, dim)) if pool == "class" else None
-        self.position = nn.Parameter(0.02 * torch.randn(self.patches.count + (pool == "class"), dim))
+        n = self.patches.count + (pool == "class")
+        self.position = nn.Parameter(0.02 * torch.randn(n, dim))
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, dropout, eps=1e-6) for _ in range(depth))
+        block = lambda: Block(dim, heads, mlp_ratio, dropout, eps=1e-6)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, classes)
 
-    def embed(self, images: Tensor) -> Tensor:  # (b, c, h, h) -> (b, n, d); the class token, if any, comes first
-        "Patches with their positions, as they enter the blocks."
+    def embed(self, images: Tensor) -> Tensor:  # (b, c, h, h) -> (b, n, d)
+        "Patches with their positions, as they enter the blocks; a class token comes first."
         x = self.patches(images)
         if self.first is not None:
             x = torch.cat([self.first.expand(len(x), 1, -1), x], 1)

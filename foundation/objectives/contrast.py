@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from ..core.checks import check_floats, check_like, check_number, check_whole, checked, precise, refuse_nan
+from ..core.checks import check_floats, check_like, check_number, check_whole, checked
+from ..core.checks import precise, refuse_nan
 from .divergence import check_temperature
 from .likelihood import cross_entropy, log_sum_exp
 
@@ -21,16 +22,16 @@ def info_nce(
 ) -> Tensor:  # mean of -log(chance of picking the right one) in nats, ()
     """Pick the right one of m: the label is the diagonal; columns beyond b are extra negatives.
 
-    Raises TypeError or ValueError when scores are not a float table with m >= b and m >= 2, or hold NaN.
+    Raises TypeError or ValueError for what is no float table with m >= b and m >= 2, or NaN.
     van den Oord et al. 2018, equation 4."""
     b, m = check_floats(scores, "scores", "(b, m)").shape
     if m < max(b, 2):
-        raise ValueError(f"scores has shape ({b}, {m}); expected m >= b and m >= 2: row i needs its column i, and others")
+        raise ValueError(f"scores has shape ({b}, {m}); expected (b, m) with m >= b and m >= 2")
     return cross_entropy(scores, torch.arange(b, device=scores.device))
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #42581249
 def _unit(z: Tensor) -> Tensor:  # (n, d) -> (n, d), float32 at least
-    "Rows of length one. A row with no entry of 1e-12 or more has no direction: zeros, and no gradient flows to it"
+    "Rows of length one. With no entry of 1e-12 or more there is no direction: zeros, no gradient"
     z = precise(z)
     peak = z.detach().abs().amax(1, keepdim=True)
     z = z / peak.where(peak > 1e15, 1)  # their squares would overflow
@@ -46,7 +47,7 @@ def _cosines(z: Tensor) -> Tensor:  # (n, d) -> (n, n)
 # %% ../../nbs/01_objectives/03_contrast.ipynb #e5784647
 @checked
 def nt_xent(
-    a: Tensor,  # first views, (b, d), of any length: they are normalised here; zeros resemble nothing
+    a: Tensor,  # first views, (b, d), of any length: normalised here; zeros resemble nothing
     b: Tensor,  # second views, (b, d); row i belongs to row i of `a`
     temperature: float | Tensor = 0.5,  # small: only the hardest negatives count; may be learnt
 ) -> Tensor:  # mean loss over the 2b views in nats, ()
@@ -66,7 +67,8 @@ def _check_views(a, b, least):
     "Two float tables of one shape with enough rows"
     check_floats(a, "a", "(b, d)")
     check_like(check_floats(b, "b", "(b, d)"), "b", a.shape, a, "a")
-    check_whole(len(a), "the number of pairs", least, why="with one pair there is nothing to pick from" if least > 1 else "")
+    why = "with one pair there is nothing to pick from"
+    check_whole(len(a), "the number of pairs", least, why=why)
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #395af8c2
 @checked
@@ -93,9 +95,10 @@ def uniformity(
 
     Raises TypeError or ValueError when z is not a float table of two rows or more, t is not
     above 0, or z holds NaN. Wang & Isola 2020, equation 5."""
-    check_whole(len(check_floats(z, "z", "(n, d)")), "the number of points", 2, why="uniformity is about pairs")
+    n = check_floats(z, "z", "(n, d)").shape[0]
+    check_whole(n, "the number of points", 2, why="uniformity is about pairs")
     check_number(t, "t", above=0)
     closeness = (2 * t * (_cosines(z) - 1)).fill_diagonal_(-math.inf)  # -t * distance²
-    result = log_sum_exp(closeness.flatten()) - math.log(len(z) * (len(z) - 1))
+    result = log_sum_exp(closeness.flatten()) - math.log(n * (n - 1))
     refuse_nan(result, z=z)
     return result

@@ -7,12 +7,11 @@ __all__ = ['sgd', 'descend', 'adam', 'adamw', 'adafactor', 'Descent']
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #b6c4f105
 import inspect
-import math
 from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
-from ..core.checks import check_callable, check_floats, check_like, check_number, check_whole, checked, got
-from ..core.checks import precise, refuse_nan
+from ..core.checks import check_callable, check_floats, check_like, check_number
+from ..core.checks import check_whole, checked, got, precise, refuse_nan
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #c8b8d0e8
 @checked
@@ -25,9 +24,10 @@ def sgd(
     l2: float = 0.0,  # strength of the penalty l2 / 2 * ‖weight‖²: joins the gradient
     decay: float = 0.0,  # share lr * decay of the weight that is lost: beside the gradient
 ) -> tuple[Tensor, dict]:  # the new weight, (...), and the state for the next step
-    """Gradient descent with momentum, L2 penalty and decoupled decay; each is off at 0. In float32 at least.
+    """Gradient descent with momentum, L2 penalty and decoupled decay; each is off at 0.
 
-    Raises TypeError or ValueError for shapes, dtypes or numbers that do not fit, or NaN. Polyak 1964."""
+    Computes in float32 at least. Raises TypeError or ValueError for shapes, dtypes or numbers that
+    do not fit, or NaN. Polyak 1964."""
     _check_update(weight, grad, state, dict(velocity=weight.shape), lr=lr, l2=l2, decay=decay)
     check_number(momentum, "momentum", 0, below=1)
     w, g = precise(weight), precise(grad)
@@ -45,7 +45,9 @@ def descend(
     steps: int,
     **options,  # of the rule: lr, momentum ...
 ) -> Tensor:  # the path, (steps + 1, ...)
-    "Walk down a function. Raises what the rule raises, and TypeError or ValueError for a bad start, option or loss."
+    """Walk down a function.
+
+    Raises what the rule raises, and TypeError or ValueError for a bad start, option or loss."""
     check_floats(start, "start", "(...)")
     check_whole(steps, "steps", 0)
     options = _options_of(rule, options)
@@ -61,12 +63,14 @@ def _slope(loss, at):
     with torch.enable_grad():
         weight = at.clone().requires_grad_()
         value = loss(weight)
-        if not isinstance(value, Tensor) or value.shape != ():
-            raise (ValueError if isinstance(value, Tensor) else TypeError)(
-                f"the loss is {got(value)}; expected a tensor of one number, (): take its mean")
-        grad = torch.autograd.grad(value, weight, allow_unused=True)[0] if value.requires_grad else None
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the loss is {got(value)}; expected a tensor of one number, ()")
+        if value.shape != ():
+            raise ValueError(f"the loss is {got(value)}; expected one number, (): take its mean")
+        tied = value.requires_grad
+        grad = torch.autograd.grad(value, weight, allow_unused=True)[0] if tied else None
     if grad is None:
-        raise ValueError("the loss does not depend on the weight; expected no detach, item or no_grad on the way to it")
+        raise ValueError("the loss does not depend on the weight; expected no detach on the way")
     return grad
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #05149514
@@ -77,8 +81,9 @@ def _options_of(rule, options):
     plan = list(inspect.signature(rule).parameters.values())[3:]
     known = {p.name: p.default for p in plan if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     name, filled = getattr(rule, "__name__", "the rule"), known | options
-    if (unknown := set(options) - set(known)) and not any(p.kind == p.VAR_KEYWORD for p in plan):
-        raise ValueError(f"{name} knows no {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
+    unknown = ", ".join(sorted(set(options) - set(known)))
+    if unknown and not any(p.kind == p.VAR_KEYWORD for p in plan):
+        raise ValueError(f"{name} knows no {unknown}; expected some of {', '.join(known)}")
     if missing := [option for option, value in filled.items() if value is inspect.Parameter.empty]:
         raise ValueError(f"{name} needs {', '.join(missing)}; expected a value for each")
     return filled
@@ -91,8 +96,9 @@ def _check_update(weight, grad, state, shapes, **numbers):
     if grad.is_sparse:
         raise ValueError("grad is sparse; expected a dense one, which grad.to_dense() makes")
     kept = {name: tuple(getattr(x, "shape", ())) for name, x in state.items()}
-    if state and kept != (want := {name: tuple(shape) for name, shape in shapes.items()}):
-        raise ValueError(f"state holds {kept}; expected {{}} or {want}, what the last step of this weight gave back")
+    want = {name: tuple(shape) for name, shape in shapes.items()}
+    if state and kept != want:
+        raise ValueError(f"state holds {kept}; expected {{}} or {want}, of the last step")
     for name, x in numbers.items():
         check_number(x, name, 0)
 
@@ -110,15 +116,15 @@ def adam(
     grad: Tensor,  # (...)
     state: dict,
     lr: float = 1e-3,
-    betas: Sequence[float] = (0.9, 0.999),  # shares kept of the running means of gradient and square
+    betas: Sequence[float] = (0.9, 0.999),  # shares kept of the means of gradient and square
     eps: float = 1e-8,  # against division by zero
     l2: float = 0.0,  # penalty: joins the gradient, and so both means
     decay: float = 0.0,  # decoupled: touches neither
 ) -> tuple[Tensor, dict]:  # the new weight, (...), and the state
-    """Adam: each weight's step is its mean gradient over the root of its mean square. In float32 at least.
+    """Adam: each weight's step is its mean gradient over the root of its mean square.
 
-    Raises TypeError or ValueError for shapes, dtypes or numbers that do not fit, or NaN.
-    Kingma & Ba 2015, algorithm 1."""
+    Computes in float32 at least. Raises TypeError or ValueError for shapes, dtypes or numbers that
+    do not fit, or NaN. Kingma & Ba 2015, algorithm 1."""
     shapes = dict(t=(), mean=weight.shape, square=weight.shape)
     _check_update(weight, grad, state, shapes, lr=lr, eps=eps, l2=l2, decay=decay)
     beta1, beta2 = _check_betas(betas)
@@ -128,7 +134,7 @@ def adam(
     square = beta2 * state.get("square", 0) + (1 - beta2) * g.square()
     step = mean / (1 - beta1**t) / ((square / (1 - beta2**t)).sqrt() + eps)
     new = (1 - lr * decay) * w - lr * step
-    refuse_nan(new + 0 * square, weight=weight, grad=grad)  # a square of inf would stop the weight for ever
+    refuse_nan(new + 0 * square, weight=weight, grad=grad)  # a square of inf would stop it for ever
     return new.to(weight.dtype), dict(t=t, mean=mean, square=square)
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #ce2a2830
@@ -142,9 +148,10 @@ def adamw(
     eps: float = 1e-8,
     decay: float = 1e-2,  # share lr * decay of each weight is lost at each step
 ) -> tuple[Tensor, dict]:  # the new weight, (...), and the state
-    """Adam with decoupled decay, the rate in front of the decay as in PyTorch. Loshchilov & Hutter 2019, algorithm 2.
+    """Adam with decoupled decay, the rate in front of the decay as in PyTorch.
 
-    Raises TypeError or ValueError for shapes, dtypes or numbers that do not fit, or NaN."""
+    Raises TypeError or ValueError for shapes, dtypes or numbers that do not fit, or NaN.
+    Loshchilov & Hutter 2019, algorithm 2."""
     return adam(weight, grad, state, lr, betas, eps, decay=decay)
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #0f48a2f7
@@ -162,13 +169,15 @@ def adafactor(
     clip: float = 1.0,  # largest root mean square of a step, before lr
     decay: float = 0.0,  # decoupled
 ) -> tuple[Tensor, dict]:  # the new weight, and the state: r + c numbers for a matrix
-    """Adam without the mean, and with row and column means in the place of all squares. In float32 at least.
+    """Adam without the mean, and with row and column means in the place of all squares.
 
-    Raises TypeError or ValueError for shapes, dtypes or numbers that do not fit, or NaN.
-    Shazeer & Stern 2018, algorithm 4, in PyTorch's reading."""
-    full, shape = weight.ndim < 2, tuple(weight.shape)
-    shapes = dict(square=shape) if full else dict(rows=shape[:-1] + (1,), columns=shape[:-2] + (1, shape[-1]))
-    _check_update(weight, grad, state, dict(t=(), **shapes), lr=lr, eps=eps, forget=forget, decay=decay)
+    Computes in float32 at least. Raises TypeError or ValueError for shapes, dtypes or numbers that
+    do not fit, or NaN. Shazeer & Stern 2018, algorithm 4, in PyTorch's reading."""
+    full, outer = weight.ndim < 2, tuple(weight.shape[:-2])
+    shapes = dict(square=weight.shape) if full else dict(
+        rows=(*outer, weight.shape[-2], 1), columns=(*outer, 1, weight.shape[-1]))
+    numbers = dict(lr=lr, eps=eps, forget=forget, decay=decay)
+    _check_update(weight, grad, state, dict(t=(), **shapes), **numbers)
     check_number(clip, "clip", above=0, why="1 is usual")
     w, g, t = precise(weight), precise(grad), state.get("t", 0) + 1
     tiny = torch.finfo(w.dtype).eps
@@ -177,8 +186,10 @@ def adafactor(
         square = blend("square", g.square())
         kept = dict(square=square)
     else:
-        rows, columns = blend("rows", g.square().mean(-1, True)), blend("columns", g.square().mean(-2, True))
-        square, kept = rows * columns / rows.mean(-2, True).clamp(min=tiny), dict(rows=rows, columns=columns)
+        rows = blend("rows", g.square().mean(-1, True))
+        columns = blend("columns", g.square().mean(-2, True))
+        square = rows * columns / rows.mean(-2, True).clamp(min=tiny)
+        kept = dict(rows=rows, columns=columns)
     step = g / square.clamp(min=tiny**2).sqrt()
     size = min(lr, t**-0.5) * max(eps, _rms(w)) / max(1.0, _rms(step) / clip)
     new = (1 - lr * decay) * w - size * step
@@ -187,9 +198,10 @@ def adafactor(
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #587d2e7d
 class Descent(torch.optim.Optimizer):
-    """A rule as one of PyTorch's optimizers: parameter groups, schedules and checkpoints work as usual.
+    """A rule as one of PyTorch's optimizers: groups, schedules and checkpoints work as usual.
 
-    Raises TypeError or ValueError for options or parameters that the rule refuses; a step that fails changes nothing."""
+    Raises TypeError or ValueError for options or parameters that the rule refuses.
+    A step that fails changes nothing."""
 
     @checked
     def __init__(
@@ -198,9 +210,10 @@ class Descent(torch.optim.Optimizer):
         rule: Callable,  # sgd, adam ...
         **options,  # of the rule
     ):
-        params, options = [] if isinstance(params, Tensor) else list(params), _options_of(rule, options)
+        options = _options_of(rule, options)
+        params = [] if isinstance(params, Tensor) else list(params)
         if not params or not all(isinstance(p, (Tensor, dict, tuple)) for p in params):
-            raise TypeError(f"params is {got(params)}; expected a list of tensors or of groups, with at least one")
+            raise TypeError(f"params is {got(params)}; expected tensors or groups, at least one")
         self.rule, self.names = rule, list(options)
         super().__init__(params, options)
 
@@ -215,16 +228,18 @@ class Descent(torch.optim.Optimizer):
     def _steps(self, group, grad_of):
         "Parameter, new weight and new notes for each that has a gradient"
         options = {name: group[name] for name in self.names}
+        step = lambda p, grad: self.rule(p.detach(), grad, self.state.get(p, {}), **options)
         found = ((p, grad_of(p)) for p in group["params"])
         with torch.no_grad():
-            return [(p, *self.rule(p.detach(), g, self.state.get(p, {}), **options)) for p, g in found if g is not None]
+            return [(p, *step(p, grad)) for p, grad in found if grad is not None]
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
         "One step of each parameter that has a gradient."
         with torch.enable_grad():
             loss = closure() if closure else None
-        for p, new, state in [step for group in self.param_groups for step in self._steps(group, lambda p: p.grad)]:
+        steps = [self._steps(group, lambda p: p.grad) for group in self.param_groups]
+        for p, new, state in sum(steps, []):
             p.copy_(new)
             self.state[p] = state
         return loss
@@ -233,4 +248,5 @@ class Descent(torch.optim.Optimizer):
         super().load_state_dict(state_dict)  # which makes the notes of half weights half
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             for name, kept in state_dict["state"].get(i, {}).items():
-                self.state[p][name] = kept.to(p.device, copy=True) if isinstance(kept, Tensor) else kept
+                if isinstance(kept, Tensor):
+                    self.state[p][name] = kept.to(p.device, copy=True)

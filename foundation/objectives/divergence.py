@@ -9,23 +9,24 @@ __all__ = ['softmax', 'entropy', 'kl', 'js', 'check_temperature', 'distillation_
 import math
 import torch
 from torch import Tensor
-from ..core.checks import check_floats, check_like, check_number, checked, may_look, precise, refuse_nan
+from ..core.checks import check_floats, check_like, check_number, checked
+from ..core.checks import got, may_look, precise, refuse_nan
 from .likelihood import log_softmax
 
 # %% ../../nbs/01_objectives/02_divergence.ipynb #33a6b3d9
 def _p_log(p, q):  # (..., k), (..., k) -> (..., k)
-    "`p log q` with its limits: where p is 0 it is 0, where q alone is 0 it is -inf, and at both no gradient flows"
+    "`p log q`: 0 where p is 0, -inf where q alone is 0, and no gradient from either"
     nothing, never = p == 0, (q == 0) & (p != 0)
-    p, q = p.masked_fill(nothing, 1), q.masked_fill(nothing | never, 1)  # there log q is 0, and so is what it sends back
+    p, q = p.masked_fill(nothing, 1), q.masked_fill(nothing | never, 1)  # there log q is 0
     return torch.xlogy(p, q).masked_fill(never, -math.inf)
 
 # %% ../../nbs/01_objectives/02_divergence.ipynb #6fb9fd3e
 @checked
 def softmax(
     logits: Tensor,  # scores, (..., k)
-    temperature: float | Tensor = 1.0,  # above 1 flattens the distribution, below 1 sharpens it; may be learnt
+    temperature: float | Tensor = 1.0,  # above 1 flattens, below 1 sharpens; may be learnt
 ) -> Tensor:  # probabilities, (..., k)
-    """Scores to probabilities, in float32 at least: `exp(z / T)` divided by its sum over the last dimension.
+    """Scores to probabilities in float32 at least: `exp(z / T)` divided by the sum of all.
 
     Raises TypeError or ValueError for logits that are no floats or hold NaN, or unless T > 0."""
     check_floats(logits, "logits")
@@ -78,31 +79,34 @@ def check_temperature(
     temperature: float | Tensor,  # a number, or a tensor of one that may be learnt
     most: float | None = None,
 ) -> float | Tensor:  # the number, or the tensor in shape ()
-    """A temperature above 0 and finite. Raises TypeError, ValueError; a NaN that was learnt passes, as in the losses."""
+    """A temperature above 0 and finite. Raises TypeError, ValueError.
+
+    A NaN that was learnt passes, as in the losses: the training loop stops on it."""
     if not isinstance(temperature, Tensor):
         return check_number(temperature, "temperature", most=most, above=0)
     if temperature.numel() != 1:
-        raise ValueError(f"temperature has shape {tuple(temperature.shape)}; expected one number, ()")
+        raise ValueError(f"temperature is {got(temperature)}; expected one number, ()")
     if may_look(temperature) and not (temperature.requires_grad and temperature.isnan()):
         check_number(temperature.item(), "temperature", most=most, above=0)
     return temperature.reshape(())
 
 
 def _cooled(logits, temperature):
-    "`z / T` in float32 at least; a class that -inf rules out does not reach a learnt T, where 0 · inf would be NaN"
+    "`z / T` in float32 at least. What -inf rules out must not reach a learnt T: 0 · inf is NaN"
     z, out = precise(logits), logits == -math.inf
-    return z / temperature if not isinstance(temperature, Tensor) else (z.masked_fill(out, 0) / temperature).masked_fill(out, -math.inf)
+    if not isinstance(temperature, Tensor):
+        return z / temperature
+    return (z.masked_fill(out, 0) / temperature).masked_fill(out, -math.inf)
 
 
 def _check_distribution(p, name):
     "Rows that are none negative and sum to one, in float32 at least"
     z = precise(check_floats(p, name))
     if may_look(z) and not (z >= 0).all():
-        raise ValueError(f"{name} holds negative entries or NaN; expected probabilities, which softmax(logits) makes")
+        raise ValueError(f"{name} holds negative entries or NaN; expected softmax(logits)")
     slack = 1e-3 if p.dtype in (torch.float32, torch.float64) else 3e-2
-    if may_look(z) and not (worst := (z.sum(-1) - 1).abs().max()) <= slack:
-        raise ValueError(f"{name} has a row whose sum is {worst:.3g} away from 1; expected probabilities along the "
-                         "last dimension, which softmax(logits) makes")
+    if may_look(z) and not (off := (z.sum(-1) - 1).abs().max()) <= slack:
+        raise ValueError(f"{name} has a row whose sum is {off:.3g} off 1; expected softmax(logits)")
     return z
 
 # %% ../../nbs/01_objectives/02_divergence.ipynb #0ccd784b
@@ -111,17 +115,19 @@ def distillation_loss(
     student_logits: Tensor,  # (..., k), gradients flow here
     teacher_logits: Tensor,  # (..., k), no gradient flows here
     temperature: float | Tensor = 4.0,  # softens both sides
-) -> Tensor:  # T² · mean KL(teacher || student) in nats, (); infinite where only the student rules a class out
+) -> Tensor:  # T² · mean KL(teacher || student) in nats, (); infinite if only the student rules out
     """Pull the student's softened distribution towards the teacher's; T² keeps the gradient's size.
 
-    Raises TypeError or ValueError when shapes differ, logits hold NaN, or T is not above 0 (or so high
-    that T² would magnify rounding above the loss). Hinton et al. 2015, section 2."""
-    check_like(check_floats(teacher_logits, "teacher_logits"), "teacher_logits",
-               check_floats(student_logits, "student_logits").shape, student_logits, "student_logits")
-    T = check_temperature(temperature, most=0.3 * torch.finfo(precise(student_logits).dtype).eps ** -0.5)
+    Raises TypeError or ValueError when shapes differ, logits hold NaN, T is not above 0, or so high
+    that T² would magnify rounding above the loss. Hinton et al. 2015, section 2."""
+    shape = check_floats(student_logits, "student_logits").shape
+    check_floats(teacher_logits, "teacher_logits")
+    check_like(teacher_logits, "teacher_logits", shape, student_logits, "student_logits")
+    rounding = torch.finfo(precise(student_logits).dtype).eps
+    T = check_temperature(temperature, most=0.3 / math.sqrt(rounding))
     log_student = log_softmax(_cooled(student_logits, T))
     teacher = log_softmax(_cooled(teacher_logits.detach(), T)).exp()
-    by_student = teacher * log_student.masked_fill(teacher == 0, 0)  # where the teacher says never, nothing is lost
+    by_student = teacher * log_student.masked_fill(teacher == 0, 0)  # 0 · log 0 is 0
     loss = T**2 * (_p_log(teacher, teacher) - by_student).sum(-1).mean()
     refuse_nan(loss, student_logits=student_logits, teacher_logits=teacher_logits)
     return loss

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 import torch
 from torch import Tensor
-from ..core.checks import check_floats, check_labels, check_like, check_mask, check_shares, check_whole
-from ..core.checks import checked, may_look, precise, refuse_nan
+from ..core.checks import check_floats, check_labels, check_like, check_mask, check_shares
+from ..core.checks import check_whole, checked, may_look, precise, refuse_nan
 
 # %% ../../nbs/01_objectives/01_likelihood.ipynb #d151f98f
 @checked
@@ -19,16 +19,18 @@ def log_sum_exp(
     x: Tensor,  # any numbers, (..., k)
     dim: int = -1,  # the dimension that is summed away
 ) -> Tensor:  # log of the sum of exp(x), (...)
-    """`log(exp(x).sum(dim))` without overflow: the largest entry is taken out first, and the sum is in float32 at least.
+    """`log(exp(x).sum(dim))` without overflow: the largest entry is taken out first.
 
-    NaN stays NaN; where all is -inf the result is -inf, and no gradient flows. Raises TypeError, ValueError."""
+    The sum is in float32 at least. NaN stays NaN; where all is -inf the result is -inf, and no
+    gradient flows. Raises TypeError, ValueError."""
     z = precise(check_floats(x, "x"))
     check_whole(dim, "dim", -x.ndim, x.ndim - 1)
     peak = z.detach().amax(dim, keepdim=True)
     peak = peak.where(peak.isfinite(), 0)
     total = (z - peak).exp_().sum(dim)  # in place: one large table less
     nothing = total == 0  # a row of -inf: the slope of the logarithm would be infinite
-    return (peak.squeeze(dim) + total.masked_fill(nothing, 1).log().masked_fill(nothing, -math.inf)).to(x.dtype)
+    log_total = total.masked_fill(nothing, 1).log().masked_fill(nothing, -math.inf)
+    return (peak.squeeze(dim) + log_total).to(x.dtype)
 
 # %% ../../nbs/01_objectives/01_likelihood.ipynb #eda72de4
 @checked
@@ -38,7 +40,8 @@ def log_softmax(
 ) -> Tensor:  # log-probabilities, (..., k)
     """Scores to log-probabilities: take away what makes them sum to one.
 
-    NaN stays NaN, and a row of -inf alone, which rules out every class, gives NaN. Raises TypeError, ValueError."""
+    NaN stays NaN, and a row of -inf alone, which rules out every class, gives NaN.
+    Raises TypeError, ValueError."""
     z = precise(check_floats(logits, "logits"))
     return (z - log_sum_exp(z, dim).unsqueeze(dim)).to(logits.dtype)
 
@@ -49,7 +52,7 @@ def cross_entropy(
     labels: Tensor | Sequence,  # class numbers of any whole-number type, (...)
     label_smoothing: float = 0.0,  # share of the target given to all classes alike, 0 to 1
     ignore_index: int | None = None,  # places with this label do not count
-) -> Tensor:  # mean negative log-likelihood in nats, (); infinite where a label is ruled out by -inf
+) -> Tensor:  # mean negative log-likelihood in nats, (); infinite if -inf rules a label out
     """Mean over the labels of `-log softmax(logits)[label]`, computed in float32 at least.
 
     Raises TypeError or ValueError when shapes, dtypes, devices or labels do not fit, or logits
@@ -59,7 +62,7 @@ def cross_entropy(
     labels = check_labels(labels, "labels", z.shape[-1], z.shape[:-1], ignore_index)
     check_like(labels, "labels", z.shape[:-1], logits, "logits")
     check_shares(label_smoothing=label_smoothing)
-    kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    kept = torch.ones_like(labels).bool() if ignore_index is None else labels != ignore_index
     target = z.gather(-1, labels.where(kept, 0)[..., None])[..., 0]
     if label_smoothing:
         target = (1 - label_smoothing) * target + label_smoothing * z.mean(-1)
@@ -105,5 +108,5 @@ def masked_likelihood(
     check_like(targets, "targets", (b, n), logits, "logits")
     check_like(check_mask(visible, "visible"), "visible", (b, n), logits, "logits")
     if may_look(visible) and visible.all():
-        raise ValueError("visible is True everywhere; expected a masked place: there is nothing to predict")
+        raise ValueError("visible is True everywhere; expected a masked place to predict")
     return cross_entropy(logits, targets.masked_fill(visible, -100), ignore_index=-100)

@@ -4,7 +4,13 @@ import torch
 
 from foundation.models.bert import BERT
 from foundation.models.convnets import (
-    VGG, Backbone, ConvNet, EfficientNetLite, InvertedBlock, ResNet)
+    VGG,
+    Backbone,
+    ConvNet,
+    EfficientNetLite,
+    InvertedBlock,
+    ResNet,
+)
 from foundation.models.gpt import GPT
 from foundation.models.vit import ViT
 
@@ -29,30 +35,46 @@ STAGES = ((1, 3, 1, 1, 8), (1, 3, 2, 2, 8))
 
 EXAMPLES = {
     "models.convnets.Backbone": lambda: (
-        Backbone, dict(body=torch.nn.Conv2d(1, 4, 3), dim=4, config=dict(classes=3, channels=1))),
+        Backbone,
+        dict(body=torch.nn.Conv2d(1, 4, 3), dim=4, config=dict(classes=3, channels=1)),
+    ),
     "models.convnets.ResNet": lambda: (
-        ResNet, dict(classes=3, channels=1, widths=(4, 8), depths=(1, 1))),
+        ResNet,
+        dict(classes=3, channels=1, widths=(4, 8), depths=(1, 1)),
+    ),
     "models.convnets.ConvNet": lambda: (ConvNet, dict(classes=3, channels=1, widths=(4, 8))),
     "models.convnets.ConvNet.forward": lambda: (
-        made(ConvNet, widths=(4,)).forward, dict(x=images())),
+        made(ConvNet, widths=(4,)).forward,
+        dict(x=images()),
+    ),
     "models.convnets.VGG": lambda: (VGG, dict(classes=3, channels=1, widths=(4, 8), depths=(1, 1))),
     "models.convnets.VGG.encode": lambda: (
-        made(VGG, widths=(4,), depths=(1,)).encode, dict(x=images())),
+        made(VGG, widths=(4,), depths=(1,)).encode,
+        dict(x=images()),
+    ),
     "models.convnets.InvertedBlock": lambda: (
-        InvertedBlock, dict(c_in=4, c_out=4, kernel=3, stride=1, ratio=2)),
+        InvertedBlock,
+        dict(c_in=4, c_out=4, kernel=3, stride=1, ratio=2),
+    ),
     "models.convnets.EfficientNetLite": lambda: (
-        EfficientNetLite, dict(classes=3, channels=1, stages=STAGES)),
-    "models.vit.ViT": lambda: (
-        ViT, VISION | TINY | dict(mlp_ratio=2.0, dropout=0.1, pool="mean")),
+        EfficientNetLite,
+        dict(classes=3, channels=1, stages=STAGES),
+    ),
+    "models.vit.ViT": lambda: (ViT, VISION | TINY | dict(mlp_ratio=2.0, dropout=0.1, pool="mean")),
     "models.vit.ViT.forward": lambda: (made(ViT, **VISION, **TINY).forward, dict(images=images())),
     "models.bert.BERT": lambda: (
-        BERT, TEXT | TINY | dict(mlp_ratio=2.0, segments=2, dropout=0.1, eps=1e-12)),
+        BERT,
+        TEXT | TINY | dict(mlp_ratio=2.0, segments=2, dropout=0.1, eps=1e-12),
+    ),
     "models.bert.BERT.forward": lambda: (
         made(BERT, **TEXT, **TINY).forward,
-        dict(tokens=ids(), mask=ids() < 4, segments=ids().clamp(max=1), places=ids() > 1)),
+        dict(tokens=ids(), mask=ids() < 4, segments=ids().clamp(max=1), places=ids() > 1),
+    ),
     "models.gpt.GPT": lambda: (GPT, TEXT | TINY | dict(mlp_ratio=2.0, dropout=0.1, eps=1e-5)),
     "models.gpt.GPT.forward": lambda: (made(GPT, **TEXT, **TINY).forward, dict(tokens=ids())),
     "models.gpt.GPT.generate": lambda: (
-        made(GPT, **TEXT, **TINY).generate, dict(tokens=ids(), count=3, temperature=0.5, seed=1)),
+        made(GPT, **TEXT, **TINY).generate,
+        dict(tokens=ids(), count=3, temperature=0.5, seed=1),
+    ),
 }
 SKIP = {"models.convnets.SameConv": "its constructor is that of PyTorch's convolution"}

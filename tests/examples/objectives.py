@@ -4,9 +4,21 @@ import torch
 
 from foundation.objectives.contrast import alignment, info_nce, nt_xent, uniformity
 from foundation.objectives.descent import Descent, adafactor, adam, adamw, descend, sgd
-from foundation.objectives.divergence import check_temperature, distillation_loss, entropy, js, kl, softmax
+from foundation.objectives.divergence import (
+    check_temperature,
+    distillation_loss,
+    entropy,
+    js,
+    kl,
+    softmax,
+)
 from foundation.objectives.likelihood import (
-    binary_cross_entropy, cross_entropy, log_softmax, log_sum_exp, masked_likelihood)
+    binary_cross_entropy,
+    cross_entropy,
+    log_softmax,
+    log_sum_exp,
+    masked_likelihood,
+)
 
 
 def draw(*shape, seed=0):
@@ -41,33 +53,59 @@ EXAMPLES = {
     "objectives.likelihood.log_sum_exp": lambda: (log_sum_exp, dict(x=draw(4, 3), dim=-1)),
     "objectives.likelihood.log_softmax": lambda: (log_softmax, dict(logits=draw(4, 3), dim=-1)),
     "objectives.likelihood.cross_entropy": lambda: (
-        cross_entropy, dict(logits=draw(4, 3), labels=labels(), label_smoothing=0.1, ignore_index=-100)),
+        cross_entropy,
+        dict(logits=draw(4, 3), labels=labels(), label_smoothing=0.1, ignore_index=-100),
+    ),
     "objectives.likelihood.binary_cross_entropy": lambda: (
-        binary_cross_entropy, dict(logits=draw(4, 3), targets=(draw(4, 3, seed=1) > 0).float())),
+        binary_cross_entropy,
+        dict(logits=draw(4, 3), targets=(draw(4, 3, seed=1) > 0).float()),
+    ),
     "objectives.likelihood.masked_likelihood": lambda: (
-        masked_likelihood, dict(logits=draw(2, 3, 5), targets=words(), visible=visible())),
+        masked_likelihood,
+        dict(logits=draw(2, 3, 5), targets=words(), visible=visible()),
+    ),
     "objectives.divergence.softmax": lambda: (softmax, dict(logits=draw(4, 3), temperature=2.0)),
     "objectives.divergence.entropy": lambda: (entropy, dict(p=chances())),
     "objectives.divergence.kl": lambda: (kl, dict(p=chances(), q=chances(1))),
     "objectives.divergence.js": lambda: (js, dict(p=chances(), q=chances(1))),
-    "objectives.divergence.check_temperature": lambda: (check_temperature, dict(temperature=0.5, most=10.0)),
+    "objectives.divergence.check_temperature": lambda: (
+        check_temperature,
+        dict(temperature=0.5, most=10.0),
+    ),
     "objectives.divergence.distillation_loss": lambda: (
-        distillation_loss, dict(student_logits=draw(4, 3), teacher_logits=draw(4, 3, seed=1), temperature=2.0)),
+        distillation_loss,
+        dict(student_logits=draw(4, 3), teacher_logits=draw(4, 3, seed=1), temperature=2.0),
+    ),
     "objectives.contrast.info_nce": lambda: (info_nce, dict(scores=draw(4, 6))),
     "objectives.contrast.nt_xent": lambda: (
-        nt_xent, dict(a=draw(4, 3), b=draw(4, 3, seed=1), temperature=0.5)),
+        nt_xent,
+        dict(a=draw(4, 3), b=draw(4, 3, seed=1), temperature=0.5),
+    ),
     "objectives.contrast.alignment": lambda: (alignment, dict(a=draw(4, 3), b=draw(4, 3, seed=1))),
     "objectives.contrast.uniformity": lambda: (uniformity, dict(z=draw(4, 3), t=2.0)),
-    "objectives.descent.sgd": lambda: (sgd, update() | dict(lr=0.1, momentum=0.9, l2=0.1, decay=0.1)),
+    "objectives.descent.sgd": lambda: (
+        sgd,
+        update() | dict(lr=0.1, momentum=0.9, l2=0.1, decay=0.1),
+    ),
     "objectives.descent.descend": lambda: (
-        descend, dict(rule=sgd, loss=bowl, start=draw(3), steps=3, lr=0.1)),
+        descend,
+        dict(rule=sgd, loss=bowl, start=draw(3), steps=3, lr=0.1),
+    ),
     "objectives.descent.adam": lambda: (
-        adam, update() | dict(lr=0.1, betas=(0.9, 0.99), eps=1e-8, l2=0.1, decay=0.1)),
+        adam,
+        update() | dict(lr=0.1, betas=(0.9, 0.99), eps=1e-8, l2=0.1, decay=0.1),
+    ),
     "objectives.descent.adamw": lambda: (
-        adamw, update() | dict(lr=0.1, betas=(0.9, 0.99), eps=1e-8, decay=0.1)),
+        adamw,
+        update() | dict(lr=0.1, betas=(0.9, 0.99), eps=1e-8, decay=0.1),
+    ),
     "objectives.descent.adafactor": lambda: (
-        adafactor, update() | dict(lr=0.1, forget=0.8, eps=1e-3, clip=1.0, decay=0.1)),
+        adafactor,
+        update() | dict(lr=0.1, forget=0.8, eps=1e-3, clip=1.0, decay=0.1),
+    ),
     "objectives.descent.Descent": lambda: (
-        Descent, dict(params=[draw(3, 2).requires_grad_()], rule=adam, lr=0.1)),
+        Descent,
+        dict(params=[draw(3, 2).requires_grad_()], rule=adam, lr=0.1),
+    ),
 }
 SKIP = {}
