@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -416,6 +417,7 @@ def test_a_sleeping_process_that_holds_the_lock_is_not_waited_for(learner):
     holder = subprocess.Popen([sys.executable, "-c", code, str(learner)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert holder.stdout.readline() == "held\n"
     holder.send_signal(signal.SIGSTOP)
+    threading.Timer(10, holder.kill).start()  # or a check that waits would hang this test
     try:
         begin = time.monotonic()
         assert exercise().check(lambda x: 2 * x) and time.monotonic() - begin < 5
@@ -454,7 +456,6 @@ def test_checks_in_threads_keep_their_claims_their_luck_and_their_prints_apart(l
 
 
 def test_what_another_thread_prints_during_a_check_is_not_lost(learner, capsys):
-    import threading
     inside, said = threading.Event(), threading.Event()
 
     def other():

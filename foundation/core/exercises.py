@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -33,7 +34,6 @@ from torch import Tensor
 
 from .basics import atomic_write, seed_everything
 from .checks import check_number, checked
-from .sources import alone
 
 # %% ../../nbs/00_core/04_exercises.ipynb #3ccd580c
 class Refused(Exception):
@@ -292,8 +292,26 @@ def _alone(path):
     "Keep other notebooks out while the file is changed; after a second, or where files cannot be locked, go on without"
     with ExitStack() as stack:
         with suppress(OSError):
-            stack.enter_context(alone(path.with_name(path.name + ".lock"), patience=1))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path.with_name(path.name + ".lock"), "a"))
+            end = time.monotonic() + 1
+            while not _locked(file) and time.monotonic() < end:
+                time.sleep(0.05)
         yield
+
+
+def _locked(file):
+    "Lock an open file if nobody else has: closing it gives the lock back"
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 # %% ../../nbs/00_core/04_exercises.ipynb #afef1eb6
 _told = set()  # files that could not be written: say so once
