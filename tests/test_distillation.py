@@ -409,34 +409,64 @@ def test_usual_texts_are_of_about_median_length():
 # Edges ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("student, teacher", [(torch.float16, torch.float32), (torch.float32, torch.float16),
-                                              (torch.bfloat16, torch.float16), (torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize(
+    "student, teacher",
+    [
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float16),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+    ],
+)
 def test_any_two_float_types_give_the_loss_of_their_float_values(student, teacher):
-    z, v, y = torch.randn(4, 10).to(student), torch.randn(4, 10).to(teacher), torch.randint(10, (4,))
+    z, v, y = (
+        torch.randn(4, 10).to(student),
+        torch.randn(4, 10).to(teacher),
+        torch.randint(10, (4,)),
+    )
     model = Given(z)
     loss, extra = match_answers(3.0, 0.4)(model, (None, v, y))
-    want = 0.6 * distillation_loss(z.double(), v.double(), 3.0) + 0.4 * F.cross_entropy(z.double(), y)
+    want = 0.6 * distillation_loss(z.double(), v.double(), 3.0) + 0.4 * F.cross_entropy(
+        z.double(), y
+    )
     assert loss.dtype == torch.promote_types(student, torch.float32)
     assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
     loss.backward()
     assert model.logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([1, 0], dtype=torch.int32), torch.tensor([1, 0], dtype=torch.uint8), [1, 0]])
+@pytest.mark.parametrize(
+    "labels",
+    [torch.tensor([1, 0], dtype=torch.int32), torch.tensor([1, 0], dtype=torch.uint8), [1, 0]],
+)
 def test_labels_of_any_whole_type_and_tokens_of_any_shape(labels):
     z, v = torch.randn(2, 3), torch.randn(2, 3)
     want = match_answers(2.0, 0.5)(Given(z), (None, v, torch.tensor([1, 0])))[0]
     assert_close(match_answers(2.0, 0.5)(Given(z), (None, v, labels))[0], want)
-    rows = match_answers(2.0, 0.5)(Given(z.view(1, 2, 3)), (None, v.view(1, 2, 3), torch.tensor([[1, 0]])))[0]
+    rows = match_answers(2.0, 0.5)(
+        Given(z.view(1, 2, 3)), (None, v.view(1, 2, 3), torch.tensor([[1, 0]]))
+    )[0]
     assert_close(rows, want)
     alone = match_answers(2.0, 0.5)(Given(z[:1]), (None, v[:1], torch.tensor([1])))[0]  # one row
     assert alone.isfinite()
-    one = match_answers(2.0)(Given(z[:, :1]), (None, v[:, :1]))[0]  # one class: nothing to learn, and no NaN
+    one = match_answers(2.0)(Given(z[:, :1]), (None, v[:, :1]))[
+        0
+    ]  # one class: nothing to learn, and no NaN
     assert one == 0
 
 
-@pytest.mark.parametrize("batch", [torch.zeros(2, 3), (None,), (None, torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), 1),
-                                   (None, [[1.0, 2.0, 3.0]] * 2), (None, torch.zeros(2, 3).long()), (None, torch.zeros(2, 3), torch.tensor([0, 3]))])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.zeros(2, 3),
+        (None,),
+        (None, torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), 1),
+        (None, [[1.0, 2.0, 3.0]] * 2),
+        (None, torch.zeros(2, 3).long()),
+        (None, torch.zeros(2, 3), torch.tensor([0, 3])),
+    ],
+)
 def test_batches_that_do_not_fit_get_a_sentence(batch):
     with pytest.raises((TypeError, ValueError), match="; expected"):
         match_answers(2.0, 0.5)(Given(torch.zeros(2, 3)), batch)
@@ -469,12 +499,19 @@ def test_blocks_that_share_stay_shared():
     model.blocks[3] = model.blocks[0]
     small = keep_layers(model, (0, 1, 2, 3))
     x = torch.randint(1, 4096, (2, 7))
-    assert small.blocks[3] is small.blocks[0] and small.blocks[2].mlp[0].weight is small.blocks[1].mlp[0].weight
+    assert (
+        small.blocks[3] is small.blocks[0]
+        and small.blocks[2].mlp[0].weight is small.blocks[1].mlp[0].weight
+    )
     assert torch.equal(small(x), model(x))
     around = nn.Module()
     around.model, around.blocks = model, model.blocks  # the same list under two names
     fewer = keep_layers(around, (0, 2))
-    assert fewer.blocks is fewer.model.blocks and len(fewer.blocks) == 2 and fewer.model.config["depth"] == 2
+    assert (
+        fewer.blocks is fewer.model.blocks
+        and len(fewer.blocks) == 2
+        and fewer.model.config["depth"] == 2
+    )
 
 
 def test_a_copy_keeps_modes_and_what_is_frozen():
@@ -482,8 +519,14 @@ def test_a_copy_keeps_modes_and_what_is_frozen():
     model.blocks[1].requires_grad_(False)
     model.blocks[2].train()
     small = keep_layers(model, (1, 2))
-    assert not any(p.requires_grad for p in small.blocks[0].parameters()) and all(p.requires_grad for p in small.blocks[1].parameters())
-    assert [small.training, small.blocks[0].training, small.blocks[1].training] == [False, False, True]
+    assert not any(p.requires_grad for p in small.blocks[0].parameters()) and all(
+        p.requires_grad for p in small.blocks[1].parameters()
+    )
+    assert [small.training, small.blocks[0].training, small.blocks[1].training] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_text_of_padding_only_counts_as_nothing_and_spoils_no_other():
@@ -500,11 +543,24 @@ def test_a_text_of_padding_only_counts_as_nothing_and_spoils_no_other():
 
 def test_a_kept_text_run_of_other_texts_labels_or_seed_is_refused(tmp_path):
     x, y, source = tokens(), torch.randint(2, (24,)), encoder()
-    plan = dict(objective=classify, steps=2, lr=1e-3, batch_size=8, seed=2, checkpoint=tmp_path / "run.safetensors")
+    plan = dict(
+        objective=classify,
+        steps=2,
+        lr=1e-3,
+        batch_size=8,
+        seed=2,
+        checkpoint=tmp_path / "run.safetensors",
+    )
     train_text(TextClassifier(source), x, y, **plan)
     other = x.clone()
     other[-1, 0] = 4095 - other[-1, 0]
-    for texts, labels, change in ((other, y, {}), (x, 1 - y, {}), (x, y, dict(seed=3)), (x, y, dict(lr=2e-3)), (x, y, dict(recipe=dict(a=1)))):
+    for texts, labels, change in (
+        (other, y, {}),
+        (x, 1 - y, {}),
+        (x, y, dict(seed=3)),
+        (x, y, dict(lr=2e-3)),
+        (x, y, dict(recipe=dict(a=1))),
+    ):
         with pytest.raises(BadCheckpoint):
             train_text(TextClassifier(source), texts, labels, **plan | change)
 
@@ -527,7 +583,9 @@ def test_eight_bits_refuse_what_they_cannot_keep_and_names_that_end_alike():
     assert torch.equal(first.model.scale, second.model.scale)
     before = {k: v.clone() for k, v in second.state_dict().items()}
     with pytest.raises(ValueError, match="missing on one side"):
-        second.load_state_dict({k: v for k, v in Stored(Scaled()).state_dict().items() if k != "scale"})
+        second.load_state_dict(
+            {k: v for k, v in Stored(Scaled()).state_dict().items() if k != "scale"}
+        )
     assert all(torch.equal(before[k], v) for k, v in second.state_dict().items())
 
 
@@ -535,32 +593,76 @@ def test_distil_keeps_a_narrow_network_in_plain_order_and_others_channels_last()
     images, answers = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8), torch.randn(32, 4)
     augment, seen = Augment((1, 1), aspect=1, contrast=0, brightness=0), []
     for width in (7, 8):
-        student = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), nn.Conv2d(width, 4, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        student[1].register_forward_pre_hook(lambda m, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+        student = nn.Sequential(
+            nn.Conv2d(3, width, 3, 1, 1),
+            nn.Conv2d(width, 4, 1, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        student[1].register_forward_pre_hook(
+            lambda m, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        )
         distil(student, images, answers, augment, steps=1, batch_size=16)
     assert seen == [False, True]
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(images=torch.rand(8, 1, 8, 8)), "bytes"), (dict(answers=torch.randn(7, 10)), r"expected \(8, k\)"),
-    (dict(answers=torch.full((8, 10), float("nan"))), "NaN"), (dict(hard=0.5), "without labels"),
-    (dict(labels=torch.full((8,), 10), hard=0.5), "0 to 9"), (dict(labels=torch.zeros(7).long()), "expected"), (dict(steps=0), "steps is 0"),
-    (dict(steps=2.5), "steps is 2.5"), (dict(augment=None), "augment is None"), (dict(temperature=0.0), "temperature"),
-    (dict(student=ConvNet().bfloat16()), "float32"), (dict(student=None), "network"), (dict(lr=float("nan")), "lr")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(images=torch.rand(8, 1, 8, 8)), "bytes"),
+        (dict(answers=torch.randn(7, 10)), r"expected \(8, k\)"),
+        (dict(answers=torch.full((8, 10), float("nan"))), "NaN"),
+        (dict(hard=0.5), "without labels"),
+        (dict(labels=torch.full((8,), 10), hard=0.5), "0 to 9"),
+        (dict(labels=torch.zeros(7).long()), "expected"),
+        (dict(steps=0), "steps is 0"),
+        (dict(steps=2.5), "steps is 2.5"),
+        (dict(augment=None), "augment is None"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(student=ConvNet().bfloat16()), "float32"),
+        (dict(student=None), "network"),
+        (dict(lr=float("nan")), "lr"),
+    ],
+)
 def test_distil_refuses_before_the_first_step(change, words):
-    given = dict(student=ConvNet(), images=torch.zeros(8, 1, 8, 8, dtype=torch.uint8), answers=torch.zeros(8, 10),
-                 augment=Augment((1, 1), aspect=1, contrast=0, brightness=0), steps=1) | change
+    given = (
+        dict(
+            student=ConvNet(),
+            images=torch.zeros(8, 1, 8, 8, dtype=torch.uint8),
+            answers=torch.zeros(8, 10),
+            augment=Augment((1, 1), aspect=1, contrast=0, brightness=0),
+            steps=1,
+        )
+        | change
+    )
     with pytest.raises((TypeError, ValueError), match=words):
         distil(**given)
 
 
-@pytest.mark.parametrize("call", [
-    lambda: tap(None, "a", torch.zeros(1)), lambda: tap(ConvNet(), 3, torch.zeros(1)), lambda: Hinted(ConvNet(), "nobody", nn.Identity()),
-    lambda: match_hints()(Hinted(ConvNet(), "body.0", nn.Identity()), torch.zeros(1, 1, 8, 8)), lambda: keep_layers(encoder(), [0.5]),
-    lambda: keep_layers(None, [0]), lambda: TextClassifier(None), lambda: TextClassifier(encoder(), 0), lambda: sentiment_task("words"),
-    lambda: usual_texts(tokens(4), 5), lambda: usual_texts(torch.rand(3, 4)), lambda: answer_texts(TextClassifier(encoder()), torch.zeros(0, 4).long()),
-    lambda: TextClassifier(encoder())(torch.rand(2, 3)), lambda: text_costs({}, tokens(2)), lambda: text_costs({"a": None}, tokens(2)),
-    lambda: train_text(TextClassifier(encoder()), tokens(), objective=classify, steps=1, lr=0.0), lambda: match_teacher(None)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: tap(None, "a", torch.zeros(1)),
+        lambda: tap(ConvNet(), 3, torch.zeros(1)),
+        lambda: Hinted(ConvNet(), "nobody", nn.Identity()),
+        lambda: match_hints()(Hinted(ConvNet(), "body.0", nn.Identity()), torch.zeros(1, 1, 8, 8)),
+        lambda: keep_layers(encoder(), [0.5]),
+        lambda: keep_layers(None, [0]),
+        lambda: TextClassifier(None),
+        lambda: TextClassifier(encoder(), 0),
+        lambda: sentiment_task("words"),
+        lambda: usual_texts(tokens(4), 5),
+        lambda: usual_texts(torch.rand(3, 4)),
+        lambda: answer_texts(TextClassifier(encoder()), torch.zeros(0, 4).long()),
+        lambda: TextClassifier(encoder())(torch.rand(2, 3)),
+        lambda: text_costs({}, tokens(2)),
+        lambda: text_costs({"a": None}, tokens(2)),
+        lambda: train_text(
+            TextClassifier(encoder()), tokens(), objective=classify, steps=1, lr=0.0
+        ),
+        lambda: match_teacher(None),
+    ],
+)
 def test_arguments_of_the_wrong_kind_get_a_sentence(call):
     with pytest.raises((TypeError, ValueError), match="; (expected|there are)|found 0 lists"):
         call()
@@ -568,12 +670,18 @@ def test_arguments_of_the_wrong_kind_get_a_sentence(call):
 
 def test_as_many_usual_texts_as_asked_for():
     x = tokens(10)
-    assert usual_texts(x, 8).shape == (8, 9) and torch.equal(usual_texts(x, 3), usual_texts(x, 5)[:3])
+    assert usual_texts(x, 8).shape == (8, 9) and torch.equal(
+        usual_texts(x, 3), usual_texts(x, 5)[:3]
+    )
 
 
 def test_costs_are_those_of_eval_mode_and_leave_the_mode():
     net = TextClassifier(encoder()).train()
-    assert text_costs({"a": net}, tokens(2), rounds=1)["a"]["macs"] > 0 and net.training and net.encoder.blocks[0].training
+    assert (
+        text_costs({"a": net}, tokens(2), rounds=1)["a"]["macs"] > 0
+        and net.training
+        and net.encoder.blocks[0].training
+    )
 
 
 def test_the_card_counts_what_its_networks_are():
@@ -582,14 +690,26 @@ def test_the_card_counts_what_its_networks_are():
     models = {"6 layers": whole, "3 layers": keep_layers(whole, card["layers"])}
     for name, model in models.items():
         assert costs[name]["parameters"] == count_parameters(model)
-        assert costs[name]["macs"] == count_macs(model, torch.ones(1, 26, dtype=torch.long))  # a text of median length
+        assert costs[name]["macs"] == count_macs(
+            model, torch.ones(1, 26, dtype=torch.long)
+        )  # a text of median length
     speed = costs["6 layers"]["batch_ms"] / costs["3 layers"]["batch_ms"]
-    assert 0.8 < speed / costs["3 layers"]["batch_speedup"] < 1.25  # a median of ratios, and a ratio of medians
+    assert (
+        0.8 < speed / costs["3 layers"]["batch_speedup"] < 1.25
+    )  # a median of ratios, and a ratio of medians
     best = {arm: max(row, key=row.get) for arm, row in card["tuning"].items()}
-    assert {arm: str(rate) for arm, rate in card["rates"].items() if rate} == {arm: best[arm] for arm in RATES}
-    assert best["layers"] == str(tuple(card["layers"])) and all(layers in distillation.LAYERS for layers in [tuple(card["layers"])])
+    assert {arm: str(rate) for arm, rate in card["rates"].items() if rate} == {
+        arm: best[arm] for arm in RATES
+    }
+    assert best["layers"] == str(tuple(card["layers"])) and all(
+        layers in distillation.LAYERS for layers in [tuple(card["layers"])]
+    )
     test = card["metrics"]["test_texts"]
-    assert all(abs(score * test - round(score * test)) < 1e-6 for runs in card["metrics"]["accuracy"].values() for score in runs)
+    assert all(
+        abs(score * test - round(score * test)) < 1e-6
+        for runs in card["metrics"]["accuracy"].values()
+        for score in runs
+    )
 
 
 def test_the_shipped_student_scores_what_its_card_says():

@@ -447,7 +447,9 @@ def one_parameter():
 
 def one_memory():
     net = one_parameter()
-    net.body[3].weight = nn.Parameter(net.body[1].weight.data)  # another parameter, the same numbers
+    net.body[3].weight = nn.Parameter(
+        net.body[1].weight.data
+    )  # another parameter, the same numbers
     return net
 
 
@@ -474,18 +476,56 @@ GROUND = {  # name -> network, what its warning says, groups that can be cut
     "in place": (lambda: Net(Between(lambda m, a, x: a.add_(1)), 6), "add_", ["body.b"]),
     "a parameter": (lambda: Net(Between(lambda m, a, x: a + m.free), 6), "add", ["body.b"]),
     "a broadcast": (lambda: Net(Between(lambda m, a, x: a + m.c(x)), 6), "add", ["body.b"]),
-    "a weight that is read": (lambda: Net(Between(lambda m, a, x: a + a * m.a.weight.mean()), 6), "read directly", ["body.b"]),
-    "a mean over channels": (lambda: Net(Between(lambda m, a, x: a + a.mean(1, keepdim=True)), 6), "mean", ["body.b"]),
-    "itself twice": (lambda: Net(Between(lambda m, a, x: torch.add(a, a, alpha=2)), 6), None, ["body.a", "body.b"]),
-    "a flatten": (lambda: Net(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 8 * 36, True), None, ["body.0"]),
-    "a pool and a flatten": (lambda: Net(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten()), 32, True), None, ["body.0"]),
-    "a flatten in another order": (lambda: Permuted(nn.Sequential(nn.Conv2d(3, 8, 3)), 8 * 36), "permute", []),
+    "a weight that is read": (
+        lambda: Net(Between(lambda m, a, x: a + a * m.a.weight.mean()), 6),
+        "read directly",
+        ["body.b"],
+    ),
+    "a mean over channels": (
+        lambda: Net(Between(lambda m, a, x: a + a.mean(1, keepdim=True)), 6),
+        "mean",
+        ["body.b"],
+    ),
+    "itself twice": (
+        lambda: Net(Between(lambda m, a, x: torch.add(a, a, alpha=2)), 6),
+        None,
+        ["body.a", "body.b"],
+    ),
+    "a flatten": (
+        lambda: Net(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 8 * 36, True),
+        None,
+        ["body.0"],
+    ),
+    "a pool and a flatten": (
+        lambda: Net(
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten()), 32, True
+        ),
+        None,
+        ["body.0"],
+    ),
+    "a flatten in another order": (
+        lambda: Permuted(nn.Sequential(nn.Conv2d(3, 8, 3)), 8 * 36),
+        "permute",
+        [],
+    ),
     "one parameter": (one_parameter, "shares its weights", []),
     "one memory": (one_memory, "shares its weights", []),
     "a mask": (masked_layer, "has hooks", ["body.2"]),
-    "weight norm": (lambda: chain(parametrizations.weight_norm(nn.Conv2d(8, 8, 3))), "ParametrizedConv2d", ["body.2"]),
-    "a norm without scale": (lambda: chain(nn.BatchNorm2d(8, affine=False)), "BatchNorm2d", ["body.2"]),
-    "a map that is given away": (lambda: LooksAt(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3)), 6), "output", ["body.0"]),
+    "weight norm": (
+        lambda: chain(parametrizations.weight_norm(nn.Conv2d(8, 8, 3))),
+        "ParametrizedConv2d",
+        ["body.2"],
+    ),
+    "a norm without scale": (
+        lambda: chain(nn.BatchNorm2d(8, affine=False)),
+        "BatchNorm2d",
+        ["body.2"],
+    ),
+    "a map that is given away": (
+        lambda: LooksAt(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3)), 6),
+        "output",
+        ["body.0"],
+    ),
 }
 
 
@@ -501,7 +541,9 @@ def test_unknown_ground_is_named_and_kept_and_the_rest_is_cut_right(name):
         silent = mask_channels(copy_model(net), masks)
     assert list(masks) == groups
     assert not told if says is None else any(says in str(w.message) for w in told)
-    assert len({str(w.message) for w in told}) == len(told), "each warning comes once in a mask-and-remove"
+    assert len({str(w.message) for w in told}) == len(told), (
+        "each warning comes once in a mask-and-remove"
+    )
     assert all(w.filename == __file__ for w in told), "a warning points at the line that asked"
     mine, theirs = (y[0] if isinstance(y, tuple) else y for y in (small(x), silent(x)))
     assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -524,9 +566,14 @@ def hooked():
     return net
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda: Moody(nn.Sequential(nn.Conv2d(3, 8, 1)), 8), "other steps in training"),
-    (lambda: Doubtful(nn.Sequential(nn.Conv2d(3, 8, 1)), 8), "cannot be followed"), (hooked, "has hooks")])
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: Moody(nn.Sequential(nn.Conv2d(3, 8, 1)), 8), "other steps in training"),
+        (lambda: Doubtful(nn.Sequential(nn.Conv2d(3, 8, 1)), 8), "cannot be followed"),
+        (hooked, "has hooks"),
+    ],
+)
 def test_networks_that_cannot_be_followed_are_refused_and_keep_their_modes(make, says):
     net = make()
     net.body.eval()
@@ -540,10 +587,13 @@ def test_cutting_leaves_frozen_layers_frozen():
     net = VGG(widths=(8, 12), depths=(1, 1))
     net.body.requires_grad_(False)
     small = remove_channels(net, channel_masks(net, 0.5))
-    assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in net.parameters()]
+    assert [p.requires_grad for p in small.parameters()] == [
+        p.requires_grad for p in net.parameters()
+    ]
 
 
 # Computed, tied and shared weights --------------------------------------------------------------------------------------
+
 
 def old_norm(layer):
     with warnings.catch_warnings():
@@ -551,15 +601,25 @@ def old_norm(layer):
         return nn.utils.weight_norm(layer)
 
 
-COMPUTED = {"mask": lambda m: prune.l1_unstructured(m, "weight", 0.5), "weight norm": parametrizations.weight_norm,
-            "spectral norm": parametrizations.spectral_norm, "weight norm of old": old_norm}
+COMPUTED = {
+    "mask": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "weight norm of old": old_norm,
+}
 
 
 @pytest.mark.parametrize("name", COMPUTED)
 def test_computed_weights_are_refused_with_the_way_out(name):
     net = nn.Sequential(COMPUTED[name](nn.Linear(8, 8)), nn.Linear(8, 8))
     before = {n: t.clone() for n, t in net.state_dict().items()}
-    for call in (layer_weights, sparsity, two_four_masks, lambda m: magnitude_masks(m, 0.5), lambda m: Pruner(m, 0.5, 0, 9)):
+    for call in (
+        layer_weights,
+        sparsity,
+        two_four_masks,
+        lambda m: magnitude_masks(m, 0.5),
+        lambda m: Pruner(m, 0.5, 0, 9),
+    ):
         with pytest.raises(ValueError, match=r"0\.weight is computed .* prune.remove"):
             call(net)
     assert list(magnitude_masks(net, 0.5, skip="0")) == ["1.weight"]
@@ -572,7 +632,9 @@ def test_a_weight_that_an_embedding_has_too_is_told_and_one_that_is_skipped_stay
     net = nn.Sequential(words, nn.Linear(8, 8), out)
     with pytest.warns(UserWarning, match=r"0\.weight \(Embedding\) is also the weight of 2"):
         assert set(magnitude_masks(net, 0.5)) == {"0.weight", "1.weight"}
-    assert set(magnitude_masks(net, 0.5, skip=["2"])) == {"1.weight"}, "2 is left alone, under all its names"
+    assert set(magnitude_masks(net, 0.5, skip=["2"])) == {"1.weight"}, (
+        "2 is left alone, under all its names"
+    )
     twice = nn.ModuleDict(dict(a=other))
     twice["b"] = other
     assert list(layer_weights(twice)) == ["a.weight"]
@@ -610,8 +672,15 @@ def test_what_is_not_a_mask_is_refused_and_nothing_changes():
     masks = magnitude_masks(net, 0.9)
     before = {n: p.clone() for n, p in net.named_parameters()}
     last = list(masks)[-1]
-    for wrong in ({**masks, last: masks[last].int()}, {**masks, last: masks[last].tolist()}, {**masks, last: masks[last][:1]},
-                  {**masks, "nobody": masks[last]}, {**masks, last: None}, [masks], None):
+    for wrong in (
+        {**masks, last: masks[last].int()},
+        {**masks, last: masks[last].tolist()},
+        {**masks, last: masks[last][:1]},
+        {**masks, "nobody": masks[last]},
+        {**masks, last: None},
+        [masks],
+        None,
+    ):
         with pytest.raises((TypeError, ValueError), match="expected"):
             apply_masks(net, wrong)
         assert all(torch.equal(before[n], p) for n, p in net.named_parameters())
@@ -623,27 +692,48 @@ def test_a_mask_that_does_not_fit_silences_nothing():
     net = VGG(widths=(4, 6), depths=(1, 1))
     masks = channel_masks(net, 0.5)
     before = {n: p.clone() for n, p in net.named_parameters()}
-    for wrong in (masks | {"body.2.0": masks["body.2.0"].int()}, masks | {"body.2.0": ~masks["body.2.0"] & masks["body.2.0"]}):
+    for wrong in (
+        masks | {"body.2.0": masks["body.2.0"].int()},
+        masks | {"body.2.0": ~masks["body.2.0"] & masks["body.2.0"]},
+    ):
         with pytest.raises((TypeError, ValueError), match="the mask of body.2.0"):
             mask_channels(net, wrong)
         assert all(torch.equal(before[n], p) for n, p in net.named_parameters())
 
 
-@pytest.mark.parametrize("call", [
-    lambda: keep_largest([1.0, 2.0], 0.5), lambda: keep_largest(torch.ones(3, dtype=torch.int32), 0.5), lambda: keep_largest(torch.ones(0), 0.5),
-    lambda: keep_largest(torch.tensor([1.0, float("nan")]), 0.5), lambda: keep_largest(torch.ones(3), "0.5"),
-    lambda: cubic_sparsity(float("nan"), 0, 10, 0.9), lambda: cubic_sparsity(5, 0, 10, float("nan")), lambda: cubic_sparsity(5, 0.5, 10, 0.9),
-    lambda: channel_masks(VGG(), 0.5, multiple=0), lambda: channel_masks(VGG(), 0.5, multiple=1.5), lambda: channel_masks(None, 0.5),
-    lambda: channel_masks(VGG(), {"body.0.0": None}), lambda: remove_channels(VGG(), None), lambda: remove_heads(ViT(), [1]),
-    lambda: head_masks(ViT(), float("nan")), lambda: Pruner(make_net(), 0.5, 0, 10, every=0), lambda: slim_vgg(VGG(), (8.5, 24, 48)),
-    lambda: Pruner(make_net(), 0.5, 0, 10).update(2.5), lambda: magnitude_masks(make_net(), 0.5, skip=[0])])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: keep_largest([1.0, 2.0], 0.5),
+        lambda: keep_largest(torch.ones(3, dtype=torch.int32), 0.5),
+        lambda: keep_largest(torch.ones(0), 0.5),
+        lambda: keep_largest(torch.tensor([1.0, float("nan")]), 0.5),
+        lambda: keep_largest(torch.ones(3), "0.5"),
+        lambda: cubic_sparsity(float("nan"), 0, 10, 0.9),
+        lambda: cubic_sparsity(5, 0, 10, float("nan")),
+        lambda: cubic_sparsity(5, 0.5, 10, 0.9),
+        lambda: channel_masks(VGG(), 0.5, multiple=0),
+        lambda: channel_masks(VGG(), 0.5, multiple=1.5),
+        lambda: channel_masks(None, 0.5),
+        lambda: channel_masks(VGG(), {"body.0.0": None}),
+        lambda: remove_channels(VGG(), None),
+        lambda: remove_heads(ViT(), [1]),
+        lambda: head_masks(ViT(), float("nan")),
+        lambda: Pruner(make_net(), 0.5, 0, 10, every=0),
+        lambda: slim_vgg(VGG(), (8.5, 24, 48)),
+        lambda: Pruner(make_net(), 0.5, 0, 10).update(2.5),
+        lambda: magnitude_masks(make_net(), 0.5, skip=[0]),
+    ],
+)
 def test_arguments_of_the_wrong_kind_get_a_sentence(call):
     with pytest.raises((TypeError, ValueError), match="; (expected|it has)"):
         call()
 
 
 def test_numbers_of_numpy_are_numbers():
-    assert cubic_sparsity(np.int64(5), np.int32(0), np.int64(10), np.float32(0.5)) == cubic_sparsity(5, 0, 10, 0.5)
+    assert cubic_sparsity(
+        np.int64(5), np.int32(0), np.int64(10), np.float32(0.5)
+    ) == cubic_sparsity(5, 0, 10, 0.5)
     scores = np.array([3.0, 1.0, 2.0, 0.5])
     assert keep_largest(scores, np.float64(0.5)).tolist() == [True, False, True, False]
     assert set(channel_masks(VGG(), np.float32(0.5), np.int64(8))) == set(channel_masks(VGG(), 0.5))
@@ -665,18 +755,24 @@ def test_a_pruned_place_never_wins_against_a_weight_that_happens_to_be_zero():
 
 def test_heads_with_weights_of_their_own_around_are_refused():
     from foundation.finetuning.peft import add_lora, add_prefix
+
     make = lambda: BERT(50, 16, 32, 2, 4)
     tied = make()
     tied.blocks[1].attention.query.weight = tied.blocks[0].attention.query.weight
     for model in (add_prefix(make(), 2), add_lora(make(), 2, targets=["value"]), tied):
-        for call in (lambda m: head_masks(m, 0.5), lambda m: remove_heads(m, {"blocks.0.attention": torch.tensor([True, False] * 2)})):
+        for call in (
+            lambda m: head_masks(m, 0.5),
+            lambda m: remove_heads(m, {"blocks.0.attention": torch.tensor([True, False] * 2)}),
+        ):
             with pytest.raises(ValueError, match="expected"):
                 call(model)
 
 
 # Order in memory --------------------------------------------------------------------------------------------------------
 
-AVX2 = dict(os.environ, ONEDNN_MAX_CPU_ISA="AVX2", OMP_NUM_THREADS="1")  # the kernel that is wrong, on newer processors too
+AVX2 = dict(
+    os.environ, ONEDNN_MAX_CPU_ISA="AVX2", OMP_NUM_THREADS="1"
+)  # the kernel that is wrong, on newer processors too
 BARE = """
 import torch
 conv = torch.nn.Conv2d(3, 16, 1, 2).to(memory_format=torch.channels_last)
@@ -703,7 +799,14 @@ for channels in (1, 3):
 
 
 def alone(code):
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=AVX2, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=AVX2,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_recovering_a_narrow_resnet_lives_where_channels_last_kills_the_process():
@@ -715,13 +818,16 @@ def test_recovering_a_narrow_resnet_lives_where_channels_last_kills_the_process(
 
 # What a run must fit ----------------------------------------------------------------------------------------------------
 
+
 def test_a_finished_run_is_read_again_and_another_seed_teacher_data_or_start_is_refused(tmp_path):
     data = load_images("digits")
 
     def run(seed=0, answers=0, start=0, data=data, **options):
         torch.manual_seed(start)
         net = ConvNet(classes=10, widths=(4,))
-        told = torch.randn(len(data.train_labels), 10, generator=torch.Generator().manual_seed(answers))
+        told = torch.randn(
+            len(data.train_labels), 10, generator=torch.Generator().manual_seed(answers)
+        )
         recover(net, data, told, 3, seed=seed, checkpoint=tmp_path / "r.safetensors", **options)
         return net.head.weight.detach().clone()
 
@@ -729,7 +835,14 @@ def test_a_finished_run_is_read_again_and_another_seed_teacher_data_or_start_is_
     assert torch.equal(run(), first)
     dark = replace(data, train_images=255 - data.train_images)
     mixed = replace(data, train_labels=data.train_labels.roll(1))
-    for other in (dict(seed=1), dict(answers=1), dict(start=1), dict(data=dark), dict(data=mixed), dict(recipe=dict(pruner=1))):
+    for other in (
+        dict(seed=1),
+        dict(answers=1),
+        dict(start=1),
+        dict(data=dark),
+        dict(data=mixed),
+        dict(recipe=dict(pruner=1)),
+    ):
         with pytest.raises(BadCheckpoint):
             run(**other)
     assert torch.equal(run(), first), "what was refused has changed nothing"
@@ -749,22 +862,37 @@ def test_what_is_shipped_is_trained_anew_the_next_time(few, tmp_path, monkeypatc
     data, trained = few
     torch.manual_seed(0)
     teacher = VGG(widths=(4, 8), depths=(1, 1))
-    for name, value in dict(SLIM=(2, 4), cache_folder=lambda: tmp_path, load_images=lambda: data, load_weights=lambda name: teacher).items():
+    for name, value in dict(
+        SLIM=(2, 4),
+        cache_folder=lambda: tmp_path,
+        load_images=lambda: data,
+        load_weights=lambda name: teacher,
+    ).items():
         monkeypatch.setattr(pruning, name, value)
     for _ in range(2):
         trained.clear()
         pruned, slim = make_pruned("a", "b", 4, 4, "cpu", tmp_path / "out")
         assert trained == [0] * 15 and not (tmp_path / "runs" / "a").exists()
         card = read_card("a", tmp_path / "out")
-        assert len(card["metrics"]["accuracy"]["dense"]) == 3 and read_card("b", tmp_path / "out")["steps"] == 4
+        assert (
+            len(card["metrics"]["accuracy"]["dense"]) == 3
+            and read_card("b", tmp_path / "out")["steps"] == 4
+        )
         assert sparsity(load_weights("a", folder=tmp_path / "out")) == pytest.approx(0.9, abs=0.01)
 
 
-@pytest.mark.parametrize("call", [
-    lambda data, a: recover(ConvNet(), data, a[:-1], 2), lambda data, a: recover(ConvNet(), data, a.long(), 2),
-    lambda data, a: recover(ConvNet(), data, a, 0), lambda data, a: recover(ConvNet(), data, a, 2, lr=-1.0),
-    lambda data, a: recover(ConvNet().half(), data, a, 2), lambda data, a: recover(ConvNet(), None, a, 2),
-    lambda data, a: compare_pruning(VGG(), data, steps=3)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda data, a: recover(ConvNet(), data, a[:-1], 2),
+        lambda data, a: recover(ConvNet(), data, a.long(), 2),
+        lambda data, a: recover(ConvNet(), data, a, 0),
+        lambda data, a: recover(ConvNet(), data, a, 2, lr=-1.0),
+        lambda data, a: recover(ConvNet().half(), data, a, 2),
+        lambda data, a: recover(ConvNet(), None, a, 2),
+        lambda data, a: compare_pruning(VGG(), data, steps=3),
+    ],
+)
 def test_recovering_refuses(call):
     data = load_images("digits")
     with pytest.raises((TypeError, ValueError), match="expected|float32"):
@@ -773,8 +901,11 @@ def test_recovering_refuses(call):
 
 # Numbers on cards -------------------------------------------------------------------------------------------------------
 
-SHIPPED = {"vgg_supervised": lambda card: card["metrics"]["accuracy"], "vgg_slim": lambda card: card["metrics"]["accuracy"][0],
-           "vgg_pruned": lambda card: card["metrics"]["accuracy"]["90 % gradually"][0]}
+SHIPPED = {
+    "vgg_supervised": lambda card: card["metrics"]["accuracy"],
+    "vgg_slim": lambda card: card["metrics"]["accuracy"][0],
+    "vgg_pruned": lambda card: card["metrics"]["accuracy"]["90 % gradually"][0],
+}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -783,18 +914,31 @@ def test_a_card_says_what_its_network_scores(name):
         data = load_images()
     except DataUnavailable:
         pytest.skip("Fashion-MNIST is not here")
-    card, part = read_card(name), slice(3, None, 10)  # every tenth: the first ones are easier than the rest
+    card, part = (
+        read_card(name),
+        slice(3, None, 10),
+    )  # every tenth: the first ones are easier than the rest
     promised = SHIPPED[name](card)
-    score = accuracy(predict(load_weights(name), data.floats(data.test_images[part])), data.test_labels[part])
+    score = accuracy(
+        predict(load_weights(name), data.floats(data.test_images[part])), data.test_labels[part]
+    )
     assert abs(score - promised) < 3 * (promised * (1 - promised) / 1000) ** 0.5
     assert card["normalisation"] == dict(mean=data.mean, std=data.std)
 
 
 def test_the_cards_agree_with_one_another_and_with_their_recipe():
     pruned, slim, teacher = map(read_card, ("vgg_pruned", "vgg_slim", "vgg_supervised"))
-    assert abs(pruned["metrics"]["teacher"] - teacher["metrics"]["accuracy"]) < 2e-4  # another machine's last digit
+    assert (
+        abs(pruned["metrics"]["teacher"] - teacher["metrics"]["accuracy"]) < 2e-4
+    )  # another machine's last digit
     assert teacher["steps"] == teacher["epochs"] * 60_000 // teacher["batch_size"]
-    assert list(pruned["metrics"]["accuracy"]) == list(pruning.pruning_arms(VGG(), pruned["steps"], pruned["slim_steps"]))
-    assert slim["steps"] == pruned["slim_steps"] and slim["seeds"] == pruned["seeds"] and pruned["origin"] == "vgg_supervised"
+    assert list(pruned["metrics"]["accuracy"]) == list(
+        pruning.pruning_arms(VGG(), pruned["steps"], pruned["slim_steps"])
+    )
+    assert (
+        slim["steps"] == pruned["slim_steps"]
+        and slim["seeds"] == pruned["seeds"]
+        and pruned["origin"] == "vgg_supervised"
+    )
     assert load_weights("vgg_pruned").config == teacher["config"]
     assert sum(p.numel() for p in load_weights("vgg_slim").parameters()) < sum(p.numel() for p in VGG().parameters()) / 6

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.basics import (
-    atomic_write, copy_model, count_macs, count_parameters, evaluating, freeze, in_order, memory_order)
+from foundation.core.basics import (
+    atomic_write, copy_model, count_macs, count_parameters, evaluating, freeze, in_order,
+    memory_order)
 from ..core.checks import (
     check_choice, check_floats, check_images, check_labels, check_model, check_number, check_sizes,
     check_tokens, check_whole, checked, got, precise)
@@ -65,9 +66,9 @@ def match_answers(
     temperature: float | Tensor = 2.0,
     hard: float = 0.0,
 ) -> Objective:
-    """The same with the teacher's logits computed beforehand: the batch is (inputs, logits) or with labels.
+    """The same with the teacher's logits computed beforehand.
 
-    Raises `TypeError`, `ValueError`."""
+    The batch is (inputs, logits) or (inputs, logits, labels). Raises `TypeError`, `ValueError`."""
     _check_heat(temperature, hard)
 
     def objective(model, batch):
@@ -77,7 +78,7 @@ def match_answers(
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #c9ca2fcf
 def _soft_and_hard(logits, answers, labels, temperature, hard):
-    "The mixed loss, and its soft part for the log; float32 at least, whatever the networks compute in"
+    "The mixed loss, in float32 at least, and its soft part for the log"
     logits, answers = precise(check_floats(logits, "the student's logits")), precise(
         check_floats(answers, "the teacher's logits"))
     if logits.shape != answers.shape:
@@ -98,8 +99,8 @@ def _parts(batch, least, most):
     "The parts of a batch, None for those that may be left out"
     if not isinstance(batch, (tuple, list)) or not least <= len(batch) <= most:
         held = f"of {len(batch)} parts" if isinstance(batch, (tuple, list)) else ""
-        raise ValueError(f"the batch is {got(batch)} {held}".rstrip() + f"; expected a tuple of {least} "
-                         f"or {most}: inputs{', answers' if most == 3 else ''}, labels")
+        raise ValueError(f"the batch is {got(batch)} {held}".rstrip() + "; expected a tuple of "
+                         f"{least} or {most}: inputs{', answers' if most == 3 else ''}, labels")
     return *batch, *[None] * (most - len(batch))
 
 
@@ -153,7 +154,10 @@ def tap(
     layer: str,  # name of a module, as "body.2"
     inputs: Tensor,
 ) -> tuple[Tensor, Tensor]:  # what the model says, and a copy of what came out of the layer
-    "Run a model and listen at one layer. Raises `ValueError` for one that is not there, or runs not just once."
+    """Run a model and listen at one layer.
+
+    Raises `ValueError` for one that is not there or runs not just once, and for inputs that the
+    model refuses."""
     modules, heard = dict(model.named_modules(remove_duplicate=False)), []
     if layer not in modules:
         raise ValueError(f"there is no layer {layer!r}; there are, among others: "
@@ -163,6 +167,8 @@ def tap(
         lambda module, args, output: heard.append(copy(output)))
     try:
         said = model(inputs)
+    except RuntimeError as error:
+        raise ValueError(f"{type(model).__name__} fails on {got(inputs)}: {error}") from error
     finally:
         hook.remove()
     if len(heard) != 1:
@@ -171,9 +177,9 @@ def tap(
 
 
 class Hinted(nn.Module):
-    """A student, and a regressor from one of its layers to the shape of a teacher's. Keep `.student`.
+    """A student, and a regressor from one of its layers to the shape of a teacher's.
 
-    Romero et al. 2015. Raises `ValueError` for a layer that the student lacks."""
+    Keep `.student`. Romero et al. 2015. Raises `ValueError` for a layer that the student lacks."""
 
     @checked
     def __init__(self, student: nn.Module, layer: str, regressor: nn.Module):
@@ -284,7 +290,9 @@ def sentiment_task(
     test: int = 1500,
     longest: int = 40,  # tokens; one text in eight is longer
 ) -> SentimentTask:
-    "The task behind the card, the same on every machine. Raises `TypeError`, `ValueError` for too many texts."
+    """The task behind the card, the same on every machine.
+
+    Raises `TypeError`, `ValueError`, also for more texts than there are."""
     if not hasattr(tokenizer, "from_str") or not hasattr(tokenizer, "enable_truncation"):
         raise TypeError(f"tokenizer is {got(tokenizer)}; expected one of the library tokenizers, "
                         "as load_minilm() gives")
@@ -317,9 +325,9 @@ def train_text(
     seed: int = 0,
     **options,  # of `resumable`: checkpoint, recipe, title …
 ) -> Run:
-    """AdamW, warmup and cosine, ten times the rate for the head, on batches of texts of like length.
+    """AdamW, warmup and cosine, ten times the rate for the head, batches of texts of like length.
 
-    Raises `TypeError`, `ValueError`; `BadCheckpoint` for a run of another seed or of other texts."""
+    Raises `TypeError`, `ValueError`; `BadCheckpoint` for a run of another seed or other texts."""
     check_sizes(steps=steps, batch_size=batch_size)
     check_number(lr, "lr", above=0)
     rows = [_trimmed(row[None])[0] for row in check_tokens(tokens, shape="(m, n)")]
@@ -332,7 +340,8 @@ def train_text(
     head = [p for name, p in learnt.items() if name.startswith("head.")]
     body = [p for name, p in learnt.items() if not name.startswith("head.")]
     rates = [dict(params=head, lr=10 * lr), dict(params=body, lr=lr)]
-    opt = torch.optim.AdamW([group for group in rates if group["params"]], weight_decay=0.01, fused=True)
+    rates = [group for group in rates if group["params"]]
+    opt = torch.optim.AdamW(rates, weight_decay=0.01, fused=True)
     return resumable(model, stream, objective, opt, steps=steps, clip=1.0, precision="auto",
                      schedule=warmup_cosine(steps, steps // 10), **options)
 
@@ -342,7 +351,9 @@ def answer_texts(
     model: nn.Module,  # tokens (b, n) -> logits (b, k)
     tokens: Tensor,  # (m, n), 0 = padding
 ) -> Tensor:  # (m, k)
-    "Its logits for each text, read in the order of their length: little padding. Raises `TypeError`, `ValueError`."
+    """Its logits for each text, read in the order of their length: little padding.
+
+    Raises `TypeError`, `ValueError`."""
     tokens = check_tokens(tokens, shape="(m, n)")
     order = (tokens != 0).sum(1).argsort(stable=True)
     return predict(model, tokens[order], batch_size=64)[order.argsort()]
@@ -367,7 +378,9 @@ def text_costs(
     tokens: Tensor,  # (b, n), the batch to time; its first row is the single text
     rounds: int = 15,
 ) -> dict[str, dict]:  # model -> parameters, macs of one text, ms for one and the batch, speedups
-    "What each model costs in eval mode: counted, and timed in turns. Raises `TypeError`, `ValueError`."
+    """What each model costs in eval mode: counted, and timed in turns.
+
+    Raises `TypeError`, `ValueError`."""
     check_sizes(rounds=rounds)
     if not models:
         raise ValueError("models is empty; expected at least one, by name")
@@ -387,18 +400,19 @@ def text_costs(
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #de3e3bd8
 class Stored(nn.Module):
-    """What training changed of a student, matrices as 8-bit whole numbers; `save_weights` sees only that.
+    """What training changed of a student, matrices as 8-bit whole numbers.
 
-    Each row of a matrix keeps a scale; the lesson on quantisation says why that is enough. Raises
-    `ValueError` for NaN, infinity and what a scale in half precision cannot hold."""
+    `save_weights` and `load_weights` see only that. Each row of a matrix keeps a scale; the lesson
+    on quantisation says why that is enough. Raises `ValueError` for NaN, infinity and what a scale
+    in half precision cannot hold."""
 
     @checked
-    def __init__(self, model: nn.Module, **config):  # what the next reader needs to rebuild the model
+    def __init__(self, model: nn.Module, **config):  # what the next reader needs to rebuild it
         super().__init__()
         self.model, self.config = model, config
 
     def state_dict(self, *args, **options) -> dict[str, Tensor]:
-        "The parameters that learn: `name` in 8 bits and `name.scale` for a matrix, others as they are."
+        "The parameters that learn: for a matrix `name` in 8 bits and `name.scale`."
         state = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         for name in [name for name, p in state.items() if p.ndim == 2]:
             scale = precise(state[name]).abs().amax(1, keepdim=True) / 127
@@ -411,9 +425,12 @@ class Stored(nn.Module):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True):
-        "Put such numbers into the model. Raises `ValueError`, and changes nothing, if names differ and `strict`."
+        """Put such numbers into the model.
+
+        Raises `ValueError`, and changes nothing, if names differ and `strict`."""
         if strict and (odd := state.keys() ^ self.state_dict().keys()):
-            raise ValueError(f"{sorted(odd)[0]} is missing on one side; expected the names of this model")
+            raise ValueError(f"{sorted(odd)[0]} is missing on one side; "
+                             "expected the names of this model")
         scales = {f"{name}.scale" for name, w in state.items() if w.dtype == torch.int8}
         whole = {name: w * state[f"{name}.scale"] if f"{name}.scale" in scales else w
                  for name, w in state.items() if name not in scales}
@@ -421,7 +438,8 @@ class Stored(nn.Module):
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #c2770d37
 LAYERS = ((0, 1, 2), (0, 2, 4))  # to pick from: the lower half, or every second
-RATES = {"6 layers": (1e-4, 3e-4), "no teacher": (1e-4, 3e-4), "distilled": (1e-4, 3e-4)}  # likewise
+_TWO = (1e-4, 3e-4)
+RATES = {"6 layers": _TWO, "no teacher": _TWO, "distilled": _TWO}  # likewise
 
 
 @checked
@@ -438,7 +456,7 @@ def make_weights(
     runs: Path | str | None = None,  # where checkpoints and scores wait; None: in the cache
     **sizes,  # of `sentiment_task`
 ) -> Path:
-    """Fine-tune MiniLM on sentiment, cut it to three layers, train those with and without their teacher.
+    """Fine-tune MiniLM on sentiment, cut it to three layers, train those with and without it.
 
     Ships the first student. Rates and layers are picked by the first seed's runs, on other training
     texts. A score is kept as soon as it is there, until all is written: an interrupted run goes on.
@@ -487,9 +505,10 @@ def load_student(
 
     Raises `BadWeights` when card, file, hash or shapes do not fit."""
     layers = read_card(name, folder).get("layers")
-    if not isinstance(layers, list) or not set(map(repr, layers)) <= {str(i) for i in range(len(encoder.blocks))}:
+    have = {str(i) for i in range(len(encoder.blocks))}
+    if not isinstance(layers, list) or not set(map(repr, layers)) <= have:
         raise BadWeights(f"the card of {name} names the layers {layers!r}; expected some of the "
-                         f"encoder's {len(encoder.blocks)}")
+                         f"encoder's {len(have)}")
     student = TextClassifier(keep_layers(encoder, layers))
     return load_weights(name, Stored(student), folder).model
 
@@ -512,9 +531,10 @@ class _Lab:
     def read(self):
         try:
             done = json.loads(self.notes.read_text(encoding="utf-8"))
-            return dict(plan=done["plan"], scores=dict(done["scores"]), seconds=dict(done["seconds"]))
+            scores, seconds = dict(done["scores"]), dict(done["seconds"])
+            return dict(plan=done["plan"], scores=scores, seconds=seconds)
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.notes} is damaged; delete it to judge its runs again") from None
+            raise ValueError(f"{self.notes} is damaged; delete it to judge again") from None
 
     def expect(self, scores, title):
         from tqdm.auto import tqdm
@@ -527,7 +547,8 @@ class _Lab:
 
     def draw(self, seed):
         "Indices of the texts that have labels"
-        return self.task.pool[few_labels(self.task.labels[self.task.pool], self.plan["labels"], seed)]
+        labels = self.task.labels[self.task.pool]
+        return self.task.pool[few_labels(labels, self.plan["labels"], seed)]
 
     def teacher(self, seed, lr):
         torch.manual_seed(seed)
@@ -552,8 +573,8 @@ class _Lab:
             targets = self.task.labels[where]
         key = f"{title}, rate {lr:g}, seed {seed}"
         run = train_text(
-            model, self.task.tokens[where], targets, objective=objective, steps=steps, lr=lr, seed=seed,
-            checkpoint=self.home / f"{key}.safetensors", save_every=40,
+            model, self.task.tokens[where], targets, objective=objective, steps=steps, lr=lr,
+            seed=seed, checkpoint=self.home / f"{key}.safetensors", save_every=40,
             recipe=self.plan | dict(start=fingerprint(model)))
         self.done["seconds"][key] = run.seconds
         return model.eval()

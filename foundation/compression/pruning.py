@@ -23,8 +23,9 @@ from torch import Tensor, fx, nn
 
 from .distillation import match_answers
 from ..core.basics import copy_model, in_order, memory_order, pick_device, seed_everything
-from ..core.checks import (
-    check_choice, check_floats, check_mask, check_number, check_sizes, check_whole, checked, got, precise)
+from foundation.core.checks import (
+    check_choice, check_floats, check_mask, check_number, check_sizes, check_whole, checked, got,
+    precise)
 from ..core.sources import cache_folder
 from ..data.batches import endless
 from ..data.images import ImageSet, load_images
@@ -48,9 +49,9 @@ def layer_weights(
 ) -> dict[str, nn.Parameter]:  # by the first name in the state dict; a shared one counts once
     """The weights of all convolutions and linear layers.
 
-    What else holds matrices is named in a warning and stays as it is. Raises `ValueError` for a name
-    that the model lacks, for a weight that is computed (by weight norm, a parametrization, a mask of
-    `torch.nn.utils.prune`), for NaN or infinity, and where nothing is left."""
+    What else holds matrices is named in a warning and stays as it is. Raises `ValueError` for a
+    name that the model lacks, for a weight that is computed (by weight norm, a parametrization, a
+    mask of `torch.nn.utils.prune`), for NaN or infinity, and where nothing is left."""
     found, told = _weights(model, skip)
     _warn(told)
     return found
@@ -61,8 +62,9 @@ def _weights(model, skip):
     layers = _layers(model, skip)
     for m, name in layers.items():
         if isinstance(m, _KINDS) and "weight" not in m._parameters:
-            raise ValueError(f"{name}.weight is computed at each pass; expected a plain parameter: use "
-                             "prune.remove, remove_weight_norm or remove_parametrizations, or skip it")
+            raise ValueError(f"{name}.weight is computed at each pass; expected a plain parameter: "
+                             "use prune.remove, remove_weight_norm or remove_parametrizations, "
+                             "or skip it")
     told = [f"{name} ({type(m).__name__}) is neither a convolution nor a linear layer; "
             "it stays as it is" for m, name in layers.items() if _is_unknown(m)]
     chosen = {id(m.weight): name for m, name in layers.items() if isinstance(m, _KINDS)}
@@ -116,10 +118,11 @@ def keep_largest(
     scores: Tensor,  # importance of each weight, any shape
     sparsity: float,  # share to drop, 0 <= sparsity < 1
 ) -> Tensor:  # mask of the same shape, True = kept
-    "Keep the weights with the largest scores. Raises `ValueError` for NaN and shares outside [0, 1)."
+    "Keep the weights with the largest scores. Raises `ValueError` for NaN, shares outside [0, 1)."
     check_number(sparsity, "sparsity", 0, below=1, why="the share of weights to drop")
     if check_floats(scores, "scores", "(...)").isnan().any():
-        raise ValueError(f"scores holds {int(scores.isnan().sum()):,} NaN; expected numbers to sort")
+        bad = int(scores.isnan().sum())
+        raise ValueError(f"scores holds {bad:,} NaN among {scores.numel():,}; expected numbers")
     dropped = scores.flatten().topk(round(sparsity * scores.numel()), largest=False).indices
     mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[dropped] = False
@@ -176,7 +179,7 @@ def sparsity(
     model: nn.Module,
     skip: str | Sequence[str] = (),  # modules not to count
 ) -> float:  # between 0 and 1
-    "The share of layer weights that are exactly zero. Raises `ValueError`, as `layer_weights` does."
+    "The share of layer weights that are exactly zero. Raises what `layer_weights` does."
     weights = _weights(model, skip)[0].values()
     return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / sum(w.numel() for w in weights)
 
@@ -200,9 +203,10 @@ def cubic_sparsity(
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #66d7029c
 class Pruner:
-    """Prunes while the model trains: raises the sparsity on schedule, and holds pruned weights at exactly zero.
+    """Prunes while the model trains: raises the sparsity on schedule, and holds the zeros.
 
-    Its masks are not part of a checkpoint: save when pruning has ended, or start anew. Raises `TypeError`, `ValueError`."""
+    Its masks are not part of a checkpoint: save when pruning has ended, or start anew. Raises
+    `TypeError`, `ValueError`."""
 
     @checked
     def __init__(
@@ -248,7 +252,7 @@ def two_four_masks(
 ) -> dict[str, Tensor]:  # name of a weight -> mask, True = kept
     """Of any four neighbours in a row keep the two largest (Mishra et al. 2021).
 
-    A row that four does not divide is skipped, with a warning. Raises `ValueError`, as `layer_weights` does."""
+    A row that four does not divide is skipped, with a warning. Raises what `layer_weights` does."""
     weights, told = _weights(model, skip)
     odd = [name for name, weight in weights.items() if weight[0].numel() % 4]
     told += [f"{name} has rows of {weights[name][0].numel()} weights, which 4 does not divide; "
@@ -257,7 +261,8 @@ def two_four_masks(
     for name in weights.keys() - set(odd):
         fours = weights[name].detach().abs().reshape(-1, 4)
         largest = fours.topk(2).indices
-        masks[name] = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, largest, True).view_as(weights[name])
+        mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, largest, True)
+        masks[name] = mask.view_as(weights[name])
     _warn(told)
     return {name: masks[name] for name in weights if name in masks}
 
@@ -285,8 +290,8 @@ def to_two_four(
                            "call model.half().cuda() first")
     for name, m in linear.items():
         if m.out_features % 32 or m.in_features % 64:
-            warnings.warn(f"{name} is {m.out_features} × {m.in_features}, the kernels take multiples "
-                          "of 32 × 64; it stays dense", stacklevel=3)
+            warnings.warn(f"{name} is {m.out_features} × {m.in_features}, the kernels take "
+                          "multiples of 32 × 64; it stays dense", stacklevel=3)
         else:
             m.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(m.weight))
     return model
@@ -294,7 +299,7 @@ def to_two_four(
 # %% ../../nbs/09_compression/02_pruning.ipynb #6f999e22
 @dataclass(eq=False)
 class ChannelGroup:
-    "Channels that stand or fall together, by the names of the modules that write, normalise and read them."
+    "Channels that stand or fall together: the modules that write, normalise and read them."
     size: int
     writers: list[str]
     norms: list[str]
@@ -303,8 +308,9 @@ class ChannelGroup:
 
     def join(self, other: "ChannelGroup") -> None:
         "Take over the members of another group: a sum of the two needs the same channels."
-        for mine, theirs in ((self.writers, other.writers), (self.norms, other.norms), (self.readers, other.readers)):
-            mine += theirs
+        self.writers += other.writers
+        self.norms += other.norms
+        self.readers += other.readers
         self.fixed |= other.fixed
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #2d1b3f1a
@@ -315,7 +321,8 @@ def channel_groups(
     """Follow the channels through the network.
 
     What we do not know how to cut is named in a warning and keeps its channels. Raises `TypeError`
-    without `body` and `head`, or for a network that PyTorch's tracer cannot follow, `ValueError` for NaN."""
+    without `body` and `head`, or for a network that PyTorch's tracer cannot follow, and
+    `ValueError` for NaN."""
     groups, told = _groups(model)
     _warn(told)
     return groups
@@ -484,8 +491,10 @@ def _steps(model):
             and type(model).encode.__module__ == Backbone.__module__)
     root, tracer = _Bare(model) if ours else model, _Tracer()
     for name, m in root.named_modules():
-        if (m._forward_hooks or m._forward_pre_hooks) and name and not tracer.is_leaf_module(m, name):
-            raise TypeError(f"{name} ({type(m).__name__}) has hooks; expected none around other layers")
+        hooks = m._forward_hooks or m._forward_pre_hooks
+        if hooks and name and not tracer.is_leaf_module(m, name):
+            raise TypeError(f"{name} ({type(m).__name__}) has hooks; "
+                            "expected none around other layers")
     modes, drawn = [(m, m.training) for m in root.modules()], []
     try:
         for mode in (True, False):
@@ -512,7 +521,7 @@ def channel_masks(
     sparsity: float | dict[str, float],  # share of the channels to drop: of all groups, or by name
     multiple: int = 1,  # keep a multiple of so many: kernels like 8 or 16
 ) -> dict[str, Tensor]:  # first writer's name -> mask, True = kept
-    """Keep the channels that pass on most: scale of the batch norm × norm of the weights that read them.
+    """Keep the channels that pass on most: scale of the norm × norm of the weights that read them.
 
     Liu et al. 2017. Raises `TypeError`, `ValueError`, as `channel_groups` does."""
     check_sizes(multiple=multiple)
@@ -549,7 +558,7 @@ def mask_channels(
     model: nn.Module,
     masks: Mapping[str, Tensor],  # as `channel_masks` gives them
 ) -> nn.Module:  # the same model
-    """Silence channels in place: filters, biases, and scale *and* shift of their batch norms become zero.
+    """Silence channels in place: filters, biases, scale *and* shift of their norms become zero.
 
     Raises `TypeError`, `ValueError` for a mask that does not fit, and changes nothing then."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -566,9 +575,10 @@ def remove_channels(
     model: nn.Module,
     masks: Mapping[str, Tensor],  # as `channel_masks` gives them
 ) -> nn.Module:  # a smaller copy
-    """Cut channels out of all that write, normalise or read them. Its outputs are those of `mask_channels`.
+    """Cut channels out of all that write, normalise or read them.
 
-    Raises `TypeError`, `ValueError` for a mask that does not fit."""
+    Its outputs are those of `mask_channels`. Raises `TypeError`, `ValueError` for a mask that does
+    not fit."""
     matched, small = _matched(model, masks), copy_model(model)
     modules = dict(small.named_modules(remove_duplicate=False))
     for group, kept in matched:
@@ -582,7 +592,7 @@ def remove_channels(
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #1f41637a
 def _matched(model, masks):
-    "Pairs of group and mask. Raises `ValueError` for a mask of no group, another size, or of nothing."
+    "Pairs of group and mask, if each fits a group and keeps something"
     groups, matched = _groups(model)[0], []
     for name, kept in masks.items():
         if name not in groups:
@@ -590,13 +600,14 @@ def _matched(model, masks):
                              f"there are: {', '.join(groups)}")
         kept = check_mask(kept, f"the mask of {name}", (groups[name].size,))
         if not kept.any():
-            raise ValueError(f"the mask of {name} removes all {len(kept)} channels; keep at least one")
+            raise ValueError(f"the mask of {name} removes all {len(kept)} channels; "
+                             "expected one kept at least")
         matched.append((groups[name], kept))
     return matched
 
 
 def _cut(module, kept, dim):
-    "Keep rows (dim 0: outputs) or columns (dim 1: inputs) of a module's tensors, and mend its sizes"
+    "Keep rows (dim 0: outputs) or columns (dim 1: inputs) of a module, and mend its sizes"
     names = ("weight", "bias", "running_mean", "running_var") if dim == 0 else ("weight",)
     if isinstance(module, nn.Linear) and dim == 1:  # several numbers of each channel stand in a row
         kept = kept.repeat_interleave(module.in_features // len(kept))
@@ -620,7 +631,7 @@ def slim_vgg(
     teacher: VGG,
     widths: Sequence[int] = SLIM,  # channels to keep in each stage
 ) -> VGG:  # a small copy
-    "Cut the stages of a VGG down to these widths. Raises `ValueError` for widths that it does not have."
+    "Cut the stages of a VGG down to these widths. Raises `ValueError` for widths that it lacks."
     have, depths = teacher.config["widths"], teacher.config["depths"]
     widths = [check_whole(width, "widths") for width in widths]
     if len(widths) != len(have) or any(not 0 < k <= width for k, width in zip(widths, have)):
@@ -628,7 +639,8 @@ def slim_vgg(
                          f"expected one for each stage, from 1 to {tuple(have)}")
     groups = _groups(teacher)[0]
     if [g.size for g in groups.values()] != [w for w, n in zip(have, depths) for _ in range(n)]:
-        raise ValueError(f"of the teacher's layers only {list(groups)} can be cut; expected a plain VGG")
+        raise ValueError(f"of the teacher's layers only {list(groups)} can be cut; "
+                         "expected a plain VGG")
     kept = [width for width, depth in zip(widths, depths) for _ in range(depth)]
     shares = {name: 1 - k / group.size for (name, group), k in zip(groups.items(), kept)}
     small = VGG(**teacher.config | dict(widths=widths)).to(next(teacher.parameters()))
@@ -642,7 +654,7 @@ def head_masks(
     model: nn.Module,
     sparsity: float,  # share of the heads of each layer to drop; one stays at least
 ) -> dict[str, Tensor]:  # name of an attention layer -> mask, True = kept, (h,)
-    """Keep the heads that write most: the norm of value and output weights multiplied, ‖W_out W_value‖.
+    """Keep the heads that write most: the norm of value and output weights, ‖W_out W_value‖.
 
     Raises `ValueError` for a model without attention layers of ours, or with changed ones."""
     def scores(m):
@@ -663,7 +675,8 @@ def _attentions(model):
     for name, m in found.items():
         for part in (m.query, m.key, m.value, m.out):
             hooks = part._forward_hooks or part._forward_pre_hooks
-            if type(part) is not nn.Linear or hooks or any(owners[t.data_ptr()] > 1 for t in _own(part)):
+            shared = any(owners[t.data_ptr()] > 1 for t in _own(part))
+            if type(part) is not nn.Linear or hooks or shared:
                 raise ValueError(f"{name} has a changed, watched or shared layer ({got(part)}); "
                                  "expected four linear layers of its own")
         around = model.get_submodule(name.rpartition(".")[0])
@@ -679,9 +692,10 @@ def remove_heads(
     model: nn.Module,
     masks: Mapping[str, Tensor],  # as `head_masks` gives them
 ) -> nn.Module:  # a smaller copy
-    """Cut heads out of the four matrices of attention. Its outputs are those of a model whose heads write zeros.
+    """Cut heads out of the four matrices of attention.
 
-    Raises `TypeError`, `ValueError` for a mask that does not fit."""
+    Its outputs are those of a model whose heads write zeros. Raises `TypeError`, `ValueError` for
+    a mask that does not fit."""
     layers = _attentions(model) if masks else {}
     for name, kept in masks.items():
         if name not in layers:
@@ -710,22 +724,24 @@ def recover(
     steps: int,
     lr: float = 3e-3,
     seed: int = 0,  # of the order of the batches
-    each: Callable[[Step], None] | None = None,  # after each step: `lambda step: pruner.update(step.n)`
+    each: Callable[[Step], None] | None = None,  # `lambda step: pruner.update(step.n)`
     checkpoint: Path | str | None = None,  # keeps the finished run; a second call reads it
     title: str = "",  # before the bar; "" shows none
     recipe: dict | None = None,  # what `each` depends on; it must fit when a run is read
 ) -> tuple[float, float]:  # accuracy on the test images, seconds of training
     """Train on after pruning, on labels and a teacher's answers, in batches of 32, and judge.
 
-    Raises `TypeError`, `ValueError`; `BadCheckpoint` for a run of another model, seed, data or teacher."""
+    Raises `TypeError`, `ValueError`; `BadCheckpoint` for a run of another model, seed, data or
+    teacher."""
     check_sizes(steps=steps)
     check_floats(answers, "answers", f"({len(data.train_images)}, k)")
     if any(p.dtype != torch.float32 for p in model.parameters()):
-        raise ValueError("model is not in float32, in which small steps are not lost; call model.float()")
+        raise ValueError("model is not in float32, which keeps small steps; call model.float()")
     if checkpoint:
-        recipe = (recipe or {}) | dict(seed=seed, start=fingerprint(model), answers=fingerprint(answers),
-                                       data=fingerprint(data.train_images, data.train_labels, data.mean, data.std))
-    order = memory_order(model)  # channels last, unless the cut has made a shortcut too narrow for it
+        seen = fingerprint(data.train_images, data.train_labels, data.mean, data.std)
+        recipe = (recipe or {}) | dict(seed=seed, start=fingerprint(model), data=seen,
+                                       answers=fingerprint(answers))
+    order = memory_order(model)  # channels last, unless the cut made a shortcut too narrow for it
     model.to(memory_format=order)
     x, y = in_order(data.floats(data.train_images), order), data.train_labels
     stream = lambda start: endless(x, answers, y, batch_size=32, seed=seed, start=start)
@@ -740,8 +756,8 @@ def pruning_arms(
     teacher: VGG,
     steps: int,  # of the arms that keep all channels
     slim_steps: int,  # of the slim ones
-) -> dict[str, tuple[Callable, dict | None, int, float]]:  # name -> maker, for `Pruner`, steps, rate
-    """The teacher trained on; 90 % zeros at once and gradually; the slim net, random and cut out of it.
+) -> dict[str, tuple[Callable, dict | None, int, float]]:  # maker, for `Pruner`, steps, rate
+    """The teacher trained on; 90 % zeros at once and gradually; the slim net, random and cut.
 
     Raises `ValueError` for fewer than 4 steps, in which nothing can be gradual."""
     check_whole(steps, "steps", 4)
@@ -763,10 +779,10 @@ def compare_pruning(
     steps: int = 480,
     slim_steps: int = 4800,
     runs: Path | str | None = None,  # folder that keeps finished runs, so that only others train
-) -> tuple[Comparison, dict[str, nn.Module], float]:  # test accuracies; nets of the first seed; seconds
+) -> tuple[Comparison, dict[str, nn.Module], float]:  # accuracies; nets of seed one; seconds
     """Train all arms of `pruning_arms` with each seed.
 
-    Raises `TypeError`, `ValueError`; `BadCheckpoint` if `runs` holds one of another teacher or data."""
+    Raises `TypeError`, `ValueError`; `BadCheckpoint` if `runs` are of another teacher or data."""
     arms = pruning_arms(teacher, steps, slim_steps)
     answers = predict(teacher, data.floats(data.train_images))
     nets, seconds = {}, []
@@ -796,14 +812,15 @@ def make_pruned(
     device: str | None = None,
     folder: Path | str = WEIGHTS,  # where to write
 ) -> tuple[Path, Path]:
-    """Run all arms; write the gradually pruned VGG, with every seed's score in its card, and the slim one.
+    """Run all arms; write the gradually pruned VGG, with every seed's score, and the slim one.
 
-    Stopped and called again, it goes on with the first run that is missing: finished ones are kept in
-    the cache until all is written. Raises `BadCheckpoint` if they are of another teacher."""
+    Stopped and called again, it goes on with the first run that is missing: finished ones are kept
+    in the cache until all is written. Raises `BadCheckpoint` if they are of another teacher."""
     data, teacher = load_images(), load_weights("vgg_supervised").to(pick_device(device))
     before = accuracy(predict(teacher, data.floats(data.test_images)), data.test_labels)
     runs = cache_folder() / "runs" / name
-    comparison, nets, seconds = compare_pruning(teacher, data, steps=steps, slim_steps=slim_steps, runs=runs)
+    comparison, nets, seconds = compare_pruning(
+        teacher, data, steps=steps, slim_steps=slim_steps, runs=runs)
     scores = {arm: scores.tolist() for arm, scores in comparison.scores.items()}
     count = f"{len(data.train_images):,}"
     card = dict(data=f"{data.name}, {count} training images with labels and the teacher's answers",
@@ -835,10 +852,10 @@ def make_weights(
     model, batch_size = VGG(len(data.classes)).to(device), 128
     steps, x = epochs * len(data.train_images) // batch_size, data.floats(data.train_images)
     stream = lambda start: endless(x, data.train_labels, batch_size=batch_size, start=start)
-    recipe = dict(seed=0, data=fingerprint(data.train_images, data.train_labels, data.mean, data.std))
+    seen = fingerprint(data.train_images, data.train_labels, data.mean, data.std)
     run = resumable(model, stream, classify, adamw(model, 5e-3, 0.05), steps=steps,
-                    schedule=one_cycle(steps), precision="auto", clip=1.0, title=name, recipe=recipe,
-                    checkpoint=runs / "run.safetensors")
+                    schedule=one_cycle(steps), precision="auto", clip=1.0, title=name,
+                    recipe=dict(seed=0, data=seen), checkpoint=runs / "run.safetensors")
     score = accuracy(predict(model, data.floats(data.test_images)), data.test_labels)
     card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels",
                 method="supervised", epochs=epochs, batch_size=batch_size, steps=steps,
