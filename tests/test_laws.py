@@ -16,7 +16,11 @@ from laws import outcome, same, tensors_in
 
 NAMES = sorted(EXAMPLES)
 COARSE = {}  # name -> why half precision may differ by more than rounding
-RANDOM = {"core.checks.got": "it says what it was handed"}  # name -> why another kind gives another result
+RANDOM = {  # name -> why another kind gives another result
+    "core.checks.got": "it says what it was handed",
+    "compression.distillation.text_costs": "it measures time",
+    "compression.pruning.recover": "it tells its seconds",
+}
 NO_GRADIENT = {  # name -> why its gradient is not asked for
     f"objectives.descent.{rule}": "a step of an optimizer, whose root has no slope at zero"
     for rule in ("adam", "adamw", "adafactor")
@@ -25,6 +29,9 @@ KEEPS_NAN = {  # name -> why NaN or infinity may come out
     "objectives.likelihood.log_sum_exp": "says so: NaN stays NaN",
     "objectives.likelihood.log_softmax": "says so: NaN stays NaN",
     "evaluation.scores.reliability": "says so: empty bins hold NaN",
+} | {
+    f"compression.distillation.{name}": "part of a training step: the loop stops on NaN and knows the rate"
+    for name in ("match_answers", "match_hints", "match_teacher", "tap")
 } | {
     name: "what the network gives, which scores and probes refuse"
     for name in (

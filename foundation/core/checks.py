@@ -147,14 +147,16 @@ def check_choice(
         raise ValueError(f"{name} is {got(value)}; expected one of {', '.join(map(repr, choices))}")
     return value
 
-# %% ../../nbs/00_core/00_checks.ipynb #c85d2e6a
+# %% ../../nbs/00_core/00_checks.ipynb #8e3118ce
 def may_look(x: Tensor) -> bool:
     "Is reading values free? On a GPU a look makes the host wait; a graph being recorded has none."
-    return x.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    there = _tensor(x, "x", "a tensor").is_cpu
+    return there and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def precise(x: Tensor) -> Tensor:
     "Float32 at least: half precision is too coarse for a sum, an exponential or a mean."
+    x = _tensor(x, "x", "a float tensor")
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -394,7 +396,8 @@ def check_type(
     module: nn.Module,  # the layer or network that will read them
 ) -> Tensor:
     "`x` in the type of some weight of the module; under autocast PyTorch converts. Raises `TypeError`."
-    types = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    x = _tensor(x, name, "a float tensor")
+    types = [p.dtype for p in check_model(module, "module").parameters() if p.is_floating_point()]
     if types and x.dtype not in types and not torch.is_autocast_enabled(x.device.type):
         mend = f"{name}.to({types[0]})"
         raise TypeError(f"{name} is {got(x)}; expected the type of the weights, which {mend} makes")

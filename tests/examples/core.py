@@ -92,6 +92,9 @@ EXAMPLES = {
     "core.checks.check_choice": lambda: (checks.check_choice, dict(value="a", name="kind", choices=["a", "b"])),
     "core.checks.may_look": lambda: (checks.may_look, (FLOATS.clone(),), {}),
     "core.checks.precise": lambda: (checks.precise, (FLOATS.half(),), {}),
+    "core.checks.check_temperature": lambda: (checks.check_temperature, dict(temperature=0.5, most=2.0)),
+    "core.checks.check_type": lambda: (
+        checks.check_type, dict(x=FLOATS.clone(), name="x", module=torch.nn.Linear(2, 2))),
     "core.checks.check_floats": lambda: (checks.check_floats, dict(x=FLOATS.clone(), name="x", shape="(b, d)", finite=True)),
     "core.checks.check_labels": lambda: (checks.check_labels, dict(labels=torch.tensor([0, 1]), name="labels", classes=2)),
     "core.checks.check_tokens": lambda: (checks.check_tokens, dict(tokens=torch.tensor([[0, 1]]), name="tokens", vocab_size=2)),
