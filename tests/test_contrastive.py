@@ -1,4 +1,5 @@
-"Contrastive pretraining: laws of views, queue and slow copy, each with a broken version that loses it; resuming; bad input"
+"Contrast: laws of views, queue and slow copy, each with a broken version; resuming; bad input"
+
 import math
 import os
 import subprocess
@@ -21,7 +22,15 @@ from foundation.evaluation.label_efficiency import card_metrics, label_efficienc
 from foundation.models.convnets import ConvNet
 from foundation.objectives.contrast import info_nce, nt_xent
 from foundation.pretraining.contrastive import (
-    ContrastiveModel, MomentumContrast, effective_rank, feature_spread, match_queue, match_views, pretrain, two_views)
+    ContrastiveModel,
+    MomentumContrast,
+    effective_rank,
+    feature_spread,
+    match_queue,
+    match_views,
+    pretrain,
+    two_views,
+)
 from foundation.training.loop import adamw
 
 few = settings(max_examples=20, deadline=None)
@@ -51,7 +60,8 @@ def views(digits):
     return next(two_views(digits.train_images, Augment(), batch_size=6))
 
 
-# Views and NT-Xent ------------------------------------------------------------------------------------------------------
+# Views and NT-Xent --------------------------------------------------------------------------------
+
 
 def test_rows_i_and_b_plus_i_are_views_of_one_picture(digits):
     same = Augment(area=(1, 1), aspect=1, flip=0, contrast=0, brightness=0)
@@ -66,7 +76,10 @@ def by_rows(a, b, T):
     z, b = normalize(torch.cat([a, b]), dim=1), len(a)
     rows = [[z[i] @ z[j] / T for j in range(2 * b) if j != i] for i in range(2 * b)]
     partner = [(i + b) % (2 * b) for i in range(2 * b)]
-    return sum(torch.stack(row).logsumexp(0) - row[j - (j > i)] for i, (row, j) in enumerate(zip(rows, partner))) / (2 * b)
+    return sum(
+        torch.stack(row).logsumexp(0) - row[j - (j > i)]
+        for i, (row, j) in enumerate(zip(rows, partner))
+    ) / (2 * b)
 
 
 def scores_of(a, b, T):
@@ -91,7 +104,9 @@ def one_direction(a, b, T):
 
 def never_normalised(a, b, T):
     z = torch.cat([a, b])
-    return nn.functional.cross_entropy((z @ z.T / T).fill_diagonal_(-math.inf), torch.arange(len(z)).roll(len(a)))
+    return nn.functional.cross_entropy(
+        (z @ z.T / T).fill_diagonal_(-math.inf), torch.arange(len(z)).roll(len(a))
+    )
 
 
 def neighbours_are_partners(a, b, T):
@@ -99,7 +114,9 @@ def neighbours_are_partners(a, b, T):
 
 
 def lightlys(a, b, T):
-    return pytest.importorskip("lightly.loss", reason="lightly is not installed (pip install -e '.[bench]')").NTXentLoss(temperature=T)(a, b)
+    return pytest.importorskip(
+        "lightly.loss", reason="lightly is not installed (pip install -e '.[bench]')"
+    ).NTXentLoss(temperature=T)(a, b)
 
 
 @pytest.mark.parametrize("judge", [by_rows, lightlys])
@@ -109,13 +126,19 @@ def test_nt_xent_is_a_loop_and_lightlys_and_broken_ones_are_not(judge, n, d, T):
     b = a + noise  # views of one picture resemble each other
     want = judge(a, b, T)
     assert_close(nt_xent(a, b, T), want, rtol=1e-4, atol=1e-4)
-    for broken in (itself_counts, partner_is_no_rival, one_direction, never_normalised, neighbours_are_partners):
+    for broken in (
+        itself_counts,
+        partner_is_no_rival,
+        one_direction,
+        never_normalised,
+        neighbours_are_partners,
+    ):
         assert abs(broken(a, b, T) - want) > 1e-2, broken.__name__
 
 
 def gradients_of_views(objective, views):
     x = views.clone().requires_grad_()
-    grad, = torch.autograd.grad(objective(fresh(), x)[0], x)
+    (grad,) = torch.autograd.grad(objective(fresh(), x)[0], x)
     return [half.abs().sum((1, 2, 3)) for half in grad.chunk(2)]
 
 
@@ -129,7 +152,10 @@ def test_gradients_flow_through_both_views(views):
     points = draw(0, 2, 6, 5).requires_grad_()
     both = lambda loss: [g.abs().max() > 0 for g in torch.autograd.grad(loss, points)[0]]
     assert all(both(nt_xent(*points, 0.2)))
-    assert both(nt_xent(points[0], points[1].detach(), 0.2)) == [True, False]  # the broken one is caught
+    assert both(nt_xent(points[0], points[1].detach(), 0.2)) == [
+        True,
+        False,
+    ]  # the broken one is caught
 
 
 def test_a_detached_view_changes_what_is_learnt(views):
@@ -159,7 +185,8 @@ def test_a_batch_of_one_is_refused(digits, views):
         info_nce(torch.zeros(1, 1))
 
 
-# MoCo -------------------------------------------------------------------------------------------------------------------
+# MoCo ---------------------------------------------------------------------------------------------
+
 
 def by_loop(model, views, T):
     a, b = views.chunk(2)
@@ -173,7 +200,10 @@ def by_loop(model, views, T):
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 5])
 def test_moco_is_a_loop_over_keys_and_queue(digits, batches):
-    model, stream = queued(size=16, momentum=1.0), two_views(digits.train_images, Augment(), batch_size=6)
+    model, stream = (
+        queued(size=16, momentum=1.0),
+        two_views(digits.train_images, Augment(), batch_size=6),
+    )
     for _ in range(batches):
         match_queue()(model, next(stream))
     views = next(stream)
@@ -186,6 +216,7 @@ def test_keys_that_enter_before_the_loss_are_noticed(views):
         a, b = views.chunk(2)
         model.enqueue(keys := model.keys(b))
         return info_nce(model.scores(model(a), keys) / 0.2), {}
+
     want = by_loop(queued(), views, 0.2)
     assert match_queue()(queued(momentum=1.0), views)[0].item() == pytest.approx(want, rel=1e-4)
     assert too_early(queued(momentum=1.0), views)[0].item() > want + 0.1
@@ -204,7 +235,9 @@ def test_the_queue_holds_the_newest_keys(size, sizes, seed):
         if place >= len(all_keys) - size:  # later ones stand over the earlier
             assert_close(model.queue[place % size], key)
     scores = model.scores(draw(1, 2, 6), normalize(draw(2, 2, 6), dim=1))
-    assert scores.shape == (2, 2 + size) and int(scores.isinf().sum()) == 2 * max(0, size - len(all_keys))
+    assert scores.shape == (2, 2 + size) and int(scores.isinf().sum()) == 2 * max(
+        0, size - len(all_keys)
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0])
@@ -214,7 +247,9 @@ def test_momentum_0_copies_and_1_freezes(momentum):
         p.data.add_(1)
     old = [p.clone() for p in model.slow.parameters()]
     model.follow()
-    for slow, before, fast in zip(model.slow.parameters(), old, model.model.parameters(), strict=True):
+    for slow, before, fast in zip(
+        model.slow.parameters(), old, model.model.parameters(), strict=True
+    ):
         assert_close(slow, momentum * before + (1 - momentum) * fast.detach())
         assert_close(slow, {0.0: fast.detach(), 1.0: before}.get(momentum, slow))
 
@@ -225,15 +260,21 @@ def test_the_slow_copy_gets_no_gradient_and_is_not_trained(views):
     opt = adamw(model, 1e-2)
     match_queue()(model, views)[0].backward()
     opt.step()
-    assert all(p.grad is None and torch.equal(p, old) for p, old in zip(model.slow.parameters(), before))
-    assert all(p.grad is not None for name, p in model.model.named_parameters() if "head" not in name)
+    assert all(
+        p.grad is None and torch.equal(p, old) for p, old in zip(model.slow.parameters(), before)
+    )
+    assert all(
+        p.grad is not None for name, p in model.model.named_parameters() if "head" not in name
+    )
     held = {id(p) for group in opt.param_groups for p in group["params"]}
     assert not held & {id(p) for p in model.slow.parameters()}
 
 
 def test_batch_norm_statistics_of_the_copy_are_its_own(views):
     model = queued(momentum=0.5)
-    statistics = lambda: {k: v.clone() for k, v in model.slow.state_dict().items() if "running" in k}
+    statistics = lambda: {
+        k: v.clone() for k, v in model.slow.state_dict().items() if "running" in k
+    }
     before = statistics()
     model.model(views + 3)  # the fast one sees something
     model.follow()
@@ -254,8 +295,18 @@ def test_keys_have_length_1_and_bfloat16_does_not_coarsen_the_scores(views):
 def test_a_queue_is_no_part_of_the_encoder(digits):
     model = queued(16)
     before = [p.clone() for p in model.encoder.parameters()]
-    pretrain(model, digits.train_images, Augment(), steps=3, batch_size=8, objective=match_queue(), title="")
-    assert int(model.seen) == 24 and any(not torch.equal(p, old) for p, old in zip(model.encoder.parameters(), before))
+    pretrain(
+        model,
+        digits.train_images,
+        Augment(),
+        steps=3,
+        batch_size=8,
+        objective=match_queue(),
+        title="",
+    )
+    assert int(model.seen) == 24 and any(
+        not torch.equal(p, old) for p, old in zip(model.encoder.parameters(), before)
+    )
 
 
 class Stopped(Exception):
@@ -267,9 +318,20 @@ def test_a_stopped_moco_goes_on_with_its_queue(digits, tmp_path):
         def each(step):
             if step.n == stop:
                 raise Stopped
+
         model = queued(size=20)
-        losses = pretrain(model, digits.train_images, Augment(), steps=9, batch_size=8, objective=match_queue(), checkpoint=path,
-                          save_every=3, title="", each=each).losses
+        losses = pretrain(
+            model,
+            digits.train_images,
+            Augment(),
+            steps=9,
+            batch_size=8,
+            objective=match_queue(),
+            checkpoint=path,
+            save_every=3,
+            title="",
+            each=each,
+        ).losses
         return losses, model.queue, model.seen
 
     with pytest.raises(Stopped):
@@ -279,8 +341,16 @@ def test_a_stopped_moco_goes_on_with_its_queue(digits, tmp_path):
         assert_close(mine, theirs, rtol=0, atol=0)
     assert {"queue", "seen"} <= queued().state_dict().keys()
     with pytest.raises(ValueError, match="of another run"):  # the objective is part of it
-        pretrain(queued(size=20), digits.train_images, Augment(), steps=9, batch_size=8, objective=match_views(),
-                 checkpoint=tmp_path / "run", title="")
+        pretrain(
+            queued(size=20),
+            digits.train_images,
+            Augment(),
+            steps=9,
+            batch_size=8,
+            objective=match_views(),
+            checkpoint=tmp_path / "run",
+            title="",
+        )
 
 
 def test_a_queue_needs_its_objective_and_a_projector_an_encoder(digits):
@@ -290,8 +360,15 @@ def test_a_queue_needs_its_objective_and_a_projector_an_encoder(digits):
         pretrain(nn.Linear(2, 2), digits.train_images, Augment(), steps=1, batch_size=8, title="")
 
 
-@pytest.mark.parametrize("change, words", [(dict(size=0), "size is 0"), (dict(momentum=-0.1), "momentum is -0.1"),
-                                           (dict(momentum=1.5), "from 0 to 1"), (dict(momentum=math.nan), "momentum is nan")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(size=0), "size is 0"),
+        (dict(momentum=-0.1), "momentum is -0.1"),
+        (dict(momentum=1.5), "from 0 to 1"),
+        (dict(momentum=math.nan), "momentum is nan"),
+    ],
+)
 def test_a_queue_that_cannot_be_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         queued(**change)
@@ -302,7 +379,8 @@ def test_more_keys_than_places_are_refused():
         queued(8).enqueue(torch.zeros(9, 6))
 
 
-# Half precision, edges, memory ------------------------------------------------------------------------------------------
+# Half precision, edges, memory --------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_slow_copy_follows_in_small_steps_whatever_the_type(kind):
@@ -315,7 +393,10 @@ def test_the_slow_copy_follows_in_small_steps_whatever_the_type(kind):
     for _ in range(5000):
         model.follow()
     slow = next(model.slow.parameters())
-    assert slow.dtype == model.queue.dtype == torch.float32 and next(model.model.parameters()).dtype == kind
+    assert (
+        slow.dtype == model.queue.dtype == torch.float32
+        and next(model.model.parameters()).dtype == kind
+    )
     assert_close(slow, torch.full_like(slow, 1.125 - 0.125 * 0.999**5000), atol=1e-3, rtol=0)
 
 
@@ -324,8 +405,14 @@ def test_a_queue_works_for_models_of_other_types(kind, views):
     model = queued().to(kind)
     loss, _ = match_queue()(model, views.to(kind))
     loss.backward()
-    assert loss.isfinite() and int(model.seen) == 6 and all(p.grad.isfinite().all() for p in model.model.projector.parameters())
-    assert_close(loss.double().item(), match_queue()(queued(), views)[0].item(), rtol=0.05, atol=0.05)
+    assert (
+        loss.isfinite()
+        and int(model.seen) == 6
+        and all(p.grad.isfinite().all() for p in model.model.projector.parameters())
+    )
+    assert_close(
+        loss.double().item(), match_queue()(queued(), views)[0].item(), rtol=0.05, atol=0.05
+    )
 
 
 def test_zero_queries_get_no_gradient_and_spoil_no_other():
@@ -379,23 +466,49 @@ def test_rank_and_spread_of_zeros_and_of_tiny_features():
     for kind, tolerance in ((torch.float16, 1e-2), (torch.bfloat16, 3e-2)):
         assert effective_rank(z.to(kind)) == pytest.approx(effective_rank(z), rel=tolerance)
     for size in (1e-30, 1e30):
-        assert effective_rank(z * size) == pytest.approx(effective_rank(z)) and feature_spread(z * size) == pytest.approx(feature_spread(z))
+        assert effective_rank(z * size) == pytest.approx(effective_rank(z)) and feature_spread(
+            z * size
+        ) == pytest.approx(feature_spread(z))
     assert effective_rank(z.numpy()) == effective_rank(z)
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda d: match_views(0), "temperature is 0"), (lambda d: match_queue(math.nan), "temperature is nan"),
-    (lambda d: match_views()(fresh(), [1, 2]), "views is a list"), (lambda d: match_queue()(fresh(), draw(0, 8, 1, 8, 8)), "without `follow`"),
-    (lambda d: ContrastiveModel(nn.Linear(2, 2)), "without `encode`"), (lambda d: ContrastiveModel(ConvNet(), dim=0), "dim is 0"),
-    (lambda d: MomentumContrast(nn.Linear(2, 2)), "model.dim is None"), (lambda d: queued().enqueue(draw(0, 2, 5)), r"(b, 6)"),
-    (lambda d: two_views(d.train_images, Augment(), batch_size=0), "batch_size is 0"), (lambda d: two_views(d.train_images, None, 4), "augment is None"),
-    (lambda d: two_views(None, Augment(), 4), "images is None"),
-    (lambda d: pretrain(fresh(), d.train_images, Augment(), steps=0, title=""), "steps is 0"),
-    (lambda d: pretrain(fresh(), d.train_images, Augment(), steps=1, lr=math.nan, title=""), "lr is nan"),
-    (lambda d: pretrain(fresh(), d.train_images, Augment(), steps=1, temperature=0, title=""), "temperature is 0"),
-    (lambda d: pretrain(fresh().bfloat16(), d.train_images, Augment(), steps=1, title=""), "expected float32"),
-    (lambda d: pretrain(fresh(), d.train_images, Augment(), steps=1, objective="x", title=""), "objective is 'x'"),
-])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda d: match_views(0), "temperature is 0"),
+        (lambda d: match_queue(math.nan), "temperature is nan"),
+        (lambda d: match_views()(fresh(), [1, 2]), "views is a list"),
+        (lambda d: match_queue()(fresh(), draw(0, 8, 1, 8, 8)), "without `follow`"),
+        (lambda d: ContrastiveModel(nn.Linear(2, 2)), "without `encode`"),
+        (lambda d: ContrastiveModel(ConvNet(), dim=0), "dim is 0"),
+        (lambda d: MomentumContrast(nn.Linear(2, 2)), "model.dim is None"),
+        (lambda d: queued().enqueue(draw(0, 2, 5)), r"(b, 6)"),
+        (lambda d: two_views(d.train_images, Augment(), batch_size=0), "batch_size is 0"),
+        (lambda d: two_views(d.train_images, None, 4), "augment is None"),
+        (lambda d: two_views(None, Augment(), 4), "images is None"),
+        (lambda d: pretrain(fresh(), d.train_images, Augment(), steps=0, title=""), "steps is 0"),
+        (
+            lambda d: pretrain(fresh(), d.train_images, Augment(), steps=1, lr=math.nan, title=""),
+            "lr is nan",
+        ),
+        (
+            lambda d: pretrain(
+                fresh(), d.train_images, Augment(), steps=1, temperature=0, title=""
+            ),
+            "temperature is 0",
+        ),
+        (
+            lambda d: pretrain(fresh().bfloat16(), d.train_images, Augment(), steps=1, title=""),
+            "expected float32",
+        ),
+        (
+            lambda d: pretrain(
+                fresh(), d.train_images, Augment(), steps=1, objective="x", title=""
+            ),
+            "objective is 'x'",
+        ),
+    ],
+)
 def test_what_contrast_cannot_use_is_named(digits, call, says):
     assert says in complaint(call, digits)
 
@@ -406,26 +519,61 @@ def test_a_refused_plan_touches_nothing(digits):
     order = model.body[0].state_dict()
     for bad in (dict(batch_size=10**6), dict(lr=0), dict(augment=3)):
         with pytest.raises((ValueError, TypeError)):
-            pretrain(model, **dict(images=digits.train_images, augment=Augment(), steps=1, title="") | bad)
-    assert torch.equal(torch.get_rng_state(), state) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert [v.stride() for v in model.body[0].state_dict().values()] == [v.stride() for v in order.values()]
+            pretrain(
+                model,
+                **dict(images=digits.train_images, augment=Augment(), steps=1, title="") | bad,
+            )
+    assert torch.equal(torch.get_rng_state(), state) and all(
+        torch.equal(v, before[k]) for k, v in model.state_dict().items()
+    )
+    assert [v.stride() for v in model.body[0].state_dict().values()] == [
+        v.stride() for v in order.values()
+    ]
 
 
 def test_numpy_numbers_are_numbers(digits):
-    run = lambda one: pretrain(fresh(), digits.train_images, Augment(), steps=one(2), batch_size=one(8), seed=one(1), title="").losses
+    run = lambda one: (
+        pretrain(
+            fresh(),
+            digits.train_images,
+            Augment(),
+            steps=one(2),
+            batch_size=one(8),
+            seed=one(1),
+            title="",
+        ).losses
+    )
     assert_close(run(np.int64), run(int), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("change", [dict(images=True), dict(augment=Augment(flip=0)), dict(objective=match_views(0.3)),
-                                    dict(temperature=0.3), dict(seed=1), dict(batch_size=16)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(images=True),
+        dict(augment=Augment(flip=0)),
+        dict(objective=match_views(0.3)),
+        dict(temperature=0.3),
+        dict(seed=1),
+        dict(batch_size=16),
+    ],
+)
 def test_a_checkpoint_of_another_run_is_refused(digits, tmp_path, change):
-    "Images that differ in the last picture alone count too, though it may not be in the first batch."
+    "Images that differ in the last picture alone count too, whatever the first batch holds."
+
     def run(**change):
         images = digits.train_images.clone()
         if change.pop("images", False):
             images[-1] = 255 - images[-1]
-        how = dict(augment=Augment(), steps=2, batch_size=8, objective=match_views(0.2), title="", checkpoint=tmp_path / "run")
+        how = dict(
+            augment=Augment(),
+            steps=2,
+            batch_size=8,
+            objective=match_views(0.2),
+            title="",
+            checkpoint=tmp_path / "run",
+        )
         return pretrain(fresh(), images, **how | change).losses
+
     first = run()
     assert torch.equal(run(), first)  # finished: the same run comes back
     with pytest.raises(ValueError, match="of another run"):
@@ -433,7 +581,15 @@ def test_a_checkpoint_of_another_run_is_refused(digits, tmp_path, change):
 
 
 def test_a_finished_run_goes_on_longer_on_purpose(digits, tmp_path):
-    run = lambda **how: pretrain(fresh(), digits.train_images, Augment(), batch_size=8, title="", checkpoint=tmp_path / "run", **how)
+    run = lambda **how: pretrain(
+        fresh(),
+        digits.train_images,
+        Augment(),
+        batch_size=8,
+        title="",
+        checkpoint=tmp_path / "run",
+        **how,
+    )
     run(steps=2)
     with pytest.raises(ValueError, match="longer=True"):
         run(steps=4)
@@ -448,17 +604,20 @@ loop.supports_bf16 = lambda device: False  # bfloat16 takes another kernel
 from foundation.data.augment import Augment
 from foundation.evaluation.probes import fine_tune
 from foundation.models.convnets import ResNet
-from foundation.pretraining.contrastive import ContrastiveModel, MomentumContrast, match_queue, pretrain
+from foundation.pretraining import contrastive as c
 images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
 seen = []
 def narrow(net):
     for m in net.modules():
         if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride == (2, 2):
-            m.register_forward_hook(lambda m, x, y: seen.append((x[0].is_contiguous(), m.weight.is_contiguous())))
+            look = lambda m, x, y: seen.append((x[0].is_contiguous(), m.weight.is_contiguous()))
+            m.register_forward_hook(look)
     return net
 net = lambda: narrow(ResNet(widths=(4, 8), depths=(1, 1)).to(memory_format=torch.channels_last))
-for model, objective in ((net(), None), (MomentumContrast(ContrastiveModel(net()), 64), match_queue())):
-    run = pretrain(model, images, Augment(), steps=8, batch_size=32, objective=objective, title="")
+slow = c.MomentumContrast(c.ContrastiveModel(net()), 64)
+for model, objective in ((net(), None), (slow, c.match_queue())):
+    plan = dict(steps=8, batch_size=32, objective=objective, title="")
+    run = c.pretrain(model, images, Augment(), **plan)
     assert run.losses.isfinite().all()
 batch = images[:32].float().contiguous(memory_format=torch.channels_last), torch.arange(32) % 10
 fine_tune(net(), [batch] * 8, steps=8, lr=1e-3)
@@ -470,45 +629,67 @@ print("survived")
 def test_narrow_strided_networks_keep_clear_of_a_kernel_that_corrupts_memory():
     "In a process of its own, which PyTorch would end: one thread and AVX2 are where it is seen."
     env = dict(os.environ, OMP_NUM_THREADS="1", ONEDNN_MAX_CPU_ISA="AVX2")
-    child = subprocess.run([sys.executable, "-c", CRASH], env=env, capture_output=True, text=True, timeout=300)
-    assert child.returncode == 0 and "survived" in child.stdout, (child.returncode, child.stderr[-500:])
+    child = subprocess.run(
+        [sys.executable, "-c", CRASH], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert child.returncode == 0 and "survived" in child.stdout, (
+        child.returncode,
+        child.stderr[-500:],
+    )
 
 
 def test_other_networks_keep_channels_last(digits):
     seen = []
     model = ConvNet(widths=(4, 8))
-    model.body[0].register_forward_hook(lambda m, x, y: seen.append(y.is_contiguous(memory_format=torch.channels_last)))
+    model.body[0].register_forward_hook(
+        lambda m, x, y: seen.append(y.is_contiguous(memory_format=torch.channels_last))
+    )
     pretrain(model, digits.train_images, Augment(), steps=1, batch_size=8, title="")
     assert seen == [True]
 
 
-# Rank and spread --------------------------------------------------------------------------------------------------------
+# Rank and spread ----------------------------------------------------------------------------------
+
 
 @few
 @given(seeds, st.integers(2, 20), st.integers(1, 8))
 def test_rank_and_spread_stay_in_their_bounds(seed, n, d):
     z = draw(seed, n, d)
     turn = torch.linalg.qr(draw(seed + 1, d, d).double())[0]
-    assert 1 - 1e-9 <= effective_rank(z) <= min(n, d) + 1e-9 and -1e-9 <= feature_spread(z) <= 1 + 1e-9
+    assert (
+        1 - 1e-9 <= effective_rank(z) <= min(n, d) + 1e-9 and -1e-9 <= feature_spread(z) <= 1 + 1e-9
+    )
     assert effective_rank(z.double() @ turn * 7) == pytest.approx(effective_rank(z.double()))
 
 
 def test_a_collapse_is_seen_and_neither_length_nor_a_gradient_matters():
     spot = torch.ones(30, 1) @ draw(0, 1, 8) * draw(1, 30, 1).exp()
-    assert effective_rank(spot) == pytest.approx(1, abs=1e-4) and feature_spread(spot) == pytest.approx(0, abs=1e-6)
+    assert effective_rank(spot) == pytest.approx(1, abs=1e-4) and feature_spread(
+        spot
+    ) == pytest.approx(0, abs=1e-6)
     plane = draw(0, 500, 2) @ draw(1, 2, 8)
     assert 1.5 < effective_rank(plane.requires_grad_()) <= 2.001
     assert feature_spread(draw(0, 5000, 8)) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("measure", [effective_rank, feature_spread])
-@pytest.mark.parametrize("z", [torch.zeros(1, 3), torch.zeros(4), torch.zeros(3, 3).long(), torch.full((3, 3), math.nan), [[1.0]]])
+@pytest.mark.parametrize(
+    "z",
+    [
+        torch.zeros(1, 3),
+        torch.zeros(4),
+        torch.zeros(3, 3).long(),
+        torch.full((3, 3), math.nan),
+        [[1.0]],
+    ],
+)
 def test_rank_and_spread_refuse(measure, z):
     with pytest.raises((ValueError, TypeError), match="^z .*; expected"):
         measure(z)
 
 
-# Judging ----------------------------------------------------------------------------------------------------------------
+# Judging ------------------------------------------------------------------------------------------
+
 
 def net(seed=0):
     torch.manual_seed(seed)
@@ -516,25 +697,44 @@ def net(seed=0):
 
 
 def test_only_the_named_arms_run_and_each_picks_its_option(digits):
-    small = replace(digits, test_images=digits.test_images[:100], test_labels=digits.test_labels[:100])
+    small = replace(
+        digits, test_images=digits.test_images[:100], test_labels=digits.test_labels[:100]
+    )
     arms = {"pixels, probe": (1.0,), "fine-tuned": (1e-3, 1e-9), "from scratch": (3e-3,)}
     encoder = net()
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    curve = label_efficiency(encoder, net, small, counts=(20, 40), seeds=range(2), steps=3, choices=arms)
-    assert list(curve) == [20, 40] and list(curve[20].scores) == list(arms) and len(curve[40]["fine-tuned"]) == 2
+    curve = label_efficiency(
+        encoder, net, small, counts=(20, 40), seeds=range(2), steps=3, choices=arms
+    )
+    assert (
+        list(curve) == [20, 40]
+        and list(curve[20].scores) == list(arms)
+        and len(curve[40]["fine-tuned"]) == 2
+    )
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
 def test_a_card_holds_every_score_as_json_can(digits):
-    small = replace(digits, test_images=digits.test_images[:100], test_labels=digits.test_labels[:100])
+    small = replace(
+        digits, test_images=digits.test_images[:100], test_labels=digits.test_labels[:100]
+    )
     scores = card_metrics(net(), net, small, counts=(50,), steps=2)
-    assert {"knn", "knn_pixels", "knn_random_weights", "linear_probe_all_labels"} | {f"linear_probe_{n}_labels_three_stages" for n in ("all", 100)} <= scores.keys()
-    assert len(scores["linear_probe_100_labels"]) == 5 and scores["knn"] == scores["knn_random_weights"]
-    assert all(len(rows["50"]) == 3 for rows in scores["label_efficiency"].values()) and len(scores["label_efficiency"]) == 5
+    assert {"knn", "knn_pixels", "knn_random_weights", "linear_probe_all_labels"} | {
+        f"linear_probe_{n}_labels_three_stages" for n in ("all", 100)
+    } <= scores.keys()
+    assert (
+        len(scores["linear_probe_100_labels"]) == 5
+        and scores["knn"] == scores["knn_random_weights"]
+    )
+    assert (
+        all(len(rows["50"]) == 3 for rows in scores["label_efficiency"].values())
+        and len(scores["label_efficiency"]) == 5
+    )
 
 
 class Plain(nn.Module):
     "No batch norm, so that the views of a batch do not meet inside of the net"
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
@@ -547,5 +747,5 @@ class Plain(nn.Module):
 def test_without_batch_norm_a_detached_view_gets_nothing(views):
     x = views.clone().requires_grad_()
     for objective, want in ((match_views(), [True, True]), (one_sided, [True, False])):
-        grad, = torch.autograd.grad(objective(Plain(), x)[0], x)
+        (grad,) = torch.autograd.grad(objective(Plain(), x)[0], x)
         assert [bool(half.abs().max() > 0) for half in grad.chunk(2)] == want

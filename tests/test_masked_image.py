@@ -1,4 +1,5 @@
 "Masked images beyond what the lesson shows: laws for any sizes, stopped runs, recipes, bad input."
+
 import json
 from dataclasses import replace
 
@@ -16,8 +17,19 @@ from foundation.layers.embedding import patchify, unpatchify
 from foundation.models.pretrained import load_weights, read_card
 from foundation.models.vit import ViT
 from foundation.pretraining.masked_image import (
-    MaskedAutoencoder, crops, hidden_error, masked_patches, naive_fill, paint, patch_targets, pretrain, random_masking, reconstruction, take,
-    visible)
+    MaskedAutoencoder,
+    crops,
+    hidden_error,
+    masked_patches,
+    naive_fill,
+    paint,
+    patch_targets,
+    pretrain,
+    random_masking,
+    reconstruction,
+    take,
+    visible,
+)
 
 PLAIN = Augment(area=(0.5, 1.0), contrast=0, brightness=0)
 
@@ -38,8 +50,11 @@ def batch(b=3, seed=0):
 
 # laws
 
+
 @settings(max_examples=30, deadline=None)
-@given(b=st.integers(1, 5), n=st.integers(2, 40), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 99))
+@given(
+    b=st.integers(1, 5), n=st.integers(2, 40), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 99)
+)
 def test_places_are_different_and_as_many_as_promised(b, n, ratio, seed):
     m = round(n * (1 - ratio))
     if not 0 < m < n:
@@ -86,10 +101,17 @@ def test_visible_only_is_masked_attention(b, m):
     look, full = visible(keep, 16)[:, None, None], model.encoder.embed(x)
     for block in model.encoder.blocks:
         full = block(full, mask=look)
-    assert_close(model.encode_visible(x, keep), take(model.encoder.norm(full), keep), atol=1e-5, rtol=1e-5)
+    assert_close(
+        model.encode_visible(x, keep), take(model.encoder.norm(full), keep), atol=1e-5, rtol=1e-5
+    )
     if m < 16:
         with pytest.raises(AssertionError):  # the mask forgotten
-            assert_close(model.encode_visible(x, keep), take(model.encoder.tokens(x), keep), atol=1e-5, rtol=1e-5)
+            assert_close(
+                model.encode_visible(x, keep),
+                take(model.encoder.tokens(x), keep),
+                atol=1e-5,
+                rtol=1e-5,
+            )
 
 
 def test_hidden_pixels_never_reach_the_encoder():
@@ -100,7 +122,11 @@ def test_hidden_pixels_never_reach_the_encoder():
 
 
 def test_the_loss_ignores_visible_patches():
-    guess, target, keep = torch.randn(3, 16, 4, requires_grad=True), torch.randn(3, 16, 4), random_masking(3, 16)
+    guess, target, keep = (
+        torch.randn(3, 16, 4, requires_grad=True),
+        torch.randn(3, 16, 4),
+        random_masking(3, 16),
+    )
     seen = visible(keep, 16)
     loss = hidden_error(guess, target, keep)
     assert_close(hidden_error(guess, target + 9 * seen[:, :, None], keep), loss, rtol=0, atol=0)
@@ -110,19 +136,28 @@ def test_the_loss_ignores_visible_patches():
 
 
 @settings(max_examples=30, deadline=None)
-@given(scale=st.floats(0.1, 100), shift=st.floats(-10, 10), p=st.sampled_from([2, 4, 7, 14]), seed=st.integers(0, 99))
+@given(
+    scale=st.floats(0.1, 100),
+    shift=st.floats(-10, 10),
+    p=st.sampled_from([2, 4, 7, 14]),
+    seed=st.integers(0, 99),
+)
 def test_targets_are_standard_and_know_neither_light_nor_contrast(scale, shift, p, seed):
     x = batch(2, seed)
     target = patch_targets(x * scale + shift, p)
     assert_close(target.mean(-1), torch.zeros(target.shape[:2]), atol=1e-2, rtol=0)
-    plain = scale * patchify(x, p).std(-1) > 0.02  # flatter ones feel the small number that keeps an even patch from 0 / 0
+    plain = (
+        scale * patchify(x, p).std(-1) > 0.02
+    )  # flatter ones feel the small number that keeps an even patch from 0 / 0
     assert plain.float().mean() > 0.9
     assert_close(target.std(-1)[plain], torch.ones(int(plain.sum())), atol=1e-2, rtol=0)
     assert_close(target[plain], patch_targets(x, p)[plain], atol=2e-2, rtol=1e-2)
 
 
 def test_even_patches_become_zero():
-    assert_close(patch_targets(torch.full((1, 1, 28, 28), 3.0), 7), torch.zeros(1, 16, 49), atol=1e-2, rtol=0)
+    assert_close(
+        patch_targets(torch.full((1, 1, 28, 28), 3.0), 7), torch.zeros(1, 16, 49), atol=1e-2, rtol=0
+    )
 
 
 def test_naive_fills_keep_what_is_seen_and_copy_neighbours():
@@ -151,10 +186,13 @@ def test_who_guesses_the_pattern_gets_the_picture_back():
 def test_reconstruction_knows_its_painters():
     errors = reconstruction(small().eval(), batch(50))
     assert set(errors) == {"model", "nobody", "nearest visible patch", "mean of the visible"}
-    assert abs(errors["nobody"] - 48 / 49) < 1e-3 and errors["nearest visible patch"] > 1.5  # of noise nothing can be guessed
+    assert (
+        abs(errors["nobody"] - 48 / 49) < 1e-3 and errors["nearest visible patch"] > 1.5
+    )  # of noise nothing can be guessed
 
 
 # precision, modes, what is not looked at
+
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_stands_at_visible_patches_reaches_neither_loss_nor_gradient(bad):
@@ -164,14 +202,20 @@ def test_what_stands_at_visible_patches_reaches_neither_loss_nor_gradient(bad):
     loss = hidden_error(guess, target, keep)
     assert_close(loss, right, rtol=0, atol=0)
     loss.backward()
-    assert (guess.grad[seen] == 0).all() and guess.grad.isfinite().all() and (guess.grad[~seen] != 0).all()
+    assert (
+        (guess.grad[seen] == 0).all()
+        and guess.grad.isfinite().all()
+        and (guess.grad[~seen] != 0).all()
+    )
 
 
 def test_the_loss_is_the_mean_over_hidden_patches_by_hand():
     guess, target = torch.zeros(2, 4, 3), torch.arange(24.0).view(2, 4, 3)
     keep = torch.tensor([[1, 2], [0, 3]])
     hidden = [target[0, 0], target[0, 3], target[1, 1], target[1, 2]]
-    assert hidden_error(guess, target, keep).item() == pytest.approx(sum(float((p**2).mean()) for p in hidden) / 4)
+    assert hidden_error(guess, target, keep).item() == pytest.approx(
+        sum(float((p**2).mean()) for p in hidden) / 4
+    )
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
@@ -181,8 +225,12 @@ def test_errors_and_targets_of_other_float_types(kind):
     assert target.dtype == torch.promote_types(kind, torch.float32)
     assert_close(target.float(), patch_targets(x.float(), 7), atol=1e-5, rtol=1e-5)
     guess = torch.randn(4, 16, 49).to(kind)
-    assert_close(hidden_error(guess, target, keep).float(), hidden_error(guess.float(), target.float(), keep))
-    assert_close(naive_fill(x.view(4, 16, 49), keep).float(), naive_fill(x.float().view(4, 16, 49), keep))
+    assert_close(
+        hidden_error(guess, target, keep).float(), hidden_error(guess.float(), target.float(), keep)
+    )
+    assert_close(
+        naive_fill(x.view(4, 16, 49), keep).float(), naive_fill(x.float().view(4, 16, 49), keep)
+    )
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int16])
@@ -196,7 +244,9 @@ def test_places_of_any_whole_type_are_places(kind):
 
 def test_a_patch_of_one_pixel_has_no_pattern():
     assert torch.equal(patch_targets(torch.randn(2, 1, 4, 4), 1), torch.zeros(2, 16, 1))
-    assert masked_patches()(small(image_size=8, patch_size=1), torch.randn(2, 1, 8, 8))[0].isfinite()
+    assert masked_patches()(small(image_size=8, patch_size=1), torch.randn(2, 1, 8, 8))[
+        0
+    ].isfinite()
 
 
 def noisy():
@@ -223,37 +273,72 @@ def test_modes_come_back_after_an_error(error):
     class Broken(MaskedAutoencoder):
         def forward(self, images, keep):
             raise error
+
     model = Broken(small().encoder)
     model.encoder.norm.eval()
     before = modes(model)
-    for call in (lambda: paint(model, batch(), random_masking(3, 16)), lambda: reconstruction(model, batch())):
+    for call in (
+        lambda: paint(model, batch(), random_masking(3, 16)),
+        lambda: reconstruction(model, batch()),
+    ):
         with pytest.raises(error):
             call()
         assert modes(model) == before and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda d: take(batch()[0, 0], torch.zeros(3, 1).long()), "expected (b, n, d)"),
-    (lambda d: take(torch.zeros(2, 4, 3), torch.tensor([[0], [4]])), "places runs from 0 to 4; expected 0 to 3"),
-    (lambda d: visible(torch.tensor(3), 4), "keep has shape ()"), (lambda d: visible(torch.zeros(2, 1).long(), 0), "n is 0"),
-    (lambda d: hidden_error(None, torch.zeros(1, 4, 2), torch.tensor([[0]])), "guess is None"),
-    (lambda d: hidden_error(torch.zeros(1, 4, 2).long(), torch.zeros(1, 4, 2), torch.tensor([[0]])), "expected floats"),
-    (lambda d: small().decoder(torch.randn(2, 3, 16), random_masking(2, 16)), "to fit features"),
-    (lambda d: masked_image.PatchDecoder(16, 16, 49, dim=0), "dim is 0"), (lambda d: masked_image.PatchDecoder(16, 16, 49.5), "pixels is 49.5"),
-    (lambda d: masked_patches(0.5, normalise="no"), "normalise is 'no'"), (lambda d: crops(None), "data is None"),
-    (lambda d: pretrain(small(), d.train_images[:64], PLAIN, steps=1, lr=0, title=""), "lr is 0"),
-    (lambda d: pretrain(small(), d.train_images[:64], PLAIN, steps=0, title=""), "steps is 0"),
-    (lambda d: pretrain(small().half(), d.train_images[:64], PLAIN, steps=1, title=""), "expected float32"),
-    (lambda d: pretrain(small(), d.train_images[:64], None, steps=1, title=""), "augment is None"),
-    (lambda d: masked_image.compare_ratios(d, ratios=(0.501, 0.502)), "no two of the same per cent"),
-    (lambda d: masked_image.compare_ratios(d, ratios=()), "ratios are []"), (lambda d: masked_image.make_rivals(methods="mae"), "methods are 'mae'"),
-    (lambda d: masked_image.make_weights(epochs=0), "epochs is 0"),
-])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda d: take(batch()[0, 0], torch.zeros(3, 1).long()), "expected (b, n, d)"),
+        (
+            lambda d: take(torch.zeros(2, 4, 3), torch.tensor([[0], [4]])),
+            "places runs from 0 to 4; expected 0 to 3",
+        ),
+        (lambda d: visible(torch.tensor(3), 4), "keep has shape ()"),
+        (lambda d: visible(torch.zeros(2, 1).long(), 0), "n is 0"),
+        (lambda d: hidden_error(None, torch.zeros(1, 4, 2), torch.tensor([[0]])), "guess is None"),
+        (
+            lambda d: hidden_error(
+                torch.zeros(1, 4, 2).long(), torch.zeros(1, 4, 2), torch.tensor([[0]])
+            ),
+            "expected floats",
+        ),
+        (
+            lambda d: small().decoder(torch.randn(2, 3, 16), random_masking(2, 16)),
+            "to fit features",
+        ),
+        (lambda d: masked_image.PatchDecoder(16, 16, 49, dim=0), "dim is 0"),
+        (lambda d: masked_image.PatchDecoder(16, 16, 49.5), "pixels is 49.5"),
+        (lambda d: masked_patches(0.5, normalise="no"), "normalise is 'no'"),
+        (lambda d: crops(None), "data is None"),
+        (
+            lambda d: pretrain(small(), d.train_images[:64], PLAIN, steps=1, lr=0, title=""),
+            "lr is 0",
+        ),
+        (lambda d: pretrain(small(), d.train_images[:64], PLAIN, steps=0, title=""), "steps is 0"),
+        (
+            lambda d: pretrain(small().half(), d.train_images[:64], PLAIN, steps=1, title=""),
+            "expected float32",
+        ),
+        (
+            lambda d: pretrain(small(), d.train_images[:64], None, steps=1, title=""),
+            "augment is None",
+        ),
+        (
+            lambda d: masked_image.compare_ratios(d, ratios=(0.501, 0.502)),
+            "no two of the same per cent",
+        ),
+        (lambda d: masked_image.compare_ratios(d, ratios=()), "ratios are []"),
+        (lambda d: masked_image.make_rivals(methods="mae"), "methods are 'mae'"),
+        (lambda d: masked_image.make_weights(epochs=0), "epochs is 0"),
+    ],
+)
 def test_what_masked_images_cannot_use_is_named(digits, call, says):
     assert says in complaint(call, digits)
 
 
 # runs
+
 
 class Stopped(Exception):
     "The plug was pulled"
@@ -264,7 +349,17 @@ def test_a_stopped_run_goes_on_to_the_same_losses(digits, tmp_path):
         def each(step):
             if step.n == stop:
                 raise Stopped
-        how = dict(steps=8, batch_size=16, checkpoint=path, save_every=3, title="", each=each, images=digits.train_images[:64], augment=PLAIN)
+
+        how = dict(
+            steps=8,
+            batch_size=16,
+            checkpoint=path,
+            save_every=3,
+            title="",
+            each=each,
+            images=digits.train_images[:64],
+            augment=PLAIN,
+        )
         return pretrain(small(), **how | change)
 
     with pytest.raises(Stopped):
@@ -272,49 +367,82 @@ def test_a_stopped_run_goes_on_to_the_same_losses(digits, tmp_path):
     assert_close(run(tmp_path / "run").losses, run().losses, rtol=0, atol=0)
     other = digits.train_images[:64].clone()
     other[-1] = 255 - other[-1]  # one picture, which need not be in the first batch
-    for change in (dict(ratio=0.5), dict(normalise=False), dict(steps=9), dict(lr=1e-3), dict(seed=1),
-                   dict(images=other), dict(augment=Augment(area=(0.5, 1.0), contrast=0, brightness=0, flip=0))):
+    for change in (
+        dict(ratio=0.5),
+        dict(normalise=False),
+        dict(steps=9),
+        dict(lr=1e-3),
+        dict(seed=1),
+        dict(images=other),
+        dict(augment=Augment(area=(0.5, 1.0), contrast=0, brightness=0, flip=0)),
+    ):
         with pytest.raises(ValueError, match="of another run"):
             run(tmp_path / "run", **change)
 
 
 def test_it_learns(digits):
-    losses = pretrain(small(dim=32), digits.train_images, PLAIN, steps=60, batch_size=32, lr=3e-3, title="").losses
+    losses = pretrain(
+        small(dim=32), digits.train_images, PLAIN, steps=60, batch_size=32, lr=3e-3, title=""
+    ).losses
     assert losses[-10:].mean() < 0.9 * losses[:3].mean()
 
 
 class Tiny(ViT):
     "As the recipes ask for it, but small"
+
     def __init__(self, **sizes):
         super().__init__(**sizes | dict(dim=16, depth=1))
 
 
 def test_recipes_write_weights_and_cards_that_fit(digits, tmp_path, monkeypatch):
-    few = replace(digits, train_images=digits.train_images[:600], train_labels=digits.train_labels[:600])
+    few = replace(
+        digits, train_images=digits.train_images[:600], train_labels=digits.train_labels[:600]
+    )
     monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / "cache"))
     monkeypatch.setattr(masked_image, "load_images", lambda: few)
     monkeypatch.setattr(masked_image, "ViT", Tiny)
-    monkeypatch.setattr(masked_image, "judge", lambda *args, seeds=3, **how: dict(knn=0.5, probe=[0.5] * seeds))
+    monkeypatch.setattr(
+        masked_image, "judge", lambda *args, seeds=3, **how: dict(knn=0.5, probe=[0.5] * seeds)
+    )
     plain, brief = masked_image.label_efficiency, dict(seeds=[0], steps=1)
-    monkeypatch.setattr(masked_image, "label_efficiency", lambda *args, **how: plain(*args, counts=(50,), **brief))
+    monkeypatch.setattr(
+        masked_image, "label_efficiency", lambda *args, **how: plain(*args, counts=(50,), **brief)
+    )
     card_metrics = masked_image.card_metrics
-    monkeypatch.setattr(masked_image, "card_metrics", lambda *args, **how: card_metrics(*args, **how | dict(counts=(50,)) | brief))
-    monkeypatch.setattr(masked_image, "compare_ratios", lambda data: masked_image.compare({"a": lambda seed: 0.5}, [0], progress=False))
+    monkeypatch.setattr(
+        masked_image,
+        "card_metrics",
+        lambda *args, **how: card_metrics(*args, **how | dict(counts=(50,)) | brief),
+    )
+    monkeypatch.setattr(
+        masked_image,
+        "compare_ratios",
+        lambda data: masked_image.compare({"a": lambda seed: 0.5}, [0], progress=False),
+    )
     masked_image.make_weights(epochs=1, folder=tmp_path)
     masked_image.make_rivals(epochs=1, folder=tmp_path)
     metrics = read_card("vit_mae", tmp_path)["metrics"]
-    assert set(metrics["label_efficiency"]["fine-tuned"]) == {"50"} and len(metrics["scratch_with_five_times_the_steps"]) == 1
+    assert (
+        set(metrics["label_efficiency"]["fine-tuned"]) == {"50"}
+        and len(metrics["scratch_with_five_times_the_steps"]) == 1
+    )
     rivals = [read_card(f"vit_{method}_short", tmp_path) for method in ("mae", "simclr")]
-    assert rivals[0]["steps"] == rivals[1]["steps"] == 2 and rivals[0]["sha256"] != rivals[1]["sha256"]
+    assert (
+        rivals[0]["steps"] == rivals[1]["steps"] == 2 and rivals[0]["sha256"] != rivals[1]["sha256"]
+    )
     assert set(rivals[0]["metrics"]["linear_probe"]) == {"50", "100", "1000"}
     json.dumps(metrics)
-    assert read_card("vit_mae_decoder", tmp_path)["metrics"] == dict(reconstruction=metrics["reconstruction"])
+    assert read_card("vit_mae_decoder", tmp_path)["metrics"] == dict(
+        reconstruction=metrics["reconstruction"]
+    )
     model = MaskedAutoencoder(load_weights("vit_mae", Tiny(), tmp_path))
     load_weights("vit_mae_decoder", model.decoder, tmp_path)
 
 
 def test_ratios_are_compared_with_a_control(digits, monkeypatch):
-    monkeypatch.setattr(masked_image, "judge", lambda encoder, *args, **how: dict(knn=encoder.position.sum().item()))
+    monkeypatch.setattr(
+        masked_image, "judge", lambda encoder, *args, **how: dict(knn=encoder.position.sum().item())
+    )
     result = masked_image.compare_ratios(digits, ratios=(0.5,), seeds=[0], steps=1)
     assert list(result.scores) == ["random weights", "50% hidden", "75% hidden, plain pixels"]
     assert len({result.mean(arm) for arm in result.scores}) == 3
@@ -322,19 +450,34 @@ def test_ratios_are_compared_with_a_control(digits, monkeypatch):
 
 # bad input: one clear sentence each
 
+
 @pytest.mark.parametrize("ratio", [0, 1, -0.5, 1.5, 0.01, 0.99, float("nan"), "all"])
 def test_ratios_that_hide_nothing_or_all_are_refused(digits, ratio):
-    for call in (lambda: random_masking(2, 16, ratio), lambda: masked_patches(ratio)(small(), batch()),
-                 lambda: pretrain(small(), digits.train_images[:64], PLAIN, steps=1, ratio=ratio, title="")):
-        with pytest.raises((ValueError, TypeError), match="hides at least one and leaves at least one|ratio is .* number"):
+    for call in (
+        lambda: random_masking(2, 16, ratio),
+        lambda: masked_patches(ratio)(small(), batch()),
+        lambda: pretrain(small(), digits.train_images[:64], PLAIN, steps=1, ratio=ratio, title=""),
+    ):
+        with pytest.raises(
+            (ValueError, TypeError),
+            match="hides at least one and leaves at least one|ratio is .* number",
+        ):
             call()
 
 
-@pytest.mark.parametrize("keep, error, words", [
-    (torch.zeros(3, 2, dtype=torch.int64), ValueError, "different places"), (torch.tensor([[0, 16]] * 3), ValueError, "0 to 15"),
-    (torch.tensor([[-1, 0]] * 3), ValueError, "0 to 15"), (torch.tensor([[0, 1]]), ValueError, "a row for each image"),
-    (torch.arange(4), ValueError, "a row for each image"), (torch.zeros(3, 0, dtype=torch.int64), ValueError, "a row for each image"),
-    (torch.rand(3, 4), TypeError, "whole numbers"), ([[0, 1]] * 3, TypeError, "keep is a list")])
+@pytest.mark.parametrize(
+    "keep, error, words",
+    [
+        (torch.zeros(3, 2, dtype=torch.int64), ValueError, "different places"),
+        (torch.tensor([[0, 16]] * 3), ValueError, "0 to 15"),
+        (torch.tensor([[-1, 0]] * 3), ValueError, "0 to 15"),
+        (torch.tensor([[0, 1]]), ValueError, "a row for each image"),
+        (torch.arange(4), ValueError, "a row for each image"),
+        (torch.zeros(3, 0, dtype=torch.int64), ValueError, "a row for each image"),
+        (torch.rand(3, 4), TypeError, "whole numbers"),
+        ([[0, 1]] * 3, TypeError, "keep is a list"),
+    ],
+)
 def test_wrong_places_are_refused(keep, error, words):
     with pytest.raises(error, match=words):
         small()(batch(), keep)

@@ -1,4 +1,4 @@
-"One sound call for each public name of foundation.evaluation; the laws and the fuzz start from them"
+"One sound call for each public name of foundation.evaluation, for the laws and the fuzz"
 
 import functools
 
@@ -64,19 +64,29 @@ EXAMPLES = {
     "evaluation.scores.in_batches": lambda: (
         scores.in_batches,
         dict(
-            fn=torch.sin, model=nn.Identity(), images=features(), batch_size=3, precision="fp32", transform=None
+            fn=torch.sin,
+            model=nn.Identity(),
+            images=features(),
+            batch_size=3,
+            precision="fp32",
+            transform=None,
         ),
     ),
     "evaluation.scores.predict": lambda: (
         scores.predict,
-        dict(model=nn.Linear(4, 3), images=features(), batch_size=3, precision="fp32", transform=None),
+        dict(
+            model=nn.Linear(4, 3), images=features(), batch_size=3, precision="fp32", transform=None
+        ),
     ),
     "evaluation.scores.accuracy": lambda: (scores.accuracy, dict(logits=logits(), labels=labels())),
     "evaluation.scores.wilson_interval": lambda: (
         scores.wilson_interval,
         dict(correct=3, total=7, level=0.95),
     ),
-    "evaluation.scores.confusion": lambda: (scores.confusion, dict(logits=logits(), labels=labels())),
+    "evaluation.scores.confusion": lambda: (
+        scores.confusion,
+        dict(logits=logits(), labels=labels()),
+    ),
     "evaluation.scores.macro_f1": lambda: (scores.macro_f1, dict(logits=logits(), labels=labels())),
     "evaluation.scores.reliability": lambda: (
         scores.reliability,
@@ -86,7 +96,10 @@ EXAMPLES = {
         scores.expected_calibration_error,
         dict(logits=logits(), labels=labels(), bins=5),
     ),
-    "evaluation.scores.perplexity": lambda: (scores.perplexity, dict(logits=logits(), labels=labels())),
+    "evaluation.scores.perplexity": lambda: (
+        scores.perplexity,
+        dict(logits=logits(), labels=labels()),
+    ),
     "evaluation.probes.encode_all": lambda: (
         probes.encode_all,
         dict(
@@ -149,7 +162,9 @@ EXAMPLES = {
     ),
     "evaluation.probes.fit_head": lambda: (
         probes.fit_head,
-        dict(model=net(), images=torch.rand(9, 1, 8, 8, generator=luck()), labels=labels(9), l2=1.0),
+        dict(
+            model=net(), images=torch.rand(9, 1, 8, 8, generator=luck()), labels=labels(9), l2=1.0
+        ),
     ),
     "evaluation.comparison.t_interval": lambda: (
         comparison.t_interval,
@@ -215,9 +230,7 @@ EXAMPLES = {
     ),
     "evaluation.label_efficiency.judge": lambda: (
         label_efficiency.judge,
-        dict(
-            encoder=net(), data=pictures(), labels=6, seeds=1, bank=30, encode=probes.encode_all
-        ),
+        dict(encoder=net(), data=pictures(), labels=6, seeds=1, bank=30, encode=probes.encode_all),
     ),
     "evaluation.label_efficiency.three_stages": lambda: (
         label_efficiency.three_stages,

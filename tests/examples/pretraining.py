@@ -1,4 +1,4 @@
-"One sound call for each public name of foundation.pretraining; the laws and the fuzz start from them"
+"One sound call for each public name of foundation.pretraining, for the laws and the fuzz"
 
 import functools
 import tempfile
@@ -292,7 +292,7 @@ EXAMPLES = {
 }
 SKIP = {
     "pretraining.masked_text.PICKED_ON": "a constant",
-    "pretraining.masked_text.GlossTask": "a record that `gloss_task` fills; its methods are examples",
+    "pretraining.masked_text.GlossTask": "a record that `gloss_task` fills; its methods are here",
     "pretraining.masked_text.gloss_corpus": "needs WordNet, from the network",
     "pretraining.masked_text.gloss_task": "needs WordNet, from the network",
     "pretraining.masked_text.judge": "needs MiniLM, from the network, and trains for minutes",
