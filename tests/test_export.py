@@ -22,7 +22,9 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
         self.inner = nn.Conv2d(8, 8, 3, 1, 1)
         self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 10))
 
@@ -76,7 +78,9 @@ def test_export_leaves_modes_and_gradients_as_they_were(model, images, tmp_path)
 @pytest.mark.parametrize("bits,gap,smaller", [(8, 0.02, 1.2), (4, 0.3, 1.2)])
 def test_integer_weights_stay_close_and_unfold(graph, images, expected, tmp_path, bits, gap, smaller):
     path = quantize_onnx_weights(graph, tmp_path / "w.onnx", bits)
-    torch.testing.assert_close(OnnxModel(path)(images), expected, rtol=0, atol=gap * expected.abs().max().item())
+    torch.testing.assert_close(
+        OnnxModel(path)(images), expected, rtol=0, atol=gap * expected.abs().max().item()
+    )
     with pytest.raises(AssertionError):
         torch.testing.assert_close(OnnxModel(path)(images), expected, rtol=0, atol=1e-6)
 
@@ -84,7 +88,9 @@ def test_integer_weights_stay_close_and_unfold(graph, images, expected, tmp_path
 def test_integer_weights_equal_our_own_quantiser(images, tmp_path):
     from foundation.compression.quantization import quantize_weights
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 7, 5), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 24 * 24, 9)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(1, 7, 5), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 24 * 24, 9)
+    ).eval()
     path = export_onnx(net, images[:1], tmp_path / "a.onnx")
     for bits in (8, 4):
         ours = quantize_weights(net, bits)[0]
@@ -104,7 +110,10 @@ def test_static_int8_is_close(graph, images, expected, tmp_path, method, capfd):
 
 def test_int8_products_are_in_the_graph(graph, images, tmp_path):
     import onnx
-    nodes = {node.op_type for node in onnx.load(quantize_onnx(graph, tmp_path / "q.onnx", images)).graph.node}
+    nodes = {
+        node.op_type
+        for node in onnx.load(quantize_onnx(graph, tmp_path / "q.onnx", images)).graph.node
+    }
     assert {"QuantizeLinear", "DequantizeLinear"} <= nodes
 
 
@@ -134,9 +143,22 @@ def test_a_graph_that_disagrees_is_refused_with_its_gap(images, tmp_path):
 
 def test_latency_is_positive_and_threads_come_back(model, graph, images):
     threads = torch.get_num_threads()
-    both = compare_latency({"torch": model, "onnx": OnnxModel(graph)}, images[:1], (1, 8), rounds=2, calls=(3, 2), threads=1)
-    assert all(v > 0 for row in both.values() for v in row.values()) and set(both) == {"torch", "onnx"}
-    assert set(measure_latency(model, images[:1], batch_sizes=(1, 4), rounds=1)) == {"latency_ms", "images_per_second"}
+    both = compare_latency(
+        {"torch": model, "onnx": OnnxModel(graph)},
+        images[:1],
+        (1, 8),
+        rounds=2,
+        calls=(3, 2),
+        threads=1,
+    )
+    assert all(v > 0 for row in both.values() for v in row.values()) and set(both) == {
+        "torch",
+        "onnx",
+    }
+    assert set(measure_latency(model, images[:1], batch_sizes=(1, 4), rounds=1)) == {
+        "latency_ms",
+        "images_per_second",
+    }
     assert torch.get_num_threads() == threads and model.training
 
 
@@ -197,7 +219,9 @@ READS = {
     "written into a buffer": lambda m, x: x * 2 if torch.zeros_like(x).copy_(x).sum() > 0 else x,
 }
 SIZES = {
-    "a check of the shape": lambda m, x: m.layer(x) if x.shape[1] == 4 and x.ndim == 2 and len(x) > 0 else None,
+    "a check of the shape": lambda m, x: (
+        m.layer(x) if x.shape[1] == 4 and x.ndim == 2 and len(x) > 0 else None
+    ),
     "a number of columns": lambda m, x: sum(x[:, i] for i in range(x.shape[1])),
     "a type": lambda m, x: x.to(torch.float32) if x.dtype != torch.float32 else m.layer(x),
     "where": lambda m, x: torch.where(x.sum(1, keepdim=True) > 0, 2 * x, x),
@@ -214,7 +238,12 @@ def test_what_is_read_from_data_is_not_baked_in(tmp_path, name, dynamic):
     with pytest.raises(ValueError, match=r"reads values of its input \(test_export.py, line \d+\)") as caught:
         export_onnx(model, torch.ones(2, 4), tmp_path / "a.onnx", dynamic)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
-    assert not model._forward_hooks and not model._forward_pre_hooks and model.training and model.layer.weight.requires_grad
+    assert (
+        not model._forward_hooks
+        and not model._forward_pre_hooks
+        and model.training
+        and model.layer.weight.requires_grad
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -254,7 +283,9 @@ def test_large_outputs_may_differ_by_their_rounding(tmp_path):
     torch.testing.assert_close(run(x), model(x).detach(), rtol=1e-5, atol=1)
     Hidden.calls = 0
     with pytest.raises(ValueError, match="differs"):
-        export_onnx(Does(lambda m, x: x + float(Hidden.first())), torch.ones(2, 4), tmp_path / "b.onnx")
+        export_onnx(
+            Does(lambda m, x: x + float(Hidden.first())), torch.ones(2, 4), tmp_path / "b.onnx"
+        )
 
 
 def test_values_that_a_model_does_not_take_are_left_out(tmp_path):
@@ -270,7 +301,11 @@ def test_values_that_a_model_does_not_take_are_left_out(tmp_path):
 
 def test_outputs_that_are_not_finite_agree_with_themselves(tmp_path):
     model = Does(lambda m, x: torch.log(x))  # NaN below 0 and -inf at 0
-    assert OnnxModel(export_onnx(model, torch.ones(2, 4), tmp_path / "a.onnx"))(torch.zeros(1, 4)).isinf().all()
+    assert (
+        OnnxModel(export_onnx(model, torch.ones(2, 4), tmp_path / "a.onnx"))(torch.zeros(1, 4))
+        .isinf()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("make, words", [
@@ -311,11 +346,16 @@ def test_several_inputs_are_handed_over_together(tmp_path):
             self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 2)
 
         def forward(self, tokens, mask):
-            return self.head((self.words(tokens) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
+            return self.head(
+                (self.words(tokens) * mask[..., None]).sum(1)
+                / mask.sum(1, keepdim=True).clamp(min=1)
+            )
 
     model, tokens, mask = Masked().eval(), torch.randint(0, 20, (4, 5)), torch.rand(4, 5) > 0.3
     run = OnnxModel(export_onnx(model, (tokens[:2], mask[:2]), tmp_path / "a.onnx"))
-    torch.testing.assert_close(run(tokens, mask), model(tokens, mask).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        run(tokens, mask), model(tokens, mask).detach(), rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(ValueError, match="input_1"):
         run(tokens)
     with pytest.raises(TypeError, match="expects bool"):
@@ -340,7 +380,9 @@ def test_graphs_in_other_float_types_take_what_they_were_made_for(tmp_path, dtyp
 def test_small_weights_in_half_precision_keep_their_scale(tmp_path):
     model = nn.Sequential(nn.Linear(8, 4, bias=False)).half()
     model[0].weight.data = torch.randn(4, 8, generator=torch.manual_seed(0)).half() * 1e-3
-    path = quantize_onnx_weights(export_onnx(model, torch.ones(2, 8).half(), tmp_path / "a.onnx"), tmp_path / "b.onnx")
+    path = quantize_onnx_weights(
+        export_onnx(model, torch.ones(2, 8).half(), tmp_path / "a.onnx"), tmp_path / "b.onnx"
+    )
     x = 100 * torch.randn(3, 8, generator=torch.manual_seed(1)).half()
     torch.testing.assert_close(OnnxModel(path)(x), model(x).detach(), rtol=0.05, atol=0.01)
 
@@ -391,12 +433,22 @@ def test_integers_in_the_graph_are_ours_and_four_bits_fill_half_the_bytes(graph,
         names = [name[:-2] for name in found if name.endswith(":q")]
         assert len(names) == 3, "every convolution and linear layer"
         for name in names:
-            want = quantize_tensor(torch.tensor(onnx.numpy_helper.to_array(floats[name])), bits, axis=0)
+            want = quantize_tensor(
+                torch.tensor(onnx.numpy_helper.to_array(floats[name])), bits, axis=0
+            )
             raw = np.frombuffer(found[name + ":q"].raw_data, np.uint8)
-            marks = raw.view(np.int8) if bits == 8 else np.stack([raw & 15, raw >> 4], 1).reshape(-1)[:want.values.numel()].astype(np.int16)
+            marks = (
+                raw.view(np.int8)
+                if bits == 8
+                else np.stack([raw & 15, raw >> 4], 1)
+                .reshape(-1)[: want.values.numel()]
+                .astype(np.int16)
+            )
             marks = marks if bits == 8 else np.where(marks > 7, marks - 16, marks)
             assert (marks == want.values.numpy().reshape(-1)).all()
-            assert np.array_equal(onnx.numpy_helper.to_array(found[name + ":s"]).reshape(-1), want.scale.numpy())
+            assert np.array_equal(
+                onnx.numpy_helper.to_array(found[name + ":s"]).reshape(-1), want.scale.numpy()
+            )
 
 
 def ends_of_the_input(path):
@@ -404,7 +456,9 @@ def ends_of_the_input(path):
     import onnx
     graph = onnx.load(path).graph
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
-    node = next(n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == graph.input[0].name)
+    node = next(
+        n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == graph.input[0].name
+    )
     scale, zero = constants[node.input[1]], constants[node.input[2]].astype(float)
     return float(scale * (0 - zero)), float(scale * (255 - zero))
 
@@ -415,15 +469,27 @@ def test_rulers_come_from_all_of_the_calibration_and_from_nothing_else(graph, im
     assert abs(low - images.min()) <= step and abs(high - images.max()) <= step
     late = images.clone()
     late[-1, 0, 0, 0] = 60.0  # in the last and smallest batch
-    assert ends_of_the_input(quantize_onnx(graph, tmp_path / "q.onnx", late, batch_size=50))[1] == pytest.approx(60, abs=0.4)
-    assert ends_of_the_input(quantize_onnx(graph, tmp_path / "q.onnx", late, method="percentile"))[1] < 59.9, "the outlier is cut off"
+    assert ends_of_the_input(quantize_onnx(graph, tmp_path / "q.onnx", late, batch_size=50))[
+        1
+    ] == pytest.approx(60, abs=0.4)
+    assert (
+        ends_of_the_input(quantize_onnx(graph, tmp_path / "q.onnx", late, method="percentile"))[1]
+        < 59.9
+    ), "the outlier is cut off"
 
 
 def test_each_output_channel_has_a_ruler_or_all_have_one(graph, images, tmp_path):
     import onnx
     def scales(path):
-        return {t.name: onnx.numpy_helper.to_array(t).size for t in onnx.load(path).graph.initializer if t.name.endswith("_scale")}
-    many, one = (scales(quantize_onnx(graph, tmp_path / "q.onnx", images, per_channel=kind)) for kind in (True, False))
+        return {
+            t.name: onnx.numpy_helper.to_array(t).size
+            for t in onnx.load(path).graph.initializer
+            if t.name.endswith("_scale")
+        }
+    many, one = (
+        scales(quantize_onnx(graph, tmp_path / "q.onnx", images, per_channel=kind))
+        for kind in (True, False)
+    )
     assert {8, 10} <= set(many.values()) and set(one.values()) == {1}
 
 
@@ -461,12 +527,20 @@ def test_the_clock_sees_sleep_takes_turns_and_divides_by_the_batch():
             return x
         return predict
 
-    times = compare_latency({"a": sleeper("a", 0.001), "b": sleeper("b", 0.003)}, torch.zeros(1, 2), (2, 7), rounds=2, calls=(2, 1))
+    times = compare_latency(
+        {"a": sleeper("a", 0.001), "b": sleeper("b", 0.003)},
+        torch.zeros(1, 2),
+        (2, 7),
+        rounds=2,
+        calls=(2, 1),
+    )
     assert 2 <= times["a"]["latency_ms"] < 5 < times["b"]["latency_ms"] < 20
     assert 400 < times["a"]["images_per_second"] <= 1000 and times["b"]["images_per_second"] <= 334
     turns = [name for i, (name, _) in enumerate(order) if i == 0 or order[i - 1][0] != name]
     assert turns == ["a", "b", "a", "b"] and {size for _, size in order} == {2, 7}
-    assert order.count(("a", 2)) == 2 * (5 + 2) and order.count(("a", 7)) == 1 + 2, "warm-ups, then timed calls"
+    assert order.count(("a", 2)) == 2 * (5 + 2) and order.count(("a", 7)) == 1 + 2, (
+        "warm-ups, then timed calls"
+    )
 
 
 def test_a_failing_candidate_leaves_threads_and_modes_as_they_were(images):
@@ -474,7 +548,14 @@ def test_a_failing_candidate_leaves_threads_and_modes_as_they_were(images):
     def fails(x):
         raise RuntimeError("no")
     with pytest.raises(ValueError, match="fails fails on a tensor of float32"):
-        compare_latency({"net": net, "fails": fails}, images[:1], (1, 2), rounds=1, calls=(1, 1), threads=3 - threads)
+        compare_latency(
+            {"net": net, "fails": fails},
+            images[:1],
+            (1, 2),
+            rounds=1,
+            calls=(1, 1),
+            threads=3 - threads,
+        )
     assert torch.get_num_threads() == threads and net.training and net.stem.training
 
 

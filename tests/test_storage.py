@@ -16,8 +16,25 @@ from torch import nn
 from foundation.compression.pruning import apply_masks, layer_weights, magnitude_masks
 from foundation.compression.quantization import fold_batch_norm, quantize_weights
 from foundation.compression.storage import (
-    SharedWeight, code_lengths, code_words, codebook, compress, decode, encode, fair_masks, huffman_decode, huffman_encode, load_model,
-    pack, prune_gradually, save_model, settle_weights, share_weights, train_on, unpack)
+    SharedWeight,
+    code_lengths,
+    code_words,
+    codebook,
+    compress,
+    decode,
+    encode,
+    fair_masks,
+    huffman_decode,
+    huffman_encode,
+    load_model,
+    pack,
+    prune_gradually,
+    save_model,
+    settle_weights,
+    share_weights,
+    train_on,
+    unpack,
+)
 from foundation.core.checks import complaint
 from foundation.data.images import ImageSet
 from foundation.models.convnets import VGG, ConvNet
@@ -25,14 +42,26 @@ from foundation.models.pretrained import WEIGHTS, BadWeights, load_weights, read
 from foundation.training.checkpoint import BadCheckpoint
 from foundation.training.loop import Step, adamw
 
-FORMATS = [("fp32", "fp16"), ("fp16", "fp16"), *((f"int{b}", "fp16") for b in range(2, 9)), ("code2", "fp16"), ("code5", "fp16"),
-           *(("sparse", v) for v in ("fp32", "fp16", "int8", "int4", "code4"))]
+FORMATS = [
+    ("fp32", "fp16"),
+    ("fp16", "fp16"),
+    *((f"int{b}", "fp16") for b in range(2, 9)),
+    ("code2", "fp16"),
+    ("code5", "fp16"),
+    *(("sparse", v) for v in ("fp32", "fp16", "int8", "int4", "code4")),
+]
 
 
 def make_net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 12, 3), nn.Flatten(),
-                         nn.Linear(12 * 4 * 4, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 12, 3),
+        nn.Flatten(),
+        nn.Linear(12 * 4 * 4, 10),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -41,7 +70,9 @@ def test_pack_round_trips_in_the_fewest_bytes(bits, count, seed):
     torch.manual_seed(seed)
     values = torch.randint(0, 2**bits, (count,), dtype=torch.uint8)
     packed = pack(values, bits)
-    assert packed.numel() == -(-count * bits // 8) and torch.equal(unpack(packed, bits, count), values)
+    assert packed.numel() == -(-count * bits // 8) and torch.equal(
+        unpack(packed, bits, count), values
+    )
 
 
 @pytest.mark.parametrize("compress", [False, "zlib", "huffman"])
@@ -70,15 +101,24 @@ def test_sizes_are_in_the_order_that_the_formats_promise(tmp_path):
     torch.manual_seed(0)
     net = nn.Linear(500, 400)
     apply_masks(net, magnitude_masks(net, 0.9))
-    size = {f: save_model(net, tmp_path / f, f).stat().st_size for f in ("fp32", "fp16", "int8", "int4", "int2", "sparse")}
-    assert size["fp32"] > size["fp16"] > size["int8"] > size["int4"] > size["sparse"] and size["int4"] > size["int2"]
+    size = {
+        f: save_model(net, tmp_path / f, f).stat().st_size
+        for f in ("fp32", "fp16", "int8", "int4", "int2", "sparse")
+    }
+    assert (
+        size["fp32"] > size["fp16"] > size["int8"] > size["int4"] > size["sparse"]
+        and size["int4"] > size["int2"]
+    )
     zipped = save_model(net, tmp_path / "z", "sparse", compress=True).stat().st_size
     assert zipped < size["sparse"] and size["int4"] < 200_000 * 0.5 * 1.2 + 2000
 
 
 def test_a_mask_that_does_not_pay_is_left_out(tmp_path):
     net = make_net()
-    assert save_model(net, tmp_path / "a", "sparse").stat().st_size <= save_model(net, tmp_path / "b", "fp16").stat().st_size + 9
+    assert (
+        save_model(net, tmp_path / "a", "sparse").stat().st_size
+        <= save_model(net, tmp_path / "b", "fp16").stat().st_size + 9
+    )
 
 
 def test_plain_safetensors_files_are_read_too(tmp_path):
@@ -119,7 +159,9 @@ def test_no_flipped_bit_passes_in_silence(tmp_path_factory, place, bit):
         wrong = load_model(path)
     except ValueError:
         return
-    assert all(torch.equal(wrong[name], x) for name, x in right.items()), "damage changed the weights without a word"
+    assert all(torch.equal(wrong[name], x) for name, x in right.items()), (
+        "damage changed the weights without a word"
+    )
 
 
 @pytest.mark.parametrize("call", [
@@ -158,11 +200,22 @@ def test_huffman_is_within_a_bit_of_the_entropy_and_no_word_begins_another(count
 
 def test_no_code_is_shorter_in_total():
     counts = torch.tensor([40, 30, 20, 6, 4])
-    best = min((a, b, c, d, e) for a in range(1, 5) for b in range(1, 5) for c in range(1, 5) for d in range(1, 5) for e in range(1, 5)
-               if 2.0**-a + 2.0**-b + 2.0**-c + 2.0**-d + 2.0**-e <= 1
-               and 40 * a + 30 * b + 20 * c + 6 * d + 4 * e == int((code_lengths(counts) * counts).sum()))
+    best = min(
+        (a, b, c, d, e)
+        for a in range(1, 5)
+        for b in range(1, 5)
+        for c in range(1, 5)
+        for d in range(1, 5)
+        for e in range(1, 5)
+        if 2.0**-a + 2.0**-b + 2.0**-c + 2.0**-d + 2.0**-e <= 1
+        and 40 * a + 30 * b + 20 * c + 6 * d + 4 * e == int((code_lengths(counts) * counts).sum())
+    )
     total = lambda lengths: sum(x * y for x, y in zip(lengths, counts.tolist()))
-    every = (l for l in __import__("itertools").product(range(1, 5), repeat=5) if sum(2.0**-x for x in l) <= 1)
+    every = (
+        l
+        for l in __import__("itertools").product(range(1, 5), repeat=5)
+        if sum(2.0**-x for x in l) <= 1
+    )
     assert min(map(total, every)) == total(best)
 
 
@@ -188,7 +241,9 @@ def test_a_codebook_gives_the_nearest_centre_and_beats_even_marks():
     nearest = (x.flatten()[:, None] - centres).abs().argmin(1).view_as(x)
     assert torch.equal(index.long(), nearest) and (centres.diff() >= 0).all()
     even = torch.linspace(float(x.min()), float(x.max()), 8)
-    assert (centres[index.long()] - x).square().mean() < (even[:, None, None] - x).square().amin(0).mean() * 0.7
+    assert (centres[index.long()] - x).square().mean() < (even[:, None, None] - x).square().amin(
+        0
+    ).mean() * 0.7
 
 
 def test_few_different_values_are_kept_exactly():
@@ -201,9 +256,14 @@ def test_huffman_gains_on_integers_and_gaps(tmp_path):
     net = nn.Linear(400, 300)
     nn.init.normal_(net.weight)
     apply_masks(net, magnitude_masks(net, 0.9))
-    size = {c: save_model(net, tmp_path / "a", "sparse", "code4", compress=c).stat().st_size for c in (False, "zlib", "huffman")}
+    size = {
+        c: save_model(net, tmp_path / "a", "sparse", "code4", compress=c).stat().st_size
+        for c in (False, "zlib", "huffman")
+    }
     assert size["huffman"] < size["zlib"] < size[False]
-    bits = -(0.1 * math.log2(0.1) + 0.9 * math.log2(0.9)) * 120_000 / 8  # the least for the places alone
+    bits = (
+        -(0.1 * math.log2(0.1) + 0.9 * math.log2(0.9)) * 120_000 / 8
+    )  # the least for the places alone
     assert size["huffman"] > bits and size["huffman"] < bits + 12_000 * 0.5 + 2500
 
 
@@ -211,7 +271,9 @@ def test_swapped_nibbles_are_caught():
     values = torch.randint(0, 16, (51,), generator=torch.manual_seed(0))
     packed = pack(values, 4)
     swapped = (packed >> 4) | (packed << 4)
-    assert torch.equal(unpack(packed, 4, 51), values.byte()) and not torch.equal(unpack(swapped, 4, 51), values.byte())
+    assert torch.equal(unpack(packed, 4, 51), values.byte()) and not torch.equal(
+        unpack(swapped, 4, 51), values.byte()
+    )
 
 
 @pytest.mark.parametrize("cut", [0, 3, 6, 12, -1])
@@ -239,12 +301,18 @@ def test_sharing_rounds_to_the_nearest_centre_and_settling_undoes_only_the_form(
     net = apply_masks(make_net(), magnitude_masks(make_net(), 0.6))
     before = {name: w.clone() for name, w in net.state_dict().items()}
     settled = settle_weights(share_weights(net, 8))
-    assert all(torch.equal(before[name], w) for name, w in net.state_dict().items()), "the original is left alone"
+    assert all(torch.equal(before[name], w) for name, w in net.state_dict().items()), (
+        "the original is left alone"
+    )
     assert set(settled.state_dict()) == set(before)
     for name, w in layer_weights(settled).items():
         used = before[name] != 0
         centres, index = codebook(before[name][used], 8)
-        assert torch.equal(w[used], centres[index.long()]) and not w[~used].any() and len(w[used].unique()) <= 8
+        assert (
+            torch.equal(w[used], centres[index.long()])
+            and not w[~used].any()
+            and len(w[used].unique()) <= 8
+        )
 
 
 def test_a_centres_gradient_is_the_sum_over_its_weights():
@@ -254,7 +322,9 @@ def test_a_centres_gradient_is_the_sum_over_its_weights():
     for layer in (0, 3, 5):
         places = shared[layer].parametrizations.weight[0].places
         by_hand = torch.stack([plain[layer].weight.grad[places == k].sum() for k in range(1, 5)])
-        torch.testing.assert_close(shared[layer].parametrizations.weight.original.grad, by_hand, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            shared[layer].parametrizations.weight.original.grad, by_hand, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_zeros_and_sharing_outlive_momentum_and_decay_and_the_file(tmp_path):
@@ -268,7 +338,9 @@ def test_zeros_and_sharing_outlive_momentum_and_decay_and_the_file(tmp_path):
     settled = settle_weights(shared)
     state = load_model(save_model(settled, tmp_path / "a", "sparse", "code2", compress="huffman"))
     for name, w in layer_weights(settled).items():
-        assert not w[net.get_parameter(name) == 0].any() and not torch.equal(w, net.get_parameter(name))
+        assert not w[net.get_parameter(name) == 0].any() and not torch.equal(
+            w, net.get_parameter(name)
+        )
         assert torch.equal(state[name], w.half().float()), "what was trained is what is stored"
 
 
@@ -276,26 +348,48 @@ def tiny_set():
     torch.manual_seed(0)
     labels = torch.arange(320) % 10
     pictures = (torch.rand(320, 1, 28, 28) * 60 + labels.view(-1, 1, 1, 1) * 19).byte()
-    return ImageSet(name="tiny", train_images=pictures, train_labels=labels, test_images=pictures[:50], test_labels=labels[:50],
-                    classes=tuple("0123456789"), mean=0.5, std=0.3, source="noise")
+    return ImageSet(
+        name="tiny",
+        train_images=pictures,
+        train_labels=labels,
+        test_images=pictures[:50],
+        test_labels=labels[:50],
+        classes=tuple("0123456789"),
+        mean=0.5,
+        std=0.3,
+        source="noise",
+    )
 
 
 def test_the_chain_gives_few_values_and_goes_on_where_it_was_stopped(tmp_path):
     data, dense, answers = tiny_set(), ConvNet(), torch.randn(320, 10)
     options = dict(zeros=0.7, size=4, steps=10, tune=3, checkpoint=str(tmp_path / "run"))
     once = compress(dense, data, answers, **options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-pruned.safetensors", "run-shared.safetensors"]
-    again, fresh = compress(dense, data, answers, **options), compress(dense, data, answers, **options | dict(checkpoint=""))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "run-pruned.safetensors",
+        "run-shared.safetensors",
+    ]
+    again, fresh = (
+        compress(dense, data, answers, **options),
+        compress(dense, data, answers, **options | dict(checkpoint="")),
+    )
     for name, w in layer_weights(once).items():
-        assert torch.equal(again.get_parameter(name), w) and torch.equal(fresh.get_parameter(name), w) and len(w.unique()) <= 5
+        assert (
+            torch.equal(again.get_parameter(name), w)
+            and torch.equal(fresh.get_parameter(name), w)
+            and len(w.unique()) <= 5
+        )
     weights = torch.cat([w.flatten() for w in layer_weights(once).values()])
     assert (weights == 0).float().mean() == pytest.approx(0.7, abs=0.01)
     others = [dict(zeros=0.6), dict(seed=1), dict(size=8), dict(steps=11)]
     for other in others:  # what came of another plan is not this plan's result
         with pytest.raises(BadCheckpoint, match="of another"):
             compress(dense, data, answers, **options | other)
-    wrong = [(ConvNet(), data, answers), (dense, dataclasses.replace(data, train_images=255 - data.train_images), answers),
-             (dense, data, answers + 1)]  # another network, other pictures, another teacher
+    wrong = [
+        (ConvNet(), data, answers),
+        (dense, dataclasses.replace(data, train_images=255 - data.train_images), answers),
+        (dense, data, answers + 1),
+    ]  # another network, other pictures, another teacher
     for model, images, teacher in wrong:
         with pytest.raises(BadCheckpoint, match="of another"):
             compress(model, images, teacher, **options)
@@ -306,21 +400,34 @@ def test_the_chain_gives_few_values_and_goes_on_where_it_was_stopped(tmp_path):
 
 def test_the_card_keeps_what_the_lessons_promise():
     card = read_card("vgg_compressed")["metrics"]
-    seeds = {arm: scores for arm, scores in card["accuracy"].items() if arm != "fp32"}  # the shipped net has no seeds
+    seeds = {
+        arm: scores for arm, scores in card["accuracy"].items() if arm != "fp32"
+    }  # the shipped net has no seeds
     mean = {arm: 100 * sum(scores) / len(scores) for arm, scores in seeds.items()}
     assert card["test_images"] == 10_000 and all(len(scores) == 3 for scores in seeds.values())
-    assert mean["fp32, trained on"] - mean["static int8"] <= 0.3 and mean["fp32, trained on"] - mean["4-bit weights"] <= 1
-    assert 30 * max(card["bytes"]["compressed"]) <= card["bytes"]["fp32"] and 100 * card["accuracy"]["fp32"] - mean["compressed"] < 0.5
+    assert (
+        mean["fp32, trained on"] - mean["static int8"] <= 0.3
+        and mean["fp32, trained on"] - mean["4-bit weights"] <= 1
+    )
+    assert (
+        30 * max(card["bytes"]["compressed"]) <= card["bytes"]["fp32"]
+        and 100 * card["accuracy"]["fp32"] - mean["compressed"] < 0.5
+    )
 
 
 def test_the_compressed_vgg_is_thirty_times_smaller_and_loads(tmp_path):
     card, path = read_card("vgg_compressed"), WEIGHTS / "vgg_compressed.bin"
     full = save_model(load_weights("vgg_supervised"), tmp_path / "a").stat().st_size
-    assert path.stat().st_size == card["metrics"]["bytes"]["compressed"][0] and full >= 30 * path.stat().st_size
+    assert (
+        path.stat().st_size == card["metrics"]["bytes"]["compressed"][0]
+        and full >= 30 * path.stat().st_size
+    )
     net = fold_batch_norm(VGG(**card["config"])).eval()
     net.load_state_dict(load_model(path))
     weights = torch.cat([w.flatten() for w in layer_weights(net).values()])
-    assert (weights == 0).float().mean() > 0.85 and len(next(iter(layer_weights(net).values())).unique()) <= 17
+    assert (weights == 0).float().mean() > 0.85 and len(
+        next(iter(layer_weights(net).values())).unique()
+    ) <= 17
 
 
 # The edges of numbers and files ---------------------------------------------------------------------------------------
@@ -332,15 +439,21 @@ def test_weights_of_any_size_come_back(tmp_path, size, format, share):
     w = (torch.rand(4, 64, generator=torch.manual_seed(0)) * 2 - 1) * size
     found = load_model(save_model({"w": w, "b": w[0]}, tmp_path / "a", format))
     assert ((found["w"].double() - w.double()).abs() <= share * size).all()
-    assert ((found["b"] - w[0]).abs() <= 0.004 * size).all(), "what is stored in half precision elsewhere fits too"
+    assert ((found["b"] - w[0]).abs() <= 0.004 * size).all(), (
+        "what is stored in half precision elsewhere fits too"
+    )
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e9])
 def test_a_format_that_cannot_hold_a_weight_says_so_by_name(tmp_path, size):
     for options in (dict(format="fp16"), dict(format="sparse")):
-        text = complaint(save_model, {"layer.weight": size * torch.randn(4, 4)}, tmp_path / "a", **options)
+        text = complaint(
+            save_model, {"layer.weight": size * torch.randn(4, 4)}, tmp_path / "a", **options
+        )
         assert "layer.weight" in text and "fp32" in text and "\n" not in text
-    assert "layer.weight" in complaint(save_model, {"layer.weight": torch.full((2, 2), math.nan)}, tmp_path / "a", "int8")
+    assert "layer.weight" in complaint(
+        save_model, {"layer.weight": torch.full((2, 2), math.nan)}, tmp_path / "a", "int8"
+    )
     assert not os.listdir(tmp_path)
 
 
@@ -351,7 +464,11 @@ def test_a_codebook_stays_within_its_values(values):
         assert "float32" in complaint(codebook, x, 2)
         return
     centres, index = codebook(x, 2)
-    assert centres.isfinite().all() and x.min() <= centres.min() and centres.max() <= x.max() * (1 + 1e-6)
+    assert (
+        centres.isfinite().all()
+        and x.min() <= centres.min()
+        and centres.max() <= x.max() * (1 + 1e-6)
+    )
     nearest = (x[:, None].float() / x.abs().max() - centres / x.abs().max()).abs().argmin(1)
     assert torch.equal(index.long(), nearest)
 
@@ -372,7 +489,9 @@ def test_models_of_every_float_type_are_saved(tmp_path, dtype, format):
     other = make_net().to(dtype)
     other.load_state_dict(state)
     x = torch.randn(2, 1, 8, 8).to(dtype)
-    assert (other.eval()(x) - net.eval()(x)).abs().max() < (0.5 if format == "code4" else 0.1) * net(x).abs().max()
+    assert (other.eval()(x) - net.eval()(x)).abs().max() < (
+        0.5 if format == "code4" else 0.1
+    ) * net(x).abs().max()
 
 
 @settings(max_examples=60, deadline=None)
@@ -385,7 +504,9 @@ def test_any_names_come_back(tmp_path_factory, names, format):
     state = load_model(path)
     assert set(state) == set(names)
     for name, w in model.items():
-        alone = load_model(save_model({"w": w}, path.with_name("b"), format, compress="huffman"))["w"]
+        alone = load_model(save_model({"w": w}, path.with_name("b"), format, compress="huffman"))[
+            "w"
+        ]
         assert torch.equal(state[name], alone)
 
 
@@ -416,27 +537,45 @@ def test_tied_weights_are_written_once_and_stand_under_both_names(tmp_path, form
     alone = save_model({"words.weight": tied.words.weight}, tmp_path / "b", format)
     assert path.stat().st_size < alone.stat().st_size + 100
     state = load_model(path)
-    assert set(state) == {"words.weight", "out.weight"} and torch.equal(state["out.weight"], state["words.weight"])
+    assert set(state) == {"words.weight", "out.weight"} and torch.equal(
+        state["out.weight"], state["words.weight"]
+    )
     other = Tied()
     other.load_state_dict(state)
-    assert other.out.weight is other.words.weight and torch.equal(other.out.weight, state["out.weight"])
+    assert other.out.weight is other.words.weight and torch.equal(
+        other.out.weight, state["out.weight"]
+    )
     views = {"whole": torch.randn(4, 4), "half": None, "turned": None}
     views |= dict(half=views["whole"][:2], turned=views["whole"].T)
     state = load_model(save_model(views, tmp_path / "c"))
-    assert all(torch.equal(state[name], x) for name, x in views.items()), "neighbours in memory are not ties"
+    assert all(torch.equal(state[name], x) for name, x in views.items()), (
+        "neighbours in memory are not ties"
+    )
 
 
 def test_odd_tensors_come_back(tmp_path):
-    odd = {"empty": torch.zeros(0, 4), "none": torch.zeros(3, 0), "flags": torch.tensor([[True, False]]), "n": torch.tensor(3),
-           "zeros": torch.zeros(4, 4), "one": torch.full((1, 1), -2.5), "same": torch.full((3, 3), 0.25), "sparse": torch.eye(3).to_sparse()}
+    odd = {
+        "empty": torch.zeros(0, 4),
+        "none": torch.zeros(3, 0),
+        "flags": torch.tensor([[True, False]]),
+        "n": torch.tensor(3),
+        "zeros": torch.zeros(4, 4),
+        "one": torch.full((1, 1), -2.5),
+        "same": torch.full((3, 3), 0.25),
+        "sparse": torch.eye(3).to_sparse(),
+    }
     for format in ("fp32", "fp16", "int8", "int2", "code4", "sparse"):
         for compress_by in (False, "zlib", "huffman"):
-            state = load_model(save_model(odd, tmp_path / "a", format, "code4", compress=compress_by))
+            state = load_model(
+                save_model(odd, tmp_path / "a", format, "code4", compress=compress_by)
+            )
             assert set(state) == set(odd)
             for name, x in odd.items():
                 x = x.to_dense() if x.is_sparse else x
                 assert state[name].shape == x.shape
-                torch.testing.assert_close(state[name], x, check_dtype=not x.is_floating_point(), rtol=0.01, atol=1e-6)
+                torch.testing.assert_close(
+                    state[name], x, check_dtype=not x.is_floating_point(), rtol=0.01, atol=1e-6
+                )
 
 
 def damages(raw, rng):
@@ -472,7 +611,9 @@ def test_damaged_files_are_refused_as_bad_weights(tmp_path, options):
             seen += 1
             assert "\n" not in str(error) and path.name in str(error)
             continue
-        assert found.keys() == right.keys() and all(torch.equal(found[k], x) and found[k].dtype == x.dtype for k, x in right.items())
+        assert found.keys() == right.keys() and all(
+            torch.equal(found[k], x) and found[k].dtype == x.dtype for k, x in right.items()
+        )
     assert seen > 120
 
 
@@ -539,9 +680,13 @@ def test_numbers_of_every_kind_are_packed_alike():
     want = pack(torch.tensor([3, 0, 2]), 2)
     for kind in (torch.uint8, torch.int8, torch.int16, torch.int32):
         assert torch.equal(pack(torch.tensor([3, 0, 2]).to(kind), np.int64(2)), want)
-    assert torch.equal(pack(np.array([3, 0, 2]), np.int8(2)), want) and torch.equal(unpack(want, torch.tensor(2), np.int16(3)), torch.tensor([3, 0, 2]))
+    assert torch.equal(pack(np.array([3, 0, 2]), np.int8(2)), want) and torch.equal(
+        unpack(want, torch.tensor(2), np.int16(3)), torch.tensor([3, 0, 2])
+    )
     assert pack(torch.tensor([True, False]), 1).tolist() == [128]
-    assert code_lengths(torch.tensor([200, 100, 50], dtype=torch.uint8)).tolist() == [1, 2, 2], "sums beyond the type"
+    assert code_lengths(torch.tensor([200, 100, 50], dtype=torch.uint8)).tolist() == [1, 2, 2], (
+        "sums beyond the type"
+    )
 
 
 # Shared, tied and computed weights ------------------------------------------------------------------------------------
@@ -556,17 +701,26 @@ def test_fair_masks_do_not_depend_on_a_layers_scale(size):
     assert all(torch.equal(mask, want[name]) for name, mask in fair_masks(net, 0.8).items())
     half = nn.Linear(40, 40).half()
     half.weight.data *= 1e-3
-    assert torch.equal(fair_masks(half, 0.5)["weight"], fair_masks(copy.deepcopy(half).float(), 0.5)["weight"])
+    assert torch.equal(
+        fair_masks(half, 0.5)["weight"], fair_masks(copy.deepcopy(half).float(), 0.5)["weight"]
+    )
 
 
 def test_fair_masks_are_those_of_the_formula():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
-    score = {(n, i): (w.flatten()[i] ** 2 / sum(v**2 for v in w.flatten() if abs(v) >= abs(w.flatten()[i]))).item()
-             for n, w in layer_weights(net).items() for i in range(w.numel())}
+    score = {
+        (n, i): (
+            w.flatten()[i] ** 2 / sum(v**2 for v in w.flatten() if abs(v) >= abs(w.flatten()[i]))
+        ).item()
+        for n, w in layer_weights(net).items()
+        for i in range(w.numel())
+    }
     dropped = sorted(score, key=score.get)[:round(0.6 * len(score))]
     masks = fair_masks(net, 0.6)
-    assert {(n, i) for n, m in masks.items() for i in range(m.numel()) if not m.flatten()[i]} == set(dropped)
+    assert {
+        (n, i) for n, m in masks.items() for i in range(m.numel()) if not m.flatten()[i]
+    } == set(dropped)
 
 
 def test_zeros_rise_on_schedule_and_are_held():
@@ -590,12 +744,19 @@ def test_tied_layers_share_one_codebook_and_are_tied_again():
     torch.manual_seed(0)
     tied, x = Tied(), torch.randint(0, 50, (4, 6))
     shared = share_weights(tied, 16)
-    assert shared.out.parametrizations.weight.original is shared.words.parametrizations.weight.original
-    assert torch.equal(shared.out.weight, shared.words.weight) and len(shared.out.weight.unique()) <= 17
+    assert (
+        shared.out.parametrizations.weight.original is shared.words.parametrizations.weight.original
+    )
+    assert (
+        torch.equal(shared.out.weight, shared.words.weight)
+        and len(shared.out.weight.unique()) <= 17
+    )
     shared(x).square().sum().backward()
     adamw(shared, 0.1).step()
     settled = settle_weights(copy.deepcopy(shared))
-    assert settled.out.weight is settled.words.weight and torch.equal(settled.out.weight, shared.out.weight)
+    assert settled.out.weight is settled.words.weight and torch.equal(
+        settled.out.weight, shared.out.weight
+    )
     torch.testing.assert_close(settled(x), shared(x))
     strange = Tied()
     strange.extra = strange.out.weight
@@ -609,7 +770,9 @@ def test_settling_a_copy_leaves_the_other_alone():
     torch.testing.assert_close(settle_weights(twin)(x), shared(x))
     assert isinstance(twin[0].weight, nn.Parameter) and len(shared[0].weight.unique()) <= 5
     strange = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    assert settle_weights(strange) is strange and hasattr(strange, "parametrizations"), "somebody else's stays"
+    assert settle_weights(strange) is strange and hasattr(strange, "parametrizations"), (
+        "somebody else's stays"
+    )
 
 
 def test_shared_weights_take_what_is_assigned():
@@ -633,7 +796,9 @@ def test_a_run_is_kept_and_its_data_belong_to_it(tmp_path):
     data, answers = tiny_set(), torch.randn(64, 10)
     def run(data=data, answers=answers, **options):
         torch.manual_seed(0)
-        return train_on(ConvNet(widths=(4,)), data, answers, 3, checkpoint=tmp_path / "c.safetensors", **options)
+        return train_on(
+            ConvNet(widths=(4,)), data, answers, 3, checkpoint=tmp_path / "c.safetensors", **options
+        )
     first = run()
     assert torch.equal(first.head.weight, run().head.weight) and not first.training
     with pytest.raises(BadCheckpoint, match="of another"):

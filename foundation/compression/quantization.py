@@ -29,8 +29,18 @@ from torch.utils._pytree import tree_leaves
 
 from .pruning import layer_weights
 from ..core import checks
-from ..core.checks import (
-    check_choice, check_floats, check_labels, check_like, check_number, check_whole, checked, got, may_look, precise)
+from foundation.core.checks import (
+    check_choice,
+    check_floats,
+    check_labels,
+    check_like,
+    check_number,
+    check_whole,
+    checked,
+    got,
+    may_look,
+    precise,
+)
 from ..evaluation.scores import evaluating
 from ..training.loop import Objective
 
@@ -52,7 +62,8 @@ def affine_map(
     bits: int = 8,
     symmetric: bool = True,
 ) -> tuple[Tensor, Tensor]:  # scale and zero point, both of the same shape, float32 and int32
-    "Scale and zero point of the ruler from `low` to `high`, zero among its marks. Raises `ValueError` for NaN or infinity."
+    """Scale and zero point of the ruler from `low` to `high`, zero among its marks. Raises
+    `ValueError` for NaN or infinity."""
     start, stop = integer_range(bits, symmetric)
     low, high = _check_ends(low, high)
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -61,12 +72,15 @@ def affine_map(
     else:  # the difference of two huge numbers may be infinite though each part of it is not
         scale = torch.where((high - low).isfinite(), (high - low) / stop, high / stop - low / stop)
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros still needs a ruler
-    zero_point = torch.zeros_like(scale) if symmetric else (start - low / scale).round().clamp(start, stop)
+    zero_point = (
+        torch.zeros_like(scale) if symmetric else (start - low / scale).round().clamp(start, stop)
+    )
     return scale, zero_point.int()
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #153cf034
 def _to_rows(x, axis, group):
-    "A matrix (rows, width) in which each row shares a ruler; a last short group is filled up with zeros"
+    """A matrix (rows, width) in which each row shares a ruler; a last short group is filled up with
+    zeros"""
     rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
     if not group:
         return rows
@@ -110,28 +124,41 @@ def _check_values(x, axis=None, group=None, name="x"):
     values = x.float()
     if not torch.isfinite(values).all():
         bad = values.numel() - int(values.isfinite().sum())
-        raise ValueError(f"{name} holds {bad:,} NaN or infinite values (in float32) among {values.numel():,}; "
-                         "no ruler reaches them")
+        raise ValueError(
+            f"{name} holds {bad:,} NaN or infinite values (in float32) among {values.numel():,}; "
+            "no ruler reaches them"
+        )
     return values
 
 
 def _check_ruler(scale, zero_point, rows, start, stop):
     "A ruler that was handed in, as two columns: one entry, or one for each row"
     scale = torch.as_tensor(scale, device=rows.device).float().reshape(-1, 1)
-    zero_point = torch.as_tensor(0 if zero_point is None else zero_point, device=rows.device).reshape(-1, 1)
+    zero_point = torch.as_tensor(
+        0 if zero_point is None else zero_point, device=rows.device
+    ).reshape(-1, 1)
     for name, x in (("scale", scale), ("zero_point", zero_point)):
         if len(x) not in (1, len(rows)):
-            raise ValueError(f"{name} has {len(x)} entries; expected one, or one for each of {len(rows)} rows")
+            raise ValueError(
+                f"{name} has {len(x)} entries; expected one, or one for each of {len(rows)} rows"
+            )
     if may_look(scale) and not (scale.isfinite() & (scale > 0)).all():
-        raise ValueError(f"scale runs from {float(scale.min())} to {float(scale.max())}; expected finite, above 0")
-    if may_look(scale) and not ((start <= zero_point) & (zero_point <= stop) & (zero_point == zero_point.round())).all():
-        raise ValueError(f"zero_point runs from {float(zero_point.min())} to {float(zero_point.max())}; "
-                         f"expected whole numbers from {start} to {stop}")
+        raise ValueError(
+            f"scale runs from {float(scale.min())} to {float(scale.max())}; "
+            "expected finite, above 0"
+        )
+    fits = (start <= zero_point) & (zero_point <= stop) & (zero_point == zero_point.round())
+    if may_look(scale) and not fits.all():
+        raise ValueError(
+            f"zero_point runs from {float(zero_point.min())} to {float(zero_point.max())}; "
+            f"expected whole numbers from {start} to {stop}"
+        )
     return scale, zero_point
 
 
 def _short_scale(scale, dtype, stop, symmetric, zeros):
-    "Scales in another type; upward where the nearest smaller one would cut off more than half a step"
+    """Scales in another type; upward where the nearest smaller one would cut off more than half a
+    step"""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"scale_dtype is {dtype}; expected a floating type such as torch.bfloat16")
     if dtype.itemsize > 2:
@@ -139,16 +166,21 @@ def _short_scale(scale, dtype, stop, symmetric, zeros):
     info = torch.finfo(dtype)
     scale = torch.where(zeros, scale.clamp(min=info.tiny), scale)  # any ruler will do
     short, room = scale.to(dtype), stop + 0.5 if symmetric else stop
-    short = torch.where(short.float() * room < scale * stop, (scale * (1 + info.eps)).to(dtype), short)
+    short = torch.where(
+        short.float() * room < scale * stop, (scale * (1 + info.eps)).to(dtype), short
+    )
     if not ((short.float() - scale).abs() <= 2 * info.eps * scale).all():
-        raise ValueError(f"scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} do not fit {dtype}; "
-                         "expected scale_dtype=torch.float32")
+        raise ValueError(
+            f"scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} do not fit {dtype}; "
+            "expected scale_dtype=torch.float32"
+        )
     return short
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #76886e38
 @dataclass(frozen=True)
 class Quantized:
-    "Integers with their rulers. `values` has the shape of the tensor; `scale` and `zero_point` hold one entry a row."
+    """Integers with their rulers. `values` has the shape of the tensor; `scale` and `zero_point`
+    hold one entry a row."""
     values: Tensor  # int8 if symmetric, uint8 if affine; the shape of the tensor
     scale: Tensor  # (rows,)
     zero_point: Tensor  # (rows,)
@@ -164,7 +196,8 @@ class Quantized:
 
 
 def _in_reach(x, dtype=torch.float32):
-    "The last mark may lie half a step beyond the largest number of a type: that number, not infinity"
+    """The last mark may lie half a step beyond the largest number of a type: that number, not
+    infinity"""
     most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return x.clamp(-most, most)
 
@@ -177,18 +210,25 @@ def quantize_tensor(
     axis: int | None = None,  # None: one ruler; 0: one for each output channel of a weight
     symmetric: bool = True,  # False: an affine ruler with a zero point
     group: int | None = None,  # with an axis: one ruler for every so many neighbours
-    scale_dtype: torch.dtype = torch.float32,  # scales are rounded to this type before they are used
+    scale_dtype: torch.dtype = torch.float32,  # scales are rounded to it before they are used
 ) -> Quantized:
-    "Round `x` to integers; equation (1). Raises `ValueError` for NaN, no values, a wrong axis, scales that do not fit."
+    """Round `x` to integers; equation (1). Raises `ValueError` for NaN, no values, a wrong axis,
+    scales that do not fit."""
     rows = _to_rows(_check_values(x, axis, group), axis, group)
     (start, stop), low = integer_range(bits, symmetric), rows.amin(1)
     scale, zero_point = affine_map(low, rows.amax(1), bits, symmetric)
     if scale_dtype != torch.float32:
         scale = _short_scale(scale, scale_dtype, stop, symmetric, zeros=~rows.any(1))
-        zero_point = zero_point if symmetric else (-low.clamp(max=0) / scale.float()).round().clamp(0, stop).int()
+        zero_point = (
+            zero_point
+            if symmetric
+            else (-low.clamp(max=0) / scale.float()).round().clamp(0, stop).int()
+        )
     marks = (rows * (1 / scale.float()[:, None])).round() + zero_point[:, None]
     values = _from_rows(marks.clamp(start, stop), x.shape, axis, group)
-    return Quantized(values.to(torch.int8 if symmetric else torch.uint8), scale, zero_point, bits, axis, group)
+    return Quantized(
+        values.to(torch.int8 if symmetric else torch.uint8), scale, zero_point, bits, axis, group
+    )
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #7e90fed1
 @checked
@@ -201,7 +241,9 @@ def value_range(
     flat = check_floats(x.detach(), "x", "(...)").flatten()
     if percentile == 100:
         ends = torch.stack(torch.aminmax(flat))
-        return _check_values(ends).unbind()  # NaN and infinity reach the ends: no need to look at all
+        return _check_values(
+            ends
+        ).unbind()  # NaN and infinity reach the ends: no need to look at all
     flat = _check_values(flat)
     drop = min(int((1 - percentile / 100) * flat.numel()), (flat.numel() - 1) // 2)
     return flat.kthvalue(1 + drop).values, flat.kthvalue(flat.numel() - drop).values
@@ -213,12 +255,16 @@ def calibrate(
     bits: int = 8,
     symmetric: bool = False,
     percentile: float = 100.0,  # as in `value_range`, over all batches together
-    method: str = "range",  # "range": the ends of `value_range`; "mse": the ends with the least squared error
+    method: str = "range",  # "range": ends of `value_range`; "mse": of least squared error
 ) -> tuple[Tensor, Tensor]:  # scale and zero point, both scalar
-    "Choose a ruler by looking at data. Raises `ValueError` when there is none, or for a method that is not known."
+    """Choose a ruler by looking at data. Raises `ValueError` when there is none, or for a method
+    that is not known."""
     check_choice(method, "method", ("range", "mse"))
     batches = [batches] if isinstance(batches, Tensor) else batches
-    seen = [check_floats(batch, f"batch {i}", "(...)").detach().flatten() for i, batch in enumerate(batches)]
+    seen = [
+        check_floats(batch, f"batch {i}", "(...)").detach().flatten()
+        for i, batch in enumerate(batches)
+    ]
     if not seen:
         raise ValueError("the calibration set is empty; expected at least one batch of activations")
     low, high = value_range(torch.cat(seen), percentile)
@@ -226,8 +272,13 @@ def calibrate(
         return affine_map(low, high, bits, symmetric)
     sample = torch.cat(seen).float()
     sample = sample[:: -(-len(sample) // 2**16)]  # 65,536 values tell as much as all
-    rulers = [affine_map(low * share, high * share, bits, symmetric) for share in torch.logspace(-2, 0, 80)]
-    unit = 2.0 ** math.frexp(float(sample.abs().max()))[1]  # a power of two changes no digit, and no square is infinite
+    rulers = [
+        affine_map(low * share, high * share, bits, symmetric)
+        for share in torch.logspace(-2, 0, 80)
+    ]
+    unit = (
+        2.0 ** math.frexp(float(sample.abs().max()))[1]
+    )  # a power of two changes no digit, and no square is infinite
     def loss(ruler):
         read = fake_quantize(sample, bits, symmetric=symmetric, scale=ruler[0], zero_point=ruler[1])
         return ((read - sample).double() / unit).float().square().sum()
@@ -241,18 +292,22 @@ def fake_quantize(
     axis: int | None = None,
     symmetric: bool = True,
     group: int | None = None,  # as in `quantize_tensor`
-    scale: float | Tensor | None = None,  # a ruler from `calibrate`, scalar or (rows,); None takes it from x
+    scale: float | Tensor | None = None,  # from `calibrate`, scalar or (rows,); None: from x
     zero_point: int | Tensor | None = None,
 ) -> Tensor:  # the shape and type of x
-    """Round to marks; within the ruler the gradient passes straight through (Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
+    """Round to marks; within the ruler the gradient passes straight through (Bengio et al. 2013,
+    https://arxiv.org/abs/1308.3432).
 
-    The ruler gets none. Raises `ValueError` for what has no ruler, or for a ruler that does not fit."""
+    The ruler gets none. Raises `ValueError` for what has no ruler, or for a ruler that does not
+    fit."""
     rows = _to_rows(_check_values(x, axis, group), axis, group)
     start, stop = integer_range(bits, symmetric)
     if scale is None and zero_point is not None:
         raise ValueError("zero_point is given without a scale; expected both, or neither")
     if scale is None:
-        scale, zero_point = affine_map(rows.detach().amin(1), rows.detach().amax(1), bits, symmetric)
+        scale, zero_point = affine_map(
+            rows.detach().amin(1), rows.detach().amax(1), bits, symmetric
+        )
     scale, zero_point = _check_ruler(scale, zero_point, rows, start, stop)
     marks = (rows.detach() * (1 / scale)).round() + zero_point
     read = _in_reach((marks.clamp(start, stop) - zero_point) * scale, x.dtype)
@@ -268,7 +323,8 @@ def plain_copy(
 ) -> nn.Module:
     """A copy whose convolutions and linear layers own their weights.
 
-    Weight and spectral norm, parametrizations, masks of `torch.nn.utils.prune` are worked in, as eval mode has them."""
+    Weight and spectral norm, parametrizations, masks of `torch.nn.utils.prune` are worked in, as
+    eval mode has them."""
     copy = _copied(model)
     kept = _kept(copy, skip)
     for layer in list(copy.modules()):
@@ -284,7 +340,8 @@ def quantize_weights(
     group: int | None = None,  # None: one ruler for each output channel; 32 is usual at 4 bits
     skip: str | Sequence[str] = (),  # modules to leave in float
 ) -> tuple[nn.Module, dict[str, Quantized]]:
-    "A copy with the weights of convolutions and linear layers rounded, and the integers by name. Raises `ValueError`."
+    """A copy with the weights of convolutions and linear layers rounded, and the integers by name.
+    Raises `ValueError`."""
     integer_range(bits)
     copy, integers = plain_copy(model, skip), {}
     for name, weight in layer_weights(copy, skip).items():
@@ -300,7 +357,12 @@ def quantize_weights(
 #| code-summary: "How a computed weight is made a plain one"
 def _copied(model):
     "A deep copy, also of a model whose layers hold a weight that was computed from others"
-    held = [t for m in model.modules() for t in [*vars(m).values(), *m._buffers.values()] if isinstance(t, Tensor)]
+    held = [
+        t
+        for m in model.modules()
+        for t in [*vars(m).values(), *m._buffers.values()]
+        if isinstance(t, Tensor)
+    ]
     return deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
 
 
@@ -315,11 +377,15 @@ def _settle(layer):
     "Work what computes this layer's parameters into them, in place"
     mode, layer.training = layer.training, False  # spectral norm moves on in train mode
     if parametrize.is_parametrized(layer):
-        kind = type(layer)  # a class that all copies share, and that removing would change: this one gets its own
+        kind = type(
+            layer
+        )  # a class that all copies share, and that removing would change: this one gets its own
         layer.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
         for name, parts in list(layer.parametrizations.items()):
             if parts.is_tensor:  # PyTorch would overwrite it, and another layer may read it
-                parts.original = nn.Parameter(parts.original.detach().clone(), parts.original.requires_grad)
+                parts.original = nn.Parameter(
+                    parts.original.detach().clone(), parts.original.requires_grad
+                )
             parametrize.remove_parametrizations(layer, name)
     for hook in list(layer._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
@@ -336,12 +402,17 @@ def integer_matmul(
     a: Tensor,  # int8, (n, d)
     b: Tensor,  # int8, (d, k)
 ) -> Tensor:  # int32, (n, k), exact
-    "Multiply bytes, add in 32 bits; on a GPU by its integer units, for which sizes are filled up. Raises `ValueError`."
-    if a.dtype != torch.int8 or b.dtype != torch.int8 or a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+    """Multiply bytes, add in 32 bits; on a GPU by its integer units, for which sizes are filled up.
+    Raises `ValueError`."""
+    bytes_in_rows = all(x.dtype == torch.int8 and x.ndim == 2 for x in (a, b))
+    if not bytes_in_rows or a.shape[1] != b.shape[0]:
         raise ValueError(f"a is {got(a)} and b {got(b)}; expected int8 (n, d) and int8 (d, k)")
     if a.device != b.device or a.shape[1] >= 2**17:  # 2**17 products of -128 and -128 make 2**31
-        raise ValueError(f"a is {got(a)} on {a.device}, b is on {b.device}; expected one device and d below {2**17:,}, "
-                         "beyond which sums may leave 32 bits")
+        raise ValueError(
+            f"a is {got(a)} on {a.device}, b is on {b.device}; expected one device and "
+            f"d below {2**17:,}, "
+            "beyond which sums may leave 32 bits"
+        )
     if not a.is_cuda:
         return torch._int_mm(a, b)
     (n, d), k = a.shape, b.shape[1]  # cuBLAS wants more than 16 rows, and multiples of 8
@@ -355,9 +426,11 @@ def fold_batch_norm(
     model: nn.Module,
     example: Tensor | None = None,  # a batch as the model takes it: tells what a trace cannot
 ) -> nn.Module:
-    """A copy in which each batch norm right after a convolution or linear layer of a `Sequential` has become part of it.
+    """A copy in which each batch norm right after a convolution or linear layer of a `Sequential`
+    has become part of it.
 
-    What cannot be folded exactly stays, with a warning: a layer that others read too, a norm over another axis.
+    What cannot be folded exactly stays, with a warning: a layer that others read too, a norm over
+    another axis.
     Raises `ValueError` for a norm without running statistics."""
     return _folded(model, example)[0]
 
@@ -383,16 +456,25 @@ def _fold(layer, norm):
     if norm.running_mean is None:
         raise ValueError(f"{norm} keeps no running statistics, so it cannot be folded")
     _settle(layer)
-    factor = (precise(norm.running_var) + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+    factor = (precise(norm.running_var) + norm.eps).rsqrt() * (
+        1 if norm.weight is None else norm.weight
+    )
     bias = (0 if layer.bias is None else layer.bias) - norm.running_mean
     bias = bias * factor + (0 if norm.bias is None else norm.bias)
     weight = layer.weight * factor.view(-1, *[1] * (layer.weight.ndim - 1))
     before, want = (layer.weight, layer.bias), _own_way(layer, norm)
-    layer.weight, layer.bias = (nn.Parameter(x.to(layer.weight.dtype), layer.weight.requires_grad) for x in (weight, bias))
+    layer.weight, layer.bias = (
+        nn.Parameter(x.to(layer.weight.dtype), layer.weight.requires_grad) for x in (weight, bias)
+    )
     finite = layer.weight.isfinite().all() and layer.bias.isfinite().all()
-    if not finite or want is not None and not torch.allclose(_own_way(layer), want, 1e-3, 1e-3 * float(want.abs().max())):
+    near = lambda want: torch.allclose(_own_way(layer), want, 1e-3, 1e-3 * float(want.abs().max()))
+    if not finite or want is not None and not near(want):
         layer.weight, layer.bias = before
-        return "its class does more with the weight" if finite else "the product would be NaN or infinite"
+        return (
+            "its class does more with the weight"
+            if finite
+            else "the product would be NaN or infinite"
+        )
 
 
 def _pairs(model):
@@ -402,13 +484,15 @@ def _pairs(model):
         if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
             children = list(parent._modules.items())
             for (name, layer), (_, norm) in zip(children, children[1:]):
-                if isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                norms = (nn.BatchNorm1d, nn.BatchNorm2d)
+                if isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(norm, norms):
                     found.append((f"{parent_name}.{name}".lstrip("."), layer, norm))
     return found
 
 
 def _own_way(layer, norm=None):
-    "What a layer of somebody's own class, and a norm behind it, make of noise; None for PyTorch's classes"
+    """What a layer of somebody's own class, and a norm behind it, make of noise; None for PyTorch's
+    classes"""
     if type(layer) in _LEAVES:
         return None
     shape = (layer.in_features,) if isinstance(layer, nn.Linear) else (layer.in_channels, *(
@@ -418,6 +502,27 @@ def _own_way(layer, norm=None):
     with evaluating(both):
         return both(noise)
 
+
+def _replace(model, new):
+    """Put the new module in the place of the old one under all its names; the model, or what stands
+    for it"""
+    for name, m in list(model.named_modules(remove_duplicate=False)):
+        if name and m in new:
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent)._modules[child] = new[m]
+    return new.get(model, model)
+
+
+def _attempt(model, batch, what):
+    "What the model says; a sentence where it fails"
+    try:
+        return model(batch)
+    except (
+        RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the model fails on {what}, {got(batch)}: {reason}") from error
+
 # %% ../../nbs/09_compression/03_quantization.ipynb #d9978ffc
 #| code-fold: true
 #| code-summary: "Who reads what a layer writes: one run with an example, or a trace"
@@ -425,10 +530,17 @@ _LEAVES = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 class _Flow:
-    "For each layer its calls (what it read, what it wrote, is that flat); how often each was read; parameters read directly"
+    """For each layer its calls (what it read, what it wrote, is that flat); how often each was
+    read; parameters read directly"""
 
     def __init__(self):
-        self.calls, self.readers, self.direct, self.known, self.alive = defaultdict(list), Counter(), set(), True, []
+        self.calls, self.readers, self.direct, self.known, self.alive = (
+            defaultdict(list),
+            Counter(),
+            set(),
+            True,
+            [],
+        )
 
     def join(self, other):
         for layer, calls in other.calls.items():
@@ -439,21 +551,31 @@ class _Flow:
 
 
 def _follow(model, example):
-    "The flow: of one run with the example, or by a trace, or by runs on noise of a shape that the model takes"
+    """The flow: of one run with the example, or by a trace, or by runs on noise of a shape that the
+    model takes"""
     flow = _Flow()
     with _looking(model):
         if example is not None:
             _run(model, example, flow)
         elif not _trace(model, flow) and not _guess(model, flow):
             flow.known = False
-    flow.direct = {m for m in model.modules() if isinstance(m, _LEAVES) and flow.direct & {id(p) for p in m.parameters()}}
+    flow.direct = {
+        m
+        for m in model.modules()
+        if isinstance(m, _LEAVES) and flow.direct & {id(p) for p in m.parameters()}
+    }
     return flow
 
 
 @contextmanager
 def _looking(model):
     "Eval mode and no gradients; afterwards modes, buffers and random numbers are what they were"
-    held = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    held = [
+        (m, name, b, b.clone())
+        for m in model.modules()
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
     try:
         with evaluating(model), torch.random.fork_rng(devices=[]):
             yield
@@ -468,14 +590,21 @@ def _reason_against(layer, norm, flow):
     wrote, read = flow.calls[layer], flow.calls[norm]
     if not flow.known:
         return "its use cannot be traced: give an example"
-    if not wrote or {w[1] for w in wrote} != {r[0] for r in read} or any(flow.readers[w[1]] != 1 for w in wrote):
+    alone = {w[1] for w in wrote} == {r[0] for r in read} and all(
+        flow.readers[w[1]] == 1 for w in wrote
+    )
+    if not wrote or not alone:
         return "the norm is not the only one to read it, or reads others too"
     if isinstance(layer, nn.Linear) and not all(w[2] for w in wrote):
         return "a norm on (b, n, d) works on another axis; for (b, d) give an example"
     if flow.direct & {layer, norm}:
         return "its parameters are read directly"
     ours = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
-    hooks = [h for m in (layer, norm) for h in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]]
+    hooks = [
+        h
+        for m in (layer, norm)
+        for h in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]
+    ]
     if not all(isinstance(h, ours) for h in hooks) or type(norm) not in _LEAVES:
         return "there are hooks, or a norm of its own class"
 
@@ -483,7 +612,8 @@ def _reason_against(layer, norm, flow):
 #| code-fold: true
 #| code-summary: "The run and the trace"
 class _Readers(TorchFunctionMode):
-    "Notes every function outside PyTorch's layers that is handed one of their outputs or parameters"
+    """Notes every function outside PyTorch's layers that is handed one of their outputs or
+    parameters"""
 
     def __init__(self, flow, watched):
         super().__init__()
@@ -491,13 +621,24 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
-        reads = name in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__")
-        if not self.inside and (reads or any(isinstance(t, Tensor) for t in tree_leaves(result))):  # not only its size
+        reads = name in (
+            "item",
+            "tolist",
+            "numpy",
+            "__array__",
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+        )
+        more = reads or any(isinstance(t, Tensor) for t in tree_leaves(result))  # than its size
+        if more and not self.inside:
             self.note(args, kwargs)
         return result
 
     def note(self, *values):
-        for key in {id(t) for t in tree_leaves(values) if isinstance(t, Tensor)} & self.watched.keys():
+        found = {id(t) for t in tree_leaves(values) if isinstance(t, Tensor)}
+        for key in found & self.watched.keys():
             self.flow.readers[key] += 1
             self.flow.direct.add(key)
 
@@ -521,8 +662,14 @@ def _run(model, example, flow):
             flow.calls[layer][-1][1:] = id(output), output.ndim == 2
 
     layers = [m for m in model.modules() if _is_torchs(m)]
-    hooks = [hook for m in layers for hook in (m.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-                                               m.register_forward_hook(after, with_kwargs=True))]
+    hooks = [
+        hook
+        for m in layers
+        for hook in (
+            m.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            m.register_forward_hook(after, with_kwargs=True),
+        )
+    ]
     try:
         with mode:
             mode.note(_attempt(model, example, "the example"))
@@ -534,15 +681,28 @@ def _run(model, example, flow):
 
 def _is_torchs(module):
     "A layer of PyTorch, or of a class made from one; a container is none"
-    bases = [k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules") and k is not nn.Module]
+    bases = [
+        k
+        for k in type(module).__mro__
+        if k.__module__.startswith("torch.nn.modules") and k is not nn.Module
+    ]
     return bool(bases) and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
 def _guess(model, flow):
-    "Runs on noise that the first layer takes, with an axis more where that layer leaves it open; did one come through?"
+    """Runs on noise that the first layer takes, with an axis more where that layer leaves it open;
+    did one come through?"""
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
-    images = [(1, first.in_channels, side, side) for side in (32, 28, 64, 16, 8, 96, 224)] if isinstance(first, nn.Conv2d) else []
-    rows = [(1, first.in_features), (1, first.out_features, first.in_features)] if isinstance(first, nn.Linear) else []
+    images = (
+        [(1, first.in_channels, side, side) for side in (32, 28, 64, 16, 8, 96, 224)]
+        if isinstance(first, nn.Conv2d)
+        else []
+    )
+    rows = (
+        [(1, first.in_features), (1, first.out_features, first.in_features)]
+        if isinstance(first, nn.Linear)
+        else []
+    )
     done = []
     for shape in images + rows:
         try:
@@ -561,7 +721,11 @@ class _Tracer(fx.Tracer):
     "Stops at the layers; checks of input are steps like others"
 
     def __init__(self):
-        super().__init__(autowrap_functions=tuple(getattr(checks, name) for name in checks.__all__ if name != "may_look"))
+        super().__init__(
+            autowrap_functions=tuple(
+                getattr(checks, name) for name in checks.__all__ if name != "may_look"
+            )
+        )
 
     def is_leaf_module(self, module, name):
         return isinstance(module, _LEAVES) or super().is_leaf_module(module, name)
@@ -569,7 +733,11 @@ class _Tracer(fx.Tracer):
 
 def _trace(model, flow):
     "Every batch at once, where `forward` can be written down; could it?"
-    given = {n: p.default for n, p in signature(model.forward).parameters.items() if p.default is not Parameter.empty}
+    given = {
+        n: p.default
+        for n, p in signature(model.forward).parameters.items()
+        if p.default is not Parameter.empty
+    }
     try:
         nodes = _Tracer().trace(model, concrete_args=given).nodes
     except Exception:  # a trace ends at whatever a forward pass asks of a value
@@ -578,25 +746,33 @@ def _trace(model, flow):
     for node in nodes:
         module = model.get_submodule(node.target) if node.op == "call_module" else None
         source = node.args[0] if node.args else None
-        flat[node] = isinstance(module, nn.Flatten) and module.start_dim == 1 or flat.get(source, False) and isinstance(
-            module, (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity))
+        flat[node] = (
+            isinstance(module, nn.Flatten)
+            and module.start_dim == 1
+            or flat.get(source, False)
+            and isinstance(
+                module,
+                (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity),
+            )
+        )
         flow.readers[node] = len(node.users)
         if isinstance(module, _LEAVES):
             flow.calls[module].append((source, node, flat[node]))
-        elif node.op == "get_attr" and not isinstance(model, _LEAVES):  # a layer alone reads its own
+        elif node.op == "get_attr" and not isinstance(model, _LEAVES):  # which reads its own
             parent, _, name = node.target.rpartition(".")
             flow.direct.add(id(getattr(model.get_submodule(parent), name)))
     return True
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #3483921b
 class IntegerLayer(nn.Module):
-    "A convolution or linear layer on whole numbers: inputs on one affine ruler, weights on one for each output channel."
+    """A convolution or linear layer on whole numbers: inputs on one affine ruler, weights on one
+    for each output channel."""
 
     @checked
     def __init__(
         self,
         layer: nn.Conv2d | nn.Linear,
-        ruler: tuple | None = None,  # (scale, zero point) of the inputs, from `calibrate`; None: a new one for each batch
+        ruler: tuple | None = None,  # of the inputs, from `calibrate`; None: one for each batch
         bits: int = 8,
     ):
         super().__init__()
@@ -618,17 +794,23 @@ class IntegerLayer(nn.Module):
         return ((x * (1 / scale)).round() + zero).clamp(*self.ends), scale, zero
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # a sum of whole numbers needs all of float32's digits
+        with torch.autocast(x.device.type, enabled=False):  # sums need all of float32's digits
             q, scale, zero = self.marks(x)
             apply = nn.functional.conv2d if self.conv else nn.functional.linear
-            sums, shape = apply(q - zero, self.weight.float(), **self.conv), (-1, 1, 1) if self.conv else (-1,)
+            sums, shape = (
+                apply(q - zero, self.weight.float(), **self.conv),
+                (-1, 1, 1) if self.conv else (-1,),
+            )
             out = sums * (scale * self.scale).view(shape)
             return (out if self.bias is None else out + self.bias.view(shape)).to(x.dtype)
 
     def exact(self, x: Tensor) -> Tensor:  # (n, d) -> (n, k), linear layers only
-        "Equation (3) in bytes: marks are shifted by 128 to fit int8, and the shift is taken back with the zero point."
+        """Equation (3) in bytes: marks are shifted by 128 to fit int8, and the shift is taken back
+        with the zero point."""
         if self.conv:
-            raise ValueError("this layer is a convolution; expected a linear one, whose product is that of two matrices")
+            raise ValueError(
+                "this layer is a convolution; expected a linear one, a product of two matrices"
+            )
         q, scale, zero = self.marks(check_floats(x, "x", "(n, d)"))
         sums = integer_matmul((q - 128).to(torch.int8), self.weight.T.contiguous())
         sums = sums.long() + (128 - zero) * self.weight.long().sum(1)
@@ -648,7 +830,10 @@ def _check_input_ruler(ruler, like, start, stop):
     if ruler is None:
         return None, None
     if len(ruler) != 2 or not all(isinstance(x, (Tensor, int, float)) for x in ruler):
-        raise TypeError(f"ruler is a tuple of {', '.join(map(got, ruler)) or 'nothing'}; expected scale and zero point, from `calibrate`")
+        raise TypeError(
+            f"ruler is a tuple of {', '.join(map(got, ruler)) or 'nothing'}; "
+            "expected scale and zero point, from `calibrate`"
+        )
     scale, zero = _check_ruler(*ruler, like.detach().reshape(1, -1), start, stop)
     return scale.squeeze(), zero.squeeze()
 
@@ -657,45 +842,35 @@ def _prepared(model, skip, example):
     "A copy with batch norm folded in, and the layers to turn into integers with their names"
     copy, flow = _folded(model, example, level=5)
     kept = _kept(copy, skip)
-    for layer in [m for m in copy.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and id(m) not in kept]:
-        _settle(layer)
+    for layer in list(copy.modules()):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and id(layer) not in kept:
+            _settle(layer)
     return copy, _integer_parts(copy, skip, kept, flow)
 
 
 def _integer_parts(model, skip, kept, flow):
     "Layer -> name; warns of layers with weights that stay in float"
     layer_weights(model, skip)  # refuses NaN and unknown names
-    inner = {child for m in model.modules() if _is_torchs(m) for child in m.children()}  # PyTorch may read their weights
+    inner = {
+        child for m in model.modules() if _is_torchs(m) for child in m.children()
+    }  # PyTorch may read their weights
     parts, left = {}, {}
     for name, m in model.named_modules(remove_duplicate=False):
         plain = type(m) in (nn.Conv2d, nn.Linear) and getattr(m, "padding_mode", "zeros") == "zeros"
-        if plain and m not in inner and m not in flow.direct and not (m._forward_hooks or m._forward_pre_hooks):
+        hooks = m._forward_hooks or m._forward_pre_hooks
+        if plain and not hooks and m not in inner and m not in flow.direct:
             parts |= {} if id(m) in kept else {m: parts.get(m, name)}
         elif any(p.ndim > 1 for p in m.parameters(recurse=False)):
             left.setdefault(m, f"{name} ({type(m).__name__})")
     if left:
-        warnings.warn("left in float, since only Conv2d and Linear are supported, padded with zeros, without hooks, "
-                      "called and not only read: "
-                      f"{', '.join(left.values())}", stacklevel=5)
+        warnings.warn(
+            "left in float, since only Conv2d and Linear are supported, padded with zeros, "
+            "without hooks, "
+            "called and not only read: "
+            f"{', '.join(left.values())}",
+            stacklevel=5,
+        )
     return parts
-
-
-def _replace(model, new):
-    "Put the new module in the place of the old one under all its names; the model, or what stands for it"
-    for name, m in list(model.named_modules(remove_duplicate=False)):
-        if name and m in new:
-            parent, _, child = name.rpartition(".")
-            model.get_submodule(parent)._modules[child] = new[m]
-    return new.get(model, model)
-
-
-def _attempt(model, batch, what):
-    "What the model says; a sentence where it fails"
-    try:
-        return model(batch)
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the model fails on {what}, {got(batch)}: {reason}") from error
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #6c7f6120
 @checked
@@ -706,7 +881,8 @@ def quantize_static(
     skip: str | Sequence[str] = (),  # modules to leave in float
     **options,  # of `calibrate`: percentile, method
 ) -> nn.Module:
-    "A copy on whole numbers with calibrated rulers (Jacob et al. 2018). Raises `ValueError` for no data or NaN."
+    """A copy on whole numbers with calibrated rulers (Jacob et al. 2018). Raises `ValueError` for
+    no data or NaN."""
     calibrate([torch.zeros(1)], bits, **options)  # refuses bits and options now, not after the run
     batches = iter([batches] if isinstance(batches, Tensor) else batches)
     first = next(batches, None)
@@ -721,8 +897,12 @@ def quantize_static(
         try:
             rulers[layer] = calibrate(seen[layer], bits, **options)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"what comes into {name or 'the layer'} cannot be written in integers: {error}") from None
-    return _replace(copy, {layer: IntegerLayer(layer, ruler, bits) for layer, ruler in rulers.items()}).eval()
+            raise ValueError(
+                f"what comes into {name or 'the layer'} cannot be written in integers: {error}"
+            ) from None
+    return _replace(
+        copy, {layer: IntegerLayer(layer, ruler, bits) for layer, ruler in rulers.items()}
+    ).eval()
 
 
 def _inputs_of(parts, model, batches):
@@ -748,7 +928,8 @@ def quantize_dynamic(
     skip: str | Sequence[str] = (),
     example: Tensor | None = None,  # a batch, for `fold_batch_norm`
 ) -> nn.Module:
-    "A copy on whole numbers that makes the rulers of its inputs anew for each batch: no data needed."
+    """A copy on whole numbers that makes the rulers of its inputs anew for each batch: no data
+    needed."""
     integer_range(bits)
     copy, parts = _prepared(model, skip, example)
     return _replace(copy, {layer: IntegerLayer(layer, None, bits) for layer in parts}).eval()
@@ -760,9 +941,11 @@ def classify_rounded(
     group: int | None = None,
     skip: str | Sequence[str] = (),
 ) -> Objective:
-    """Objective for quantisation-aware training: classify with rounded weights; gradients reach the floats behind them.
+    """Objective for quantisation-aware training: classify with rounded weights; gradients reach the
+    floats behind them.
 
-    It raises `ValueError` for a layer whose weight is computed from others: there is no float behind it."""
+    It raises `ValueError` for a layer whose weight is computed from others: there is no float
+    behind it."""
     integer_range(bits)
     if group is not None:
         check_whole(group, "group", 1)
@@ -770,9 +953,15 @@ def classify_rounded(
     def objective(model, batch):
         kept = _kept(model, skip)
         for name, m in model.named_modules():
-            if isinstance(m, (nn.Conv2d, nn.Linear)) and "weight" not in m._parameters and id(m) not in kept:
-                raise ValueError(f"the weight of {name} is computed; train `plain_copy(model)`, or name it in skip")
-        rounded = {name: fake_quantize(w, bits, axis=0, group=group) for name, w in layer_weights(model, skip).items()}
+            computed = isinstance(m, (nn.Conv2d, nn.Linear)) and "weight" not in m._parameters
+            if computed and id(m) not in kept:
+                raise ValueError(
+                    f"the weight of {name} is computed; train `plain_copy(model)`, or skip it"
+                )
+        rounded = {
+            name: fake_quantize(w, bits, axis=0, group=group)
+            for name, w in layer_weights(model, skip).items()
+        }
         logits = functional_call(model, rounded, (batch[0],))
         labels = check_labels(batch[1], classes=logits.shape[-1])
         return nn.functional.cross_entropy(logits.float(), labels), {}

@@ -19,15 +19,35 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
+from torch.nn.utils.parametrize import (
+    is_parametrized,
+    register_parametrization,
+    remove_parametrizations,
+)
 
 from .distillation import match_answers
 from .pruning import apply_masks, cubic_sparsity, keep_largest, layer_weights
-from .quantization import (
-    Quantized, fold_batch_norm, integer_range, plain_copy, quantize_static, quantize_tensor, quantize_weights)
+from foundation.compression.quantization import (
+    Quantized,
+    fold_batch_norm,
+    integer_range,
+    plain_copy,
+    quantize_static,
+    quantize_tensor,
+    quantize_weights,
+)
 from ..core.basics import atomic_write, in_order, memory_order
-from ..core.checks import (
-    check_choice, check_floats, check_number, check_shares, check_sizes, check_whole, checked, got, precise)
+from foundation.core.checks import (
+    check_choice,
+    check_floats,
+    check_number,
+    check_shares,
+    check_sizes,
+    check_whole,
+    checked,
+    got,
+    precise,
+)
 from ..core.sources import cache_folder
 from ..data.batches import endless
 from ..data.images import ImageSet, load_images
@@ -37,13 +57,51 @@ from ..training.checkpoint import fingerprint, read_checkpoint, resumable
 from ..training.loop import Step, adamw
 from ..training.schedules import one_cycle
 
+# %% ../../nbs/09_compression/04_storage.ipynb #428ff49d
+#| code-fold: true
+#| code-summary: "What cannot be coded is refused in a sentence"
+def _check_symbols(x, name, most=None, axes=None):
+    "Whole numbers from 0 on, as int64 on the CPU, in one row"
+    if x.is_floating_point() or x.is_complex():
+        raise TypeError(f"{name} is {got(x)}; expected whole numbers, which {name}.long() makes")
+    if axes is not None and x.ndim != axes:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected one axis, (n,)")
+    x = x.detach().cpu().long().flatten()
+    if x.numel() and (x.min() < 0 or most is not None and x.max() > most):
+        wanted = "0 on" if most is None else f"0 to {most}"
+        raise ValueError(f"{name} run from {int(x.min())} to {int(x.max())}; expected {wanted}")
+    return x
+
+
+def _check_bytes(x, name):
+    "Bytes as an array of NumPy"
+    if x.dtype != torch.uint8 or x.ndim != 1:
+        raise ValueError(f"{name} is {got(x)}; expected bytes (torch.uint8) with one axis")
+    return x.detach().cpu().numpy()
+
+
+def _check_finite(x, name):
+    if not torch.isfinite(x).all():
+        raise ValueError(
+            f"{name} holds NaN or infinite values (in {str(x.dtype).removeprefix('torch.')}); "
+            "expected finite ones: a damaged model is not worth a file"
+        )
+    return x
+
+
+def _unit(x):
+    """The power of two at or below the largest magnitude: to divide by it changes no digit, and no
+    sum or square overflows"""
+    return 2.0 ** (math.frexp(float(x.abs().max()))[1] - 1) if x.numel() and x.any() else 1.0
+
 # %% ../../nbs/09_compression/04_storage.ipynb #af9e1932
 @checked
 def pack(
     values: Tensor,  # whole numbers from 0 to 2**bits - 1, or True and False, any shape
     bits: int,  # 1 (a mask) to 8
 ) -> Tensor:  # uint8, (ceil(n * bits / 8),)
-    "Write small numbers side by side, `bits` digits each. Raises `TypeError` for floats, `ValueError` for others."
+    """Write small numbers side by side, `bits` digits each. Raises `TypeError` for floats,
+    `ValueError` for others."""
     check_whole(bits, "bits", 1, 8)
     numbers = _check_symbols(values, "values", 2**bits - 1)
     digits = np.unpackbits(numbers.numpy().astype(np.uint8)[:, None], axis=1)[:, 8 - bits:]
@@ -61,7 +119,10 @@ def unpack(
     check_whole(count, "count", 0)
     data = _check_bytes(packed, "packed")
     if len(data) != -(-count * bits // 8):
-        raise ValueError(f"packed has {len(data):,} bytes; expected {-(-count * bits // 8):,} for {count:,} numbers of {bits} bits")
+        raise ValueError(
+            f"packed has {len(data):,} bytes; expected {-(-count * bits // 8):,} for {count:,} numbers "
+            f"of {bits} bits"
+        )
     digits = np.unpackbits(data, count=count * bits).reshape(count, bits)
     return torch.from_numpy(np.packbits(digits, axis=1).reshape(-1) >> (8 - bits))
 
@@ -70,7 +131,8 @@ def unpack(
 def code_lengths(
     counts: Tensor,  # how often each symbol occurs, (n,), whole numbers
 ) -> Tensor:  # digits of its code, (n,); 0 for a symbol that does not occur
-    "Huffman's code lengths (Huffman 1952): join the two rarest, again and again. Raises `TypeError`, `ValueError`."
+    """Huffman's code lengths (Huffman 1952): join the two rarest, again and again. Raises
+    `TypeError`, `ValueError`."""
     counts = _check_symbols(counts, "counts", axes=1)
     heap = [(count, i, [i]) for i, count in enumerate(counts.tolist()) if count > 0]
     lengths = torch.zeros(len(counts), dtype=torch.long)
@@ -88,15 +150,19 @@ def code_lengths(
 def code_words(
     lengths: Tensor,  # as `code_lengths` gives them
 ) -> dict[int, str]:  # symbol -> digits
-    """The canonical code: shorter words first, each the next whole number; so the lengths alone rebuild it.
+    """The canonical code: shorter words first, each the next whole number; so the lengths alone
+    rebuild it.
 
     Raises `ValueError` for lengths that no code has: the sum of 2**-length would be above 1."""
     word, before, words, longest = 0, 0, {}, 0
-    for length, symbol in sorted((n, s) for s, n in enumerate(_check_symbols(lengths, "lengths", 255, 1).tolist()) if n):
+    lengths = _check_symbols(lengths, "lengths", 255, axes=1).tolist()
+    for length, symbol in sorted((n, s) for s, n in enumerate(lengths) if n):
         word <<= length - before
         words[symbol], before, word, longest = f"{word:0{length}b}", length, word + 1, length
     if word > 2**longest:
-        raise ValueError("lengths are those of no code: so many short words would begin one another")
+        raise ValueError(
+            "lengths are those of no code: so many short words would begin one another"
+        )
     return words
 
 # %% ../../nbs/09_compression/04_storage.ipynb #a2f8b34c
@@ -104,7 +170,8 @@ def code_words(
 def huffman_encode(
     symbols: Tensor,  # whole numbers from 0 to 255, any shape
 ) -> Tensor:  # uint8
-    "Count (4 bytes), number of lengths, lengths, digits. Raises `TypeError`, `ValueError` for other numbers."
+    """Count (4 bytes), number of lengths, lengths, digits. Raises `TypeError`, `ValueError` for
+    other numbers."""
     flat = _check_symbols(symbols, "symbols", 255)
     lengths = code_lengths(flat.bincount(minlength=1))
     words = code_words(lengths)
@@ -117,11 +184,15 @@ def huffman_encode(
 def huffman_decode(
     payload: Tensor,  # as `huffman_encode` gives it
 ) -> Tensor:  # uint8, (count,)
-    "Read the symbols back. Raises `ValueError` for a payload that is cut short, too long, or no such code."
+    """Read the symbols back. Raises `ValueError` for a payload that is cut short, too long, or no
+    such code."""
     data, found, word = _check_bytes(payload, "payload").tobytes(), bytearray(), ""
     count, size = int.from_bytes(data[:4], "little"), (data[4] if len(data) > 4 else 0) + 1
     digits = np.unpackbits(np.frombuffer(data[5 + size:], np.uint8))
-    symbol_of = {word: s for s, word in code_words(torch.tensor([*data[5:5 + size]], dtype=torch.uint8)).items()}
+    symbol_of = {
+        word: s
+        for s, word in code_words(torch.tensor([*data[5 : 5 + size]], dtype=torch.uint8)).items()
+    }
     longest, used = max(map(len, symbol_of), default=0), 0
     for digit in digits if count else ():
         word, used = word + ("1" if digit else "0"), used + 1
@@ -131,8 +202,13 @@ def huffman_decode(
         if len(found) == count or len(word) > longest:
             break
     if len(found) < count or len(data) < 5 + size or len(digits) - used >= 8 or digits[used:].any():
-        raise ValueError(f"the code gives {len(found):,} of {count:,} numbers; the file is damaged, fetch or save it again")
-    return torch.frombuffer(found, dtype=torch.uint8) if found else torch.zeros(0, dtype=torch.uint8)
+        raise ValueError(
+            f"the code gives {len(found):,} of {count:,} numbers; the file is damaged, "
+            "fetch or save it again"
+        )
+    return (
+        torch.frombuffer(found, dtype=torch.uint8) if found else torch.zeros(0, dtype=torch.uint8)
+    )
 
 # %% ../../nbs/09_compression/04_storage.ipynb #ef38377e
 @checked
@@ -140,56 +216,31 @@ def codebook(
     values: Tensor,  # floating, any shape, at least one
     size: int = 16,  # centres
     rounds: int = 20,
-) -> tuple[Tensor, Tensor]:  # centres (size,) in rising order, and the index of each value's, uint8, its shape
-    "k-means on a line, centres evenly spread at first (Han et al. 2016, section 3). Raises `TypeError`, `ValueError`."
+) -> tuple[Tensor, Tensor]:  # centres (size,), rising, and the index of each value's, uint8
+    """k-means on a line, centres evenly spread at first (Han et al. 2016, section 3). Raises
+    `TypeError`, `ValueError`."""
     check_whole(size, "size", 2, 256)
     check_whole(rounds, "rounds", 0)
-    flat = _check_finite(check_floats(values, "values", "(...)").detach().float(), "values").flatten()
+    flat = _check_finite(
+        check_floats(values, "values", "(...)").detach().float(), "values"
+    ).flatten()
     unit = _unit(flat)
     flat = (flat.double() / unit).float()
-    centres, distinct = torch.linspace(float(flat.min()), float(flat.max()), size, device=flat.device), flat.unique()
+    centres, distinct = (
+        torch.linspace(float(flat.min()), float(flat.max()), size, device=flat.device),
+        flat.unique(),
+    )
     if len(distinct) <= size:  # each value is its own centre
         centres = torch.cat([distinct, distinct[-1:].expand(size - len(distinct))])
     for _ in range(rounds):
         index = torch.bucketize(flat, (centres[1:] + centres[:-1]) / 2)
-        total, count = flat.new_zeros(size).index_add(0, index, flat), index.bincount(minlength=size)
+        total, count = (
+            flat.new_zeros(size).index_add(0, index, flat),
+            index.bincount(minlength=size),
+        )
         centres = torch.where(count > 0, total / count.clamp(min=1), centres).sort().values
     index = torch.bucketize(flat, (centres[1:] + centres[:-1]) / 2)
     return (centres.double() * unit).float(), index.to(torch.uint8).view(values.shape)
-
-# %% ../../nbs/09_compression/04_storage.ipynb #f251c22b
-#| code-fold: true
-#| code-summary: "What cannot be coded is refused in a sentence"
-def _check_symbols(x, name, most=None, axes=None):
-    "Whole numbers from 0 on, as int64 on the CPU, in one row"
-    if x.is_floating_point() or x.is_complex():
-        raise TypeError(f"{name} is {got(x)}; expected whole numbers, which {name}.long() makes")
-    if axes is not None and x.ndim != axes:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected one axis, (n,)")
-    x = x.detach().cpu().long().flatten()
-    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= (int(x.max()) if most is None else most):
-        wanted = "0 on" if most is None else f"0 to {most}"
-        raise ValueError(f"{name} run from {int(x.min())} to {int(x.max())}; expected {wanted}")
-    return x
-
-
-def _check_bytes(x, name):
-    "Bytes as an array of NumPy"
-    if x.dtype != torch.uint8 or x.ndim != 1:
-        raise ValueError(f"{name} is {got(x)}; expected bytes (torch.uint8) with one axis")
-    return x.detach().cpu().numpy()
-
-
-def _check_finite(x, name):
-    if not torch.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinite values (in {str(x.dtype).removeprefix('torch.')}); "
-                         "expected finite ones: a damaged model is not worth a file")
-    return x
-
-
-def _unit(x):
-    "The power of two at or below the largest magnitude: to divide by it changes no digit, and no sum or square overflows"
-    return 2.0 ** (math.frexp(float(x.abs().max()))[1] - 1) if x.numel() and x.any() else 1.0
 
 # %% ../../nbs/09_compression/04_storage.ipynb #bd150ca8
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -197,13 +248,17 @@ GROUP = {bits: 32 for bits in (2, 3, 4)}  # below five bits one scale a channel 
 
 
 def _bits_of(numbers):
-    "32, 16 or 2...8: how wide a number of this format is. Raises `ValueError` for a name that is none"
+    """32, 16 or 2...8: how wide a number of this format is. Raises `ValueError` for a name that is
+    none"""
     if numbers in DTYPES:
         return DTYPES[numbers].itemsize * 8
     if (kind := numbers.rstrip("0123456789")) in ("int", "code") and numbers != kind:
         integer_range(int(numbers[len(kind):][:9]))
         return int(numbers[len(kind):])
-    raise ValueError(f'format {numbers!r} is not known; expected "fp32", "fp16", "int2" to "int8", "code2" to "code8", or "sparse"')
+    raise ValueError(
+        f'format {numbers!r} is not known; expected "fp32", "fp16", "int2" to "int8", '
+        '"code2" to "code8", or "sparse"'
+    )
 
 # %% ../../nbs/09_compression/04_storage.ipynb #a6aacfd4
 def _squeeze(symbols, bits, compress, name=""):
@@ -225,7 +280,9 @@ def _unsqueeze(parts, bits, count, name=""):
         return _from_gaps(symbols, count) if name == ":mask" else symbols
     if name + ":z" in parts:
         room = -(-count * bits // 8)
-        data = zlib.decompressobj().decompress(_check_bytes(parts[name + ":z"], "the numbers").tobytes(), room + 1)
+        data = zlib.decompressobj().decompress(
+            _check_bytes(parts[name + ":z"], "the numbers").tobytes(), room + 1
+        )
         return unpack(torch.from_numpy(np.frombuffer(data, np.uint8).copy()), bits, count)
     return unpack(parts[name], bits, count)
 
@@ -248,9 +305,12 @@ def _from_gaps(symbols, count):
 
 # %% ../../nbs/09_compression/04_storage.ipynb #ce6a4b8a
 def _whole(weight, numbers, bits, group, sparse):
-    "Whole numbers in which 0 stands for a zero weight, what to add to make them symbols from 0 up, and scale or centres"
+    """Whole numbers in which 0 stands for a zero weight, what to add to make them symbols from 0
+    up, and scale or centres"""
     if numbers.startswith("int"):
-        short = torch.bfloat16 if group else torch.float32  # many scales should be short, few may be exact
+        short = (
+            torch.bfloat16 if group else torch.float32
+        )  # many scales should be short, few may be exact
         quantized = quantize_tensor(weight, bits, axis=0, group=group, scale_dtype=short)
         return quantized.values.short(), integer_range(bits)[1], {":scale": quantized.scale}
     used = weight != 0 if sparse and weight.any() else torch.ones_like(weight, dtype=torch.bool)
@@ -265,10 +325,11 @@ def encode(
     weight: Tensor,  # floating, at least two dimensions
     numbers: str = "int8",  # "fp32", "fp16", "int2" ... "int8", "code2" ... "code8"
     sparse: bool = False,  # a mask and the kept numbers only, where that is smaller
-    group: int | None = None,  # neighbours that share a scale; None: one scale for each output channel
-    compress: bool | str = False,  # "zlib" (or True) or "huffman" on mask and whole numbers, where that is smaller
+    group: int | None = None,  # neighbours that share a scale; None: one for each output channel
+    compress: bool | str = False,  # "zlib" (or True) or "huffman", where that is smaller
 ) -> dict[str, Tensor]:  # the parts: "" numbers, ":scale" or ":book", ":mask"
-    "Take a weight apart into what the file will hold. Raises `ValueError` for NaN, or for what the format cannot hold."
+    """Take a weight apart into what the file will hold. Raises `ValueError` for NaN, or for what
+    the format cannot hold."""
     check_choice(compress, "compress", (False, True, "zlib", "huffman"))
     weight = check_floats(weight, "weight", "(...)").detach().cpu()
     bits, parts, shift = _bits_of(numbers), {}, 0
@@ -279,7 +340,8 @@ def encode(
     if sparse:
         kept = body != 0
         pays = int(kept.sum()) * bits + kept.numel() < kept.numel() * bits
-        if kept.all() or not (pays or numbers.startswith("code")):  # a codebook has no centre for zero
+        pays = pays or numbers.startswith("code")  # a codebook has no centre for zero
+        if kept.all() or not pays:
             return encode(weight, numbers, False, group, compress)
         parts |= _squeeze(kept, 1, compress, ":mask")
         body = body[kept]
@@ -297,8 +359,12 @@ def decode(
     bits = _bits_of(numbers)
     try:
         return _joined(parts, torch.Size(shape), numbers, bits, group)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, zlib.error, OverflowError) as error:
-        raise ValueError(f"the parts make no weight of shape {tuple(shape)} in {numbers}: {error}") from None
+    except (
+        LookupError, TypeError, ValueError, AttributeError, RuntimeError, zlib.error, OverflowError
+    ) as error:
+        raise ValueError(
+            f"the parts make no weight of shape {tuple(shape)} in {numbers}: {error}"
+        ) from None
 
 
 def _joined(parts, shape, numbers, bits, group):
@@ -316,7 +382,9 @@ def _joined(parts, shape, numbers, bits, group):
     if not numbers.startswith("int"):
         return full.float()
     scale = parts[":scale"].float()
-    return Quantized(full.to(torch.int8), scale, torch.zeros_like(scale), bits, 0, group).dequantize()
+    return Quantized(
+        full.to(torch.int8), scale, torch.zeros_like(scale), bits, 0, group
+    ).dequantize()
 
 # %% ../../nbs/09_compression/04_storage.ipynb #a213fd2f
 def _narrow(x, dtype, name="weight"):
@@ -326,7 +394,9 @@ def _narrow(x, dtype, name="weight"):
     _check_finite(x if x.dtype == torch.float64 else x.float(), name)
     if not _fits(x, dtype):
         mend = "choose the format fp32" if dtype == torch.float16 else "no format holds it"
-        raise ValueError(f"{name} reaches to {float(x.abs().max()):.3g}, which does not fit {dtype}; {mend}")
+        raise ValueError(
+            f"{name} reaches to {float(x.abs().max()):.3g}, which does not fit {dtype}; {mend}"
+        )
     return x.to(dtype)
 
 
@@ -342,7 +412,10 @@ def _checksum(tensors, layout, kinds=True):
     for name in sorted(tensors):
         x = tensors[name].contiguous()
         kind = f"{x.dtype}{tuple(x.shape)}" if kinds else ""  # files of earlier versions have none
-        crc = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().tobytes(), zlib.crc32((name + kind).encode(), crc))
+        crc = zlib.crc32(
+            x.reshape(-1).view(torch.uint8).numpy().tobytes(),
+            zlib.crc32((name + kind).encode(), crc),
+        )
     return f"{crc:08x}"
 
 # %% ../../nbs/09_compression/04_storage.ipynb #90d6b781
@@ -350,14 +423,16 @@ def _checksum(tensors, layout, kinds=True):
 def save_model(
     model: nn.Module | dict[str, Tensor],  # a model, or its state dict
     path: Path | str,
-    format: str = "fp32",  # "fp32", "fp16", "int4" (2 to 8 bits), "code4" (a codebook of 16) or "sparse"
+    format: str = "fp32",  # "fp32", "fp16", "int4" (2 to 8), "code4" (16 centres) or "sparse"
     values: str = "fp16",  # how "sparse" writes the kept numbers: "fp16", "int8", "code4" ...
-    group: int | None = None,  # neighbours that share a scale; None: 32 below five bits, else one scale a channel
-    compress: bool | str = False,  # "zlib" (or True) or "huffman" on masks and whole numbers, where that is smaller
+    group: int | None = None,  # neighbours that share a scale; None: 32 below five bits
+    compress: bool | str = False,  # "zlib" (or True) or "huffman", where that is smaller
 ) -> Path:
-    """Write a model; the file appears whole or not at all. A tensor under several names is written once.
+    """Write a model; the file appears whole or not at all. A tensor under several names is written
+    once.
 
-    Raises `TypeError`, `ValueError` for NaN, for a format that is not known, or for what it cannot hold."""
+    Raises `TypeError`, `ValueError` for NaN, for a format that is not known, or for what it cannot
+    hold."""
     sparse, numbers = format == "sparse", values if format == "sparse" else format
     check_choice(compress, "compress", (False, True, "zlib", "huffman"))
     if group is not None:
@@ -390,14 +465,17 @@ def save_model(
 def load_model(
     path: Path | str,  # a file of `save_model`, or any safetensors file
 ) -> dict[str, Tensor]:  # a state dict; floating tensors are float32
-    "Read a model back. Raises `BadWeights` for a file cut short or changed, `FileNotFoundError` when there is none."
+    """Read a model back. Raises `BadWeights` for a file cut short or changed, `FileNotFoundError`
+    when there is none."""
     tensors, layout = _read(Path(path))
     if "shapes" not in layout:
         return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
     try:
         return _unfolded(tensors, **layout)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError) as error:
-        raise BadWeights(f"{path} cannot be put together ({error}); fetch or save it again") from None
+        raise BadWeights(
+            f"{path} cannot be put together ({error}); fetch or save it again"
+        ) from None
 
 
 def _unfolded(tensors, numbers, group, shapes, same={}, escaped=False):
@@ -425,9 +503,13 @@ def _check_state(state):
     "Names and tensors; a sparse tensor as a dense one"
     for name, x in state.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
-            raise TypeError(f"model holds {got(x)} under {got(name)}; expected names and tensors, as a state dict does")
+            raise TypeError(
+                f"model holds {got(x)} under {got(name)}; expected names and tensors"
+            )
     if "__metadata__" in state:
-        raise ValueError("model holds a tensor called '__metadata__'; expected another name, since files keep that one")
+        raise ValueError(
+            "model holds a tensor called '__metadata__'; expected a name that files do not keep"
+        )
     return {name: x if x.layout == torch.strided else x.to_dense() for name, x in state.items()}
 
 
@@ -451,7 +533,9 @@ def _write(tensors, layout, path):
         with atomic_write(path) as file:
             file.write(data)
     except (OSError, ValueError) as error:
-        raise type(error)(f"{str(path)[:200]} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise type(error)(
+            f"{str(path)[:200]} cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return Path(path)
 
 
@@ -464,22 +548,34 @@ def _read(path):
     except OSError:  # a name that no file can have
         there = False
     if not there:
-        raise FileNotFoundError(f"there is no file {str(path)[:200]}; expected one that save_model wrote")
+        raise FileNotFoundError(
+            f"there is no file {str(path)[:200]}; expected one that save_model wrote"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             notes = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError, OverflowError, KeyError, AttributeError, TypeError, RuntimeError, OSError) as error:
-        raise BadWeights(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from None
+    except (
+        SafetensorError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError,
+        RuntimeError, OSError
+    ) as error:
+        raise BadWeights(
+            f"{path} is not a whole safetensors file ({error}); fetch or save it again"
+        ) from None
     layout = notes.get("layout", "")
     if notes.keys() & {"layout", "crc32"} and notes.get("crc32") not in (
             _checksum(tensors, layout), _checksum(tensors, layout, kinds=False)):
-        raise BadWeights(f"{path} was changed after it was written (its checksum differs); fetch or save it again")
+        raise BadWeights(
+            f"{path} was changed after it was written (its checksum differs); "
+            "fetch or save it again"
+        )
     try:
         found = json.loads(layout or "{}")
         return tensors, found if isinstance(found, dict) else {}
     except (ValueError, RecursionError) as error:
-        raise BadWeights(f"{path} has a layout that cannot be read ({error}); fetch or save it again") from None
+        raise BadWeights(
+            f"{path} has a layout that cannot be read ({error}); fetch or save it again"
+        ) from None
 
 # %% ../../nbs/09_compression/04_storage.ipynb #a7f2fb52
 @checked
@@ -488,14 +584,17 @@ def fair_masks(
     model: nn.Module,
     zeros: float,  # share of all layer weights to drop
 ) -> dict[str, Tensor]:  # name of a weight -> mask, True = kept
-    "Keep the weights with the largest w² / Σ v² over all v of their layer with |v| ≥ |w| (LAMP: Lee et al. 2021)."
+    """Keep the weights with the largest w² / Σ v² over all v of their layer with |v| ≥ |w| (LAMP:
+    Lee et al. 2021)."""
     check_number(zeros, "zeros", 0, below=1)
     scores = {}
     for name, weight in layer_weights(model).items():
         squares, order = (precise(weight.flatten()) / _unit(weight)).square().sort(descending=True)
         shares = squares / squares.cumsum(0).clamp(min=torch.finfo(squares.dtype).tiny)
         scores[name] = torch.empty_like(shares).scatter(0, order, shares)
-    kept = keep_largest(torch.cat(list(scores.values())), zeros).split([len(s) for s in scores.values()])
+    kept = keep_largest(torch.cat(list(scores.values())), zeros).split(
+        [len(s) for s in scores.values()]
+    )
     return {name: mask.view_as(model.get_parameter(name)) for name, mask in zip(scores, kept)}
 
 # %% ../../nbs/09_compression/04_storage.ipynb #b920a757
@@ -506,7 +605,8 @@ def prune_gradually(
     end: int,  # the step that reaches it
     every: int = 10,  # steps between two new sets of masks
 ) -> Callable[[Step], None]:  # to be called after each step
-    "Raise the share of zeros on the cubic schedule, and hold what is zero at zero. Raises `ValueError` for a bad plan."
+    """Raise the share of zeros on the cubic schedule, and hold what is zero at zero. Raises
+    `ValueError` for a bad plan."""
     check_number(zeros, "zeros", 0, below=1)
     check_sizes(end=end, every=every)
     masks = {}
@@ -528,15 +628,18 @@ def train_on(
     lr: float = 1.5e-3,
     seed: int = 0,  # of the batches
     each: Callable[[Step], None] | None = None,  # called after each step
-    checkpoint: Path | str | None = None,  # written at the end, so that a second call need not train again
+    checkpoint: Path | str | None = None,  # written at the end; a second call reads it
     title: str = "",  # before the bar; "" shows none
     recipe: dict | None = None,  # what else the result depends on, such as what `each` does
 ) -> nn.Module:  # the same model, in eval mode
     """Train with a teacher's answers and the labels, half and half, in batches of 32.
 
-    Raises `ValueError` for answers that do not fit, and for a checkpoint of other data, answers, seed or recipe."""
+    Raises `ValueError` for answers that do not fit, and for a checkpoint of other data, answers,
+    seed or recipe."""
     count, order = len(check_floats(answers, "answers", "(n, k)", finite=True)), memory_order(model)
-    check_whole(count, "the number of answers", 1, len(data.train_images), "one row for each training image")
+    check_whole(
+        count, "the number of answers", 1, len(data.train_images), "one row for each training image"
+    )
     x, y = data.train_images[:count], data.train_labels[:count]
     if order == torch.contiguous_format:
         model.to(memory_format=order)
@@ -545,27 +648,51 @@ def train_on(
         for images, *rest in endless(x, answers, y, batch_size=32, seed=seed, start=start):
             images = data.floats(images)
             yield images if order == torch.channels_last else in_order(images, order), *rest
-    held = dict(recipe or {}, seed=seed, count=count, data=fingerprint(x, y, answers, data.mean, data.std)) if checkpoint else None
-    resumable(model, stream, match_answers(2.0, 0.5), adamw(model, lr), steps=steps, schedule=one_cycle(steps, 0.1), each=each,
-              checkpoint=checkpoint, recipe=held, save_every=steps, title=title)
+    held = (
+        dict(
+            recipe or {},
+            seed=seed,
+            count=count,
+            data=fingerprint(x, y, answers, data.mean, data.std),
+        )
+        if checkpoint
+        else None
+    )
+    resumable(
+        model,
+        stream,
+        match_answers(2.0, 0.5),
+        adamw(model, lr),
+        steps=steps,
+        schedule=one_cycle(steps, 0.1),
+        each=each,
+        checkpoint=checkpoint,
+        recipe=held,
+        save_every=steps,
+        title=title,
+    )
     return model.eval()
 
 # %% ../../nbs/09_compression/04_storage.ipynb #77485eee
 class SharedWeight(nn.Module):
-    "A weight as places in a list of centres: a parametrization, so that training moves the centres (Han et al. 2016, figure 3)."
+    """A weight as places in a list of centres: a parametrization, so that training moves the
+    centres (Han et al. 2016, figure 3)."""
 
     @checked
     def __init__(self, weight: Tensor, size: int):
         super().__init__()
         used, self.size = check_floats(weight, "weight", "(...)") != 0, size
-        self.register_buffer("places", torch.zeros(weight.shape, dtype=torch.long, device=weight.device))
+        self.register_buffer(
+            "places", torch.zeros(weight.shape, dtype=torch.long, device=weight.device)
+        )
         self.centres, self.places[used] = weight.new_zeros(size), 0
         if used.any():  # otherwise there is nothing to share
             centres, index = codebook(weight[used], size)
             self.centres, self.places[used] = centres.to(weight.dtype), index.long() + 1
 
     def right_inverse(self, weight: Tensor) -> Tensor:  # (size,): what becomes the parameter
-        "The centres of the weight it was made for; for one that is assigned later, the mean at each centre's places."
+        """The centres of the weight it was made for; for one that is assigned later, the mean at
+        each centre's places."""
         if self.centres is not None:
             centres, self.centres = self.centres, None
             return centres
@@ -582,18 +709,25 @@ def share_weights(
     model: nn.Module,
     size: int = 16,  # different values in each layer, besides zero
 ) -> nn.Module:
-    """A copy in which every convolution and linear layer takes its weights from a codebook of its own.
+    """A copy in which every convolution and linear layer takes its weights from a codebook of its
+    own.
 
-    Layers that hold one weight together, such as an output layer tied to its embedding, share one codebook."""
+    Layers that hold one weight together, such as an output layer tied to its embedding, share one
+    codebook."""
     check_whole(size, "size", 2, 256)
     model = plain_copy(model)
     for name, weight in layer_weights(model).items():
         owners = [m for m in model.modules() if m._parameters.get("weight") is weight]
         if sum(p is weight for m in model.modules() for p in m._parameters.values()) != len(owners):
-            raise ValueError(f"{name} is held under a name other than `weight` too; expected layers that share it as their weight")
+            raise ValueError(
+                f"{name} is held under a name other than `weight` too; expected layers that "
+                "share it as their weight"
+            )
         value, learns = weight.detach().clone(), weight.requires_grad
         for layer in owners:
-            layer.weight = nn.Parameter(value.clone(), learns)  # PyTorch would turn the common one into its centres
+            layer.weight = nn.Parameter(
+                value.clone(), learns
+            )  # PyTorch would turn the common one into its centres
             register_parametrization(layer, "weight", SharedWeight(value, size))
             layer.parametrizations.weight.original = owners[0].parametrizations.weight.original
     return model
@@ -608,9 +742,13 @@ def settle_weights(
     for layer in [m for m in model.modules() if is_parametrized(m, "weight")]:
         if isinstance(layer.parametrizations.weight[-1], SharedWeight):
             kind, centres = type(layer), layer.parametrizations.weight.original
-            layer.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))  # which removing changes: not the copies'
+            layer.__class__ = type(
+                kind.__name__, kind.__bases__, dict(kind.__dict__)
+            )  # which removing changes: not the copies'
             if centres in settled:  # by now they are a whole weight
-                layer.parametrizations.weight.original = nn.Parameter(torch.zeros(layer.parametrizations.weight[-1].size))
+                layer.parametrizations.weight.original = nn.Parameter(
+                    torch.zeros(layer.parametrizations.weight[-1].size)
+                )
             remove_parametrizations(layer, "weight")
             layer.weight = settled.setdefault(centres, layer.weight)
     return model
@@ -628,18 +766,37 @@ def compress(
     seed: int = 0,
     checkpoint: Path | str = "",  # beginning of a path; "" saves nothing
 ) -> nn.Module:
-    "Prune gradually and recover, fold batch norm, share the weights that are left and train the centres."
+    """Prune gradually and recover, fold batch norm, share the weights that are left and train the
+    centres."""
     check_whole(size, "size", 2, 256)
     check_sizes(0, steps=steps, tune=tune)
     at = lambda stage: f"{checkpoint}-{stage}.safetensors" if checkpoint else None
     start = lambda model, **others: dict(others, start=fingerprint(model)) if checkpoint else None
     pruned = copy.deepcopy(dense).to(memory_format=memory_order(dense))
-    train_on(pruned, data, answers, steps, seed=seed, each=prune_gradually(pruned, zeros, max(1, steps * 3 // 10)),
-             checkpoint=at("pruned"), title=f"seed {seed}, pruned", recipe=start(dense, zeros=zeros))
+    train_on(
+        pruned,
+        data,
+        answers,
+        steps,
+        seed=seed,
+        each=prune_gradually(pruned, zeros, max(1, steps * 3 // 10)),
+        checkpoint=at("pruned"),
+        title=f"seed {seed}, pruned",
+        recipe=start(dense, zeros=zeros),
+    )
     example = data.floats(data.train_images[:2]).to(next(pruned.parameters()).device)
     shared = share_weights(fold_batch_norm(pruned, example), size)
-    train_on(shared, data, answers, tune, lr=1e-3, seed=seed + 100, checkpoint=at("shared"), title=f"seed {seed}, shared",
-             recipe=start(shared))
+    train_on(
+        shared,
+        data,
+        answers,
+        tune,
+        lr=1e-3,
+        seed=seed + 100,
+        checkpoint=at("shared"),
+        title=f"seed {seed}, shared",
+        recipe=start(shared),
+    )
     return settle_weights(shared)
 
 # %% ../../nbs/09_compression/04_storage.ipynb #71191945
@@ -653,29 +810,74 @@ def make_weights(
     steps: int = 2700,
     tune: int = 300,
 ) -> Path:
-    """Send the shipped VGG through the whole chain; write the file of the first seed, and a card with every seed's scores.
+    """Send the shipped VGG through the whole chain; write the file of the first seed, and a card
+    with every seed's scores.
 
-    Stopped and called again, it goes on; runs that are shipped are removed, so that the next call trains anew."""
-    data, dense, seconds, path = load_images(), load_weights(teacher), 0.0, Path(folder) / f"{name}.bin"
-    answers = predict(dense.to(memory_format=torch.channels_last), data.train_images[:-5000], transform=data.floats)
-    test = lambda model: round(accuracy(predict(model.to(memory_format=torch.channels_last), data.test_images, transform=data.floats),
-                                        data.test_labels), 4)
-    scores, sizes, runs = {"fp32": test(dense)}, {"fp32": save_model(dense, path).stat().st_size, "compressed": []}, []
+    Stopped and called again, it goes on; runs that are shipped are removed, so that the next call
+    trains anew."""
+    data, dense, seconds, path = (
+        load_images(),
+        load_weights(teacher),
+        0.0,
+        Path(folder) / f"{name}.bin",
+    )
+    answers = predict(
+        dense.to(memory_format=torch.channels_last),
+        data.train_images[:-5000],
+        transform=data.floats,
+    )
+    test = lambda model: round(
+        accuracy(
+            predict(
+                model.to(memory_format=torch.channels_last), data.test_images, transform=data.floats
+            ),
+            data.test_labels,
+        ),
+        4,
+    )
+    scores, sizes, runs = (
+        {"fp32": test(dense)},
+        {"fp32": save_model(dense, path).stat().st_size, "compressed": []},
+        [],
+    )
     for seed in reversed(seeds):  # the first comes last, and its file stays
         run = cache_folder() / "runs" / f"{name}-{zeros}-{steps}-{seed}"
         small = compress(dense, data, answers, zeros, 16, steps, tune, seed, run)
-        control = train_on(copy.deepcopy(dense), data, answers, steps + tune, seed=seed, checkpoint=f"{run}-control.safetensors",
-                           title=f"seed {seed}, control", recipe=dict(start=fingerprint(dense)))
+        control = train_on(
+            copy.deepcopy(dense),
+            data,
+            answers,
+            steps + tune,
+            seed=seed,
+            checkpoint=f"{run}-control.safetensors",
+            title=f"seed {seed}, control",
+            recipe=dict(start=fingerprint(dense)),
+        )
         runs += [Path(f"{run}-{part}.safetensors") for part in ("pruned", "shared", "control")]
         seconds += sum(read_checkpoint(file)[1]["notes"]["seconds"] for file in runs[-3:])
-        sizes["compressed"].insert(0, save_model(small, path, "sparse", "code4", compress="huffman").stat().st_size)
+        sizes["compressed"].insert(
+            0, save_model(small, path, "sparse", "code4", compress="huffman").stat().st_size
+        )
         small.load_state_dict(load_model(path))
         for arm, model in _arms(control, small, data, seed).items():
             scores.setdefault(arm, []).insert(0, test(model))
-    method = f"{teacher}, {zeros:.1%} pruned gradually with itself as teacher, batch norm folded, 16 trained centres, Huffman"
+    method = (f"{teacher}, {zeros:.1%} pruned gradually with itself as teacher, batch norm folded, "
+              "16 trained centres, Huffman")
     metrics = dict(test_images=len(data.test_labels), accuracy=scores, bytes=sizes)
-    write_card(path, dict(architecture=type(dense).__name__, config=dense.config, data=f"{data.name}, {len(answers):,} training images",
-                          method=method, seeds=list(seeds), steps=steps, tune=tune, seconds=round(seconds), metrics=metrics))
+    write_card(
+        path,
+        dict(
+            architecture=type(dense).__name__,
+            config=dense.config,
+            data=f"{data.name}, {len(answers):,} training images",
+            method=method,
+            seeds=list(seeds),
+            steps=steps,
+            tune=tune,
+            seconds=round(seconds),
+            metrics=metrics,
+        ),
+    )
     for file in runs:
         file.unlink(missing_ok=True)
         file.with_name(file.name + ".old").unlink(missing_ok=True)
@@ -684,7 +886,9 @@ def make_weights(
 # %% ../../nbs/09_compression/04_storage.ipynb #926abe9b
 def _arms(control, small, data, seed):
     "What the card compares: the control, in three number formats, and the compressed network"
-    chosen = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(seed))[:512]
+    chosen = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(seed))[
+        :512
+    ]
     rounded = quantize_static(control, data.floats(data.train_images[chosen]).split(128))
     return {"fp32, trained on": control, "compressed": small, "static int8": rounded,
             "4-bit weights": quantize_weights(control, 4, group=32)[0]}

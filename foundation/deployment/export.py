@@ -35,7 +35,9 @@ def _need(name):
     try:
         return import_module(name)
     except ImportError:
-        raise ImportError(f"{name} is not installed; exporting needs it: pip install 'foundation[deploy]'") from None
+        raise ImportError(
+            f"{name} is not installed; exporting needs it: pip install 'foundation[deploy]'"
+        ) from None
 
 
 @contextmanager
@@ -62,7 +64,9 @@ def _check_file(path):
     except OSError:  # a name that no file can have
         there = False
     if not there:
-        raise FileNotFoundError(f"there is no file {str(path)[:200]}; expected one that export_onnx wrote")
+        raise FileNotFoundError(
+            f"there is no file {str(path)[:200]}; expected one that export_onnx wrote"
+        )
 
 
 def _write(path, data):
@@ -71,13 +75,18 @@ def _write(path, data):
         with atomic_write(path) as file:
             file.write(data)
     except (OSError, ValueError) as error:
-        raise type(error)(f"{str(path)[:200]} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise type(error)(
+            f"{str(path)[:200]} cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return Path(path)
 
 
 def _overflows():
-    "Do 8-bit products overflow? x86 without VNNI adds them up in 16 bits; ONNX Runtime then has a slower, exact way"
-    return platform.machine().lower() in ("x86_64", "amd64") and not any("vnni" in flag for flag in cpu_flags())
+    """Do 8-bit products overflow? x86 without VNNI adds them up in 16 bits; ONNX Runtime then has a
+    slower, exact way"""
+    return platform.machine().lower() in ("x86_64", "amd64") and not any(
+        "vnni" in flag for flag in cpu_flags()
+    )
 
 
 @contextmanager
@@ -105,36 +114,58 @@ class OnnxModel:
         check_whole(threads, "threads", 1)
         runtime = _need("onnxruntime")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = (
+            threads,
+            1,
+            4,
+        )
         options.add_session_config_entry("session.x64quantprecision", str(int(_overflows())))
         if not isinstance(path, bytes):
             _check_file(path)
         try:
             content = path if isinstance(path, bytes) else Path(path).read_bytes()
-            self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self.session = runtime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:
             name = "these bytes" if isinstance(path, bytes) else path
-            raise ValueError(f"{name} cannot be opened as an ONNX model: {_first_line(error)}") from None
+            raise ValueError(
+                f"{name} cannot be opened as an ONNX model: {_first_line(error)}"
+            ) from None
         self.inputs = self.session.get_inputs()
         self.input = self.inputs[0]
 
-    def __call__(self, *inputs: Tensor) -> Tensor:  # such as (b, c, h, w) -> (b, k), or tokens (b, n) -> (b, n, d)
+    def __call__(self, *inputs: Tensor) -> Tensor:  # (b, c, h, w) -> (b, k); (b, n) -> (b, n, d)
         "Run the graph. Raises `TypeError`, `ValueError` when kind or shape does not fit it."
         if len(inputs) != len(self.inputs):
-            raise ValueError(f"got {len(inputs)} inputs; the graph expects {', '.join(i.name for i in self.inputs)}")
+            raise ValueError(
+                f"got {len(inputs)} inputs; the graph expects "
+                f"{', '.join(i.name for i in self.inputs)}"
+            )
         arrays = {want.name: _as_input(x, want) for x, want in zip(inputs, self.inputs)}
         try:
             out = torch.from_numpy(self.session.run(None, arrays)[0])
         except Exception as error:
-            raise ValueError(f"ONNX Runtime fails on {', '.join(map(got, inputs))}: {_first_line(error)}") from None
+            raise ValueError(
+                f"ONNX Runtime fails on {', '.join(map(got, inputs))}: {_first_line(error)}"
+            ) from None
         for name, x in arrays.items() if out.isnan().any() else ():
             if not np.isfinite(x).all():
-                raise ValueError(f"{name} holds {(~np.isfinite(x)).sum():,} NaN or infinite values, and the answer is NaN")
+                raise ValueError(
+                    f"{name} holds {(~np.isfinite(x)).sum():,} NaN or infinite values, "
+                    "and the answer is NaN"
+                )
         return out
 
 # %% ../../nbs/10_deployment/02_export.ipynb #7d8cf32a
-_KINDS = {"float": torch.float32, "float16": torch.float16, "double": torch.float64, "bool": torch.bool,
-          **{f"int{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}, "uint8": torch.uint8}  # as ONNX calls them
+_KINDS = {
+    "float": torch.float32,
+    "float16": torch.float16,
+    "double": torch.float64,
+    "bool": torch.bool,
+    **{f"int{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    "uint8": torch.uint8,
+}  # as ONNX calls them
 
 
 def _plain(x):
@@ -147,32 +178,45 @@ def _as_input(x, want):
     x = _plain(x)
     if not isinstance(x, Tensor):
         raise TypeError(f"{want.name} is {got(x)}; expected a tensor")
-    if len(x.shape) != len(want.shape) or any(isinstance(w, int) and w != n for n, w in zip(x.shape, want.shape)):
+    fits = all(not isinstance(w, int) or w == n for n, w in zip(x.shape, want.shape))
+    if x.ndim != len(want.shape) or not fits:
         raise ValueError(f"got shape {tuple(x.shape)}; the graph expects {tuple(want.shape)}")
     kind = _KINDS.get(want.type.removeprefix("tensor(").removesuffix(")"))
     if kind is None:
-        raise ValueError(f"{want.name} is {want.type} in the graph; expected one of {', '.join(_KINDS)}, which NumPy knows too")
-    if x.is_floating_point() != kind.is_floating_point or (x.dtype == torch.bool) != (kind == torch.bool) or x.is_complex():
-        raise TypeError(f"{want.name} is {got(x)}; the graph expects {str(kind).removeprefix('torch.')}")
+        raise ValueError(
+            f"{want.name} is {want.type} in the graph; expected one of {', '.join(_KINDS)}, "
+            "which NumPy knows too"
+        )
+    sort = lambda dtype: (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)
+    if sort(x.dtype) != sort(kind):
+        raise TypeError(
+            f"{want.name} is {got(x)}; the graph expects {str(kind).removeprefix('torch.')}"
+        )
     x = x.detach().cpu()
     array = x.to(kind)
-    if kind.is_floating_point and bool((array.isfinite() != x.isfinite()).any()) or not kind.is_floating_point and bool((array != x).any()):
-        raise ValueError(f"{want.name} holds numbers that do not fit the graph's {str(kind).removeprefix('torch.')}")
+    lost = array.isfinite() != x.isfinite() if kind.is_floating_point else array != x
+    if lost.any():
+        raise ValueError(
+            f"{want.name} holds numbers that do not fit the graph's "
+            f"{str(kind).removeprefix('torch.')}"
+        )
     return array.contiguous().numpy()
 
 # %% ../../nbs/10_deployment/02_export.ipynb #66b94f50
 @checked
 def export_onnx(
     model: nn.Module,
-    example: Tensor | tuple,  # a batch as the model takes it, (b, c, h, w) or tokens (b, n); several inputs as a tuple
+    example: Tensor | tuple,  # a batch, (b, c, h, w) or tokens (b, n); several inputs: a tuple
     path: Path | str,
     dynamic_batch: bool = True,  # let the graph take batches of any size
-    tolerance: float = 1e-4,  # largest difference from PyTorch's output, by its size where that is above 1; in half precision 100 times
+    tolerance: float = 1e-4,  # largest difference from PyTorch; by the output's size above 1
     opset: int = 17,  # version of ONNX's set of operations
 ) -> Path:
-    """Write `model` as an ONNX graph, if ONNX Runtime says the same as PyTorch: on other batch sizes and other values too.
+    """Write `model` as an ONNX graph, if ONNX Runtime says the same as PyTorch: on other batch
+    sizes and other values too.
 
-    Raises `ValueError` that names the gap, or the line that reads values of the input: a graph would repeat the example's."""
+    Raises `ValueError` that names the gap, or the line that reads values of the input: a graph
+    would repeat the example's."""
     _need("onnx"), _need("onnxruntime")
     inputs = _check_inputs(example)
     check_number(tolerance, "tolerance", 0)
@@ -185,10 +229,15 @@ def export_onnx(
             torch.onnx.export(model, inputs, content, dynamo=False, opset_version=opset,
                               input_names=names, output_names=["output"], dynamic_axes=free)
         except Exception as error:
-            raise ValueError(f"the model cannot be written as a graph: {_first_line(error)}") from error
+            raise ValueError(
+                f"the model cannot be written as a graph: {_first_line(error)}"
+            ) from error
     if reads:
-        raise ValueError(f"the model reads values of its input ({reads[0]}), and a graph would repeat what the example gave; "
-                         "expected operations on tensors, such as torch.where")
+        raise ValueError(
+            f"the model reads values of its input ({reads[0]}), and a graph would repeat "
+            "what the example gave; "
+            "expected operations on tensors, such as torch.where"
+        )
     _compare(model, content.getvalue(), inputs, dynamic_batch, tolerance)
     return _write(path, content.getvalue())
 
@@ -203,16 +252,23 @@ def _compare(model, graph, inputs, dynamic_batch, tolerance):
             except Exception as error:
                 if values[0].shape == inputs[0].shape and values[0] is not inputs[0]:
                     continue  # other values than the example's may be none that the model takes
-                raise ValueError(f"the model fails on a batch of {len(values[0])}: {_first_line(error)}") from error
+                raise ValueError(
+                    f"the model fails on a batch of {len(values[0])}: {_first_line(error)}"
+                ) from error
         if not isinstance(want, Tensor):
             raise ValueError(f"the model gives {got(want)}; expected one tensor")
         want = want.detach().cpu()
         try:
             said = run(*values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the graph fails on a batch of {len(values[0])}: {_first_line(error)}") from None
+            raise ValueError(
+                f"the graph fails on a batch of {len(values[0])}: {_first_line(error)}"
+            ) from None
         if said.shape != want.shape:
-            raise ValueError(f"the graph gives shape {tuple(said.shape)} for a batch of {len(values[0])}, PyTorch {tuple(want.shape)}")
+            raise ValueError(
+                f"the graph gives shape {tuple(said.shape)} for a batch of {len(values[0])}, "
+                f"PyTorch {tuple(want.shape)}"
+            )
         _check_gap(said, want, tolerance * (100 if want.dtype == torch.float16 else 1))
 
 
@@ -223,13 +279,22 @@ def _check_gap(said, want, tolerance):
     size = want[want.isfinite()].abs().max().clamp(min=1).item() if want.isfinite().any() else 1.0
     gap = off.max().item() if off.numel() else 0.0
     if not gap <= tolerance * size:
-        raise ValueError(f"ONNX Runtime differs from PyTorch by {gap:.2g}, more than {tolerance * size:.2g}")
+        raise ValueError(
+            f"ONNX Runtime differs from PyTorch by {gap:.2g}, more than {tolerance * size:.2g}"
+        )
 
 
 def _others(inputs, dynamic_batch):
     "The example, other values of its kind, and other batch sizes"
-    changes = [lambda x: x, lambda x: -x, lambda x: 30 * x, lambda x: 0.03 * x, lambda x: x * 0,
-               lambda x: x.flatten().roll(x.numel() // 2 + 1).view(x.shape), lambda x: x.flatten().flip(0).view(x.shape)]
+    changes = [
+        lambda x: x,
+        lambda x: -x,
+        lambda x: 30 * x,
+        lambda x: 0.03 * x,
+        lambda x: x * 0,
+        lambda x: x.flatten().roll(x.numel() // 2 + 1).view(x.shape),
+        lambda x: x.flatten().flip(0).view(x.shape),
+    ]
     moved = [lambda x: x, *changes[-2:]]  # tokens and masks change places only: others may be none
     for i in range(len(changes)):
         yield tuple(changes[i](x) if x.is_floating_point() else moved[i % 3](x) for x in inputs)
@@ -242,17 +307,34 @@ def _check_inputs(example):
     inputs = tuple(map(_plain, example if isinstance(example, tuple) else (example,)))
     for x in inputs:
         if not isinstance(x, Tensor) or x.ndim == 0 or x.numel() == 0 or len(x) != len(inputs[0]):
-            raise ValueError(f"example is {', '.join(map(got, inputs))}; expected a batch, or a tuple of batches of one size")
+            raise ValueError(
+                f"example is {', '.join(map(got, inputs))}; expected a batch, or a tuple of "
+                "batches of one size"
+            )
         if x.dtype not in _KINDS.values():
-            raise ValueError(f"example is {got(x)}, which ONNX Runtime cannot be handed; expected float32: export model.float()")
+            raise ValueError(
+                f"example is {got(x)}, which ONNX Runtime cannot be handed; "
+                "expected float32: export model.float()"
+            )
     if not inputs:
         raise ValueError("example is an empty tuple; expected at least one input")
     return inputs
 
 # %% ../../nbs/10_deployment/02_export.ipynb #8736240a
 #| code-fold: true
-#| code-summary: "Who reads values of the input: PyTorch tells every function that is handed a tensor"
-_READS = ("__bool__", "__int__", "__float__", "__complex__", "__index__", "item", "tolist", "numpy", "__array__", "__contains__")
+#| code-summary: "Who reads values of the input: PyTorch tells each function that is handed one"
+_READS = (
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__complex__",
+    "__index__",
+    "item",
+    "tolist",
+    "numpy",
+    "__array__",
+    "__contains__",
+)
 _SIZES = ("size", "dim", "numel", "__len__", "stride", "storage_offset", "data_ptr", "element_size")
 
 
@@ -270,7 +352,9 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        touched = any(id(t) in self.data for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        touched = any(
+            id(t) in self.data for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        )
         if touched and name in _READS:
             self.places.append(_place())
         result = function(*args, **(kwargs or {}))
@@ -284,7 +368,7 @@ class _Reads(TorchFunctionMode):
 
 def _place():
     "File and line of the code outside PyTorch that is being run"
-    frame, skip = sys._getframe(2), (str(Path(torch.__file__).parent), __file__)
+    frame, skip = sys._getframe(2), (str(Path(torch.__file__).parent), _place.__code__.co_filename)
     while frame.f_back and frame.f_code.co_filename.startswith(skip):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
@@ -302,7 +386,10 @@ def _watching(model) -> Iterator[list]:
     def after(module, args, output):
         runs.close()
 
-    hooks = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True), model.register_forward_hook(after, always_call=True)
+    hooks = (
+        model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+        model.register_forward_hook(after, always_call=True),
+    )
     try:
         yield reads.places
     finally:
@@ -317,15 +404,21 @@ def quantize_onnx_weights(
     target: Path | str,
     bits: int = 8,  # 8 or 4
 ) -> Path:
-    """Write the weights of convolutions and matrix products with 8 or 4 bits; the runtime unfolds them when it loads.
+    """Write the weights of convolutions and matrix products with 8 or 4 bits; the runtime unfolds
+    them when it loads.
 
     Raises `FileNotFoundError`, or `ValueError` for what is no graph, or holds NaN."""
     onnx = _need("onnx")
     check_choice(bits, "bits", (8, 4))
     model = _load_graph(onnx, source)
-    used = {node.input[1]: node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")}
+    used = {
+        node.input[1]: node
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul")
+    }
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-    for tensor in [t for t in model.graph.initializer if t.name in used and len(t.dims) > 1 and t.data_type in floats]:
+    weights = [t for t in model.graph.initializer if t.name in used and len(t.dims) > 1]
+    for tensor in [t for t in weights if t.data_type in floats]:
         node = used[tensor.name]
         axis = len(tensor.dims) - 1 if node.op_type == "MatMul" or _is_plain_gemm(node) else 0
         parts, nodes = _integer_nodes(onnx, tensor, bits, axis)
@@ -346,11 +439,14 @@ def _load_graph(onnx, source):
         onnx.checker.check_model(model)
         return model
     except Exception as error:
-        raise ValueError(f"{source} cannot be opened as an ONNX model: {_first_line(error)}") from None
+        raise ValueError(
+            f"{source} cannot be opened as an ONNX model: {_first_line(error)}"
+        ) from None
 
 
 def _is_plain_gemm(node):
-    "A Gemm whose weight is (in, out); PyTorch's linear layers are stored (out, in), transposed at work"
+    """A Gemm whose weight is (in, out); PyTorch's linear layers are stored (out, in), transposed at
+    work"""
     return node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
 
 
@@ -358,7 +454,9 @@ def _integer_nodes(onnx, tensor, bits, axis):
     "Integers and scales of one weight, and the nodes Cast and Mul that turn them back into it"
     weight, top = onnx.numpy_helper.to_array(tensor).astype(np.float32), 2 ** (bits - 1) - 1
     if not np.isfinite(weight).all():
-        raise ValueError(f"{tensor.name} holds NaN or infinite values in float32; mend the model before compressing it")
+        raise ValueError(
+            f"{tensor.name} holds NaN or infinite values in float32; mend the model first"
+        )
     others = tuple(i for i in range(weight.ndim) if i != axis)
     reach = np.abs(weight).max(axis=others, keepdims=True, initial=0)
     scale = np.maximum(reach / top, np.finfo(np.float32).tiny).astype(np.float32)
@@ -385,14 +483,18 @@ def quantize_onnx(
     method: str = "minmax",  # how activation rulers end: "minmax", "entropy" or "percentile"
     batch_size: int = 64,  # of the calibration
 ) -> Path:
-    """Static int8 by ONNX Runtime's own quantiser: prepare the graph, watch activations, write integers.
+    """Static int8 by ONNX Runtime's own quantiser: prepare the graph, watch activations, write
+    integers.
 
-    Raises `FileNotFoundError`, or `ValueError` for what is no graph, for no inputs, or for NaN among them."""
+    Raises `FileNotFoundError`, or `ValueError` for what is no graph, for no inputs, or for NaN
+    among them."""
     methods = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
     check_choice(method, "method", methods)
     check_whole(batch_size, "batch_size", 1)
     if calibration.ndim == 0 or len(calibration) == 0 or not torch.isfinite(calibration).all():
-        raise ValueError(f"calibration is {got(calibration)}; expected at least one input, and no NaN or infinity")
+        raise ValueError(
+            f"calibration is {got(calibration)}; expected at least one input, all finite"
+        )
     graph = OnnxModel(source)
     if isinstance(fixed := graph.input.shape[0], int):  # a graph for one batch size
         batch_size, calibration = fixed, calibration[:len(calibration) // fixed * fixed]
@@ -403,12 +505,20 @@ def quantize_onnx(
         prepared, done = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         try:
             prepare(str(source), str(prepared), skip_symbolic_shape=True)
-            tools.quantize_static(str(prepared), str(done), _reader(tools, graph.input, calibration.split(batch_size)),
-                                  quant_format=tools.QuantFormat.QDQ, per_channel=per_channel,
-                                  activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8,
-                                  calibrate_method=tools.CalibrationMethod[methods[method]])
+            tools.quantize_static(
+                str(prepared),
+                str(done),
+                _reader(tools, graph.input, calibration.split(batch_size)),
+                quant_format=tools.QuantFormat.QDQ,
+                per_channel=per_channel,
+                activation_type=tools.QuantType.QUInt8,
+                weight_type=tools.QuantType.QInt8,
+                calibrate_method=tools.CalibrationMethod[methods[method]],
+            )
         except Exception as error:
-            raise ValueError(f"{source} cannot be written in integers: {_first_line(error)}") from error
+            raise ValueError(
+                f"{source} cannot be written in integers: {_first_line(error)}"
+            ) from error
         return _write(target, done.read_bytes())
 
 # %% ../../nbs/10_deployment/02_export.ipynb #b81337f1
@@ -434,16 +544,22 @@ def compare_latency(
     calls: Sequence[int] = (30, 1),  # timed calls in a round, for each batch size
     threads: int = 1,  # inside PyTorch; `OnnxModel` has its own
 ) -> dict[str, dict[str, float]]:  # name -> latency_ms and images_per_second
-    """Latency of one batch and throughput of another: the median over rounds in which the candidates take turns.
+    """Latency of one batch and throughput of another: the median over rounds in which the
+    candidates take turns.
 
     Raises `TypeError`, `ValueError`. On a GPU the clock waits until the work is done."""
     check_sizes(rounds=rounds, threads=threads)
     (first, second), calls = _check_pair(batch_sizes, "batch_sizes"), _check_pair(calls, "calls")
     if example.ndim == 0 or not len(example) or not predicts:
-        raise ValueError(f"example is {got(example)}, for {len(predicts)} candidates; expected at least one of each")
+        raise ValueError(
+            f"example is {got(example)}, for {len(predicts)} candidates; "
+            "expected at least one of each"
+        )
     for name, predict in predicts.items():
         check_callable(predict, f"predicts[{name!r}]", "(batch)")
-    small, large = (torch.cat([example] * -(-size // len(example)))[:size] for size in (first, second))
+    small, large = (
+        torch.cat([example] * -(-size // len(example)))[:size] for size in (first, second)
+    )
     seconds = {name: ([], []) for name in predicts}
     with _torch_threads(threads), torch.inference_mode():
         for turn in range(rounds):
@@ -462,7 +578,8 @@ def measure_latency(
     example: Tensor,  # (b, c, h, w)
     **options,  # as in `compare_latency`
 ) -> dict[str, float]:  # latency_ms and images_per_second
-    "Latency and throughput of one candidate. To compare several, let them take turns: `compare_latency`."
+    """Latency and throughput of one candidate. To compare several, let them take turns:
+    `compare_latency`."""
     return compare_latency({"it": predict}, example, **options)["it"]
 
 
@@ -477,5 +594,8 @@ def _median(name, predict, batch, calls, warmup):
 def _check_pair(values, name):
     "Two whole numbers from 1 on"
     if len(values) != 2:
-        raise ValueError(f"{name} has {len(values)} entries; expected two whole numbers, for the latency and for the throughput")
+        raise ValueError(
+            f"{name} has {len(values)} entries; expected two whole numbers, "
+            "for the latency and for the throughput"
+        )
     return [check_whole(value, f"{name}[{i}]", 1) for i, value in enumerate(values)]

@@ -61,19 +61,47 @@ CLOCK = dict(batch_sizes=(1, 4), rounds=1, calls=(1, 1), threads=1)
 EXAMPLES = {
     "deployment.export.OnnxModel": lambda: (export.OnnxModel, dict(path=file(), threads=1)),
     "deployment.export.OnnxModel.__call__": lambda: (answer, dict(images=pictures())),
-    "deployment.export.export_onnx": lambda: (exported, dict(
-        model=network(), example=pictures(2), path=place(), dynamic_batch=True, tolerance=1e-4, opset=17)),
-    "deployment.export.quantize_onnx_weights": lambda: (export.quantize_onnx_weights, dict(
-        source=file(), target=place(), bits=4)),
-    "deployment.export.quantize_onnx": lambda: (export.quantize_onnx, dict(
-        source=file(), target=place(), calibration=pictures(), per_channel=True, method="minmax", batch_size=2)),
-    "deployment.export.compare_latency": lambda: (compared, dict(
-        predicts={"a": double, "b": network()}, example=pictures(1), **CLOCK)),
-    "deployment.export.measure_latency": lambda: (measured, dict(
-        predict=double, example=pictures(1), **CLOCK)),
+    "deployment.export.export_onnx": lambda: (
+        exported,
+        dict(
+            model=network(),
+            example=pictures(2),
+            path=place(),
+            dynamic_batch=True,
+            tolerance=1e-4,
+            opset=17,
+        ),
+    ),
+    "deployment.export.quantize_onnx_weights": lambda: (
+        export.quantize_onnx_weights,
+        dict(source=file(), target=place(), bits=4),
+    ),
+    "deployment.export.quantize_onnx": lambda: (
+        export.quantize_onnx,
+        dict(
+            source=file(),
+            target=place(),
+            calibration=pictures(),
+            per_channel=True,
+            method="minmax",
+            batch_size=2,
+        ),
+    ),
+    "deployment.export.compare_latency": lambda: (
+        compared,
+        dict(predicts={"a": double, "b": network()}, example=pictures(1), **CLOCK),
+    ),
+    "deployment.export.measure_latency": lambda: (
+        measured,
+        dict(predict=double, example=pictures(1), **CLOCK),
+    ),
 }
 SKIP = {}
 if not (find_spec("onnx") and find_spec("onnxruntime")):
     clock = ("compare_latency", "measure_latency")
-    SKIP = {name: "needs the extra `deploy`" for name in EXAMPLES if name.rpartition(".")[2] not in clock}
+    SKIP = {
+        name: "needs the extra `deploy`"
+        for name in EXAMPLES
+        if name.rpartition(".")[2] not in clock
+    }
     EXAMPLES = {name: call for name, call in EXAMPLES.items() if name not in SKIP}
