@@ -119,7 +119,7 @@ def evaluating(
 @checked
 def count_macs(
     model: nn.Module,
-    *inputs: Tensor,  # one example batch, as the model takes it
+    *inputs,  # one example batch, as the model takes it: a tensor, then whatever else
 ) -> int:
     """Multiply-accumulates of one forward pass: convolutions, matrix products, attention (half of PyTorch's FLOP count).
 
@@ -127,9 +127,9 @@ def count_macs(
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs = [torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype != object else x for x in inputs]
-    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        wrong = next((got(x) for x in inputs if not isinstance(x, Tensor)), "no input")
-        raise TypeError(f"count_macs got {wrong}; expected one example batch of tensors after the model, as the model takes it")
+    if not inputs or not isinstance(inputs[0], Tensor):
+        wrong = got(inputs[0]) if inputs else "no input"
+        raise TypeError(f"count_macs got {wrong}; expected an example batch after the model, as the model takes it")
     if blind := [m for m in model.modules() if isinstance(m, (nn.RNNBase, nn.Bilinear))]:
         raise ValueError(f"model holds {got(blind[0])}, whose products PyTorch does not count; expected other layers")
     with evaluating(model), _plain_kernels(), FlopCounterMode(display=False) as counter:

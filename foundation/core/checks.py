@@ -163,6 +163,10 @@ def precise(x: Tensor) -> Tensor:
 def _tensor(x, name, wanted):
     "Tensors and NumPy arrays; the sentence for anything else"
     if isinstance(x, Tensor):
+        if x.layout is not torch.strided or x.is_quantized:
+            raise TypeError(
+                f"{name} is a {x.layout} tensor; expected a dense one, as {name}.to_dense()"
+            )
         return x
     if isinstance(x, np.ndarray) and x.dtype.kind in "biuf":
         x = x.astype(x.dtype.newbyteorder("="), copy=not x.flags.writeable)
