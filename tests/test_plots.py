@@ -198,3 +198,12 @@ def test_the_band_is_the_interval_it_says_it_is():
     draws = np.random.default_rng(1).normal(size=(400, 1))
     low, high = plots.band(draws, "bootstrap")
     assert low[0] < draws.mean() < high[0] and abs((high - low)[0] - 2 * 1.96 / 20) < 0.03
+
+
+def test_each_point_is_drawn_once_in_the_colour_of_its_class(monkeypatch):
+    from matplotlib.axes import Axes
+    drawn, really = [], Axes.scatter
+    monkeypatch.setattr(Axes, "scatter", lambda self, x, y, **look: drawn.append((sorted(x), look["color"])) or really(self, x, y, **look))
+    points = np.stack([np.arange(6.0), np.zeros(6)], 1)
+    plot_points(points, [1, 0, 2, 1, 0, 1], alt="a")
+    assert [x for x, _ in drawn] == [[1, 4], [0, 3, 5], [2]] and len({colour for _, colour in drawn}) == 3
