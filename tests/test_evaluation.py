@@ -360,6 +360,18 @@ def test_a_linear_probe_separates_what_a_plane_separates():
     assert probes.fit_linear(x, y, l2=1e6).weight.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("l2", [1e-3, 0.1, 3.0])
+def test_a_linear_probe_is_the_minimum_of_its_loss(table, l2):
+    x, y = table
+    x = x * torch.tensor([1.0, 100, 1e-3, 1, 7]) + 3
+    probe = probes.fit_linear(x, y, l2)
+    scaled = ((x - x.mean(0)) / x.std(0, correction=0)).double()
+    w, b = (t.double().requires_grad_() for t in (probe.weight, probe.bias))
+    (F.cross_entropy(scaled @ w.T + b, y) + l2 / 2 * (w**2).sum()).backward()
+    assert w.grad.abs().max() < 1e-4 and b.grad.abs().max() < 1e-4
+    torch.testing.assert_close(probe(x), (scaled @ w.T + b).float(), atol=1e-4, rtol=1e-4)
+
+
 @few
 @given(st.integers(2, 30), st.integers(1, 6), st.integers(0, 10**6))
 def test_pca_keeps_the_spread_and_orders_it(n, d, seed):

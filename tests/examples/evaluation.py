@@ -225,7 +225,7 @@ EXAMPLES = {
             counts=[6],
             seeds=[0],
             steps=1,
-            choices={"pixels, probe": (1.0,), "from scratch": (1e-3,)},
+            choices={"pixels, probe": (1.0,)},
         ),
     ),
     "evaluation.label_efficiency.judge": lambda: (
