@@ -41,7 +41,9 @@ from ..core.checks import check_whole, checked, got
 from .loop import Objective, Step, modes_back, progress, train
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #bd8331e6
-def _random_states() -> tuple[dict[str, Tensor], dict]:  # PyTorch's as tensors; Python's and NumPy's as lists
+def _random_states() -> tuple[
+    dict[str, Tensor], dict
+]:  # PyTorch's as tensors; Python's and NumPy's as lists
     "The states of all global random generators."
     kind, words, *rest = np.random.get_state()
     tensors = {"rng.cpu": torch.get_rng_state()}
@@ -54,7 +56,9 @@ def _restore_random(tensors: dict[str, Tensor], lists: dict) -> None:
     "Put the generators back."
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
-        for device, state in zip(range(torch.cuda.device_count()), torch.atleast_2d(tensors["rng.cuda"])):
+        for device, state in zip(
+            range(torch.cuda.device_count()), torch.atleast_2d(tensors["rng.cuda"])
+        ):
             torch.cuda.set_rng_state(state, device)
     version, words, gauss = lists["python"]
     random.setstate((version, tuple(words), gauss))
@@ -63,18 +67,23 @@ def _restore_random(tensors: dict[str, Tensor], lists: dict) -> None:
 # %% ../../nbs/05_training/03_checkpoint.ipynb #453a0c2f
 class Snapshot(NamedTuple):
     "All that the next step depends on."
+
     tensors: dict[str, Tensor]  # weights, buffers, moments and random states by name, on the CPU
     about: dict  # the rest, as JSON can hold it
 
 
 @checked
 def snapshot(model: nn.Module, opt: torch.optim.Optimizer) -> Snapshot:
-    """Copies of model, optimizer and random states; each moment stands under the name of its weight.
+    """Copies of model, optimizer and random states; each moment stands under the name of its
+    weight.
 
-    All buffers are among them, also those outside the state dict. Raises `TypeError` for what is no plain tensor."""
+    All buffers are among them, also those outside the state dict. Raises `TypeError` for what is no
+    plain tensor."""
     tensors, lists = _random_states()
     names, state, scalars = _names(model, opt), opt.state_dict(), {}
-    order = [name for group in names for name in group]  # PyTorch numbers the parameters from group to group
+    order = [
+        name for group in names for name in group
+    ]  # PyTorch numbers the parameters from group to group
     for i, values in state["state"].items():
         for key, v in values.items():
             if isinstance(v, Tensor):
@@ -83,14 +92,29 @@ def snapshot(model: nn.Module, opt: torch.optim.Optimizer) -> Snapshot:
                 scalars.setdefault(order[i], {})[key] = deepcopy(v)
     live, shared = _state(model, opt)
     tensors |= {f"model.{name}": v for name, v in live.items() if name not in shared}
-    groups = [deepcopy(group) | dict(params=own) for group, own in zip(state["param_groups"], names)]
-    copies = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    return Snapshot(copies, dict(optimizer=type(opt).__name__, groups=groups, scalars=scalars, shared=shared, random=lists))
+    groups = [
+        deepcopy(group) | dict(params=own) for group, own in zip(state["param_groups"], names)
+    ]
+    copies = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
+    }
+    return Snapshot(
+        copies,
+        dict(
+            optimizer=type(opt).__name__,
+            groups=groups,
+            scalars=scalars,
+            shared=shared,
+            random=lists,
+        ),
+    )
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #ec058ac0
 @checked
 def restore(state: Snapshot, model: nn.Module, opt: torch.optim.Optimizer) -> None:
-    "Back to a snapshot, to the last bit. Raises `BadCheckpoint` if it is of another model or optimizer; nothing is changed then."
+    """Back to a snapshot, to the last bit.
+
+    Raises `BadCheckpoint` if it is of another model or optimizer; nothing is changed then."""
     _check_fit("the snapshot", state, model, opt)
     tensors, about = state
     live, _ = _state(model, opt)
@@ -102,10 +126,20 @@ def restore(state: Snapshot, model: nn.Module, opt: torch.optim.Optimizer) -> No
     moments, names = _moments(state), _names(model, opt)
     order = [name for group in names for name in group]
     own = opt.state_dict()["param_groups"]
-    groups = [_group_of(group, about["groups"], i) | dict(params=mine["params"]) for i, (group, mine) in enumerate(zip(names, own))]
-    opt.load_state_dict(dict(state={i: moments[name] for i, name in enumerate(order) if name in moments}, param_groups=groups))
+    groups = [
+        _group_of(group, about["groups"], i) | dict(params=mine["params"])
+        for i, (group, mine) in enumerate(zip(names, own))
+    ]
+    opt.load_state_dict(
+        dict(
+            state={i: moments[name] for i, name in enumerate(order) if name in moments},
+            param_groups=groups,
+        )
+    )
     for name, p in zip(order, (p for group in opt.param_groups for p in group["params"])):
-        for key, v in moments.get(name, {}).items():  # in kind and memory layout as they were: a fused optimizer looks at neither
+        for key, v in moments.get(
+            name, {}
+        ).items():  # in kind and memory layout as they were: a fused optimizer looks at neither
             if isinstance(v, Tensor) and key != "step":
                 like = p if v.shape == p.shape else v.to(opt.state[p][key].device)
                 opt.state[p][key] = torch.empty_like(like, dtype=v.dtype).copy_(v)
@@ -124,10 +158,13 @@ def save_checkpoint(
     step: int,  # steps done: the number to pass as `start`
     notes: dict | None = None,  # anything that JSON can hold: losses so far, seconds …
 ) -> None:
-    """Write all that the next step depends on; the checkpoint before stays as `<name>.old`, and a whole one is always there.
+    """Write all that the next step depends on; the checkpoint before stays as `<name>.old`, and a
+    whole one is always there.
 
-    Raises `TypeError` or `ValueError` for what cannot be saved, and for weights that are NaN or infinite (those would
-    push the last good checkpoint out), `BadCheckpoint` while another process saves there, `OSError` for a full disk."""
+    Raises `TypeError` or `ValueError` for what cannot be saved, and for weights that are NaN or
+    infinite (those would
+    push the last good checkpoint out), `BadCheckpoint` while another process saves there, `OSError`
+    for a full disk."""
     check_whole(step, "step", 0)
     _check_weights(model, opt, step)
     new, path, old = _places(path)
@@ -148,9 +185,11 @@ def load_checkpoint(
     model: nn.Module,
     opt: torch.optim.Optimizer,
 ) -> tuple[int, dict]:  # steps done, notes; (0, {}) if there is no checkpoint yet
-    """Restore model, optimizer and random states from the newest whole file, with a warning if it is not the last one.
+    """Restore model, optimizer and random states from the newest whole file, with a warning if it
+    is not the last one.
 
-    Raises `BadCheckpoint` if files are there and none can be used, or if they are of another model or optimizer;
+    Raises `BadCheckpoint` if files are there and none can be used, or if they are of another model
+    or optimizer;
     nothing has been changed then."""
     return _load(path, model, opt, accept=lambda name, notes, fit: None)
 
@@ -169,35 +208,48 @@ def _load(path, model, opt, accept):
         accept(file.name, notes, fit)
         fit()
         if problems:
-            warnings.warn(f"{'; '.join(problems)}. Going on from {file.name}, step {step}", stacklevel=4)
+            warnings.warn(
+                f"{'; '.join(problems)}. Going on from {file.name}, step {step}", stacklevel=4
+            )
         restore(state, model, opt)
         if file == places[0]:
-            with suppress(BadCheckpoint, OSError), _alone(places[1]):  # finish the save that was killed, if it was
+            with (
+                suppress(BadCheckpoint, OSError),
+                _alone(places[1]),
+            ):  # finish the save that was killed, if it was
                 _settle(*places)
         return step, notes
     if problems:
-        raise BadCheckpoint(f"no checkpoint at {Path(path).name} can be used ({'; '.join(problems)}); "
-                            "delete it to start anew")
+        raise BadCheckpoint(
+            f"no checkpoint at {Path(path).name} can be used ({'; '.join(problems)}); "
+            "delete it to start anew"
+        )
     return 0, {}
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #a569addd
 def _places(path):
-    "Where the newest checkpoint is for a moment, where it stays, and where the one before goes; links are followed"
+    """Where the newest checkpoint is for a moment, where it stays, and where the one before goes;
+    links are followed"""
     try:
         real = Path(os.path.realpath(path))
         places = real.with_name(real.name + ".new"), real, real.with_name(real.name + ".old")
         folders = [place for place in places if place.is_dir()]
     except (OSError, ValueError) as error:  # too long, or a name that no file can have
         short = str(path) if len(str(path)) < 60 else f"{str(path)[:40]}…"
-        raise BadCheckpoint(f"{short!r} is no place for a checkpoint: {getattr(error, 'strerror', '') or error}") from None
+        raise BadCheckpoint(
+            f"{short!r} is no place for a checkpoint: {getattr(error, 'strerror', '') or error}"
+        ) from None
     if folders:
-        raise BadCheckpoint(f"{folders[0].name} is a folder; expected a file for the checkpoint, such as "
-                            f"{Path(path) / 'run.safetensors'}")
+        raise BadCheckpoint(
+            f"{folders[0].name} is a folder; expected a file for the checkpoint, such as "
+            f"{Path(path) / 'run.safetensors'}"
+        )
     return places
 
 
 def _settle(new, path, old):
-    "Two renames: the file before becomes the older one, and the new one takes its place; then both names are on the disk"
+    """Two renames: the file before becomes the older one, and the new one takes its place; then
+    both names are on the disk"""
     if path.exists():
         shutil.copymode(path, new)
         path.replace(old)
@@ -211,15 +263,20 @@ def _explained(path, step, size):
     try:
         yield
     except OSError as error:
-        told = OSError(f"step {step} cannot be saved as {path.name} ({size / 1e6:.3g} MB): {error.strerror or error}. "
-                       "The checkpoint before is safe; make room, or name a file elsewhere, and go on from it")
+        told = OSError(
+            f"step {step} cannot be saved as {path.name} ({size / 1e6:.3g} MB): "
+            f"{error.strerror or error}. "
+            "The checkpoint before is safe; make room, or name a file elsewhere, and go on from it"
+        )
         told.errno = error.errno
         raise told from error
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #a6b7fb43
 @contextmanager
 def _alone(path, patience=0.0):
-    "Hold a checkpoint for this thread; the sentence if another one, or another process, has it. A killed process has nothing"
+    """Hold a checkpoint for this thread; the sentence if another one, or another process, has it.
+
+    A killed process has nothing"""
     key, me, end = (os.getpid(), str(path)), threading.get_ident(), time.monotonic() + patience
     if _held.get(key) == me:
         yield
@@ -231,7 +288,10 @@ def _alone(path, patience=0.0):
                 _held[key] = me
                 break
         if time.monotonic() >= end:
-            raise BadCheckpoint(f"another process trains into {path.name}; wait for it or end it, or name another file")
+            raise BadCheckpoint(
+                f"another process trains into {path.name}; wait for it or end it, or name "
+                f"another file"
+            )
         time.sleep(0.05)
     try:
         yield
@@ -245,7 +305,8 @@ _held, _turn = {}, threading.Lock()  # (process, path) -> thread
 
 
 def _lock(path):
-    "The lock file, open and locked; None if it is another process's, -1 where the folder takes no locks"
+    """The lock file, open and locked; None if it is another process's, -1 where the folder takes
+    no locks"""
     place = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -255,9 +316,11 @@ def _lock(path):
     try:
         if os.name == "nt":
             import msvcrt
+
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
+
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         same = os.path.samestat(os.fstat(handle), os.stat(place))
     except FileNotFoundError:  # whoever had it has just taken it away
@@ -286,9 +349,16 @@ def _unlock(handle, path):
 def _as_json(value, what):
     "The JSON of a value; NumPy's numbers count as numbers"
     try:
-        return json.dumps(value, default=lambda v: v.item() if isinstance(v, np.generic) else json.JSONEncoder().default(v))
+        return json.dumps(
+            value,
+            default=lambda v: (
+                v.item() if isinstance(v, np.generic) else json.JSONEncoder().default(v)
+            ),
+        )
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"{what} must be what JSON can hold (numbers, texts, lists): {error}") from None
+        raise TypeError(
+            f"{what} must be what JSON can hold (numbers, texts, lists): {error}"
+        ) from None
 
 
 def _encode(tensors, about):
@@ -323,62 +393,113 @@ def read_checkpoint(
             raise ValueError("the contents do not fit their hash")
         about = json.loads(text)
         if "shared" not in about:
-            raise ValueError("written by an earlier version, which kept the optimizer's state by place and not by name")
+            raise ValueError(
+                "written by an earlier version, which kept the optimizer's state by place and "
+                "not by name"
+            )
         if not isinstance(about["step"], int) or not isinstance(about["notes"], dict):
             raise ValueError("its header is no checkpoint's")
-    except (SafetensorError, KeyError, RuntimeError, ValueError, TypeError, OSError, RecursionError) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        OSError,
+        RecursionError,
+    ) as error:
         raise BadCheckpoint(f"{path.name}: {str(error).splitlines()[0]}") from None
     return Snapshot(tensors, about)
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #94078a50
 def _check_weights(model, opt, step):
     "Refuse weights that are not finite, and those that a checkpoint would not find again"
-    named = [(name, p) for own, group in zip(_names(model, opt), opt.param_groups) for name, p in zip(own, group["params"])]
+    named = [
+        (name, p)
+        for own, group in zip(_names(model, opt), opt.param_groups)
+        for name, p in zip(own, group["params"])
+    ]
     outside = [(name, p) for name, p in named if name.endswith(_OUTSIDE)]
     if outside and len(outside) == len(named):
-        raise ValueError("the optimizer trains no parameter of this model; expected the optimizer that was made for it")
+        raise ValueError(
+            "the optimizer trains no parameter of this model; expected the optimizer that was "
+            "made for it"
+        )
     for name, p in outside:
-        raise ValueError(f"the optimizer trains parameter {name}, shape {tuple(p.shape)}; a checkpoint finds each by its "
-                         "name in the model, so make it a part of that")
+        raise ValueError(
+            f"the optimizer trains parameter {name}, shape {tuple(p.shape)}; a checkpoint finds "
+            f"each by its "
+            "name in the model, so make it a part of that"
+        )
     for name, p in model.named_parameters():
         if step and p.is_floating_point() and not p.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite numbers after step {step}; "
-                             "not saved, so that the checkpoint before stays")
+            raise ValueError(
+                f"{name} holds NaN or infinite numbers after step {step}; "
+                "not saved, so that the checkpoint before stays"
+            )
 
 
 def _check_fit(name, state, model, opt):
     "Refuse what was saved of another model or optimizer, before anything is changed"
     (tensors, about), (live, shared) = state, _state(model, opt)
     look = lambda v: f"{tuple(v.shape)} {v.dtype}"
-    there = {k.removeprefix("model."): look(v) for k, v in tensors.items() if k.startswith("model.")}
+    there = {
+        k.removeprefix("model."): look(v) for k, v in tensors.items() if k.startswith("model.")
+    }
     there |= {second: f"the same as {first}" for second, first in about["shared"].items()}
     here = {k: f"the same as {shared[k]}" if k in shared else look(v) for k, v in live.items()}
     for k in sorted(there.keys() | here.keys()):
         if there.get(k) != here.get(k):
-            raise BadCheckpoint(f"{name} is of another model: {k} is {there.get(k, 'missing')} there and "
-                                f"{here.get(k, 'missing')} here; use the model it was saved from, or another path")
+            raise BadCheckpoint(
+                f"{name} is of another model: {k} is {there.get(k, 'missing')} there and "
+                f"{here.get(k, 'missing')} here; use the model it was saved from, or another path"
+            )
     names, saved = _names(model, opt), [group["params"] for group in about["groups"]]
-    kinds = [f"{kind} of {[len(group) for group in groups]} parameters"
-             for kind, groups in ((about["optimizer"], saved), (type(opt).__name__, names))]
-    if sorted(map(sorted, saved)) != sorted(map(sorted, names)) or about["optimizer"] != type(opt).__name__:
+    kinds = [
+        f"{kind} of {[len(group) for group in groups]} parameters"
+        for kind, groups in ((about["optimizer"], saved), (type(opt).__name__, names))
+    ]
+    if (
+        sorted(map(sorted, saved)) != sorted(map(sorted, names))
+        or about["optimizer"] != type(opt).__name__
+    ):
         place = lambda groups: {k: g for g, group in enumerate(groups) for k in group}
-        moved = [k for k, g in place(names).items() if place(saved).get(k) != g and kinds[0] == kinds[1]]
+        moved = [
+            k for k, g in place(names).items() if place(saved).get(k) != g and kinds[0] == kinds[1]
+        ]
         which = f" ({moved[0]} is in another group)" if moved else ""
-        raise BadCheckpoint(f"{name} is of another optimizer: {kinds[0]} there, {kinds[1]} here{which}; make it as it was made then")
+        raise BadCheckpoint(
+            f"{name} is of another optimizer: {kinds[0]} there, {kinds[1]} here{which}; make it "
+            f"as it was made then"
+        )
     _check_moments(name, state, opt, names)
     _check_luck(name, state)
 
 
 def _check_moments(name, state, opt, names):
-    "Refuse moments that are not as large as their weight: PyTorch's fused optimizers look at no shapes, and write beyond the end"
-    weights = {k: (p, group) for own, group in zip(names, opt.param_groups) for k, p in zip(own, group["params"])}
+    """Refuse moments that are not as large as their weight: PyTorch's fused optimizers look at no
+    shapes, and write beyond the end"""
+    weights = {
+        k: (p, group)
+        for own, group in zip(names, opt.param_groups)
+        for k, p in zip(own, group["params"])
+    }
     for k, values in _moments(state).items():
         for what, v in values.items():
             p, group = weights.get(k, (None, {}))
-            alike = "foreach" in group and what not in _OWN_SHAPES  # PyTorch's own optimizers, but for sums over rows and the like
-            if p is None or alike and isinstance(v, Tensor) and (v.shape, v.dtype) != (p.shape, p.dtype):
-                raise BadCheckpoint(f"{name} cannot be used: {what} of {k} is {got(v)}, and the weight "
-                                    f"{'is missing' if p is None else 'is ' + got(p.detach())}")
+            alike = (
+                "foreach" in group and what not in _OWN_SHAPES
+            )  # PyTorch's own optimizers, but for sums over rows and the like
+            if (
+                p is None
+                or alike
+                and isinstance(v, Tensor)
+                and (v.shape, v.dtype) != (p.shape, p.dtype)
+            ):
+                raise BadCheckpoint(
+                    f"{name} cannot be used: {what} of {k} is {got(v)}, and the weight "
+                    f"{'is missing' if p is None else 'is ' + got(p.detach())}"
+                )
 
 
 _OWN_SHAPES = ("step", "row_var", "col_var", "mu_product", "mu", "eta", "ax")
@@ -392,12 +513,16 @@ def _check_luck(name, state):
         random.Random().setstate((version, tuple(words), gauss))
         np.random.RandomState().set_state(tuple(state.about["random"]["numpy"]))
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise BadCheckpoint(f"{name} cannot be used: its random states do not fit ({str(error).splitlines()[0]})") from None
+        raise BadCheckpoint(
+            f"{name} cannot be used: its random states do not fit ({str(error).splitlines()[0]})"
+        ) from None
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #d3e57fee
 def _bare(model):
     "The network itself, out of what compiles or distributes it"
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
+        model, "_orig_mod"
+    ):
         model = getattr(model, "_orig_mod", None) or model.module
     return model
 
@@ -408,27 +533,47 @@ def _plain(name):
 
 
 def _names(model, opt):
-    "For each group of the optimizer, what the model calls its parameters; a place for those that it has not"
+    """For each group of the optimizer, what the model calls its parameters; a place for those that
+    it has not"""
     known = {id(p): _plain(name) for name, p in _bare(model).named_parameters()}
-    return [[known.get(id(p), f"{i} of group {g}{_OUTSIDE}") for i, p in enumerate(group["params"])]
-            for g, group in enumerate(opt.param_groups)]
+    return [
+        [known.get(id(p), f"{i} of group {g}{_OUTSIDE}") for i, p in enumerate(group["params"])]
+        for g, group in enumerate(opt.param_groups)
+    ]
 
 
 _OUTSIDE = ", outside the model"
 
 
 def _state(model, opt):
-    "Name -> the tensor itself, of all that a model holds and an optimizer trains; and which names are second ones"
+    """Name -> the tensor itself, of all that a model holds and an optimizer trains; and which
+    names are second ones"""
     net = _bare(model)
-    found = {_plain(k): v for k, v in {**net.state_dict(keep_vars=True), **dict(net.named_buffers(remove_duplicate=False))}.items()}
+    found = {
+        _plain(k): v
+        for k, v in {
+            **net.state_dict(keep_vars=True),
+            **dict(net.named_buffers(remove_duplicate=False)),
+        }.items()
+    }
     params = [p for group in opt.param_groups for p in group["params"]]
     order = [name for group in _names(model, opt) for name in group]
     found |= {name: p for name, p in zip(order, params) if name.endswith(_OUTSIDE)}
     for name, v in found.items():
-        plain = isinstance(v, Tensor) and not is_lazy(v) and v.layout == torch.strided and not v.is_quantized and not v.is_meta
+        plain = (
+            isinstance(v, Tensor)
+            and not is_lazy(v)
+            and v.layout == torch.strided
+            and not v.is_quantized
+            and not v.is_meta
+        )
         if not plain:
-            what = "a tensor without contents, or of another kind" if isinstance(v, Tensor) else got(v)
-            raise TypeError(f"{name} is {what}; expected a plain tensor: no other fits into a checkpoint")
+            what = (
+                "a tensor without contents, or of another kind" if isinstance(v, Tensor) else got(v)
+            )
+            raise TypeError(
+                f"{name} is {what}; expected a plain tensor: no other fits into a checkpoint"
+            )
     owners = {}
     first = {name: owners.setdefault(id(v), name) for name, v in found.items()}
     return found, {name: owner for name, owner in first.items() if name != owner}
@@ -450,17 +595,23 @@ def _group_of(names, groups, i):
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #18ec6367
 def fingerprint(
-    *things,  # tensors, arrays, networks, functions with their settings, numbers, texts, lists and dictionaries of these
+    *things,  # tensors, arrays, networks, functions, numbers, texts, lists and dictionaries of these
 ) -> str:  # 20 hex digits
-    """A short digest: equal for equal things, also in another process, and another one for anything else.
+    """A short digest: equal for equal things, also in another process, and another one for anything
+    else.
 
-    Kind, shape, order and each bit count; the device, the layout in memory, tensor or array, list or tuple do not.
-    Of a network count structure, settings and state, not its mode. Raises `TypeError` for what it cannot tell apart:
+    Kind, shape, order and each bit count; the device, the layout in memory, tensor or array, list
+    or tuple do not.
+    Of a network count structure, settings and state, not its mode. Raises `TypeError` for what it
+    cannot tell apart:
     a stream, a file, an object that shows nothing but its address."""
     try:
         return _Teller()(things).hex()
     except RecursionError:
-        raise TypeError("the things to tell apart are nested too deeply; expected lists and dictionaries of a few levels") from None
+        raise TypeError(
+            "the things to tell apart are nested too deeply; expected lists and dictionaries of "
+            "a few levels"
+        ) from None
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #32db07f7
 class _Teller:
@@ -502,19 +653,30 @@ def _importable(x):
 # %% ../../nbs/05_training/03_checkpoint.ipynb #8c6d6216
 @functools.singledispatch
 def _tell(x) -> tuple:  # its kind in words, then parts; or bytes as a memoryview
-    "What tells a thing from others. Of one that is not known here: what it would take along into another process"
+    """What tells a thing from others.
+
+    Of one that is not known here: what it would take along into another process"""
     cls = type(x)
     try:
         if cls is object or isinstance(x, Iterator):
             raise TypeError("nothing to hold on to")
-        taken = copyreg.dispatch_table[cls](x) if cls in copyreg.dispatch_table else x.__reduce_ex__(4)
+        taken = (
+            copyreg.dispatch_table[cls](x) if cls in copyreg.dispatch_table else x.__reduce_ex__(4)
+        )
     except Exception:  # each class has reasons of its own
-        raise TypeError(f"{got(x)} cannot be told from another one; expected the data that it gives, or its settings") from None
+        raise TypeError(
+            f"{got(x)} cannot be told from another one; expected the data that it gives, or its "
+            f"settings"
+        ) from None
     if isinstance(taken, str):
         return f"object {taken}", cls
     make, args, state, *items = [*taken, None, None, None][:5]
     if isinstance(state, dict):  # what it keeps to save time says nothing
-        state = {k: v for k, v in state.items() if not isinstance(getattr(cls, str(k), None), functools.cached_property)}
+        state = {
+            k: v
+            for k, v in state.items()
+            if not isinstance(getattr(cls, str(k), None), functools.cached_property)
+        }
     return "object", cls, make, args, state, [i and list(i) for i in items]
 
 
@@ -525,7 +687,11 @@ def _tell(x) -> tuple:  # its kind in words, then parts; or bytes as a memoryvie
 @_tell.register(Path)
 def _(x):
     own = () if type(x) in (str, int, float, complex, bool) or isinstance(x, Path) else (type(x),)
-    return f"{'path' if isinstance(x, Path) else type(x).__name__} {x if isinstance(x, (str, Path)) else repr(x)}", *own
+    return (
+        f"{'path' if isinstance(x, Path) else type(x).__name__} "
+        f"{x if isinstance(x, (str, Path)) else repr(x)}",
+        *own,
+    )
 
 
 @_tell.register(Tensor)
@@ -536,7 +702,9 @@ def _(x):
         x = x.detach().to_sparse_coo().coalesce()
         return f"sparse {tuple(x.shape)}", x.indices(), x.values()
     flat = x.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"numbers {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}", memoryview(flat.numpy())
+    return f"numbers {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}", memoryview(
+        flat.numpy()
+    )
 
 
 @_tell.register(np.ndarray)
@@ -549,7 +717,9 @@ def _(x):
         return f"records {x.shape}", *((name, np.asarray(x[name])) for name in x.dtype.names)
     x = np.asarray(x, x.dtype.newbyteorder("="))
     kind = x.dtype.name if x.dtype.kind in "biufc" else x.dtype.str  # as PyTorch names it
-    return f"numbers {kind} {x.shape}", memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return f"numbers {kind} {x.shape}", memoryview(
+        np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    )
 
 
 @_tell.register(np.generic)
@@ -584,7 +754,7 @@ def _(x):
 @_tell.register(type)
 def _(x):
     if _importable(x):
-        return f"class {_name(x)}",
+        return (f"class {_name(x)}",)
     methods = {k: getattr(v, "__func__", v) for k, v in vars(x).items()}
     codes = {k: f.__code__ for k, f in methods.items() if isinstance(f, types.FunctionType)}
     return f"class {x.__qualname__}", x.__bases__, codes
@@ -595,13 +765,35 @@ def _(f):
     if f.__code__ is _CHECKED:  # what `checked` adds is no setting
         f = f.__wrapped__
     if _importable(f):
-        return f"function {_name(f)}",
+        return (f"function {_name(f)}",)
     cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
-    settings = f.__defaults__, f.__kwdefaults__, cells, {k: v for k, v in vars(f).items() if k != "__wrapped__"}
+    settings = (
+        f.__defaults__,
+        f.__kwdefaults__,
+        cells,
+        {k: v for k, v in vars(f).items() if k != "__wrapped__"},
+    )
     stored = {i.argval for i in dis.get_instructions(f) if i.opname == "STORE_GLOBAL"}
-    outside = {n: f.__globals__[n] for n in f.__code__.co_names if n in f.__globals__ and n not in stored}
-    fixed = (int, float, complex, str, bytes, tuple, frozenset, types.FunctionType, functools.partial)
-    return f"function {f.__name__}", f.__code__, *settings, {n: v for n, v in outside.items() if isinstance(v, fixed)}
+    outside = {
+        n: f.__globals__[n] for n in f.__code__.co_names if n in f.__globals__ and n not in stored
+    }
+    fixed = (
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        tuple,
+        frozenset,
+        types.FunctionType,
+        functools.partial,
+    )
+    return (
+        f"function {f.__name__}",
+        f.__code__,
+        *settings,
+        {n: v for n, v in outside.items() if isinstance(v, fixed)},
+    )
 
 
 _CHECKED = checked(_name).__code__
@@ -625,7 +817,7 @@ def _(x):
 
 @_tell.register(types.ModuleType)
 def _(x):
-    return f"module {x.__name__}",
+    return (f"module {x.__name__}",)
 
 
 @_tell.register(functools.partial)
@@ -643,10 +835,21 @@ def _(net):
     net = getattr(net, "_orig_mod", net)  # what torch.compile wraps
     owners, told = {}, []
     for name, part in net.named_modules(remove_duplicate=False):
-        made = {n.removesuffix(end) for n in part._parameters for end in ("_orig", "_g", "_v") if n.endswith(end)}
-        settings = {k: v for k, v in vars(part).items() if k not in made and k not in _OF_MODULES and _can_tell(v)}
+        made = {
+            n.removesuffix(end)
+            for n in part._parameters
+            for end in ("_orig", "_g", "_v")
+            if n.endswith(end)
+        }
+        settings = {
+            k: v
+            for k, v in vars(part).items()
+            if k not in made and k not in _OF_MODULES and _can_tell(v)
+        }
         state = part._parameters | part._buffers
-        shared = {k: owners.setdefault(id(v), f"{name}.{k}") for k, v in state.items() if v is not None}
+        shared = {
+            k: owners.setdefault(id(v), f"{name}.{k}") for k, v in state.items() if v is not None
+        }
         told.append([name, type(part), part.extra_repr(), settings, state, shared])
     return "network", *told
 
@@ -664,6 +867,7 @@ def _can_tell(x):
 # %% ../../nbs/05_training/03_checkpoint.ipynb #8adaadca
 class Run(NamedTuple):
     "What a long run leaves behind, besides the trained model."
+
     losses: Tensor  # (steps,)
     seconds: float  # of training, over all parts
 
@@ -676,28 +880,39 @@ def resumable(
     opt: torch.optim.Optimizer,
     *,
     steps: int,
-    checkpoint: Path | str | None = None,  # where to save and from where to go on; None saves nothing
-    recipe: dict | None = None,  # what else the result depends on, as JSON can hold it: the seed, a fingerprint of all data
+    checkpoint: Path
+    | str
+    | None = None,  # where to save and from where to go on; None saves nothing
+    recipe: dict | None = None,  # what else the result depends on: seed, a fingerprint of all data
     save_every: int = 200,
     longer: bool = False,  # go on with more steps than were planned when the checkpoint was made
     title: str = "",  # before the bar; "" shows none
     each: Callable[[Step], None] | None = None,  # called after each step
     **options,  # of `train`: schedule, precision, clip …
 ) -> Run:
-    """Train with a bar; with a checkpoint, save on the way and go on where an earlier call was stopped.
+    """Train with a bar; with a checkpoint, save on the way and go on where an earlier call was
+    stopped.
 
-    Raises `BadCheckpoint` for one of another run (recipe, first batch, objective, optimizer, schedule, precision …) and
-    while another process trains into it, and what `train`, `load_checkpoint` and `save_checkpoint` raise."""
+    Raises `BadCheckpoint` for one of another run (recipe, first batch, objective, optimizer,
+    schedule, precision …) and
+    while another process trains into it, and what `train`, `load_checkpoint` and `save_checkpoint`
+    raise."""
     check_whole(steps, "steps", 0)
     check_whole(save_every, "save_every", 1)
     options = _with_scaler(model, options)
     with _alone_in(checkpoint), modes_back(model):
         if checkpoint:
             plan = _plan(model, objective, opt, steps, recipe, options)
-            batches, start, notes = _go_on(checkpoint, model, stream, opt, plan, longer, options.get("scaler"))
+            batches, start, notes = _go_on(
+                checkpoint, model, stream, opt, plan, longer, options.get("scaler")
+            )
         else:
             batches, start, notes = _begun(stream, 0), 0, {}
-        losses, before, began = notes.get("losses", []), notes.get("seconds", 0.0), time.perf_counter()
+        losses, before, began = (
+            notes.get("losses", []),
+            notes.get("seconds", 0.0),
+            time.perf_counter(),
+        )
         seconds = lambda: before + time.perf_counter() - began
         with progress(steps, title, start) as bar:
             for step in train(model, batches, objective, opt, steps=steps, start=start, **options):
@@ -707,22 +922,49 @@ def resumable(
                     each(step)
                 if checkpoint and ((step.n + 1) % save_every == 0 or step.n + 1 == steps):
                     losses, scaler = [float(loss) for loss in losses], options.get("scaler")
-                    save_checkpoint(checkpoint, model, opt, step.n + 1, dict(
-                        losses=losses, seconds=seconds(), recipe=plan, scaler=scaler and scaler.state_dict()))
+                    save_checkpoint(
+                        checkpoint,
+                        model,
+                        opt,
+                        step.n + 1,
+                        dict(
+                            losses=losses,
+                            seconds=seconds(),
+                            recipe=plan,
+                            scaler=scaler and scaler.state_dict(),
+                        ),
+                    )
     return Run(torch.tensor([float(loss) for loss in losses]), seconds())
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #a8a01b13
 def _plan(model, objective, opt, steps, recipe, options):
     "What makes a run this run and no other, as JSON gives it back"
-    device, precision = next(model.parameters(), torch.empty(0)).device, options.get("precision", "fp32")
+    device, precision = (
+        next(model.parameters(), torch.empty(0)).device,
+        options.get("precision", "fp32"),
+    )
     if precision == "auto":
         precision = "bf16" if supports_bf16(device) else "fp32"
     schedule = options.get("schedule")
-    settings = [dict(group, lr=group.get("initial_lr", group.get("lr"))) for group in opt.param_groups]
-    own = {k: [_told(g.get(k)) for g in settings] for k in sorted({k for g in settings for k in g} - {"params", "initial_lr"})}
-    plan = dict(recipe or {}, steps=steps, optimizer=type(opt).__name__, **own, precision=precision, clip=_told(options.get("clip")),
-                accum=options.get("accum", 1), schedule=schedule if schedule is None else fingerprint([*map(float, schedule)]),
-                objective=_told_apart(objective, model), layers=fingerprint(re.sub(r" at 0x\w+", "", repr(_bare(model)))))
+    settings = [
+        dict(group, lr=group.get("initial_lr", group.get("lr"))) for group in opt.param_groups
+    ]
+    own = {
+        k: [_told(g.get(k)) for g in settings]
+        for k in sorted({k for g in settings for k in g} - {"params", "initial_lr"})
+    }
+    plan = dict(
+        recipe or {},
+        steps=steps,
+        optimizer=type(opt).__name__,
+        **own,
+        precision=precision,
+        clip=_told(options.get("clip")),
+        accum=options.get("accum", 1),
+        schedule=schedule if schedule is None else fingerprint([*map(float, schedule)]),
+        objective=_told_apart(objective, model),
+        layers=fingerprint(re.sub(r" at 0x\w+", "", repr(_bare(model)))),
+    )
     return json.loads(_as_json(plan, "the recipe"))
 
 
@@ -736,7 +978,10 @@ def _told(setting):
 
 def _told_apart(thing, model=None):
     "A fingerprint, for which the model's own state does not count; the name of what has none"
-    teller, own = _Teller(), [] if model is None else [*model.modules(), *model.parameters(), *model.buffers()]
+    teller, own = (
+        _Teller(),
+        [] if model is None else [*model.modules(), *model.parameters(), *model.buffers()],
+    )
     teller.known = {id(part): (part, b"the model") for part in own}
     try:
         return teller(thing).hex()
@@ -745,13 +990,19 @@ def _told_apart(thing, model=None):
 
 
 def _go_on(checkpoint, model, stream, opt, plan, longer, scaler):
-    "Batches, first step and notes of a run that begins, or goes on from its checkpoint; the first batch of all is part of the plan"
+    """Batches, first step and notes of a run that begins, or goes on from its checkpoint; the
+    first batch of all is part of the plan"""
     luck = _random_states()
     batches = _begun(stream, 0)
     first = list(itertools.islice(batches, min(1, plan["steps"])))
     plan["first batch"] = _told_apart(first)
     try:
-        start, notes = _load(checkpoint, model, opt, lambda name, notes, fit: _check_plan(name, notes, plan, longer, fit))
+        start, notes = _load(
+            checkpoint,
+            model,
+            opt,
+            lambda name, notes, fit: _check_plan(name, notes, plan, longer, fit),
+        )
     except BadCheckpoint:
         _restore_random(*luck)
         raise
@@ -761,7 +1012,10 @@ def _go_on(checkpoint, model, stream, opt, plan, longer, scaler):
         scaler.load_state_dict(notes["scaler"])
     later = _begun(stream, start)
     if later is batches:
-        raise ValueError("stream gave the same iterator twice; expected new batches from the step that it is handed")
+        raise ValueError(
+            "stream gave the same iterator twice; expected new batches from the step that it is "
+            "handed"
+        )
     return later, start, notes
 
 
@@ -769,24 +1023,45 @@ def _begun(stream, start):
     "The batches from a step on"
     batches = stream(start)
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
-        raise TypeError(f"stream gave {got(batches)}; expected batches to go through, from the step that it is handed")
+        raise TypeError(
+            f"stream gave {got(batches)}; expected batches to go through, from the step that it "
+            f"is handed"
+        )
     return iter(batches)
 
 
 def _check_plan(name, notes, plan, longer, fit):
     "Refuse a checkpoint of another run, and name what differs"
-    saved, same = notes.get("recipe"), lambda a, b: json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    saved, same = (
+        notes.get("recipe"),
+        lambda a, b: json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True),
+    )
     if not isinstance(saved, dict):
-        raise BadCheckpoint(f"{name} was saved without a recipe; go on from it with `load_checkpoint`, or name another file")
-    differs = [k for k in {**saved, **plan} if not (k in saved and k in plan and same(saved[k], plan[k]))]
+        raise BadCheckpoint(
+            f"{name} was saved without a recipe; go on from it with `load_checkpoint`, or name "
+            f"another file"
+        )
+    differs = [
+        k for k in {**saved, **plan} if not (k in saved and k in plan and same(saved[k], plan[k]))
+    ]
     if differs == ["layers"]:
         fit()  # says more, where a size differs
-    more = isinstance(saved.get("steps"), int) and plan["steps"] > saved["steps"] and {*differs} <= {"steps", "schedule"}
+    more = (
+        isinstance(saved.get("steps"), int)
+        and plan["steps"] > saved["steps"]
+        and {*differs} <= {"steps", "schedule"}
+    )
     if not differs or longer and more:
         return
     said = lambda v: text if len(text := json.dumps(v)) < 50 else text[:40] + " …"
-    what = "; ".join(f"{k} was {said(saved.get(k))} and is {said(plan.get(k))} here" for k in differs[:4])
-    how = ", or pass longer=True to go on beyond the plan, with a schedule for all steps" if more else ""
+    what = "; ".join(
+        f"{k} was {said(saved.get(k))} and is {said(plan.get(k))} here" for k in differs[:4]
+    )
+    how = (
+        ", or pass longer=True to go on beyond the plan, with a schedule for all steps"
+        if more
+        else ""
+    )
     raise BadCheckpoint(f"{name} is of another run: {what}. Delete it, name another file{how}")
 
 
@@ -796,7 +1071,9 @@ def _alone_in(checkpoint):
         return nullcontext()
     _, path, _ = _places(checkpoint)
     if (os.getpid(), str(path)) in _held:
-        raise BadCheckpoint(f"another run of this process trains into {path.name}; name another file")
+        raise BadCheckpoint(
+            f"another run of this process trains into {path.name}; name another file"
+        )
     return _alone(path)
 
 
@@ -804,4 +1081,6 @@ def _with_scaler(model, options):
     "The options of `train` with a scaler for fp16, whose state a checkpoint keeps"
     if options.get("precision") != "fp16" or options.get("scaler"):
         return options
-    return options | dict(scaler=torch.amp.GradScaler(next(model.parameters(), torch.empty(0)).device.type))
+    return options | dict(
+        scaler=torch.amp.GradScaler(next(model.parameters(), torch.empty(0)).device.type)
+    )

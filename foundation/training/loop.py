@@ -24,15 +24,26 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import in_order, memory_order, supports_bf16
-from ..core.checks import check_labels, check_like, check_number, check_whole, checked, got, refuse_nan
+from foundation.core.checks import (
+    check_labels,
+    check_like,
+    check_number,
+    check_whole,
+    checked,
+    got,
+    refuse_nan,
+)
 
 # %% ../../nbs/05_training/01_loop.ipynb #870812f5
-Objective = Callable[[nn.Module, Any], tuple[Tensor, dict]]  # (model, batch) -> loss, things worth logging
+Objective = Callable[
+    [nn.Module, Any], tuple[Tensor, dict]
+]  # (model, batch) -> loss, things worth logging
 
 
 @dataclass(frozen=True)
 class Step:
     "What happened in one step. Tensors stay on the device until you read them."
+
     n: int  # number of the step, from 0
     loss: Tensor  # () detached
     lr: float
@@ -52,17 +63,21 @@ def train(
     opt: torch.optim.Optimizer,
     *,
     steps: int,
-    schedule: Sequence[float] | Tensor | None = None,  # factor on each group's lr, one for each step
+    schedule: Sequence[float]
+    | Tensor
+    | None = None,  # factor on each group's lr, one for each step
     accum: int = 1,  # batches whose gradients are averaged into one step
     clip: Real | None = None,  # largest gradient norm; infinity measures it only
-    precision: str = "fp32",  # "fp32", "bf16", "fp16", or "auto": bf16 where the device multiplies it in hardware
+    precision: str = "fp32",  # or "bf16", "fp16"; "auto": bf16 where the hardware multiplies it
     start: int = 0,  # first step: a resumed run passes the number of steps it has done
     check_every: int = 50,  # steps between looks at the loss on a GPU, where a look costs a wait
-    scaler: torch.amp.GradScaler | None = None,  # of your own, for "fp16": to save it, or to begin elsewhere
+    scaler: torch.amp.GradScaler
+    | None = None,  # of your own, for "fp16": to save it, or to begin elsewhere
 ) -> Iterator[Step]:
     """Train, one `Step` at a time: `break` stops the run, `start` goes on with it.
 
-    Raises ValueError or TypeError for what cannot be trained, TrainingDiverged when the loss or the norm
+    Raises ValueError or TypeError for what cannot be trained, TrainingDiverged when the loss or the
+    norm
     to be clipped is not finite; the modes of all layers are then as they were."""
     _check_plan(model, objective, opt, steps, schedule, accum, clip, start, check_every)
     device, stream = next(model.parameters()).device, iter(batches)
@@ -77,14 +92,18 @@ def train(
             opt.zero_grad(set_to_none=True)
             loss = 0.0
             for _ in range(accum):
-                batch = _to(_next(stream, n, steps), device, order)  # the data know nothing of the precision
+                batch = _to(
+                    _next(stream, n, steps), device, order
+                )  # the data know nothing of the precision
                 with cast():
                     part, extra = _judged(objective(model, batch))
                 scaler.scale(part / accum).backward()
                 loss = loss + part.detach() / accum
             norm = _clip(opt, clip, scaler)
             guard(n, loss, norm, opt)
-            scaler.step(opt)  # with fp16 it leaves out a step whose gradient overflowed, else it is opt.step()
+            scaler.step(
+                opt
+            )  # with fp16 it leaves out a step whose gradient overflowed, else it is opt.step()
             scaler.update()
             yield Step(n, loss, opt.param_groups[0].get("lr", math.nan), norm, extra)
 
@@ -94,7 +113,9 @@ def _check_plan(model, objective, opt, steps, schedule, accum, clip, start, chec
     try:
         inspect.signature(objective).bind(model, None)
     except TypeError as error:
-        raise TypeError(f"objective is {got(objective)}; expected a function of (model, batch): {error}") from None
+        raise TypeError(
+            f"objective is {got(objective)}; expected a function of (model, batch): {error}"
+        ) from None
     except ValueError:  # some that are written in C do not tell
         pass
     if next(model.parameters(), None) is None:
@@ -105,27 +126,42 @@ def _check_plan(model, objective, opt, steps, schedule, accum, clip, start, chec
     check_whole(check_every, "check_every", 1)
     if clip is not None:
         check_number(clip, "clip", above=0, infinite=True, why="a norm, or None for no clipping")
-    needed = [p for p in inspect.signature(opt.step).parameters.values()
-              if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
+    needed = [
+        p
+        for p in inspect.signature(opt.step).parameters.values()
+        if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+    ]
     if needed:
-        raise ValueError(f"{type(opt).__name__}.step needs a {needed[0].name}, so that it can compute the loss several times "
-                         "in one step; `train` computes it once: write the loop yourself, or use another optimizer")
+        raise ValueError(
+            f"{type(opt).__name__}.step needs a {needed[0].name}, so that it can compute the "
+            f"loss several times "
+            "in one step; `train` computes it once: write the loop yourself, or use another "
+            "optimizer"
+        )
     if schedule is not None:
         _check_schedule(schedule, steps, opt)
 
 
 def _check_schedule(schedule, steps, opt):
     if len(schedule) < steps:
-        raise ValueError(f"the schedule has {len(schedule)} factors for {steps} steps; expected one for each step")
+        raise ValueError(
+            f"the schedule has {len(schedule)} factors for {steps} steps; expected one for each "
+            f"step"
+        )
     factors = torch.as_tensor(schedule)[:steps]
     if factors.ndim != 1 or factors.is_complex() or not (factors.isfinite() & (factors >= 0)).all():
-        raise ValueError("the schedule holds factors that are negative or not finite; expected numbers from 0 on")
+        raise ValueError(
+            "the schedule holds factors that are negative or not finite; expected numbers from 0 on"
+        )
     if any("lr" not in group for group in opt.param_groups):
-        raise ValueError(f"{type(opt).__name__} has no lr that a schedule could change; expected schedule=None")
+        raise ValueError(
+            f"{type(opt).__name__} has no lr that a schedule could change; expected schedule=None"
+        )
 
 
 def _half(precision, device, scaler, opt):
-    "A function that makes the context in which losses are computed, and a scaler, idle unless it is fp16"
+    """A function that makes the context in which losses are computed, and a scaler, idle unless it
+    is fp16"""
     if precision == "auto":
         precision = "bf16" if supports_bf16(device) else "fp32"
     kinds = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
@@ -133,10 +169,21 @@ def _half(precision, device, scaler, opt):
         raise ValueError(f"precision is {precision!r}; expected 'fp32', 'bf16', 'fp16' or 'auto'")
     if scaler is not None and precision != "fp16":
         raise ValueError(f"got a scaler with precision {precision!r}; only 'fp16' scales its loss")
-    if precision == "fp16" and any(p.dtype == torch.float16 for group in opt.param_groups for p in group["params"]):
-        raise ValueError("precision 'fp16' needs weights in float32, where small steps are not lost; expected model.float()")
-    cast = nullcontext if precision == "fp32" else partial(torch.autocast, device.type, kinds[precision])
-    return cast, torch.amp.GradScaler(device.type, enabled=precision == "fp16") if scaler is None else scaler
+    if precision == "fp16" and any(
+        p.dtype == torch.float16 for group in opt.param_groups for p in group["params"]
+    ):
+        raise ValueError(
+            "precision 'fp16' needs weights in float32, where small steps are not lost; expected "
+            "model.float()"
+        )
+    cast = (
+        nullcontext
+        if precision == "fp32"
+        else partial(torch.autocast, device.type, kinds[precision])
+    )
+    return cast, torch.amp.GradScaler(
+        device.type, enabled=precision == "fp16"
+    ) if scaler is None else scaler
 
 # %% ../../nbs/05_training/01_loop.ipynb #888623d8
 @checked
@@ -144,7 +191,8 @@ def _half(precision, device, scaler, opt):
 def modes_back(
     model: nn.Module,
 ) -> Iterator[None]:
-    "If the block ends in an error or in Ctrl-C, each layer is in train or eval mode as it was before."
+    """If the block ends in an error or in Ctrl-C, each layer is in train or eval mode as it was
+    before."""
     modes = {layer: layer.training for layer in model.modules()}
     try:
         yield
@@ -158,7 +206,9 @@ def modes_back(
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    "Ctrl-C waits until the block is done. In another thread than the main one there is none to wait."
+    """Ctrl-C waits until the block is done.
+
+    In another thread than the main one there is none to wait."""
     own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT)
     if not callable(own):  # switched off, or left to the system
         yield
@@ -174,7 +224,8 @@ def uninterrupted() -> Iterator[None]:
 
 
 def load_optimizers() -> None:
-    """Import what PyTorch imports when it makes the first optimizer of a process; Ctrl-C waits for it.
+    """Import what PyTorch imports when it makes the first optimizer of a process; Ctrl-C waits for
+    it.
 
     It takes seconds, and half of it imported would spoil each later training of this process."""
     if "torch._dynamo" not in sys.modules:
@@ -190,25 +241,37 @@ def _set_rates(opt, schedule, n):
 
 
 def _clip(opt, clip, scaler):
-    "Shorten the gradient to the norm `clip`; the norm it had before, None if nothing is to be clipped"
+    """Shorten the gradient to the norm `clip`; the norm it had before, None if nothing is to be
+    clipped"""
     if clip is None:
         return None
     scaler.unscale_(opt)
-    return nn.utils.clip_grad_norm_([p for group in opt.param_groups for p in group["params"]], clip)
+    return nn.utils.clip_grad_norm_(
+        [p for group in opt.param_groups for p in group["params"]], clip
+    )
 
 
 def _judged(result):
     "What an objective gave back, if that is a loss to go down and a dictionary"
-    if not (isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[0], Tensor)):
-        raise TypeError(f"the objective gave back {type(result).__name__}; expected a pair: loss, dictionary of extras")
+    if not (
+        isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[0], Tensor)
+    ):
+        raise TypeError(
+            f"the objective gave back {type(result).__name__}; expected a pair: loss, dictionary "
+            f"of extras"
+        )
     if result[0].numel() != 1 or not result[0].requires_grad:
-        raise ValueError(f"the loss has shape {tuple(result[0].shape)} and requires_grad={result[0].requires_grad}; "
-                         "expected one number that depends on parameters which are not frozen")
+        raise ValueError(
+            f"the loss has shape {tuple(result[0].shape)} and "
+            f"requires_grad={result[0].requires_grad}; "
+            "expected one number that depends on parameters which are not frozen"
+        )
     return result
 
 # %% ../../nbs/05_training/01_loop.ipynb #b6d18bda
 def _to(batch, device, order=None):
-    "The batch on the device, arrays as tensors, pictures in the order; tuples, lists and dictionaries keep their form"
+    """The batch on the device, arrays as tensors, pictures in the order; tuples, lists and
+    dictionaries keep their form"""
     if isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf":
         batch = torch.from_numpy(np.array(batch, batch.dtype.newbyteorder("=")))
     if isinstance(batch, Tensor):
@@ -220,16 +283,25 @@ def _to(batch, device, order=None):
         return {k: _to(v, device, order) for k, v in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_to(v, device, order) for v in batch))
-    return type(batch)(_to(v, device, order) for v in batch) if isinstance(batch, (tuple, list)) else batch
+    return (
+        type(batch)(_to(v, device, order) for v in batch)
+        if isinstance(batch, (tuple, list))
+        else batch
+    )
 
 
 def _safe_order(model, opt):
-    "None, or the plain order for a model that PyTorch cannot train in another; its weights and their moments are brought into it"
+    """None, or the plain order for a model that PyTorch cannot train in another; its weights and
+    their moments are brought into it"""
     if memory_order(model) != torch.contiguous_format:
         return None
     model.to(memory_format=torch.contiguous_format)
     for p, values in opt.state.items():
-        values |= {k: v.contiguous() for k, v in values.items() if isinstance(v, Tensor) and v.shape == p.shape}
+        values |= {
+            k: v.contiguous()
+            for k, v in values.items()
+            if isinstance(v, Tensor) and v.shape == p.shape
+        }
     return torch.contiguous_format
 
 
@@ -238,7 +310,9 @@ def _next(stream, n, steps):
     try:
         return next(stream)
     except StopIteration:
-        raise ValueError(f"the batches ran out at step {n} of {steps}; give an endless stream or fewer steps") from None
+        raise ValueError(
+            f"the batches ran out at step {n} of {steps}; give an endless stream or fewer steps"
+        ) from None
 
 # %% ../../nbs/05_training/01_loop.ipynb #34038800
 class _Guard:
@@ -248,7 +322,9 @@ class _Guard:
         self.every, self.steps, self.scaler, self.total = every, steps, scaler, 0.0
 
     def __call__(self, n, loss, norm, opt):
-        if norm is None or self.scaler.is_enabled():  # with fp16 an infinite norm is the scaler's business
+        if (
+            norm is None or self.scaler.is_enabled()
+        ):  # with fp16 an infinite norm is the scaler's business
             norm = torch.zeros_like(loss)
         self.total = self.total + loss + norm  # finite only if all of them are
         if (n + 1) % self.every and n + 1 < self.steps:
@@ -256,7 +332,9 @@ class _Guard:
         if not math.isfinite(self.total):
             raise TrainingDiverged(_advice(n, self.every, loss, norm, opt))
         if self.scaler.is_enabled() and self.scaler.get_scale() < 2.0**-20:
-            raise TrainingDiverged(f"no loss scale gives finite fp16 gradients at step {n}; try precision='fp32'")
+            raise TrainingDiverged(
+                f"no loss scale gives finite fp16 gradients at step {n}; try precision='fp32'"
+            )
         self.total = 0.0
 
 
@@ -265,14 +343,19 @@ def _advice(n, every, loss, norm, opt):
     name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
     when = f"at step {n}" if every == 1 else f"between steps {max(n - every + 1, 0)} and {n}"
     lrs = ", ".join(f"{group['lr']:.3g}" for group in opt.param_groups)
-    return (f"the {name} became {float(value):.3g} {when} (lr {lrs}). Try a lower lr, a warmup, clip=1.0 or "
-            "precision='fp32', and look for NaN in the data")
+    return (
+        f"the {name} became {float(value):.3g} {when} (lr {lrs}). Try a lower lr, a warmup, "
+        f"clip=1.0 or "
+        "precision='fp32', and look for NaN in the data"
+    )
 
 # %% ../../nbs/05_training/01_loop.ipynb #d4f4c4b3
 def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict]:
-    """Objective: the cross-entropy of `model`'s logits against labels, in float32; the batch is (inputs, labels).
+    """Objective: the cross-entropy of `model`'s logits against labels, in float32; the batch is
+    (inputs, labels).
 
-    Labels are class numbers of any whole-number type, or probabilities. Raises `TypeError`, `ValueError` for others."""
+    Labels are class numbers of any whole-number type, or probabilities. Raises `TypeError`,
+    `ValueError` for others."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"the batch is {got(batch)}; expected a pair: inputs, labels")
     inputs, labels = batch
@@ -291,7 +374,11 @@ def _as_labels(labels, logits):
     "Class numbers as int64; probabilities in the logits' float32"
     if isinstance(labels, Tensor) and labels.is_floating_point():
         return labels.float()
-    if isinstance(labels, Tensor) and labels.dtype not in (torch.bool, torch.complex64, torch.complex128):
+    if isinstance(labels, Tensor) and labels.dtype not in (
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+    ):
         return labels.long()
     return check_labels(labels).to(logits.device)
 
@@ -299,11 +386,15 @@ def _as_labels(labels, logits):
 def _check_answers(logits, labels):
     "The sentence for logits and labels that PyTorch's cross-entropy does not take"
     if logits.ndim < 2 or logits.numel() == 0:
-        raise ValueError(f"the model gave {got(logits)}; expected logits (b, k), a number for each class")
+        raise ValueError(
+            f"the model gave {got(logits)}; expected logits (b, k), a number for each class"
+        )
     if labels.is_floating_point():
         check_like(labels, "labels", logits.shape, logits, "the logits")
     else:
-        check_labels(labels, "labels", logits.shape[1], (len(logits), *logits.shape[2:]), ignore_index=-100)
+        check_labels(
+            labels, "labels", logits.shape[1], (len(logits), *logits.shape[2:]), ignore_index=-100
+        )
 
 # %% ../../nbs/05_training/01_loop.ipynb #e40bae5b
 @checked
@@ -315,7 +406,9 @@ def fit(
     steps: int,
     lr: float = 1e-3,
     weight_decay: float = 0.01,  # on matrices and filters, not on biases and norms
-    schedule: Sequence[float] | Tensor | None = None,  # factor on lr for each step, see the lesson on schedules
+    schedule: Sequence[float]
+    | Tensor
+    | None = None,  # factor on lr for each step, see the lesson on schedules
     clip: Real | None = 1.0,
     precision: str = "auto",
     title: str = "training",  # before the bar; "" shows none
@@ -324,7 +417,16 @@ def fit(
     "Train with AdamW, a bar and a live loss. Ctrl-C ends early and keeps what has been learnt."
     opt = adamw(model, lr, weight_decay)
     losses = []
-    run = train(model, batches, objective, opt, steps=steps, schedule=schedule, clip=clip, precision=precision)
+    run = train(
+        model,
+        batches,
+        objective,
+        opt,
+        steps=steps,
+        schedule=schedule,
+        clip=clip,
+        precision=precision,
+    )
     with progress(steps, title) as bar:
         try:
             with modes_back(model):
@@ -334,22 +436,28 @@ def fit(
                     if each:
                         each(step)
         except KeyboardInterrupt:
-            print(f"stopped after {len(losses)} of {steps} steps; the model keeps what it has learnt")
+            print(
+                f"stopped after {len(losses)} of {steps} steps; the model keeps what it has learnt"
+            )
     return torch.stack(losses).cpu() if losses else torch.empty(0)
 
 # %% ../../nbs/05_training/01_loop.ipynb #b59473a1
 @checked
 def adamw(model: nn.Module, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) on what is not frozen; matrices and filters decay, biases and norms do not.
+    """AdamW (Loshchilov & Hutter 2019) on what is not frozen; matrices and filters decay, biases
+    and norms do not.
 
-    Raises `ValueError` for a rate that is not above 0, a negative decay, and a model with nothing to train."""
+    Raises `ValueError` for a rate that is not above 0, a negative decay, and a model with nothing
+    to train."""
     check_number(lr, "lr", above=0)
     check_number(weight_decay, "weight_decay", 0)
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError("every parameter is frozen, so there is nothing to train; unfreeze some")
-    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
-              dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)]
+    groups = [
+        dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
+        dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0),
+    ]
     load_optimizers()
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
 
@@ -360,7 +468,9 @@ class progress:
     def __init__(self, steps, title, start=0):
         from tqdm.auto import tqdm
 
-        self.bar = tqdm(total=steps, initial=start, desc=title, disable=not title, leave=False, mininterval=0.5)
+        self.bar = tqdm(
+            total=steps, initial=start, desc=title, disable=not title, leave=False, mininterval=0.5
+        )
         self.every = max(1, steps // 50)
 
     def __enter__(self):

@@ -19,7 +19,10 @@ def warmup_cosine(
     warmup: int = 0,  # steps of linear rise
     end: float = 0.0,  # factor that the cosine falls towards
 ) -> Tensor:  # (steps,) factors from 0 to 1
-    "Linear warmup, then half a cosine. Raises `TypeError` for steps that are no whole numbers, `ValueError` for others that do not fit."
+    """Linear warmup, then half a cosine.
+
+    Raises `TypeError` for steps that are no whole numbers, `ValueError` for others that do not
+    fit."""
     steps = check_whole(steps, "steps", 1)
     warmup = check_whole(warmup, "warmup", 0, steps, why="steps of the rise, not a share of them")
     end = check_number(end, "end", 0, 1)
@@ -33,7 +36,9 @@ def one_cycle(
     steps: int,
     warmup: float = 0.3,  # share of the steps spent rising
 ) -> Tensor:  # (steps,)
-    "Linear rise and linear fall to zero (after Smith 2018): short runs like it. Raises `TypeError`, `ValueError`."
+    """Linear rise and linear fall to zero (after Smith 2018): short runs like it.
+
+    Raises `TypeError`, `ValueError`."""
     steps = check_whole(steps, "steps", 1)
     warmup = check_number(warmup, "warmup", above=0, below=1, why="a share of the steps")
     t = (torch.arange(steps, dtype=torch.float64) + 1) / steps

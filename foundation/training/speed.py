@@ -19,12 +19,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.checks import check_callable, check_number, check_sizes, check_whole, checked, got
+from foundation.core.checks import (
+    check_callable,
+    check_number,
+    check_sizes,
+    check_whole,
+    checked,
+    got,
+)
 
 # %% ../../nbs/05_training/04_speed.ipynb #583a7ed9
 @dataclass(frozen=True, eq=False, repr=False)
 class Throughput:
-    "Several ways of doing the same work, timed in turns; ratios are to the first. `throughput` makes one."
+    """Several ways of doing the same work, timed in turns; ratios are to the first.
+
+    `throughput` makes one."""
+
     items: int  # done in one call
     seconds: dict[str, list[float]]  # way -> seconds of each round
 
@@ -34,7 +44,9 @@ class Throughput:
 
     def ratios(self, way: str) -> list[float]:
         "How many times as fast as the first way, round by round."
-        return [base / own for base, own in zip(next(iter(self.seconds.values())), self.seconds[way])]
+        return [
+            base / own for base, own in zip(next(iter(self.seconds.values())), self.seconds[way])
+        ]
 
     def ratio(self, way: str) -> float:
         "How many times as fast as the first way: the median of the rounds."
@@ -54,7 +66,9 @@ def throughput(
     warmup: int = 2,  # turns before the clock starts
     device: torch.device | str = "cpu",  # waited for before each reading of the clock
 ) -> Throughput:
-    "Time several ways in turns. Raises `ValueError` for no ways, or for items, rounds or warmup that make no sense."
+    """Time several ways in turns.
+
+    Raises `ValueError` for no ways, or for items, rounds or warmup that make no sense."""
     check_sizes(items=items, rounds=rounds)
     check_whole(warmup, "warmup", 0)
     if not ways:
@@ -80,9 +94,13 @@ def _waiter(device):
         device = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device is {got(device)}; expected 'cpu', 'cuda' or 'mps'") from None
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(
+        device.type, lambda: True
+    )
     if not there():
-        raise ValueError(f"device is {str(device)!r}, which this machine does not have; expected 'cpu'")
+        raise ValueError(
+            f"device is {str(device)!r}, which this machine does not have; expected 'cpu'"
+        )
     if device.type == "cuda":
         return partial(torch.cuda.synchronize, device)
     return torch.mps.synchronize if device.type == "mps" else lambda: None
@@ -106,8 +124,12 @@ def kept_for_backward(
     model: nn.Module | None = None,  # its parameters are there anyway and do not count
 ) -> Iterator[Kept]:
     "Count the bytes kept for backward passes inside the block: exact, and the same on any device."
-    kept = Kept({p.untyped_storage().data_ptr() for p in model.parameters()} if model is not None else set())
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Holder(kept, tensor), lambda holder: holder.tensor):
+    kept = Kept(
+        {p.untyped_storage().data_ptr() for p in model.parameters()} if model is not None else set()
+    )
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: _Holder(kept, tensor), lambda holder: holder.tensor
+    ):
         yield kept
 
 # %% ../../nbs/05_training/04_speed.ipynb #39e43df1
@@ -118,7 +140,9 @@ class _Holder:
         self.kept, self.tensor = kept, tensor
         if tensor.layout == torch.strided:
             storage, self.place = tensor.untyped_storage(), tensor.data_ptr()
-            self.size = 0 if storage.data_ptr() in kept.own else min(tensor.nbytes, storage.nbytes())
+            self.size = (
+                0 if storage.data_ptr() in kept.own else min(tensor.nbytes, storage.nbytes())
+            )
         else:  # sparse: it has no storage of its own
             self.place, self.size = id(tensor), sum(part.nbytes for part in _parts(tensor.detach()))
         kept.holders[self.place] += 1
@@ -144,6 +168,7 @@ def _parts(sparse):
 @dataclass
 class Peak:
     "Megabytes needed beyond those in use at the beginning; NaN until the block has ended."
+
     mb: float = float("nan")
 
 
@@ -153,20 +178,25 @@ def peak_memory(
     device: torch.device | str = "cpu",  # "cuda", or "cpu" for the resident memory of this process
     every: float = 0.002,  # seconds between readings on a CPU
 ) -> Iterator[Peak]:
-    "The most memory that a block needs. Raises `ValueError` for other devices and where the system does not tell."
+    """The most memory that a block needs.
+
+    Raises `ValueError` for other devices and where the system does not tell."""
     check_number(every, "every", above=0, most=3600)
     _waiter(device)
     device, peak = torch.device(device), Peak()
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device.type!r}; expected 'cpu' or 'cuda', whose memory can be read")
-    with (_cuda_memory(device) if device.type == "cuda" else _resident_memory(every)) as most:
+        raise ValueError(
+            f"device is {device.type!r}; expected 'cpu' or 'cuda', whose memory can be read"
+        )
+    with _cuda_memory(device) if device.type == "cuda" else _resident_memory(every) as most:
         yield peak
     peak.mb = most[0] / 1e6
 
 # %% ../../nbs/05_training/04_speed.ipynb #b74a39e7
 @contextmanager
 def _cuda_memory(device):
-    "The most bytes that PyTorch's allocator held, beyond those at the beginning, as the one entry of a list"
+    """The most bytes that PyTorch's allocator held, beyond those at the beginning, as the one
+    entry of a list"""
     most = []
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -200,10 +230,13 @@ def _resident():
     "Bytes of this process that lie in memory"
     try:
         import resource
+
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except (ImportError, OSError):  # no Linux
         try:
             import psutil
         except ImportError:
-            raise ValueError("this system does not tell how much memory a process uses; pip install psutil") from None
+            raise ValueError(
+                "this system does not tell how much memory a process uses; pip install psutil"
+            ) from None
         return psutil.Process().memory_info().rss

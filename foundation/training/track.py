@@ -27,9 +27,11 @@ from .loop import Step
 
 # %% ../../nbs/05_training/05_track.ipynb #103f5c04
 class Log(AbstractContextManager):
-    """Write steps as JSON lines: call it in the loop's body. Raises ValueError and TypeError for what cannot be logged.
+    """Write steps as JSON lines: call it in the loop's body. Raises ValueError and TypeError for
+    what cannot be logged.
 
-    A disk that is full for a moment costs a warning: the lines wait, and none is left half written."""
+    A disk that is full for a moment costs a warning: the lines wait, and none is left half
+    written."""
 
     @checked
     def __init__(
@@ -51,7 +53,10 @@ class Log(AbstractContextManager):
 
     def flush(self) -> None:
         "Read what is waiting and write it."
-        self.rows = [{name: v.item() if hasattr(v, "item") else v for name, v in row.items()} for row in self.rows]
+        self.rows = [
+            {name: v.item() if hasattr(v, "item") else v for name, v in row.items()}
+            for row in self.rows
+        ]
         if self._write(self.rows):
             self.rows = []
 
@@ -66,15 +71,20 @@ class Log(AbstractContextManager):
             _drop_lines(self.path, start)
             self.file = open(self.path, "ab", buffering=0)  # "a": each write goes to the end, whole
         except OSError as error:
-            raise OSError(f"{self.path.name[:40]} cannot be written as a log: {error.strerror or error}") from None
+            raise OSError(
+                f"{self.path.name[:40]} cannot be written as a log: {error.strerror or error}"
+            ) from None
 
     def _write(self, rows):
         return _append(self.file, "".join(map(_line, rows)).encode())
 
     def _close(self):
         if self.rows:
-            warnings.warn(f"{len(self.rows)} steps are missing at the end of {self.path.name}: "
-                          "the disk was full to the last", stacklevel=3)
+            warnings.warn(
+                f"{len(self.rows)} steps are missing at the end of {self.path.name}: "
+                "the disk was full to the last",
+                stacklevel=3,
+            )
         os.fsync(self.file.fileno())
         self.file.close()
 
@@ -84,39 +94,60 @@ def _append(file, data):
     before, left = os.fstat(file.fileno()).st_size, memoryview(data)
     try:
         while left:  # a disk that is nearly full takes a part
-            left = left[file.write(left):]
+            left = left[file.write(left) :]
     except OSError as error:
         os.ftruncate(file.fileno(), before)
-        warnings.warn(f"{Path(file.name).name} cannot be written now ({error.strerror}); its last steps wait", stacklevel=5)
+        warnings.warn(
+            f"{Path(file.name).name} cannot be written now ({error.strerror}); its last steps wait",
+            stacklevel=5,
+        )
         return False
     return True
 
 
 def _row(step, more, seconds):
     "What is known of a step; tensors stay where they are, without their graph"
-    if wrong := [f"{name} is {got(value)}" for name, value in more.items() if not _is_number(value)]:
+    if wrong := [
+        f"{name} is {got(value)}" for name, value in more.items() if not _is_number(value)
+    ]:
         raise TypeError(f"{wrong[0]}; expected a number or a tensor with one entry")
     extra = {name: value for name, value in step.extra.items() if _is_number(value)}
-    known = extra | dict(n=step.n, loss=step.loss, lr=step.lr, grad_norm=step.grad_norm, seconds=seconds) | more
-    return {name: v.detach() if isinstance(v, Tensor) else v for name, v in known.items() if v is not None}
+    known = (
+        extra
+        | dict(n=step.n, loss=step.loss, lr=step.lr, grad_norm=step.grad_norm, seconds=seconds)
+        | more
+    )
+    return {
+        name: v.detach() if isinstance(v, Tensor) else v
+        for name, v in known.items()
+        if v is not None
+    }
 
 
 def _is_number(value):
     "A real number, or a tensor or array with one entry"
     if hasattr(value, "item") and not isinstance(value, np.generic):
-        kind = value.is_complex() if isinstance(value, Tensor) else getattr(value, "dtype", None) in (None, object)
+        kind = (
+            value.is_complex()
+            if isinstance(value, Tensor)
+            else getattr(value, "dtype", None) in (None, object)
+        )
         return math.prod(getattr(value, "shape", (0,))) == 1 and not kind
     return isinstance(value, (Real, np.bool_))
 
 
 def _line(row):
     "JSON has no NaN and no infinity; null stands for them"
-    known = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in row.items()}
+    known = {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None
+        for name, value in row.items()
+    }
     return json.dumps(known, ensure_ascii=False, default=float) + "\n"
 
 
 def _drop_lines(path, start):
-    "Keep the whole lines of steps before `start`; if anything goes, the file as it was stays as `<name>.old`"
+    """Keep the whole lines of steps before `start`; if anything goes, the file as it was stays as
+    `<name>.old`"""
     if not os.path.exists(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return
@@ -132,18 +163,30 @@ def _drop_lines(path, start):
 def read_log(
     path: Path | str,
 ) -> list[dict]:  # one for each line; NaN for what was not finite
-    """Read a file of JSON lines. A torn last line is left out; torn lines before whole ones too, with a warning.
+    """Read a file of JSON lines. A torn last line is left out; torn lines before whole ones too,
+    with a warning.
 
-    Raises `FileNotFoundError` where there is no file, `ValueError` for one that holds no step at all."""
+    Raises `FileNotFoundError` where there is no file, `ValueError` for one that holds no step at
+    all."""
     path = Path(path)
     *lines, _ = _content(path).split(b"\n")
     rows = [_parsed(line) for line in lines]
     torn = [number for number, row in enumerate(rows, 1) if row is None]
     if torn and len(torn) == len(rows):
-        raise ValueError(f"{path.name} is no log: its first line is {lines[0][:40]!r}; expected JSON lines, as `Log` writes them")
+        raise ValueError(
+            f"{path.name} is no log: its first line is {lines[0][:40]!r}; expected JSON lines, "
+            f"as `Log` writes them"
+        )
     if torn:
-        which = f"line {torn[0]}" if len(torn) == 1 else f"{len(torn)} lines, the first is line {torn[0]},"
-        warnings.warn(f"{which} of {path.name} cannot be read: {lines[torn[0] - 1][:40]!r}; left out", stacklevel=3)
+        which = (
+            f"line {torn[0]}"
+            if len(torn) == 1
+            else f"{len(torn)} lines, the first is line {torn[0]},"
+        )
+        warnings.warn(
+            f"{which} of {path.name} cannot be read: {lines[torn[0] - 1][:40]!r}; left out",
+            stacklevel=3,
+        )
     return [row for row in rows if row is not None]
 
 
@@ -154,8 +197,15 @@ def _content(path):
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"there is no log at {path.name}; `Log` makes one") from None
     except (OSError, ValueError) as error:
-        what = "is a folder" if path.name and os.path.isdir(path) else getattr(error, "strerror", "") or error
-        raise ValueError(f"{path.name[:40]} cannot be read as a log: {what}; expected a file of JSON lines, as `Log` writes them") from None
+        what = (
+            "is a folder"
+            if path.name and os.path.isdir(path)
+            else getattr(error, "strerror", "") or error
+        )
+        raise ValueError(
+            f"{path.name[:40]} cannot be read as a log: {what}; expected a file of JSON lines, "
+            f"as `Log` writes them"
+        ) from None
 
 
 def _parsed(line):
@@ -174,8 +224,15 @@ def curve(
     name: str = "loss",
 ) -> tuple[Tensor, Tensor]:  # steps (k,), values (k,), of the rows that have it
     "One column of a log. Raises `ValueError` for a name that no row has."
-    if wrong := [row for row in rows if not isinstance(row, Mapping) or not isinstance(row.get("n"), (int, float))]:
-        raise TypeError(f"rows hold {got(wrong[0])}; expected dictionaries with the number n of a step, as `read_log` gives them")
+    if wrong := [
+        row
+        for row in rows
+        if not isinstance(row, Mapping) or not isinstance(row.get("n"), (int, float))
+    ]:
+        raise TypeError(
+            f"rows hold {got(wrong[0])}; expected dictionaries with the number n of a step, as "
+            f"`read_log` gives them"
+        )
     own = [(row["n"], float(row[name])) for row in rows if isinstance(row.get(name), (int, float))]
     if not own:
         names = sorted({key for row in rows for key in row})
@@ -193,7 +250,9 @@ def plot_log(
     alt: str = "",  # what the picture shows, in words; by default the last values
     **look,  # as for `plot_curves`: size, yscale="log" …
 ) -> Picture:
-    "One column of one or more runs over the steps. Raises `ValueError` for smooth below 1 or a column that is missing."
+    """One column of one or more runs over the steps.
+
+    Raises `ValueError` for smooth below 1 or a column that is missing."""
     check_whole(smooth, "smooth", 1)
     runs = {"": runs} if isinstance(runs, (str, Path)) else runs
     if not runs:
@@ -222,7 +281,10 @@ class TensorBoard(Log):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            why = "TensorBoard is not installed: pip install tensorboard, or use Log, which needs nothing"
+            why = (
+                "TensorBoard is not installed: "
+                "pip install tensorboard, or use Log, which needs nothing"
+            )
             raise ImportError(why) from None
         self.writer = SummaryWriter(str(self.path), purge_step=start or None)
 

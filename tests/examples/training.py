@@ -74,8 +74,6 @@ def block(manager):
     return call
 
 
-
-
 EXAMPLES = {
     "training.loop.Step": lambda: (
         loop.Step,
