@@ -19,9 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foundation.core.basics import (
-    atomic_write, copy_model, count_macs, count_parameters, evaluating, freeze, in_order,
-    memory_order)
+from ..core.basics import (
+    atomic_write, copy_model, count_macs, count_parameters, evaluating, freeze)
 from ..core.checks import (
     check_choice, check_floats, check_images, check_labels, check_model, check_number, check_sizes,
     check_tokens, check_whole, checked, got, precise)
@@ -33,7 +32,8 @@ from ..evaluation.scores import accuracy, predict
 from ..models.bert import BERT
 from ..models.pretrained import (
     WEIGHTS, BadWeights, load_minilm, load_weights, read_card, save_weights)
-from ..objectives.divergence import check_temperature, distillation_loss
+from ..core.checks import check_temperature
+from ..objectives.divergence import distillation_loss
 from ..training.checkpoint import Run, fingerprint, resumable
 from ..training.loop import Objective, Step, adamw, classify
 from ..training.schedules import warmup_cosine
@@ -138,10 +138,10 @@ def distil(
         raise ValueError(f"hard is {hard} without labels; give labels or hard=0")
     if any(p.dtype != torch.float32 for p in student.parameters()):
         raise ValueError("student is not in float32, which keeps small steps; call student.float()")
-    order, device = memory_order(student), next(student.parameters()).device
+    device = next(student.parameters()).device
     tensors = [t.to(device) for t in (images, answers, labels) if t is not None]
-    stream = lambda start: ((in_order(x, order), *rest) for x, *rest in augmented(
-        *tensors, augment=augment, batch_size=min(batch_size, count), seed=seed, start=start))
+    stream = lambda start: augmented(*tensors, augment=augment, batch_size=min(batch_size, count),
+                                     seed=seed, start=start)
     run = resumable(student, stream, match_answers(temperature, hard), opt, steps=steps,
                     schedule=warmup_cosine(steps, steps // 10), precision="auto", clip=1.0,
                     title=title, each=each)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .distillation import match_answers
-from ..core.basics import copy_model, in_order, memory_order, pick_device, seed_everything
+from ..core.basics import copy_model, memory_order, pick_device, seed_everything
 from foundation.core.checks import (
     check_choice, check_floats, check_mask, check_number, check_sizes, check_whole, checked, got,
     precise)
@@ -741,9 +741,9 @@ def recover(
         seen = fingerprint(data.train_images, data.train_labels, data.mean, data.std)
         recipe = (recipe or {}) | dict(seed=seed, start=fingerprint(model), data=seen,
                                        answers=fingerprint(answers))
-    order = memory_order(model)  # channels last, unless the cut made a shortcut too narrow for it
-    model.to(memory_format=order)
-    x, y = in_order(data.floats(data.train_images), order), data.train_labels
+    # channels last, unless the cut has made a shortcut too narrow for it; the loop sees to the batches
+    model.to(memory_format=memory_order(model))
+    x, y = data.floats(data.train_images), data.train_labels
     stream = lambda start: endless(x, answers, y, batch_size=32, seed=seed, start=start)
     run = resumable(model, stream, match_answers(4.0, hard=0.3), adamw(model, lr), steps=steps,
                     schedule=one_cycle(steps), precision="auto", clip=1.0, each=each, title=title,

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from .pruning import layer_weights
 from ..core import checks
+from ..core.basics import evaluating
 from foundation.core.checks import (
     check_choice,
     check_floats,
@@ -41,7 +42,6 @@ from foundation.core.checks import (
     may_look,
     precise,
 )
-from ..evaluation.scores import evaluating
 from ..training.loop import Objective
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #c05e22a9

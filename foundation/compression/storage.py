@@ -41,7 +41,6 @@ from foundation.core.checks import (
     check_choice,
     check_floats,
     check_number,
-    check_shares,
     check_sizes,
     check_whole,
     checked,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checks import check_callable, check_choice, check_number, check_whole, checked, got
+from .checks import check_choice, check_number, check_whole, checked, got
 
 # %% ../../nbs/00_core/02_plots.ipynb #043caa89
 _CARD = "#ffffff"        # opaque, so that a picture is as legible on a dark page as on a light one

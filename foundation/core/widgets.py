@@ -24,7 +24,7 @@ from numbers import Number
 
 import numpy as np
 
-from .checks import check_callable, check_number, check_whole, checked, got
+from .checks import check_number, check_whole, checked, got
 from .plots import Picture, encode, render
 
 # %% ../../nbs/00_core/03_widgets.ipynb #5b9efc4a

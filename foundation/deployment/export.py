@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..core.basics import atomic_write, cpu_flags, measure
+from ..core.basics import atomic_write, cpu_flags, evaluating, measure
 from ..core.checks import (
     check_callable, check_choice, check_number, check_sizes, check_whole, checked, got)
-from ..evaluation.scores import evaluating
 
 # %% ../../nbs/10_deployment/02_export.ipynb #23e2ef35
 def _need(name):

@@ -30,7 +30,7 @@ from ..evaluation.comparison import Comparison, compare
 from ..evaluation.scores import accuracy, predict
 from .loop import check_classes
 from ..training.checkpoint import restore, snapshot
-from ..training.loop import Objective, TrainingDiverged, classify, train
+from ..training.loop import TrainingDiverged, classify, train
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #8561415e

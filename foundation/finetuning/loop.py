@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..core.basics import freeze, in_order, memory_order, unfreeze
+from ..core.basics import evaluating, freeze, unfreeze
 from ..core.checks import check_choice, check_images, check_labels, check_number
 from ..core.checks import check_rows, check_shares, check_sizes, check_whole, checked, got
 from ..data.augment import Augment
 from ..data.batches import augmented
 from ..data.images import ImageDataset, ImageSet, few_labels, load_images, split
 from ..evaluation.probes import fit_head
-from ..evaluation.scores import accuracy, evaluating, predict
+from ..evaluation.scores import accuracy, predict
 from ..models.convnets import ResNet
 from ..models.pretrained import WEIGHTS, BadWeights, imagenet_inputs
 from ..models.pretrained import load_efficientnet_lite0, load_weights, save_weights
@@ -490,10 +490,9 @@ def finetune(
     check_number(decay, "decay", above=0, most=1)
     check_number(weight_decay, "weight_decay", 0)
     device, count = next(model.parameters()).device, len(layers(model))
-    images, labels, order = images.to(device), labels.to(device), memory_order(model)
+    images, labels = images.to(device), labels.to(device)
     plan = dict(augment=augment, batch_size=min(batch_size, len(labels)), seed=seed)
-    stream = partial(augmented, images, labels, **plan)
-    batches = lambda start: ((in_order(x, order), y) for x, y in stream(start=start))
+    stream = lambda start: augmented(images, labels, start=start, **plan)
 
     def after(step):
         if gradual:
@@ -502,14 +501,12 @@ def finetune(
             each(step)
 
     with _frozen_as_before(model), frozen_norms(model):
-        if order == torch.contiguous_format:  # the only one that is safe for this model
-            model.to(memory_format=order)
         groups = _groups(model, lr, head_lr, decay)
         opt = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         if gradual:
             thaw(model, 1)
         loss, schedule = partial(_classify, smoothing), warmup_cosine(steps, steps // 10)
-        return resumable(model, batches, loss, opt, steps=steps, precision="auto", clip=1.0,
+        return resumable(model, stream, loss, opt, steps=steps, precision="auto", clip=1.0,
                          schedule=schedule, title=title, each=after).losses
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #88a2edca

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..core.checks import check_floats, check_mask, check_number, check_sizes, check_tokens
 from ..core.checks import check_whole, checked, may_look, precise, refuse_nan
-from .embedding import check_type
+from ..core.checks import check_type
 
 # %% ../../nbs/03_layers/02_attention.ipynb #f8903fdc
 @checked

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.checks import check_images, check_sizes, check_whole, checked
 from ..layers.convolution import ConvBlock, ResidualBlock
-from ..layers.embedding import check_type
+from ..core.checks import check_type
 
 # %% ../../nbs/04_models/01_convnets.ipynb #bdd9545b
 class Backbone(nn.Module):

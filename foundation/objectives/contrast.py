@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from ..core.checks import check_floats, check_like, check_number, check_whole, checked
 from ..core.checks import precise, refuse_nan
-from .divergence import check_temperature
+from ..core.checks import check_temperature
 from .likelihood import cross_entropy, log_sum_exp
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #afeb725b

@@ -27,7 +27,7 @@ from ..evaluation.label_efficiency import card_metrics
 from ..models.convnets import ResNet
 from ..models.pretrained import WEIGHTS, save_weights
 from ..objectives.contrast import info_nce, nt_xent
-from ..objectives.divergence import check_temperature
+from ..core.checks import check_temperature
 from ..training.checkpoint import Run, fingerprint, resumable
 from ..training.loop import Objective, Step, adamw
 from ..training.schedules import warmup_cosine

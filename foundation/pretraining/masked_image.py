@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.basics import pick_device, seed_everything
+from ..core.basics import evaluating, pick_device, seed_everything
 from ..core.checks import check_floats, check_like, check_number, check_sizes, check_whole
 from ..core.checks import checked, got, may_look, precise, refuse_nan
 from ..core.sources import cache_folder
@@ -25,7 +25,6 @@ from ..data.images import ImageSet, load_images
 from ..evaluation.comparison import Comparison, compare
 from ..evaluation.label_efficiency import card_metrics, curve_scores, judge
 from ..evaluation.label_efficiency import label_efficiency
-from ..evaluation.scores import evaluating
 from ..layers.block import Block
 from ..layers.embedding import patchify, unpatchify
 from ..models.pretrained import WEIGHTS, save_weights

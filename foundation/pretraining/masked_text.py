@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.basics import pick_device, seed_everything
+from ..core.basics import evaluating, pick_device, seed_everything
 from ..core.checks import check_choice, check_floats, check_labels, check_mask, check_model
 from ..core.checks import check_number, check_tokens, check_whole, checked, got, precise
 from ..core.sources import cache_folder
@@ -28,7 +28,7 @@ from ..data.tokenizer import Tokenizer, train_bpe
 from ..evaluation.comparison import label_curve
 from ..evaluation.label_efficiency import tuned
 from ..evaluation.probes import encode_all, fine_tune, fit_head, knn_accuracy, linear_probe
-from ..evaluation.scores import accuracy, evaluating, predict
+from ..evaluation.scores import accuracy, predict
 from ..models.bert import BERT
 from ..models.pretrained import WEIGHTS, embed_texts, load_minilm, save_weights
 from ..training.checkpoint import Run, fingerprint, resumable

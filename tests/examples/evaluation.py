@@ -60,7 +60,6 @@ def fresh_batches(steps=2):
 
 
 EXAMPLES = {
-    "evaluation.scores.evaluating": lambda: (scores.evaluating, dict(model=net())),
     "evaluation.scores.in_batches": lambda: (
         scores.in_batches,
         dict(

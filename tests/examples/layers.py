@@ -8,7 +8,6 @@ from foundation.layers.convolution import ConvBlock, ResidualBlock
 from foundation.layers.embedding import (
     PatchEmbedding,
     TokenEmbedding,
-    check_type,
     patchify,
     sinusoidal,
     unpatchify,
@@ -53,10 +52,6 @@ EXAMPLES = {
     "layers.embedding.TokenEmbedding.forward": lambda: (
         made(TokenEmbedding, 5, 4, 6, 2).forward,
         dict(ids=ids(), segments=ids().clamp(max=1), start=1),
-    ),
-    "layers.embedding.check_type": lambda: (
-        check_type,
-        dict(x=draw(2, 3), name="x", module=torch.nn.Linear(3, 2)),
     ),
     "layers.embedding.sinusoidal": lambda: (sinusoidal, dict(n=5, dim=4)),
     "layers.attention.causal_mask": lambda: (causal_mask, dict(n=2, m=5)),

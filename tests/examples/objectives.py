@@ -5,7 +5,6 @@ import torch
 from foundation.objectives.contrast import alignment, info_nce, nt_xent, uniformity
 from foundation.objectives.descent import Descent, adafactor, adam, adamw, descend, sgd
 from foundation.objectives.divergence import (
-    check_temperature,
     distillation_loss,
     entropy,
     js,
@@ -68,10 +67,6 @@ EXAMPLES = {
     "objectives.divergence.entropy": lambda: (entropy, dict(p=chances())),
     "objectives.divergence.kl": lambda: (kl, dict(p=chances(), q=chances(1))),
     "objectives.divergence.js": lambda: (js, dict(p=chances(), q=chances(1))),
-    "objectives.divergence.check_temperature": lambda: (
-        check_temperature,
-        dict(temperature=0.5, most=10.0),
-    ),
     "objectives.divergence.distillation_loss": lambda: (
         distillation_loss,
         dict(student_logits=draw(4, 3), teacher_logits=draw(4, 3, seed=1), temperature=2.0),
