@@ -25,6 +25,7 @@ from foundation.compression.pruning import (
 from foundation.compression.quantization import quantize_weights
 from foundation.core.basics import copy_model
 from foundation.core.sources import DataUnavailable
+from foundation.data.batches import endless
 from foundation.data.images import load_images
 from foundation.evaluation.scores import accuracy, predict
 from foundation.models.bert import BERT
@@ -236,6 +237,34 @@ def test_shortcuts_share_their_channels_and_misaligned_ones_are_caught():
     for part in (small.body[3].shortcut[0].weight, small.body[3].shortcut[1].weight):
         part.data.copy_(part.data.roll(1, 0))  # the shortcut cut at other places than the sum it joins
     assert differs(small, silent)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_what_a_channel_passes_on_is_its_scale_times_the_norm_of_those_that_read_it(norm):
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8) if norm else nn.ReLU()]
+    net = shaken(Net(nn.Sequential(*first, nn.Conv2d(8, 6, 3)), 6))
+    reader, scores = net.body[2].weight, []
+    for c in range(8):  # by hand
+        filt = sum(w**2 for w in net.body[0].weight[c].flatten().tolist()) ** 0.5
+        scale = abs(net.body[1].weight[c].item()) if norm else filt
+        scores.append(scale * sum(w**2 for w in reader[:, c].flatten().tolist()) ** 0.5)
+    best = sorted(range(8), key=lambda c: -scores[c])[:4]
+    kept = channel_masks(net, {"body.0": 0.5})["body.0"]
+    assert kept.nonzero().flatten().tolist() == sorted(best)
+
+
+def test_the_heads_that_stay_are_those_that_write_most():
+    torch.manual_seed(0)
+    model = ViT(dim=8, depth=1, heads=4)
+    layer = model.blocks[0].attention
+    sizes = []
+    for h in range(4):  # by hand: what this head alone can write of its input
+        rows = slice(2 * h, 2 * h + 2)
+        sizes.append((layer.out.weight[:, rows] @ layer.value.weight[rows]).norm().item())
+    best = sorted(range(4), key=lambda h: -sizes[h])[:2]
+    kept = head_masks(model, 0.5)["blocks.0.attention"]
+    assert kept.nonzero().flatten().tolist() == sorted(best)
 
 
 def test_channel_counts_are_rounded_and_never_zero():
@@ -822,22 +851,25 @@ def test_recovering_a_narrow_resnet_lives_where_channels_last_kills_the_process(
 def test_a_finished_run_is_read_again_and_another_seed_teacher_data_or_start_is_refused(tmp_path):
     data = load_images("digits")
 
-    def run(seed=0, answers=0, start=0, data=data, **options):
+    rng = torch.Generator().manual_seed(0)
+    said = torch.randn(len(data.train_labels), 10, generator=rng)
+
+    def run(seed=0, told=said, start=0, data=data, **options):
         torch.manual_seed(start)
         net = ConvNet(classes=10, widths=(4,))
-        told = torch.randn(
-            len(data.train_labels), 10, generator=torch.Generator().manual_seed(answers)
-        )
         recover(net, data, told, 3, seed=seed, checkpoint=tmp_path / "r.safetensors", **options)
         return net.head.weight.detach().clone()
 
     first = run()
     assert torch.equal(run(), first)
-    dark = replace(data, train_images=255 - data.train_images)
-    mixed = replace(data, train_labels=data.train_labels.roll(1))
+    seen = next(endless(torch.arange(len(said)), batch_size=32))[0]
+    late = next(i for i in range(len(said)) if i not in seen)  # not in the first batch
+    images, labels, other = data.train_images.clone(), data.train_labels.clone(), said.clone()
+    images[late], labels[late], other[late] = 255 - images[late], 9 - labels[late], -other[late]
+    dark, mixed = replace(data, train_images=images), replace(data, train_labels=labels)
     for other in (
         dict(seed=1),
-        dict(answers=1),
+        dict(told=other),
         dict(start=1),
         dict(data=dark),
         dict(data=mixed),

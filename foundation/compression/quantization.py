@@ -758,7 +758,7 @@ def _trace(model, flow):
         flow.readers[node] = len(node.users)
         if isinstance(module, _LEAVES):
             flow.calls[module].append((source, node, flat[node]))
-        elif node.op == "get_attr" and not isinstance(model, _LEAVES):  # which reads its own
+        elif node.op == "get_attr" and node.target and not isinstance(model, _LEAVES):
             parent, _, name = node.target.rpartition(".")
             flow.direct.add(id(getattr(model.get_submodule(parent), name)))
     return True
