@@ -1,6 +1,7 @@
 "What the lessons on evaluation cannot say: properties over many inputs, interrupts, odd modules"
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from foundation.core.checks import complaint
-from foundation.data.images import load_images
+from foundation.data.images import few_labels, load_images, split
 from foundation.evaluation import probes, scores
 from foundation.evaluation.comparison import (
     Comparison,
@@ -1010,6 +1011,28 @@ def test_settings_are_picked_on_a_draw_that_does_not_count():
         arm(10, 999)
     with pytest.raises(ValueError, match="no settings"):
         tuned(run, ())
+
+
+def test_a_curve_of_probes_is_a_loop_over_draws_with_settings_picked_on_held_out_pictures():
+    test_labels = (DIGITS.test_labels + 1) % 10  # a test that likes the worst setting best
+    data, settings_ = replace(DIGITS, test_labels=test_labels), (1e-2, 1e4)
+    curve = label_efficiency(
+        ConvNet(), ConvNet, data, counts=(30,), seeds=range(3), choices={"pixels, probe": settings_}
+    )
+    pixels = lambda images: data.floats(images).flatten(1)
+    pool, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
+
+    def score(seed, l2, images, labels):
+        i = pool[few_labels(data.train_labels[pool], 30, seed)]
+        x, y = pixels(data.train_images[i]), data.train_labels[i]
+        return probes.linear_probe(x, y, pixels(images), labels, l2)
+
+    held_out = data.train_images[dev], data.train_labels[dev]
+    best = max(settings_, key=lambda l2: score(1000, l2, *held_out))
+    by_hand = [score(seed, best, data.test_images, test_labels) for seed in range(3)]
+    worst = [score(0, l2, data.test_images, test_labels) for l2 in settings_]
+    assert curve[30]["pixels, probe"].tolist() == pytest.approx(by_hand)
+    assert len(set(by_hand)) > 1 and worst[0] != worst[1] and score(0, best, *held_out) > 0.5
 
 
 @pytest.mark.parametrize("choices", [{}, {"distilled": (1.0,)}])

@@ -370,6 +370,22 @@ def test_masked_accuracy_equals_a_loop(tokenizer, documents):
     assert masked_accuracy(model, documents, tokenizer) == pytest.approx(right / total)
 
 
+def test_words_that_are_shown_earn_nothing(tokenizer, documents):
+    class Copier(torch.nn.Module):
+        "Answers what it sees: right at each word that was kept, wrong behind each [MASK]"
+
+        def __init__(self):
+            super().__init__()
+            self.config, self.scale = small(tokenizer).config, torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, tokens, mask, places):
+            return self.scale * F.one_hot(tokens[places], tokenizer.vocab_size).float()
+
+    assert masked_accuracy(Copier(), documents, tokenizer) == 0
+    _, extra = masked_tokens(Copier(), first(documents, tokenizer, ratio=0.5))
+    assert 0 < extra["right"] < 0.3  # a tenth and some luck: those are asked too, in training
+
+
 def test_the_commonest_word_is_what_a_loop_finds(tokenizer):
     known, unseen = (
         encode_documents(["a a a b", "b a c"], tokenizer),
