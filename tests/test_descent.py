@@ -363,7 +363,7 @@ BAD = {
         "state holds",
     ),
     "no notes": (lambda: sgd(W, W, None), TypeError, "state is None"),
-    "a sparse gradient": (lambda: sgd(W, W.to_sparse(), {}), ValueError, "to_dense"),
+    "a sparse gradient": (lambda: sgd(W, W.to_sparse(), {}), TypeError, "to_dense"),
     "squares that overflow": (lambda: adam(W, W * 1e25, {}), ValueError, "far too large"),
     "squares that overflow in rows": (
         lambda: adafactor(W[None], W[None] * 1e25, {}),

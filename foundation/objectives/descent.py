@@ -93,8 +93,6 @@ def _check_update(weight, grad, state, shapes, **numbers):
     "A weight, its gradient and the notes on it that fit each other, and numbers from 0 on"
     check_floats(weight, "weight", "(...)")
     check_like(check_floats(grad, "grad", "(...)"), "grad", weight.shape, weight, "weight")
-    if grad.is_sparse:
-        raise ValueError("grad is sparse; expected a dense one, which grad.to_dense() makes")
     kept = {name: tuple(getattr(x, "shape", ())) for name, x in state.items()}
     want = {name: tuple(shape) for name, shape in shapes.items()}
     if state and kept != want:
