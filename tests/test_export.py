@@ -1,4 +1,5 @@
 "ONNX: the graph says what the model says, small files stay close, and mistakes are named"
+
 import sys
 import warnings
 
@@ -11,7 +12,13 @@ from torch.nn import functional as F
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 from foundation.deployment.export import (  # noqa: E402
-    OnnxModel, compare_latency, export_onnx, measure_latency, quantize_onnx, quantize_onnx_weights)
+    OnnxModel,
+    compare_latency,
+    export_onnx,
+    measure_latency,
+    quantize_onnx,
+    quantize_onnx_weights,
+)
 from foundation.models.bert import BERT  # noqa: E402
 from foundation.models.convnets import VGG, ConvNet, ResNet  # noqa: E402
 from foundation.models.vit import ViT  # noqa: E402
@@ -76,7 +83,9 @@ def test_export_leaves_modes_and_gradients_as_they_were(model, images, tmp_path)
 
 
 @pytest.mark.parametrize("bits,gap,smaller", [(8, 0.02, 1.2), (4, 0.3, 1.2)])
-def test_integer_weights_stay_close_and_unfold(graph, images, expected, tmp_path, bits, gap, smaller):
+def test_integer_weights_stay_close_and_unfold(
+    graph, images, expected, tmp_path, bits, gap, smaller
+):
     path = quantize_onnx_weights(graph, tmp_path / "w.onnx", bits)
     torch.testing.assert_close(
         OnnxModel(path)(images), expected, rtol=0, atol=gap * expected.abs().max().item()
@@ -87,6 +96,7 @@ def test_integer_weights_stay_close_and_unfold(graph, images, expected, tmp_path
 
 def test_integer_weights_equal_our_own_quantiser(images, tmp_path):
     from foundation.compression.quantization import quantize_weights
+
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 7, 5), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 24 * 24, 9)
@@ -110,6 +120,7 @@ def test_static_int8_is_close(graph, images, expected, tmp_path, method, capfd):
 
 def test_int8_products_are_in_the_graph(graph, images, tmp_path):
     import onnx
+
     nodes = {
         node.op_type
         for node in onnx.load(quantize_onnx(graph, tmp_path / "q.onnx", images)).graph.node
@@ -117,7 +128,9 @@ def test_int8_products_are_in_the_graph(graph, images, tmp_path):
     assert {"QuantizeLinear", "DequantizeLinear"} <= nodes
 
 
-@pytest.mark.parametrize("size", [lambda x: 2, lambda x: int(x.shape[0])])  # frozen in the model; frozen by the trace
+@pytest.mark.parametrize(
+    "size", [lambda x: 2, lambda x: int(x.shape[0])]
+)  # frozen in the model; frozen by the trace
 def test_a_frozen_batch_is_caught(images, tmp_path, size):
     class Frozen(nn.Module):
         def forward(self, x):
@@ -129,7 +142,9 @@ def test_a_frozen_batch_is_caught(images, tmp_path, size):
 
 
 def test_a_graph_that_disagrees_is_refused_with_its_gap(images, tmp_path):
-    class Loud(nn.Module):  # adds a constant that the trace cannot see: it differs from call to call
+    class Loud(
+        nn.Module
+    ):  # adds a constant that the trace cannot see: it differs from call to call
         calls = 0
 
         def forward(self, x):
@@ -162,16 +177,20 @@ def test_latency_is_positive_and_threads_come_back(model, graph, images):
     assert torch.get_num_threads() == threads and model.training
 
 
-@pytest.mark.parametrize("call,error", [
-    (lambda g, x, t: OnnxModel(t / "none.onnx"), FileNotFoundError),
-    (lambda g, x, t: OnnxModel(b"no graph"), ValueError),
-    (lambda g, x, t: OnnxModel(g)(x[0]), ValueError),
-    (lambda g, x, t: OnnxModel(g)(torch.randn(1, 3, 28, 28)), ValueError),
-    (lambda g, x, t: quantize_onnx_weights(g, t / "a", 3), ValueError),
-    (lambda g, x, t: quantize_onnx_weights(t / "none", t / "a"), FileNotFoundError),
-    (lambda g, x, t: quantize_onnx(g, t / "a", x[:0]), ValueError),
-    (lambda g, x, t: quantize_onnx(g, t / "a", x * float("nan")), ValueError),
-    (lambda g, x, t: quantize_onnx(g, t / "a", x, method="guess"), ValueError)])
+@pytest.mark.parametrize(
+    "call,error",
+    [
+        (lambda g, x, t: OnnxModel(t / "none.onnx"), FileNotFoundError),
+        (lambda g, x, t: OnnxModel(b"no graph"), ValueError),
+        (lambda g, x, t: OnnxModel(g)(x[0]), ValueError),
+        (lambda g, x, t: OnnxModel(g)(torch.randn(1, 3, 28, 28)), ValueError),
+        (lambda g, x, t: quantize_onnx_weights(g, t / "a", 3), ValueError),
+        (lambda g, x, t: quantize_onnx_weights(t / "none", t / "a"), FileNotFoundError),
+        (lambda g, x, t: quantize_onnx(g, t / "a", x[:0]), ValueError),
+        (lambda g, x, t: quantize_onnx(g, t / "a", x * float("nan")), ValueError),
+        (lambda g, x, t: quantize_onnx(g, t / "a", x, method="guess"), ValueError),
+    ],
+)
 def test_export_refuses(graph, images, tmp_path, call, error):
     with pytest.raises(error):
         call(graph, images, tmp_path)
@@ -191,7 +210,7 @@ def test_missing_runtime_says_how_to_get_it(graph, monkeypatch):
         OnnxModel(graph)
 
 
-# What a graph would repeat --------------------------------------------------------------------------------------------
+# What a graph would repeat -------------------------------------------------------------------------------------------
 
 
 class Does(nn.Module):
@@ -235,7 +254,9 @@ SIZES = {
 def test_what_is_read_from_data_is_not_baked_in(tmp_path, name, dynamic):
     torch.manual_seed(0)
     model = Does(READS[name])
-    with pytest.raises(ValueError, match=r"reads values of its input \(test_export.py, line \d+\)") as caught:
+    with pytest.raises(
+        ValueError, match=r"reads values of its input \(test_export.py, line \d+\)"
+    ) as caught:
         export_onnx(model, torch.ones(2, 4), tmp_path / "a.onnx", dynamic)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     assert (
@@ -254,9 +275,14 @@ def test_what_is_asked_of_sizes_and_parameters_is_no_reading(tmp_path, name):
         torch.testing.assert_close(run(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", [
-    lambda m, x: x.clamp(max=1.0) if Hidden.first() else x, lambda m, x: x.abs() if Hidden.first() else x,
-    lambda m, x: x.sum(1) if Hidden.first() else x.relu().sum(1)])
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda m, x: x.clamp(max=1.0) if Hidden.first() else x,
+        lambda m, x: x.abs() if Hidden.first() else x,
+        lambda m, x: x.sum(1) if Hidden.first() else x.relu().sum(1),
+    ],
+)
 def test_other_values_than_the_examples_are_tried(tmp_path, way):
     "Differences that the example, all ones, does not show"
     Hidden.calls = 0
@@ -267,6 +293,7 @@ def test_other_values_than_the_examples_are_tried(tmp_path, way):
 
 class Hidden:
     "Says yes to the trace and no to everybody later"
+
     calls = 0
 
     @classmethod
@@ -308,20 +335,28 @@ def test_outputs_that_are_not_finite_agree_with_themselves(tmp_path):
     )
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda: Does(lambda m, x: (x, x)), "gives a tuple"), (lambda: Does(lambda m, x: {"y": x}), "graph|gives a dict"),
-    (lambda: Does(lambda m, x: x @ torch.ones(5, 5)), "cannot be written as a graph"),
-    (lambda: Does(lambda m, x: torch.linalg.svd(x)[1]), "cannot be written as a graph")])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Does(lambda m, x: (x, x)), "gives a tuple"),
+        (lambda: Does(lambda m, x: {"y": x}), "graph|gives a dict"),
+        (lambda: Does(lambda m, x: x @ torch.ones(5, 5)), "cannot be written as a graph"),
+        (lambda: Does(lambda m, x: torch.linalg.svd(x)[1]), "cannot be written as a graph"),
+    ],
+)
 def test_models_without_a_graph_are_told_in_one_sentence(tmp_path, make, words):
     with pytest.raises(ValueError, match=words) as caught:
         export_onnx(make(), torch.ones(2, 4), tmp_path / "a.onnx")
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-# Kinds of input -------------------------------------------------------------------------------------------------------
+# Kinds of input ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: BERT(50, 16, 16, 1, 2), lambda: nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 3))])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: BERT(50, 16, 16, 1, 2), lambda: nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 3))],
+)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_text_models_are_exported_and_take_tokens(tmp_path, make, dtype):
     torch.manual_seed(0)
@@ -387,8 +422,15 @@ def test_small_weights_in_half_precision_keep_their_scale(tmp_path):
     torch.testing.assert_close(OnnxModel(path)(x), model(x).detach(), rtol=0.05, atol=0.01)
 
 
-@pytest.mark.parametrize("make", [lambda: ConvNet(widths=(4,)), lambda: ResNet(widths=(8, 8), depths=(1, 1)), lambda: VGG(widths=(4, 4), depths=(1, 1)),
-                                  lambda: ViT(image_size=16, patch_size=4, channels=1, dim=8, depth=1, heads=2)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ConvNet(widths=(4,)),
+        lambda: ResNet(widths=(8, 8), depths=(1, 1)),
+        lambda: VGG(widths=(4, 4), depths=(1, 1)),
+        lambda: ViT(image_size=16, patch_size=4, channels=1, dim=8, depth=1, heads=2),
+    ],
+)
 def test_our_own_models_are_exported(tmp_path, make):
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(3, 1, 16, 16)
@@ -396,19 +438,34 @@ def test_our_own_models_are_exported(tmp_path, make):
     torch.testing.assert_close(run(x), model(x).detach(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda g, x, t: OnnxModel(g)([1.0]), "a list"), (lambda g, x, t: OnnxModel(g)(x.to(torch.uint8)), "expects float32"),
-    (lambda g, x, t: OnnxModel(g, threads=0), "from 1 on"), (lambda g, x, t: OnnxModel(None), "path is None"),
-    (lambda g, x, t: OnnxModel(g)(), "0 inputs"), (lambda g, x, t: OnnxModel(t), "no file"),
-    (lambda g, x, t: export_onnx(ConvNet(), [1], t / "a"), "example is a list"), (lambda g, x, t: export_onnx(ConvNet(), x[:0], t / "a"), "expected a batch"),
-    (lambda g, x, t: export_onnx(ConvNet().bfloat16(), x.bfloat16(), t / "a"), "model.float()"),
-    (lambda g, x, t: export_onnx("net", x, t / "a"), "network"), (lambda g, x, t: export_onnx(ConvNet(), x, t / "a", tolerance=-1.0), "from 0"),
-    (lambda g, x, t: quantize_onnx_weights(g, t / "a", 8.5), "bits is 8.5"), (lambda g, x, t: quantize_onnx_weights(damaged(g, t), t / "a"), "cut.onnx"),
-    (lambda g, x, t: quantize_onnx(damaged(g, t), t / "a", x), "cut.onnx"), (lambda g, x, t: quantize_onnx(g, t / "a", x, batch_size=0), "from 1 on"),
-    (lambda g, x, t: quantize_onnx(g, t / "a", x[:, :, :5]), "expects"), (lambda g, x, t: quantize_onnx(g, t / "a", None), "calibration is None"),
-    (lambda g, x, t: compare_latency({}, x), "0 candidates"), (lambda g, x, t: compare_latency({"a": 3}, x), "predicts"),
-    (lambda g, x, t: compare_latency({"a": OnnxModel(g)}, x, (1,)), "1 entries"), (lambda g, x, t: compare_latency({"a": OnnxModel(g)}, x, (0, 4)), "from 1 on"),
-    (lambda g, x, t: measure_latency(OnnxModel(g), x[:0]), "at least one"), (lambda g, x, t: measure_latency(OnnxModel(g), x, rounds=0), "from 1 on")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda g, x, t: OnnxModel(g)([1.0]), "a list"),
+        (lambda g, x, t: OnnxModel(g)(x.to(torch.uint8)), "expects float32"),
+        (lambda g, x, t: OnnxModel(g, threads=0), "from 1 on"),
+        (lambda g, x, t: OnnxModel(None), "path is None"),
+        (lambda g, x, t: OnnxModel(g)(), "0 inputs"),
+        (lambda g, x, t: OnnxModel(t), "no file"),
+        (lambda g, x, t: export_onnx(ConvNet(), [1], t / "a"), "example is a list"),
+        (lambda g, x, t: export_onnx(ConvNet(), x[:0], t / "a"), "expected a batch"),
+        (lambda g, x, t: export_onnx(ConvNet().bfloat16(), x.bfloat16(), t / "a"), "model.float()"),
+        (lambda g, x, t: export_onnx("net", x, t / "a"), "network"),
+        (lambda g, x, t: export_onnx(ConvNet(), x, t / "a", tolerance=-1.0), "from 0"),
+        (lambda g, x, t: quantize_onnx_weights(g, t / "a", 8.5), "bits is 8.5"),
+        (lambda g, x, t: quantize_onnx_weights(damaged(g, t), t / "a"), "cut.onnx"),
+        (lambda g, x, t: quantize_onnx(damaged(g, t), t / "a", x), "cut.onnx"),
+        (lambda g, x, t: quantize_onnx(g, t / "a", x, batch_size=0), "from 1 on"),
+        (lambda g, x, t: quantize_onnx(g, t / "a", x[:, :, :5]), "expects"),
+        (lambda g, x, t: quantize_onnx(g, t / "a", None), "calibration is None"),
+        (lambda g, x, t: compare_latency({}, x), "0 candidates"),
+        (lambda g, x, t: compare_latency({"a": 3}, x), "predicts"),
+        (lambda g, x, t: compare_latency({"a": OnnxModel(g)}, x, (1,)), "1 entries"),
+        (lambda g, x, t: compare_latency({"a": OnnxModel(g)}, x, (0, 4)), "from 1 on"),
+        (lambda g, x, t: measure_latency(OnnxModel(g), x[:0]), "at least one"),
+        (lambda g, x, t: measure_latency(OnnxModel(g), x, rounds=0), "from 1 on"),
+    ],
+)
 def test_wrong_arguments_get_a_sentence(graph, images, tmp_path, call, words):
     with pytest.raises((TypeError, ValueError, FileNotFoundError), match=words) as caught:
         call(graph, images, tmp_path)
@@ -420,12 +477,13 @@ def damaged(graph, folder):
     return folder / "cut.onnx"
 
 
-# Integers, and the clock ----------------------------------------------------------------------------------------------
+# Integers, and the clock ---------------------------------------------------------------------------------------------
 
 
 def test_integers_in_the_graph_are_ours_and_four_bits_fill_half_the_bytes(graph, tmp_path):
     import onnx
     from foundation.compression.quantization import quantize_tensor
+
     constants = lambda path: {t.name: t for t in onnx.load(path).graph.initializer}
     floats = constants(graph)
     for bits in (8, 4):
@@ -454,6 +512,7 @@ def test_integers_in_the_graph_are_ours_and_four_bits_fill_half_the_bytes(graph,
 def ends_of_the_input(path):
     "What the first ruler of a quantised graph can write"
     import onnx
+
     graph = onnx.load(path).graph
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     node = next(
@@ -480,12 +539,14 @@ def test_rulers_come_from_all_of_the_calibration_and_from_nothing_else(graph, im
 
 def test_each_output_channel_has_a_ruler_or_all_have_one(graph, images, tmp_path):
     import onnx
+
     def scales(path):
         return {
             t.name: onnx.numpy_helper.to_array(t).size
             for t in onnx.load(path).graph.initializer
             if t.name.endswith("_scale")
         }
+
     many, one = (
         scales(quantize_onnx(graph, tmp_path / "q.onnx", images, per_channel=kind))
         for kind in (True, False)
@@ -518,6 +579,7 @@ def test_tied_tables_are_written_once_and_still_read_by_both(tmp_path):
 
 def test_the_clock_sees_sleep_takes_turns_and_divides_by_the_batch():
     import time
+
     order = []
 
     def sleeper(name, seconds):
@@ -525,6 +587,7 @@ def test_the_clock_sees_sleep_takes_turns_and_divides_by_the_batch():
             order.append((name, len(x)))
             time.sleep(seconds * len(x))
             return x
+
         return predict
 
     times = compare_latency(
@@ -545,8 +608,10 @@ def test_the_clock_sees_sleep_takes_turns_and_divides_by_the_batch():
 
 def test_a_failing_candidate_leaves_threads_and_modes_as_they_were(images):
     threads, net = torch.get_num_threads(), Residual().train()
+
     def fails(x):
         raise RuntimeError("no")
+
     with pytest.raises(ValueError, match="fails fails on a tensor of float32"):
         compare_latency(
             {"net": net, "fails": fails},

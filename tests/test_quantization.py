@@ -1,4 +1,5 @@
 "Quantisation: laws, parity with PyTorch, torch.ao and ONNX Runtime, broken variants, and bad input"
+
 import math
 import warnings
 from copy import deepcopy
@@ -51,8 +52,15 @@ def make_net():
 
 
 @settings(max_examples=60, deadline=None)
-@given(bits=st.integers(2, 8), symmetric=st.booleans(), axis=st.sampled_from([None, 0, 1, -1]), shift=st.floats(-3, 3),
-       size=st.floats(1e-6, 1e6), group=st.sampled_from([None, 1, 4, 7, 99]), seed=st.integers(0, 99))
+@given(
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    axis=st.sampled_from([None, 0, 1, -1]),
+    shift=st.floats(-3, 3),
+    size=st.floats(1e-6, 1e6),
+    group=st.sampled_from([None, 1, 4, 7, 99]),
+    seed=st.integers(0, 99),
+)
 def test_error_is_at_most_half_a_step(bits, symmetric, axis, shift, size, group, seed):
     torch.manual_seed(seed)
     x = (torch.randn(5, 3, 6) + shift) * size
@@ -148,8 +156,10 @@ def test_fake_quantize_equals_quantize_then_dequantize():
 
 def test_groups_are_finer_than_channels_are_finer_than_one():
     x = torch.randn(16, 96) * torch.logspace(-2, 1, 16)[:, None] * torch.logspace(0, 1, 96)
-    errors = [(quantize_tensor(x, 4, **how).dequantize() - x).square().mean() for how in
-              (dict(), dict(axis=0), dict(axis=0, group=16))]
+    errors = [
+        (quantize_tensor(x, 4, **how).dequantize() - x).square().mean()
+        for how in (dict(), dict(axis=0), dict(axis=0, group=16))
+    ]
     assert errors[0] > errors[1] > errors[2]
 
 
@@ -168,18 +178,30 @@ def test_quantize_weights_leaves_the_original_alone():
     torch.testing.assert_close(copy[3].weight.data, integers["3.weight"].dequantize())
 
 
-@pytest.mark.parametrize("call", [
-    lambda: quantize_tensor(torch.randn(4), 1), lambda: quantize_tensor(torch.randn(4), 9), lambda: quantize_tensor(torch.randn(4), 4.0),
-    lambda: quantize_tensor(torch.arange(4)), lambda: quantize_tensor(torch.empty(0)), lambda: quantize_tensor(torch.tensor([1, float("inf")])),
-    lambda: quantize_tensor(torch.randn(4), axis=1), lambda: quantize_tensor(torch.randn(4), group=2), lambda: calibrate([]),
-    lambda: calibrate([torch.tensor([float("nan")])]), lambda: value_range(torch.randn(4), 101), lambda: fake_quantize(torch.randn(3), 16)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: quantize_tensor(torch.randn(4), 1),
+        lambda: quantize_tensor(torch.randn(4), 9),
+        lambda: quantize_tensor(torch.randn(4), 4.0),
+        lambda: quantize_tensor(torch.arange(4)),
+        lambda: quantize_tensor(torch.empty(0)),
+        lambda: quantize_tensor(torch.tensor([1, float("inf")])),
+        lambda: quantize_tensor(torch.randn(4), axis=1),
+        lambda: quantize_tensor(torch.randn(4), group=2),
+        lambda: calibrate([]),
+        lambda: calibrate([torch.tensor([float("nan")])]),
+        lambda: value_range(torch.randn(4), 101),
+        lambda: fake_quantize(torch.randn(3), 16),
+    ],
+)
 def test_quantisation_refuses(call):
     with pytest.raises((TypeError, ValueError)):
         call()
     assert "\n" not in complaint(call)
 
 
-# Whole networks -------------------------------------------------------------------------------------------------------
+# Whole networks ------------------------------------------------------------------------------------------------------
 
 
 def lived_in():
@@ -283,6 +305,7 @@ def test_int8_is_near_and_the_number_of_bits_counts():
 
 def test_rulers_equal_those_of_torch_ao():
     from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
+
     net, x = lived_in(), images(64)
     ours, folded = quantize_static(net, [x]), fold_batch_norm(net)
     seen = MinMaxObserver(torch.quint8, quant_min=0, quant_max=255)
@@ -303,6 +326,7 @@ def test_rulers_equal_those_of_torch_ao():
 def test_torch_ao_gives_the_same_answers():
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
     net, x = lived_in(), images(256)
     prepared = prepare_fx(deepcopy(net), get_default_qconfig_mapping("x86"), (x,))
     prepared(x)
@@ -316,6 +340,7 @@ def test_torch_ao_gives_the_same_answers():
 
 def test_onnx_int8_runs_and_equals_ours_within_steps(tmp_path):
     from foundation.deployment.export import OnnxModel, export_onnx, quantize_onnx
+
     net, x = lived_in(), images(128)
     graph = export_onnx(net, x[:1], tmp_path / "fp32.onnx")
     theirs = OnnxModel(quantize_onnx(graph, tmp_path / "int8.onnx", x))(x)
@@ -352,7 +377,9 @@ def test_groups_in_training_are_those_of_the_file():
 
 
 @settings(max_examples=25, deadline=None)
-@given(bits=st.integers(2, 8), symmetric=st.booleans(), wild=st.floats(1, 100), seed=st.integers(0, 9))
+@given(
+    bits=st.integers(2, 8), symmetric=st.booleans(), wild=st.floats(1, 100), seed=st.integers(0, 9)
+)
 def test_least_squares_is_never_worse_than_the_whole_range(bits, symmetric, wild, seed):
     torch.manual_seed(seed)
     x = torch.cat([torch.randn(500), torch.tensor([wild])])
@@ -388,7 +415,9 @@ class Mixed(nn.Module):
         return self.head(self.gru(self.embed(tokens))[0][:, -1])
 
 
-@pytest.mark.parametrize("way", [lambda m, x: quantize_static(m, [x]), lambda m, x: quantize_dynamic(m)])
+@pytest.mark.parametrize(
+    "way", [lambda m, x: quantize_static(m, [x]), lambda m, x: quantize_dynamic(m)]
+)
 def test_unsupported_layers_are_named_and_left(way):
     net, x = Mixed().eval(), torch.randint(0, 20, (5, 7))
     with pytest.warns(UserWarning, match=r"embed \(Embedding\), gru \(GRU\)"):
@@ -411,22 +440,41 @@ def nan_net():
     return net
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: quantize_static(make_net(), []), "calibration set is empty"), (lambda: quantize_static(make_net(), [images()], 9), "2 to 8"),
-    (lambda: quantize_static(nan_net(), [images()]), "3.weight holds NaN"), (lambda: quantize_dynamic(nan_net()), "3.weight holds NaN"),
-    (lambda: quantize_dynamic(make_net(), 1), "2 to 8"), (lambda: quantize_dynamic(make_net(), skip=("body",)), "body"),
-    (lambda: quantize_dynamic(nn.ReLU()), "no convolution"), (lambda: classify_rounded(12), "2 to 8"),
-    (lambda: calibrate([images()], method="entropy"), "'entropy'"), (lambda: quantize_static(make_net(), [images()], method="x"), "'x'"),
-    (lambda: integer_matmul(torch.ones(2, 2), torch.ones(2, 2)), "expected int8"),
-    (lambda: integer_matmul(torch.ones(2, 3, dtype=torch.int8), torch.ones(2, 3, dtype=torch.int8)), r"\(2, 3\)"),
-    (lambda: fold_batch_norm(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, track_running_stats=False))), "running statistics")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: quantize_static(make_net(), []), "calibration set is empty"),
+        (lambda: quantize_static(make_net(), [images()], 9), "2 to 8"),
+        (lambda: quantize_static(nan_net(), [images()]), "3.weight holds NaN"),
+        (lambda: quantize_dynamic(nan_net()), "3.weight holds NaN"),
+        (lambda: quantize_dynamic(make_net(), 1), "2 to 8"),
+        (lambda: quantize_dynamic(make_net(), skip=("body",)), "body"),
+        (lambda: quantize_dynamic(nn.ReLU()), "no convolution"),
+        (lambda: classify_rounded(12), "2 to 8"),
+        (lambda: calibrate([images()], method="entropy"), "'entropy'"),
+        (lambda: quantize_static(make_net(), [images()], method="x"), "'x'"),
+        (lambda: integer_matmul(torch.ones(2, 2), torch.ones(2, 2)), "expected int8"),
+        (
+            lambda: integer_matmul(
+                torch.ones(2, 3, dtype=torch.int8), torch.ones(2, 3, dtype=torch.int8)
+            ),
+            r"\(2, 3\)",
+        ),
+        (
+            lambda: fold_batch_norm(
+                nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, track_running_stats=False))
+            ),
+            "running statistics",
+        ),
+    ],
+)
 def test_whole_networks_refuse_in_one_sentence(call, words):
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
-# The edges of numbers -------------------------------------------------------------------------------------------------
+# The edges of numbers ------------------------------------------------------------------------------------------------
 
 
 def worst_in_steps(x, q):
@@ -442,9 +490,17 @@ def worst_in_steps(x, q):
 
 
 @settings(max_examples=120, deadline=None)
-@given(power=st.floats(-38, 38.5), bits=st.integers(2, 8), symmetric=st.booleans(), axis=st.sampled_from([None, 0]),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]), seed=st.integers(0, 99))
-def test_any_size_and_any_type_of_scale_is_within_half_a_step_or_refused(power, bits, symmetric, axis, dtype, seed):
+@given(
+    power=st.floats(-38, 38.5),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    axis=st.sampled_from([None, 0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]),
+    seed=st.integers(0, 99),
+)
+def test_any_size_and_any_type_of_scale_is_within_half_a_step_or_refused(
+    power, bits, symmetric, axis, dtype, seed
+):
     x = (torch.rand(4, 50, generator=torch.Generator().manual_seed(seed)) * 2 - 1) * 10**power
     try:
         q = quantize_tensor(x, bits, axis, symmetric, scale_dtype=dtype)
@@ -458,12 +514,21 @@ def test_any_size_and_any_type_of_scale_is_within_half_a_step_or_refused(power, 
     marks = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
     span = reach if symmetric else (x.amax() - x.amin() if axis is None else x.amax(1) - x.amin(1))
     assert (
-        q.scale.double()
-        <= span.double() / marks * (1 + 2 * torch.finfo(dtype).eps) + 2e-38
+        q.scale.double() <= span.double() / marks * (1 + 2 * torch.finfo(dtype).eps) + 2e-38
     ).all()
 
 
-@pytest.mark.parametrize("x", [[3e38, -3e38], [3.4028235e38, 0.0], [-3.4028235e38, 1e38], [1e-45, 0.0], [0.0, -0.0], [5.0, 5.0]])
+@pytest.mark.parametrize(
+    "x",
+    [
+        [3e38, -3e38],
+        [3.4028235e38, 0.0],
+        [-3.4028235e38, 1e38],
+        [1e-45, 0.0],
+        [0.0, -0.0],
+        [5.0, 5.0],
+    ],
+)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_whole_range_of_float32_has_a_ruler(x, symmetric):
     x = torch.tensor(x)
@@ -541,32 +606,59 @@ def test_numbers_of_numpy_and_tensors_are_plain_numbers():
     assert isinstance(quantize_dynamic(make_net(), np.int32(8))[3], IntegerLayer)
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: fake_quantize([0.7], 8), "torch.tensor"), (lambda: fake_quantize(None, 8), "x is None"),
-    (lambda: fake_quantize(torch.randn(3), scale=torch.tensor(0.0)), "above 0"),
-    (lambda: fake_quantize(torch.randn(3, 4), axis=0, scale=torch.ones(2)), "2 entries; expected one, or one for each of 3"),
-    (lambda: fake_quantize(torch.randn(3), scale=1.0, zero_point=300), "zero_point runs from 300"),
-    (lambda: fake_quantize(torch.randn(3), zero_point=3), "without a scale"),
-    (lambda: affine_map(torch.tensor(1.0), torch.tensor(math.inf)), "run from 1.0 to inf"),
-    (lambda: affine_map(torch.tensor(1.0), torch.tensor(-1.0)), "at or below"),
-    (lambda: affine_map(torch.zeros(3), torch.ones(2)), "to fit low"), (lambda: calibrate(3), "batches is 3"),
-    (lambda: calibrate([[1.0, 2.0]]), "batch 0 is a list"), (lambda: calibrate([torch.zeros(0)]), "batch 0 is empty"),
-    (lambda: integer_matmul([[1]], [[1]]), "torch.tensor"), (lambda: quantize_weights(make_net(), 4, group=0), "from 1 on"),
-    (lambda: integer_matmul(torch.zeros(1, 2**17, dtype=torch.int8), torch.zeros(2**17, 1, dtype=torch.int8)), "32 bits"),
-    (lambda: quantize_weights("model"), "network"), (lambda: quantize_static(make_net(), [torch.zeros(2, 3)]), "calibration batch|the example"),
-    (lambda: IntegerLayer(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")), "'reflect'"),
-    (lambda: IntegerLayer(nn.Linear(2, 2), (torch.tensor(-1.0), torch.tensor(0))), "above 0"),
-    (lambda: IntegerLayer(nn.Linear(2, 2), (1.0,)), "expected scale and zero point"),
-    (lambda: IntegerLayer(nn.Conv1d(2, 2, 1)), "Conv2d"), (lambda: IntegerLayer(nn.Conv2d(1, 1, 1)).exact(torch.ones(1, 1)), "convolution"),
-    (lambda: quantize_weights(nn.Sequential(nn.Linear(4, 4), nn.Linear(0, 2))), "1.weight is empty"),
-    (lambda: quantize_static(lived_in(), [images() * math.nan]), "0 cannot be written in integers: .* NaN")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: fake_quantize([0.7], 8), "torch.tensor"),
+        (lambda: fake_quantize(None, 8), "x is None"),
+        (lambda: fake_quantize(torch.randn(3), scale=torch.tensor(0.0)), "above 0"),
+        (
+            lambda: fake_quantize(torch.randn(3, 4), axis=0, scale=torch.ones(2)),
+            "2 entries; expected one, or one for each of 3",
+        ),
+        (
+            lambda: fake_quantize(torch.randn(3), scale=1.0, zero_point=300),
+            "zero_point runs from 300",
+        ),
+        (lambda: fake_quantize(torch.randn(3), zero_point=3), "without a scale"),
+        (lambda: affine_map(torch.tensor(1.0), torch.tensor(math.inf)), "run from 1.0 to inf"),
+        (lambda: affine_map(torch.tensor(1.0), torch.tensor(-1.0)), "at or below"),
+        (lambda: affine_map(torch.zeros(3), torch.ones(2)), "to fit low"),
+        (lambda: calibrate(3), "batches is 3"),
+        (lambda: calibrate([[1.0, 2.0]]), "batch 0 is a list"),
+        (lambda: calibrate([torch.zeros(0)]), "batch 0 is empty"),
+        (lambda: integer_matmul([[1]], [[1]]), "torch.tensor"),
+        (lambda: quantize_weights(make_net(), 4, group=0), "from 1 on"),
+        (
+            lambda: integer_matmul(
+                torch.zeros(1, 2**17, dtype=torch.int8), torch.zeros(2**17, 1, dtype=torch.int8)
+            ),
+            "32 bits",
+        ),
+        (lambda: quantize_weights("model"), "network"),
+        (lambda: quantize_static(make_net(), [torch.zeros(2, 3)]), "calibration batch|the example"),
+        (lambda: IntegerLayer(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")), "'reflect'"),
+        (lambda: IntegerLayer(nn.Linear(2, 2), (torch.tensor(-1.0), torch.tensor(0))), "above 0"),
+        (lambda: IntegerLayer(nn.Linear(2, 2), (1.0,)), "expected scale and zero point"),
+        (lambda: IntegerLayer(nn.Conv1d(2, 2, 1)), "Conv2d"),
+        (lambda: IntegerLayer(nn.Conv2d(1, 1, 1)).exact(torch.ones(1, 1)), "convolution"),
+        (
+            lambda: quantize_weights(nn.Sequential(nn.Linear(4, 4), nn.Linear(0, 2))),
+            "1.weight is empty",
+        ),
+        (
+            lambda: quantize_static(lived_in(), [images() * math.nan]),
+            "0 cannot be written in integers: .* NaN",
+        ),
+    ],
+)
 def test_what_cannot_be_is_said_in_one_sentence(call, words):
     with pytest.raises((TypeError, ValueError), match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
-# Layers that share, and weights that are computed ---------------------------------------------------------------------
+# Layers that share, and weights that are computed --------------------------------------------------------------------
 
 
 def statistics(model):
@@ -671,9 +763,19 @@ def test_what_cannot_be_folded_exactly_is_left_with_a_warning(name, shown):
     assert_close(folded(x), model(x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Pair(lambda seq, x: seq(seq(x))), lambda: Pair(unreadable(lambda seq, x: seq(x))), lambda: nn.ModuleList([hooked()[:1]])[0],
-    lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Pair(lambda seq, x: seq(seq(x))),
+        lambda: Pair(unreadable(lambda seq, x: seq(x))),
+        lambda: nn.ModuleList([hooked()[:1]])[0],
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)),
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+        ),
+    ],
+)
 def test_what_can_be_folded_is_folded_without_a_word(make):
     model, x = statistics(make()), torch.randn(4, 3, 8, 8)
     for example in (None, x):
@@ -767,7 +869,9 @@ def test_computed_weights_are_worked_in(name):
         )
     )
     x = torch.randn(3, 3, 4, 4)
-    with torch.no_grad():  # somebody moves what the weight is made of, and nobody has called the layer since
+    with (
+        torch.no_grad()
+    ):  # somebody moves what the weight is made of, and nobody has called the layer since
         for p in model.parameters():
             p.mul_(1.3)
     state = {n: t.clone() for n, t in model.state_dict().items()}
@@ -831,10 +935,21 @@ class Reads(nn.Module):
         return self.out(F.linear(x, self.inner.weight, self.inner.bias))
 
 
-@pytest.mark.parametrize("make, x", [(Reads, torch.randn(5, 4)),
-                                     (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)),
-                                     (lambda: nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")), torch.randn(2, 3, 6, 6)),
-                                     (lambda: nn.Sequential(nn.Conv1d(3, 3, 3)), torch.randn(2, 3, 6))])
+@pytest.mark.parametrize(
+    "make, x",
+    [
+        (Reads, torch.randn(5, 4)),
+        (
+            lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(),
+            torch.randn(2, 5, 8),
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")),
+            torch.randn(2, 3, 6, 6),
+        ),
+        (lambda: nn.Sequential(nn.Conv1d(3, 3, 3)), torch.randn(2, 3, 6)),
+    ],
+)
 def test_what_must_stay_in_float_stays_and_is_named(make, x):
     torch.manual_seed(0)
     model = make()
@@ -896,5 +1011,9 @@ def test_all_zero_and_one_value_layers_survive():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     nn.init.zeros_(model[0].weight), nn.init.constant_(model[1].weight, 0.7)
     x = torch.randn(4, 3)
-    for small in (quantize_dynamic(model), quantize_static(model, [x]), quantize_weights(model, 2)[0]):
+    for small in (
+        quantize_dynamic(model),
+        quantize_static(model, [x]),
+        quantize_weights(model, 2)[0],
+    ):
         assert_close(small(x), model(x), rtol=0, atol=0.01)

@@ -1,4 +1,5 @@
 "Storage: what is stored comes back bit for bit, codes are as short as promised, and damage is noticed"
+
 import copy
 import dataclasses
 import json
@@ -86,7 +87,10 @@ def test_files_round_trip_exactly(tmp_path, format, values, compress):
     net.load_state_dict(state)
     again = load_model(save_model(net, tmp_path / "b", format, values, compress=compress))
     numbers = values if format == "sparse" else format
-    for name, x in state.items():  # what was stored comes back, and storing it once more changes nothing
+    for (
+        name,
+        x,
+    ) in state.items():  # what was stored comes back, and storing it once more changes nothing
         exact = numbers in ("fp32", "fp16") or x.ndim < 2
         torch.testing.assert_close(again[name], x, rtol=0 if exact else 1e-2, atol=0)
 
@@ -124,6 +128,7 @@ def test_a_mask_that_does_not_pay_is_left_out(tmp_path):
 
 def test_plain_safetensors_files_are_read_too(tmp_path):
     from safetensors.torch import save_file
+
     save_file({"a.weight": torch.randn(3, 3).half(), "steps": torch.tensor(7)}, tmp_path / "a")
     state = load_model(tmp_path / "a")
     assert state["a.weight"].dtype == torch.float32 and state["steps"] == 7
@@ -138,10 +143,10 @@ def test_every_damage_is_noticed(tmp_path):
         with pytest.raises(ValueError, match="whole"):
             load_model(path)
     for place in (8 + header, len(good) - 1, (len(good) + header) // 2):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1:])
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         with pytest.raises(ValueError, match="changed"):
             load_model(path)
-    notes = json.loads(good[8:8 + header])
+    notes = json.loads(good[8 : 8 + header])
     assert notes["__metadata__"]["layout"]
     with pytest.raises(FileNotFoundError):
         load_model(tmp_path / "none")
@@ -165,17 +170,25 @@ def test_no_flipped_bit_passes_in_silence(tmp_path_factory, place, bit):
     )
 
 
-@pytest.mark.parametrize("call", [
-    lambda net, p: save_model(net, p, "int1"), lambda net, p: save_model(net, p, "int9"), lambda net, p: save_model(net, p, "zip"),
-    lambda net, p: save_model({"a": torch.tensor([[float("nan")]])}, p), lambda net, p: save_model({"a": torch.tensor([[1e9]])}, p, "fp16"),
-    lambda net, p: save_model({"a": torch.tensor([float("inf")])}, p, "int8"), lambda net, p: pack(torch.tensor([4]), 2)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net, p: save_model(net, p, "int1"),
+        lambda net, p: save_model(net, p, "int9"),
+        lambda net, p: save_model(net, p, "zip"),
+        lambda net, p: save_model({"a": torch.tensor([[float("nan")]])}, p),
+        lambda net, p: save_model({"a": torch.tensor([[1e9]])}, p, "fp16"),
+        lambda net, p: save_model({"a": torch.tensor([float("inf")])}, p, "int8"),
+        lambda net, p: pack(torch.tensor([4]), 2),
+    ],
+)
 def test_storage_refuses_and_leaves_no_file(tmp_path, call):
     with pytest.raises(ValueError):
         call(make_net(), tmp_path / "a")
     assert not os.listdir(tmp_path)
 
 
-# Codes ----------------------------------------------------------------------------------------------------------------
+# Codes ---------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=80, deadline=None)
@@ -186,7 +199,11 @@ def test_huffman_round_trips(symbols):
 
 
 @settings(max_examples=80, deadline=None)
-@given(counts=st.lists(st.integers(0, 10_000), min_size=2, max_size=60).filter(lambda c: sum(n > 0 for n in c) > 1))
+@given(
+    counts=st.lists(st.integers(0, 10_000), min_size=2, max_size=60).filter(
+        lambda c: sum(n > 0 for n in c) > 1
+    )
+)
 def test_huffman_is_within_a_bit_of_the_entropy_and_no_word_begins_another(counts):
     counts = torch.tensor(counts)
     share = counts[counts > 0] / counts.sum()
@@ -221,8 +238,12 @@ def test_no_code_is_shorter_in_total():
 
 
 @settings(max_examples=60, deadline=None)
-@given(share=st.sampled_from([0.0, 0.5, 0.9, 0.999, 1.0]), numbers=st.sampled_from(["fp16", "int4", "int8", "code3", "code4"]),
-       compress=st.sampled_from([False, "zlib", "huffman"]), seed=st.integers(0, 20))
+@given(
+    share=st.sampled_from([0.0, 0.5, 0.9, 0.999, 1.0]),
+    numbers=st.sampled_from(["fp16", "int4", "int8", "code3", "code4"]),
+    compress=st.sampled_from([False, "zlib", "huffman"]),
+    seed=st.integers(0, 20),
+)
 def test_sparse_weights_come_back_and_zeros_stay_zero(share, numbers, compress, seed):
     torch.manual_seed(seed)
     weight = torch.randn(30, 41) * (torch.rand(30, 41) >= share)
@@ -280,22 +301,34 @@ def test_swapped_nibbles_are_caught():
 @pytest.mark.parametrize("cut", [0, 3, 6, 12, -1])
 def test_a_code_cut_short_is_refused(cut):
     payload = huffman_encode(torch.randint(0, 9, (100,)))
-    with pytest.raises(ValueError, match="damaged") if cut else pytest.raises((ValueError, AssertionError)):
+    with (
+        pytest.raises(ValueError, match="damaged")
+        if cut
+        else pytest.raises((ValueError, AssertionError))
+    ):
         assert len(huffman_decode(payload[:cut])) == 100
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: huffman_encode(torch.tensor([256])), "0 to 255"), (lambda: huffman_encode(torch.tensor([-1])), "0 to 255"),
-    (lambda: codebook(torch.empty(0)), "values is empty"), (lambda: codebook(torch.tensor([math.nan])), "finite"),
-    (lambda: codebook(torch.randn(9), 1), "from 2 to 256"), (lambda: encode(torch.randn(3, 3), "code9"), "2 to 8"),
-    (lambda: encode(torch.randn(3, 3), "code"), "'code'"), (lambda: encode(torch.randn(3, 3), "int4", compress="rar"), "'rar'")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: huffman_encode(torch.tensor([256])), "0 to 255"),
+        (lambda: huffman_encode(torch.tensor([-1])), "0 to 255"),
+        (lambda: codebook(torch.empty(0)), "values is empty"),
+        (lambda: codebook(torch.tensor([math.nan])), "finite"),
+        (lambda: codebook(torch.randn(9), 1), "from 2 to 256"),
+        (lambda: encode(torch.randn(3, 3), "code9"), "2 to 8"),
+        (lambda: encode(torch.randn(3, 3), "code"), "'code'"),
+        (lambda: encode(torch.randn(3, 3), "int4", compress="rar"), "'rar'"),
+    ],
+)
 def test_codes_refuse_in_one_sentence(call, words):
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
-# Trained codebooks ----------------------------------------------------------------------------------------------------
+# Trained codebooks ---------------------------------------------------------------------------------------------------
 
 
 def test_sharing_rounds_to_the_nearest_centre_and_settling_undoes_only_the_form():
@@ -396,7 +429,7 @@ def test_the_chain_gives_few_values_and_goes_on_where_it_was_stopped(tmp_path):
             compress(model, images, teacher, **options)
 
 
-# The shipped file -----------------------------------------------------------------------------------------------------
+# The shipped file ----------------------------------------------------------------------------------------------------
 
 
 def test_the_card_keeps_what_the_lessons_promise():
@@ -431,11 +464,13 @@ def test_the_compressed_vgg_is_thirty_times_smaller_and_loads(tmp_path):
     ) <= 17
 
 
-# The edges of numbers and files ---------------------------------------------------------------------------------------
+# The edges of numbers and files --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1e-35, 1e-9, 1e-6, 1e6, 1e30, 3e38])
-@pytest.mark.parametrize("format, share", [("code4", 0.1), ("int8", 0.501 / 127), ("int4", 0.51 / 7), ("code2", 0.4)])
+@pytest.mark.parametrize(
+    "format, share", [("code4", 0.1), ("int8", 0.501 / 127), ("int4", 0.51 / 7), ("code2", 0.4)]
+)
 def test_weights_of_any_size_come_back(tmp_path, size, format, share):
     w = (torch.rand(4, 64, generator=torch.manual_seed(0)) * 2 - 1) * size
     found = load_model(save_model({"w": w, "b": w[0]}, tmp_path / "a", format))
@@ -496,8 +531,12 @@ def test_models_of_every_float_type_are_saved(tmp_path, dtype, format):
 
 
 @settings(max_examples=60, deadline=None)
-@given(names=st.lists(st.text("ab:%.maskscl3A25", min_size=1, max_size=12), min_size=1, max_size=6, unique=True),
-       format=st.sampled_from(["fp32", "int4", "code2", "sparse"]))
+@given(
+    names=st.lists(
+        st.text("ab:%.maskscl3A25", min_size=1, max_size=12), min_size=1, max_size=6, unique=True
+    ),
+    format=st.sampled_from(["fp32", "int4", "code2", "sparse"]),
+)
 def test_any_names_come_back(tmp_path_factory, names, format):
     torch.manual_seed(0)
     model = {name: torch.randn(6, 8) * (torch.rand(6, 8) > 0.8) for name in names}
@@ -513,6 +552,7 @@ def test_any_names_come_back(tmp_path_factory, names, format):
 
 def test_colons_and_files_of_others_do_not_mix(tmp_path):
     from safetensors.torch import save_file
+
     net = nn.ModuleDict({"a:b": nn.Linear(3, 3), "a": nn.Linear(3, 3)})
     net.load_state_dict(load_model(save_model(net, tmp_path / "a", "int8")))
     both = {"w": torch.randn(3, 3), "w:mask": torch.randn(3, 3), "w%3A": torch.randn(2)}
@@ -588,18 +628,24 @@ def damages(raw, rng):
     elif way == "cut":
         del raw[at:]
     elif way == "blank":
-        raw[at:at + 64] = bytes(len(raw[at:at + 64]))
+        raw[at : at + 64] = bytes(len(raw[at : at + 64]))
     elif way == "add":
         raw += rng.randbytes(rng.randrange(1, 30))
     elif way == "byte":
         raw[at] = rng.randrange(256)
     else:
-        raw[rng.randrange(min(len(raw), 400))] = rng.choice(b"0123456789[]{},:\"FUIB")
+        raw[rng.randrange(min(len(raw), 400))] = rng.choice(b'0123456789[]{},:"FUIB')
     return bytes(raw)
 
 
-@pytest.mark.parametrize("options", [dict(format="int4"), dict(format="sparse", values="code4", compress="huffman"),
-                                     dict(format="sparse", values="int8", compress="zlib")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(format="int4"),
+        dict(format="sparse", values="code4", compress="huffman"),
+        dict(format="sparse", values="int8", compress="zlib"),
+    ],
+)
 def test_damaged_files_are_refused_as_bad_weights(tmp_path, options):
     net = apply_masks(make_net(), magnitude_masks(make_net(), 0.8))
     path = save_model(net, tmp_path / "a", **options)
@@ -618,15 +664,21 @@ def test_damaged_files_are_refused_as_bad_weights(tmp_path, options):
     assert seen > 120
 
 
-@pytest.mark.parametrize("change", [lambda n: n["tensors"]["b"].update(dtype="I32"), lambda n: n["tensors"]["b"].update(shape=[2, 3])])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda n: n["tensors"]["b"].update(dtype="I32"),
+        lambda n: n["tensors"]["b"].update(shape=[2, 3]),
+    ],
+)
 def test_another_type_or_shape_over_the_same_bytes_is_noticed(tmp_path, change):
     path = save_model({"b": torch.arange(6.0)}, tmp_path / "a")
     raw = path.read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
-    head = json.loads(raw[8:8 + size])
+    head = json.loads(raw[8 : 8 + size])
     change(dict(tensors=head))
     text = json.dumps(head, separators=(",", ":")).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size:])
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
     with pytest.raises(BadWeights, match="changed"):
         load_model(path)
 
@@ -654,23 +706,41 @@ def test_a_damaged_code_ends_soon():
         huffman_decode(torch.tensor([*head, *[0] * 200_000], dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: pack([1, 2], 4), "torch.tensor"), (lambda: pack(torch.tensor([0.7]), 4), "whole numbers"), (lambda: pack(None, 4), "None"),
-    (lambda: pack(torch.tensor([1]), 9), "from 1 to 8"), (lambda: unpack(pack(torch.tensor([1, 2]), 2), 2, 9), "expected 3 for 9 numbers"),
-    (lambda: unpack(torch.tensor([1, 2]), 2, 2), "bytes"), (lambda: unpack(pack(torch.tensor([1, 2]), 2), 2, -1), "from 0 on"),
-    (lambda: huffman_encode(torch.tensor([0.7])), "whole numbers"), (lambda: huffman_encode([0.7]), "torch.tensor"),
-    (lambda: huffman_decode([1, 2]), "torch.tensor"), (lambda: huffman_decode(torch.zeros(9)), "bytes"),
-    (lambda: code_lengths(torch.tensor([-1, 2])), "run from -1"), (lambda: code_lengths(torch.tensor([0.5, 0.5])), "whole numbers"),
-    (lambda: code_words(torch.tensor([1, 1, 1])), "no code"), (lambda: codebook([1.0, 2.0]), "torch.tensor"),
-    (lambda: codebook(torch.arange(4)), "floats"), (lambda: encode(torch.randn(3, 3), 8), "numbers is 8"),
-    (lambda: encode(torch.randn(3, 3), compress=1), "compress is 1"),
-    (lambda: decode({}, (3, 3), "int8"), "no weight of shape"), (lambda: decode(encode(torch.randn(3, 3)), (4, 4), "int8"), "no weight"),
-    (lambda: save_model({"a": None}, "x"), "None under 'a'"), (lambda: save_model({1: torch.zeros(2)}, "x"), "under 1"),
-    (lambda: save_model([1], "x"), "model is a list"), (lambda: save_model({"a": torch.zeros(2, 2)}, "x", "int8", group=0), "from 1 on"),
-    (lambda: fair_masks(make_net(), 1.0), "below 1"), (lambda: prune_gradually(make_net(), 0.5, 0), "from 1 on"),
-    (lambda: share_weights(make_net(), 1), "from 2 to 256"), (lambda: SharedWeight(None, 4), "weight is None"),
-    (lambda: train_on(ConvNet(), tiny_set(), torch.randn(400, 10), 1), "to 320"),
-    (lambda: train_on(ConvNet(), tiny_set(), torch.full((4, 10), math.nan), 1), "NaN")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: pack([1, 2], 4), "torch.tensor"),
+        (lambda: pack(torch.tensor([0.7]), 4), "whole numbers"),
+        (lambda: pack(None, 4), "None"),
+        (lambda: pack(torch.tensor([1]), 9), "from 1 to 8"),
+        (lambda: unpack(pack(torch.tensor([1, 2]), 2), 2, 9), "expected 3 for 9 numbers"),
+        (lambda: unpack(torch.tensor([1, 2]), 2, 2), "bytes"),
+        (lambda: unpack(pack(torch.tensor([1, 2]), 2), 2, -1), "from 0 on"),
+        (lambda: huffman_encode(torch.tensor([0.7])), "whole numbers"),
+        (lambda: huffman_encode([0.7]), "torch.tensor"),
+        (lambda: huffman_decode([1, 2]), "torch.tensor"),
+        (lambda: huffman_decode(torch.zeros(9)), "bytes"),
+        (lambda: code_lengths(torch.tensor([-1, 2])), "run from -1"),
+        (lambda: code_lengths(torch.tensor([0.5, 0.5])), "whole numbers"),
+        (lambda: code_words(torch.tensor([1, 1, 1])), "no code"),
+        (lambda: codebook([1.0, 2.0]), "torch.tensor"),
+        (lambda: codebook(torch.arange(4)), "floats"),
+        (lambda: encode(torch.randn(3, 3), 8), "numbers is 8"),
+        (lambda: encode(torch.randn(3, 3), compress=1), "compress is 1"),
+        (lambda: decode({}, (3, 3), "int8"), "no weight of shape"),
+        (lambda: decode(encode(torch.randn(3, 3)), (4, 4), "int8"), "no weight"),
+        (lambda: save_model({"a": None}, "x"), "None under 'a'"),
+        (lambda: save_model({1: torch.zeros(2)}, "x"), "under 1"),
+        (lambda: save_model([1], "x"), "model is a list"),
+        (lambda: save_model({"a": torch.zeros(2, 2)}, "x", "int8", group=0), "from 1 on"),
+        (lambda: fair_masks(make_net(), 1.0), "below 1"),
+        (lambda: prune_gradually(make_net(), 0.5, 0), "from 1 on"),
+        (lambda: share_weights(make_net(), 1), "from 2 to 256"),
+        (lambda: SharedWeight(None, 4), "weight is None"),
+        (lambda: train_on(ConvNet(), tiny_set(), torch.randn(400, 10), 1), "to 320"),
+        (lambda: train_on(ConvNet(), tiny_set(), torch.full((4, 10), math.nan), 1), "NaN"),
+    ],
+)
 def test_what_is_no_number_is_said_in_one_sentence(call, words):
     with pytest.raises((TypeError, ValueError), match=words) as caught:
         call()
@@ -690,7 +760,7 @@ def test_numbers_of_every_kind_are_packed_alike():
     )
 
 
-# Shared, tied and computed weights ------------------------------------------------------------------------------------
+# Shared, tied and computed weights -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])
@@ -717,7 +787,7 @@ def test_fair_masks_are_those_of_the_formula():
         for n, w in layer_weights(net).items()
         for i in range(w.numel())
     }
-    dropped = sorted(score, key=score.get)[:round(0.6 * len(score))]
+    dropped = sorted(score, key=score.get)[: round(0.6 * len(score))]
     masks = fair_masks(net, 0.6)
     assert {
         (n, i) for n, m in masks.items() for i in range(m.numel()) if not m.flatten()[i]
@@ -795,11 +865,13 @@ def test_layers_of_zeros_and_half_precision_are_shared(dtype):
 
 def test_a_run_is_kept_and_its_data_belong_to_it(tmp_path):
     data, answers = tiny_set(), torch.randn(320, 10)
+
     def run(data=data, answers=answers, **options):
         torch.manual_seed(0)
         return train_on(
             ConvNet(widths=(4,)), data, answers, 3, checkpoint=tmp_path / "c.safetensors", **options
         )
+
     first = run()
     assert torch.equal(first.head.weight, run().head.weight) and not first.training
     with pytest.raises(BadCheckpoint, match="of another"):

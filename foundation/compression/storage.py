@@ -93,6 +93,25 @@ def _unit(x):
     sum or square overflows"""
     return 2.0 ** (math.frexp(float(x.abs().max()))[1] - 1) if x.numel() and x.any() else 1.0
 
+
+def _narrow(x, dtype, name="weight"):
+    "Convert floats, refusing what the type cannot hold; integers and booleans pass unchanged"
+    if not x.is_floating_point():
+        return x
+    _check_finite(x if x.dtype == torch.float64 else x.float(), name)
+    if not _fits(x, dtype):
+        mend = "choose the format fp32" if dtype == torch.float16 else "no format holds it"
+        raise ValueError(
+            f"{name} reaches to {float(x.abs().max()):.3g}, which does not fit {dtype}; {mend}"
+        )
+    return x.to(dtype)
+
+
+def _fits(x, dtype):
+    "Does a type hold these values, or would they overflow, or lose more than 8 bits would?"
+    exact, narrow = x.double(), x.to(dtype).double()
+    return not x.numel() or bool(((narrow - exact).abs() <= exact.abs().max() / 254).all())
+
 # %% ../../nbs/09_compression/04_storage.ipynb #af9e1932
 @checked
 def pack(
@@ -386,25 +405,6 @@ def _joined(parts, shape, numbers, bits, group):
     ).dequantize()
 
 # %% ../../nbs/09_compression/04_storage.ipynb #a213fd2f
-def _narrow(x, dtype, name="weight"):
-    "Convert floats, refusing what the type cannot hold; integers and booleans pass unchanged"
-    if not x.is_floating_point():
-        return x
-    _check_finite(x if x.dtype == torch.float64 else x.float(), name)
-    if not _fits(x, dtype):
-        mend = "choose the format fp32" if dtype == torch.float16 else "no format holds it"
-        raise ValueError(
-            f"{name} reaches to {float(x.abs().max()):.3g}, which does not fit {dtype}; {mend}"
-        )
-    return x.to(dtype)
-
-
-def _fits(x, dtype):
-    "Does a type hold these values, or would they overflow, or lose more than 8 bits would?"
-    exact, narrow = x.double(), x.to(dtype).double()
-    return not x.numel() or bool(((narrow - exact).abs() <= exact.abs().max() / 254).all())
-
-
 def _checksum(tensors, layout, kinds=True):
     "CRC-32 over the layout and all names, types, shapes and bytes, in the order of the names"
     crc = zlib.crc32(layout.encode())

@@ -1,4 +1,4 @@
-"One sound call for each public name of quantisation and storage; the laws and the fuzz start from them"
+"One sound call for each public name of quantisation and storage, for the laws and the fuzz"
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"One sound call for each public name of foundation.deployment; the laws and the fuzz start from them"
+"One sound call for each public name of foundation.deployment, for the laws and the fuzz"
 
 import tempfile
 from functools import cache
