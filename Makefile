@@ -1,11 +1,11 @@
 # `make help` lists what there is; each target sets up what it needs. PYTHON=/path/to/python3.12 picks a Python.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab tour test export stamp run docs readme quarto weights bench clean distclean
+.PHONY: help setup lab tour test test-faults export stamp run docs readme quarto weights bench clean distclean
 BIN := .venv/bin
 export PYTHON
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{ printf "  make %-11s %s\n", $$1, $$2 }'
 
 setup: ## the environment in .venv, made anew only when the requirements change
 	@for p in $(PYTHON) python3 python python2 python3.13 python3.12 python3.11 python3.10; do \
@@ -24,6 +24,9 @@ test: setup ## the export is fresh, every notebook runs, pytest passes
 	$(BIN)/python docs/notebooks.py export --check
 	$(BIN)/python .ci/lessons.py
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 FOUNDATION_SHORT=1 $(BIN)/python -m pytest
+
+test-faults: setup ## the long forms: 1,000 odd calls of each function, kills, damaged files, the package broken on purpose (hours)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 FOUNDATION_SHORT=1 FOUNDATION_FAULTS=1 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py tests/test_laws.py tests/test_zoo.py
 
 export: setup ## write foundation/ from the notebooks
 	$(BIN)/python docs/notebooks.py export
