@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import foundation.pretraining.masked_image as masked_image
 from foundation.core.checks import complaint
 from foundation.data.augment import Augment
+from foundation.data.batches import epoch_order
 from foundation.data.images import load_images
 from foundation.layers.embedding import patchify, unpatchify
 from foundation.models.pretrained import load_weights, read_card
@@ -366,7 +367,8 @@ def test_a_stopped_run_goes_on_to_the_same_losses(digits, tmp_path):
         run(tmp_path / "run", stop=4)
     assert_close(run(tmp_path / "run").losses, run().losses, rtol=0, atol=0)
     other = digits.train_images[:64].clone()
-    other[-1] = 255 - other[-1]  # one picture, which need not be in the first batch
+    late = int(epoch_order(64, 0, 0)[-1])  # one picture, which is not in the first batch
+    other[late] = 255 - other[late]
     for change in (
         dict(ratio=0.5),
         dict(normalise=False),
