@@ -23,7 +23,7 @@ from foundation.compression.pruning import (
     SLIM, Pruner, apply_masks, channel_groups, channel_masks, compare_pruning, cubic_sparsity, head_masks, keep_largest, layer_weights,
     magnitude_masks, make_pruned, mask_channels, recover, remove_channels, remove_heads, slim_vgg, sparsity, to_two_four, two_four_masks)
 from foundation.compression.quantization import quantize_weights
-from foundation.core.basics import copy_model
+from foundation.core.basics import copy_model, in_order, memory_order
 from foundation.core.sources import DataUnavailable
 from foundation.data.batches import endless
 from foundation.data.images import load_images
@@ -769,10 +769,11 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_a_pruned_place_never_wins_against_a_weight_that_happens_to_be_zero():
+    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 16))
     pruner = Pruner(net, 0.5, begin=0, end=2, every=1, initial=0.25)
     pruner.update(0)
-    dead = pruner.masks["0.weight"] & (torch.rand(16, 16) < 0.3)
+    dead = pruner.masks["0.weight"] & (torch.rand(16, 16) < 0.7)
     net[0].weight.data[dead] = 0.0  # as many zeros beside the pruned ones
     before = pruner.masks["0.weight"]
     for step in (1, 2):
@@ -825,6 +826,21 @@ for channels in (1, 3):
     recover(small, data, torch.randn(64, 10), 40)
     assert all(p.is_contiguous() for p in small.parameters())
 """
+
+
+def test_the_order_in_memory_is_plain_where_fewer_than_eight_channels_meet_a_stride():
+    strided = lambda c, **how: nn.Sequential(nn.Conv2d(3, c, 3), nn.Conv2d(c, 16, 1, **how))
+    for width in range(1, 8):
+        assert memory_order(strided(width, stride=(1, 3))) == torch.contiguous_format
+        assert memory_order(strided(width)) == torch.channels_last
+    for net in (strided(8, stride=2), nn.Conv2d(3, 8, 3, 2), nn.ConvTranspose2d(4, 8, 1, 2)):
+        assert memory_order(net) == torch.channels_last
+    assert memory_order(nn.ConvTranspose2d(8, 4, 1, 2)) == torch.contiguous_format
+    grey = torch.randn(2, 1, 4, 6).to(memory_format=torch.channels_last)
+    grey = torch.empty(2, 1, 4, 6, memory_format=torch.channels_last).copy_(grey)
+    assert grey.stride() == (24, 1, 6, 1), "contiguous in both orders, and read as channels last"
+    assert in_order(grey, torch.contiguous_format).stride() == (24, 24, 6, 1)
+    assert torch.equal(in_order(grey, torch.contiguous_format), grey)
 
 
 def alone(code):
