@@ -217,7 +217,7 @@ def check_temperature(
     temperature: float | Tensor,  # a number, or a tensor of one that may be learnt
     most: float | None = None,
 ) -> float | Tensor:  # the number, or the tensor in shape ()
-    "A finite number above 0; a learnt NaN passes, as in the losses. Raises `TypeError`, `ValueError`."
+    "A finite number above 0; a learnt NaN passes, as in losses. Raises `TypeError`, `ValueError`."
     if not isinstance(temperature, Tensor):
         return check_number(temperature, "temperature", most=most, above=0)
     if temperature.numel() != 1:
@@ -399,7 +399,7 @@ def check_type(
     name: str,
     module: nn.Module,  # the layer or network that will read them
 ) -> Tensor:
-    "`x` in the type of some weight of the module; under autocast PyTorch converts. Raises `TypeError`."
+    "`x` in the type of some weight; under autocast PyTorch converts. Raises `TypeError`."
     x = _tensor(x, name, "a float tensor")
     types = [p.dtype for p in check_model(module, "module").parameters() if p.is_floating_point()]
     if types and x.dtype not in types and not torch.is_autocast_enabled(x.device.type):
