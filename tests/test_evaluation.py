@@ -1,6 +1,7 @@
 "What the lessons on evaluation cannot say: properties over many inputs, interrupts, odd modules"
 
 import math
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import stdtrit
 from torch import nn
 from torch.nn.utils import prune
 
@@ -737,6 +739,15 @@ def test_the_interval_of_students_table():
         rtol=1e-6,
         atol=0,
     )
+
+
+def test_scores_and_intervals_keep_every_digit_of_a_double():
+    x = [0.1, 0.2, 0.4]
+    mean, half = sum(x) / 3, stdtrit(2, 0.975) * statistics.stdev(x) / math.sqrt(3)
+    assert t_interval(x) == pytest.approx((mean - half, mean + half), rel=1e-14)
+    assert Comparison.from_scores({"a": x})["a"].tolist() == x
+    assert compare({"a": lambda seed: x[seed]}, range(3), progress=False)["a"].tolist() == x
+    assert t_interval(torch.tensor(x)) == t_interval(torch.tensor(x).double())
 
 
 def test_for_losses_the_lower_wins_and_equal_arms_have_no_winner():

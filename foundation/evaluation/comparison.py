@@ -25,8 +25,8 @@ from ..core.plots import PALETTE, Picture, draw, plot_curves
 def _check_row(values, name: str = "values") -> Tensor:
     "One row of finite numbers, (n,) float64 on the CPU"
     try:
-        x = torch.as_tensor(values)
-        x = x.detach().to("cpu", torch.double) if not x.is_complex() else None
+        real = "complex" not in str(getattr(values, "dtype", ""))
+        x = torch.as_tensor(values, dtype=torch.double).detach().cpu() if real else None
     except (TypeError, ValueError, RuntimeError, OverflowError):
         x = None
     if x is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.checks import check_floats, check_images, check_labels, check_model
 from ..core.checks import check_number, check_whole, checked, got, precise
 from .scores import in_batches
-from ..training.loop import classify, train
+from ..training.loop import classify, load_optimizers, train
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #0a943be5
@@ -157,6 +157,7 @@ def fit_linear(
     mean, scale = _moments(features.double())
     x = (features.double() - mean) / scale
     weight, bias = (x.new_zeros(s, requires_grad=True) for s in [(classes, x.shape[1]), (classes,)])
+    load_optimizers()
     opt = torch.optim.LBFGS([weight, bias], lr=1, max_iter=steps, tolerance_grad=1e-6,
                             line_search_fn="strong_wolfe")
 
@@ -232,6 +233,7 @@ def fine_tune(
     check_number(weight_decay, "weight_decay", 0)
     head = list(model.head.parameters())
     rest = [p for p in model.parameters() if not any(p is h for h in head)]
+    load_optimizers()
     opt = torch.optim.AdamW([dict(params=head, lr=head_lr or 10 * lr), dict(params=rest, lr=lr)],
                             weight_decay=weight_decay, fused=True)
     plan = dict(steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0, precision="auto")

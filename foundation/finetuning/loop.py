@@ -64,7 +64,8 @@ def read_image(
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {path.name}; look at the list of paths") from None
     except Exception as error:  # readers of formats raise whatever a damaged byte leads to
-        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        said = str(error).replace(str(path), path.name)[:80]
+        reason = f"{type(error).__name__}: {said}"
         raise ValueError(f"{path.name} cannot be read as an image ({reason}); replace it, or leave "
                          "it out of the list") from None
     if odd:

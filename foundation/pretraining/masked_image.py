@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.basics import evaluating, pick_device, seed_everything
+from ..core.basics import pick_device, seed_everything
 from ..core.checks import check_floats, check_like, check_number, check_sizes, check_whole
 from ..core.checks import checked, got, may_look, precise, refuse_nan
 from ..core.sources import cache_folder
@@ -25,6 +25,7 @@ from ..data.images import ImageSet, load_images
 from ..evaluation.comparison import Comparison, compare
 from ..evaluation.label_efficiency import card_metrics, curve_scores, judge
 from ..evaluation.label_efficiency import label_efficiency
+from ..evaluation.scores import evaluating
 from ..layers.block import Block
 from ..layers.embedding import patchify, unpatchify
 from ..models.pretrained import WEIGHTS, save_weights
@@ -32,7 +33,7 @@ from ..models.vit import ViT
 from .contrastive import ContrastiveModel
 from .contrastive import pretrain as pretrain_by_contrast
 from ..training.checkpoint import Run, fingerprint, resumable
-from ..training.loop import Objective, Step
+from ..training.loop import Objective, Step, load_optimizers
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #de574078
@@ -296,6 +297,7 @@ def pretrain(
     augmented(images, **plan)  # refuses what cannot be, and touches nothing
     torch.manual_seed(seed)
     images = images.to(device)
+    load_optimizers()
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95),
                             weight_decay=weight_decay, fused=True)
     recipe = dict(batch_size=batch_size, ratio=ratio, normalise=normalise, seed=seed)
