@@ -188,7 +188,7 @@ def _check_pairs(scores, seeds) -> tuple[dict, tuple]:
     if not isinstance(scores, Mapping):
         raise TypeError(f"scores are {got(scores)}; expected a mapping of name -> scores")
     if not scores or len(set(map(str, scores))) < len(scores):
-        raise ValueError(f"arms are {list(scores)}; expected at least one, and no two of the same name")
+        raise ValueError(f"arms are {list(scores)}; expected at least one, no two of the same name")
     rows = {str(arm): _check_row(row, f"scores of {arm!r}") for arm, row in scores.items()}
     sizes = {arm: len(row) for arm, row in rows.items()}
     seeds = tuple(range(max(sizes.values())) if seeds is None else _check_wholes(seeds, "seeds"))
