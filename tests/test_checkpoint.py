@@ -1210,6 +1210,54 @@ def test_a_stream_of_nothing_is_refused(tmp_path):
             resumable(net, lambda start: 3, classify, opt, steps=5, checkpoint=path)
 
 
+def test_a_refusal_gives_the_luck_back(tmp_path):
+    "The first batch was drawn from the global generators to look at it"
+
+    def run(data, stop=None):
+        net = nn.Linear(6, 3)
+
+        def stream(start):
+            while True:
+                pick = torch.randint(60, (10,))
+                yield data[pick] + random.random() + np.random.rand(), data[pick, :3].argmax(1)
+
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        resumable(
+            net,
+            stream,
+            classify,
+            opt,
+            steps=6,
+            save_every=1,
+            checkpoint=tmp_path / "run",
+            each=stop and stop_at(stop),
+        )
+
+    seed_everything(0)
+    with pytest.raises(Unplugged):
+        run(DATA, 3)
+    seed_everything(0)
+    nn.Linear(6, 3)
+    want = torch.rand(3).tolist(), random.random(), np.random.rand()
+    seed_everything(0)
+    with pytest.raises(BadCheckpoint, match="first batch was"):
+        run(DATA + 1)
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == want
+
+
+def test_the_scale_of_fp16_goes_on(tmp_path):
+    "It begins so high that the first steps are left out; begun anew, more would be"
+
+    def run(path, stop=None):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        return long_run(path, stop, precision="fp16", scaler=scaler, steps=40, dropout=0.0)[0]
+
+    straight = run(None)
+    run(tmp_path / "run", 20)
+    run(tmp_path / "run", 31)
+    assert torch.equal(run(tmp_path / "run"), straight)
+
+
 def test_a_checkpoint_without_a_recipe_is_no_run_of_this_kind(tmp_path):
     net, opt = fresh()
     save_checkpoint(tmp_path / "run", net, opt, 3)

@@ -196,7 +196,7 @@ def a_small_model(folder):
 
 
 def a_tokenizer(folder):
-    Tokenizer([("a", "b")]).save(folder / "t.json")
+    Tokenizer([(b"a", b"b")]).save(folder / "t.json")
     return [folder / "t.json"], lambda: Tokenizer.load(folder / "t.json").encode("ab ba cab")
 
 

@@ -490,7 +490,7 @@ def test_other_bad_input_is_refused(digits):
         MaskedAutoencoder(ViT(dim=16, depth=1, pool="class"))
     with pytest.raises(TypeError, match="expected a ViT"):
         MaskedAutoencoder(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="do not tile"):
+    with pytest.raises(ValueError, match="patches tile an image"):
         patch_targets(torch.randn(1, 1, 28, 28), 5)
     with pytest.raises(ValueError, match="patch_size|tile"):
         ViT(patch_size=5)

@@ -850,7 +850,7 @@ IDS = torch.full((2, 6), 7)
         ),
         (
             lambda t, d: masked_tokens(small(t), (IDS, IDS > 4, IDS < 0, IDS[IDS < 0])),
-            "expected at least one True",
+            "expected a hidden token, True",
         ),
         (lambda t, d: fill_mask(small(t), t, ["a [MASK]"]), "text is a list; expected a string"),
         (

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
@@ -1018,6 +1018,7 @@ def step(number, value=1.0, **extra):
 
 
 @few
+@example([math.nan, 1.0, math.inf, -math.inf], 2)
 @given(st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=50), st.integers(1, 60))
 def test_what_was_logged_is_read_back(tmp_path_factory, losses, every):
     path = tmp_path_factory.mktemp("log") / "deep" / "run.jsonl"

@@ -363,8 +363,6 @@ def check_images(
     images = _tensor(images, name, f"images {shape}")
     if kind == "bytes" and images.dtype != torch.uint8:
         raise TypeError(f"{name} is {got(images)}; expected bytes (torch.uint8), values 0 to 255")
-    if kind is None and images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(f"{name} is {got(images)}; expected bytes (torch.uint8) or floats")
     if kind == "floats" and not images.is_floating_point():
         raise TypeError(
             f"{name} is {got(images)}; expected floats, which `to_float` makes of bytes"

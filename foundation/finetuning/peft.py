@@ -34,9 +34,8 @@ from ..evaluation.probes import encode_all
 from ..evaluation.scores import accuracy, predict
 from .loop import check_classes
 from ..layers.attention import Attention, KeyValueCache
-from ..models.bert import BERT
+from ..models.bert import BERT, mean_tokens
 from ..models.pretrained import WEIGHTS, load_minilm, load_weights, save_weights
-from ..pretraining.masked_text import mean_tokens
 from ..training.checkpoint import fingerprint
 from ..training.loop import classify, train
 from ..training.schedules import warmup_cosine

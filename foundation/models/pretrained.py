@@ -245,7 +245,7 @@ def rename_bert(
 ) -> dict[str, Tensor]:  # as `BERT` names them
     "Weights of the library `transformers` under our names; its pooler, which `BERT` lacks, is left out."
     renamed = {}
-    if odd := [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]:
+    if odd := [name for name in state if not isinstance(name, str)]:
         raise TypeError(f"state holds {odd[0]!r}; expected names of weights and their tensors")
     for key, value in state.items():
         for theirs, ours in _NAMES:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICKED_ON', 'mask_tokens', 'encode_documents', 'masked_stream', 'masked_tokens', 'pretrain', 'masked_accuracy',
-           'unigram_accuracy', 'gloss_corpus', 'fill_mask', 'mean_tokens', 'TextClassifier', 'GlossTask', 'gloss_task',
-           'probe_arm', 'count_words', 'counting_arm', 'training_arm', 'judge', 'make_weights']
+           'unigram_accuracy', 'gloss_corpus', 'fill_mask', 'TextClassifier', 'GlossTask', 'gloss_task', 'probe_arm',
+           'count_words', 'counting_arm', 'training_arm', 'judge', 'make_weights']
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #1374584e
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ from ..evaluation.comparison import label_curve
 from ..evaluation.label_efficiency import tuned
 from ..evaluation.probes import encode_all, fine_tune, fit_head, knn_accuracy, linear_probe
 from ..evaluation.scores import accuracy, predict
-from ..models.bert import BERT
+from ..models.bert import BERT, mean_tokens
 from ..models.pretrained import WEIGHTS, embed_texts, load_minilm, save_weights
 from ..training.checkpoint import Run, fingerprint, resumable
 from ..training.loop import Step, adamw
@@ -300,17 +300,6 @@ def _named(tokenizer, ids, shares) -> dict[str, float]:
     return dict(zip(names, shares))
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #fe41e722
-def mean_tokens(
-    x: Tensor,  # features of tokens, (b, n, d)
-    mask: Tensor,  # True = real, (b, n)
-) -> Tensor:  # (b, d)
-    "The mean of each row's real tokens, whatever stands at the others; 0 for a row that has none."
-    x = check_floats(x, "x", "(b, n, d)")
-    mask = check_mask(mask, "mask", x.shape[:2]).to(x.device)[..., None]
-    total = precise(x.masked_fill(~mask, 0)).sum(1)
-    return (total / mask.sum(1).clamp(min=1)).to(x.dtype)
-
-
 class TextClassifier(nn.Module):
     "The mean of a text's token features, one linear layer on it: tokens (b, n) -> logits (b, k)."
 

@@ -117,10 +117,6 @@ EXAMPLES = {
         quantization.IntegerLayer,
         dict(layer=nn.Linear(4, 3), ruler=(torch.tensor(0.1), torch.tensor(9)), bits=8),
     ),
-    Q + "IntegerLayer.exact": lambda: (
-        quantization.IntegerLayer(nn.Linear(4, 3)).exact,
-        dict(x=numbers(5, 4)),
-    ),
     Q + "quantize_static": lambda: (
         quantization.quantize_static,
         dict(model=network(), batches=[pictures()], bits=8, skip=(), percentile=99.9),

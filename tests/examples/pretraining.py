@@ -152,10 +152,6 @@ EXAMPLES = {
         masked_text.fill_mask,
         dict(model=bert(), tokenizer=tokenizer(), text="the [MASK]", count=3),
     ),
-    "pretraining.masked_text.mean_tokens": lambda: (
-        masked_text.mean_tokens,
-        dict(x=randn(3, 4, 5), mask=torch.arange(4) < torch.tensor([[4], [2], [0]])),
-    ),
     "pretraining.masked_text.TextClassifier": lambda: (
         masked_text.TextClassifier,
         dict(encoder=bert(), classes=2, padding=0),
