@@ -1,10 +1,9 @@
 "A step of masked-language modelling against `BertForMaskedLM`, which computes the logits of all places."
 
-from types import SimpleNamespace
-
 import torch
 
 from foundation.data.batches import Documents
+from foundation.data.tokenizer import Tokenizer
 from foundation.models.bert import BERT
 from foundation.models.pretrained import rename_bert
 from foundation.pretraining.masked_text import masked_stream, masked_tokens
@@ -12,6 +11,18 @@ from foundation.pretraining.masked_text import masked_stream, masked_tokens
 from .duel import Duel, carry, our_steps, outcome, paired, peer, plain_steps, several
 
 SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+
+
+class Sized(Tokenizer):
+    "A tokenizer of any size without its merges: the step needs the numbers alone"
+
+    def __init__(self, vocab_size):
+        super().__init__([])
+        self.size = vocab_size
+
+    @property
+    def vocab_size(self):
+        return self.size
 
 
 def masked_text(
@@ -25,7 +36,7 @@ def masked_text(
 ) -> Duel:
     "Both read the same packed rows with the same words hidden; only ours spares the logits that no loss asks for."
     documents = made_up(vocab_size, 2 * batch_size * context)
-    tokenizer = SimpleNamespace(vocab_size=vocab_size, special=SPECIAL)
+    tokenizer = Sized(vocab_size)
     batches = lambda: masked_stream(documents, tokenizer, context=context, batch_size=batch_size)
     ours = BERT(vocab_size, context, dim, depth, heads)
     theirs = their_bert(ours)
