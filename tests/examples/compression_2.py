@@ -9,6 +9,9 @@ from torch import nn
 from foundation.compression import quantization, storage
 from foundation.data.images import ImageSet
 from foundation.models.convnets import ConvNet
+from foundation.training.loop import load_optimizers
+
+load_optimizers()  # PyTorch's late imports take seconds: no call's clock should count them
 
 
 def place(name):
