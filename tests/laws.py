@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import foundation
+from foundation.training.loop import load_optimizers
+
+load_optimizers()  # no deadline may strike inside the late imports of PyTorch
 
 HOME = str(Path(foundation.__file__).parent)
 
