@@ -79,19 +79,19 @@ def match_answers(
 # %% ../../nbs/09_compression/01_distillation.ipynb #c9ca2fcf
 def _soft_and_hard(logits, answers, labels, temperature, hard):
     "The mixed loss, in float32 at least, and its soft part for the log"
-    logits, answers = precise(check_floats(logits, "the student's logits")), precise(
-        check_floats(answers, "the teacher's logits"))
+    logits = check_floats(logits, "the student's logits")
+    answers = check_floats(answers, "the teacher's logits").to(precise(logits))
     if logits.shape != answers.shape:
         raise ValueError(f"the student gives {tuple(logits.shape)} logits and the teacher "
                          f"{tuple(answers.shape)}; expected the same classes")
-    soft = distillation_loss(logits, answers.to(logits), temperature)
+    soft = distillation_loss(precise(logits), answers, temperature)
     if not hard:
         return soft, {}
     if labels is None:
         raise ValueError(f"hard is {hard} but the batch has no labels; "
                          "give (inputs, labels) or hard=0")
     labels = check_labels(labels, "labels", logits.shape[-1], logits.shape[:-1], ignore_index=-100)
-    right = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    right = nn.functional.cross_entropy(precise(logits).flatten(0, -2), labels.flatten())
     return (1 - hard) * soft + hard * right, {"soft": soft.detach()}
 
 
