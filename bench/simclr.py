@@ -5,6 +5,7 @@ from copy import deepcopy
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from foundation.core.basics import in_order, memory_order
 from foundation.data.augment import Augment
 from foundation.models.convnets import ResNet
 from foundation.pretraining.contrastive import ContrastiveModel, match_views, two_views
@@ -40,7 +41,8 @@ def simclr(
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (steps * batch_size, 1, 28, 28), dtype=torch.uint8, generator=generator)
     augment = Augment(mean=0.3, std=0.35)
-    model = ContrastiveModel(ResNet(widths=widths, depths=(1,) * len(widths))).to(memory_format=torch.channels_last)
+    model = ContrastiveModel(ResNet(widths=widths, depths=(1,) * len(widths)))
+    model = model.to(memory_format=memory_order(model))
     batches = lambda: two_views(images, augment, batch_size)
     objective, their_loss = match_views(TEMPERATURE), contrast()
 
@@ -73,7 +75,7 @@ def contrast():
     criterion = peer("lightly.loss").NTXentLoss(temperature=TEMPERATURE)
 
     def loss(model, views):
-        x = torch.cat(list(views)).contiguous(memory_format=torch.channels_last)
+        x = in_order(torch.cat(list(views)), memory_order(model))
         return criterion(*model(x).chunk(2))
     return loss
 

@@ -27,7 +27,8 @@ from .compression.distillation import distil
 from .compression.pruning import Pruner
 from .compression.storage import save_model
 from .core.basics import (
-    atomic_write, count_macs, count_nonzero, count_parameters, pick_device, seed_everything, supports_bf16)
+    atomic_write, count_macs, count_nonzero, count_parameters, memory_order, pick_device,
+    seed_everything, supports_bf16)
 from .core.checks import check_number, check_whole, checked
 from .core.plots import plot_bars, plot_curves, plot_points, show_images
 from .data.augment import Augment
@@ -119,12 +120,13 @@ def pretrain_live(data: ImageSet, plan: Plan) -> Live:
 def fresh_encoder(data: ImageSet) -> nn.Module:
     "A ResNet with random weights, for these pictures."
     model = ResNet(classes=len(data.classes), channels=data.train_images.shape[1])
-    return model.to(pick_device(), memory_format=torch.channels_last)
+    return model.to(pick_device(), memory_format=memory_order(model))
 
 
 def shipped_encoder() -> nn.Module:
     "The ResNet whose weights come with the library, pretrained without labels."
-    return load_weights("resnet_simclr").to(pick_device(), memory_format=torch.channels_last)
+    model = load_weights("resnet_simclr")
+    return model.to(pick_device(), memory_format=memory_order(model))
 
 
 @checked

@@ -118,7 +118,7 @@ def test_what_is_no_file_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="mode is 'r'; expected one of"):
         with atomic_write(tmp_path / "a", "r"):
             pass
-    with pytest.raises(TypeError, match="path is None; expected a path"):
+    with pytest.raises(TypeError, match="path is None; expected a path or a string"):
         atomic_write(None)
     if os.name != "nt":
         os.mkfifo(tmp_path / "pipe")

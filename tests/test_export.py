@@ -21,6 +21,7 @@ from foundation.deployment.export import (  # noqa: E402
 )
 from foundation.models.bert import BERT  # noqa: E402
 from foundation.models.convnets import VGG, ConvNet, ResNet  # noqa: E402
+from foundation.models.gpt import GPT  # noqa: E402
 from foundation.models.vit import ViT  # noqa: E402
 
 
@@ -355,7 +356,7 @@ def test_models_without_a_graph_are_told_in_one_sentence(tmp_path, make, words):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: BERT(50, 16, 16, 1, 2), lambda: nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 3))],
+    [lambda: BERT(50, 16, 16, 1, 2), lambda: GPT(50, 16, 16, 1, 2), lambda: nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 3))],
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_text_models_are_exported_and_take_tokens(tmp_path, make, dtype):

@@ -524,11 +524,8 @@ def _of_kind(value, name, options, infinite=False):
     path = Path in options and isinstance(value, os.PathLike)
     if isinstance(value, others) or path or Callable in options and callable(value):
         return value
-    wanted = " or ".join(
-        sorted(
-            (_WORDS.get(k) or got(k).replace("the class", "a") for k in options), key="None".__eq__
-        )
-    )
+    words = {k: _WORDS.get(k) or got(k).replace("the class", "a") for k in options}
+    wanted = " or ".join(sorted(words.values(), key=lambda w: (w == "None", w)))
     mend = (
         "; torch.tensor(...) makes one"
         if Tensor in options and isinstance(value, (list, tuple))

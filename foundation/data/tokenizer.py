@@ -256,6 +256,9 @@ class Tokenizer(_Files):
         self._rank = {pair: i for i, pair in enumerate(self.merges)}
         self._known = {}  # words already encoded
 
+    def __getstate__(self):  # what was remembered on the way is no part of it
+        return self.__dict__ | {"_known": {}}
+
     @property
     def vocab_size(self) -> int:
         return len(self.special) + len(self.tokens)

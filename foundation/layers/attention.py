@@ -109,7 +109,7 @@ class KeyValueCache:
 # %% ../../nbs/03_layers/02_attention.ipynb #47fb5919
 def _fused(q, k, v, mask, causal, dropout):  # (b, h, n, e)
     "`attend` by PyTorch's kernel, whose causal mask begins at the first key: right for n = m only"
-    own = causal and mask is None and q.shape[2] == k.shape[2]
+    own = bool(causal and mask is None and q.shape[2] == k.shape[2])  # a tensor while traced
     visible = None if own else _visible(mask, causal, (*q.shape[:3], k.shape[2]), q.device)
     mix = partial(scaled_dot_product_attention, dropout_p=dropout, is_causal=own)
     if q.is_cpu and q.dtype == torch.bfloat16:  # the way back in bf16 is slow there and less exact
