@@ -3,6 +3,7 @@
 It is left alone while nothing has changed, goes on after an interruption, and is made anew when it is broken, has been
 moved, or has an unfit Python. Any Python from 2.7 on may run this file: it looks for a fit one itself.
 """
+
 from __future__ import print_function
 
 import glob
@@ -21,10 +22,13 @@ EXTRAS = "lab,dev,docs,deploy,bench"
 NEWEST = (3, 13)
 SPACE = 8  # GB for all of it; torch alone takes 5.4
 
-UNREACHABLE = re.compile(r"Failed to establish a new connection|name resolution|Name or service not known|"
-                         r"nodename nor servname|Network is unreachable|ConnectTimeout|timed out|ProxyError|"
-                         r"getaddrinfo failed|Connection refused|Could not fetch URL|Connection reset|"
-                         r"RemoteDisconnected", re.I)
+UNREACHABLE = re.compile(
+    r"Failed to establish a new connection|name resolution|Name or service not known|"
+    r"nodename nor servname|Network is unreachable|ConnectTimeout|timed out|ProxyError|"
+    r"getaddrinfo failed|Connection refused|Could not fetch URL|Connection reset|"
+    r"RemoteDisconnected",
+    re.I,
+)
 
 
 class Trouble(Exception):
@@ -39,7 +43,9 @@ def say(text):
 def settings():
     "settings.ini as a dict of strings; configparser has another name in Python 2"
     lines = open(os.path.join(ROOT, "settings.ini"), "rb").read().decode("utf-8").splitlines()
-    pairs = [line.split("=", 1) for line in lines if "=" in line and not line.startswith(("#", "[", " "))]
+    pairs = [
+        line.split("=", 1) for line in lines if "=" in line and not line.startswith(("#", "[", " "))
+    ]
     return dict((key.strip(), value.strip()) for key, value in pairs)
 
 
@@ -77,18 +83,25 @@ def find_python(oldest, newest):
         if not oldest <= version(found) <= newest:
             seen.append("%s is %s" % (name, found))
         elif ask(name, "import venv, ensurepip") is None:
-            seen.append("%s has no venv module (on Debian: apt-get install python%s-venv)" % (name, found))
+            seen.append(
+                "%s has no venv module (on Debian: apt-get install python%s-venv)" % (name, found)
+            )
         else:
             return name, found
     why = "; ".join(seen) or (named + " does not run" if named else "none was found")
-    raise Trouble("Python %s to %s is needed, but %s. Install one, or name it: make PYTHON=/path/to/python%s"
-                  % (dotted(oldest), dotted(newest), why, dotted(newest)))
+    raise Trouble(
+        "Python %s to %s is needed, but %s. Install one, or name it: make PYTHON=/path/to/python%s"
+        % (dotted(oldest), dotted(newest), why, dotted(newest))
+    )
 
 
 def wanted(config):
     "All that the environment is made from: when it changes, so does this"
-    parts = [VENV, EXTRAS] + [key + "=" + config[key] for key in sorted(config)
-                              if key.endswith("requirements") or key in ("min_python", "console_scripts", "lib_name")]
+    parts = [VENV, EXTRAS] + [
+        key + "=" + config[key]
+        for key in sorted(config)
+        if key.endswith("requirements") or key in ("min_python", "console_scripts", "lib_name")
+    ]
     return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
 
 
@@ -99,8 +112,10 @@ def free_gb(path):
 
 def check_space(need):
     if free_gb(ROOT) < need:
-        raise Trouble("The environment needs about %d GB, but only %.1f GB are free in %s: make room and run make again"
-                      % (need, free_gb(ROOT), ROOT))
+        raise Trouble(
+            "The environment needs about %d GB, but only %.1f GB are free in %s: make room and run make again"
+            % (need, free_gb(ROOT), ROOT)
+        )
 
 
 def alive(oldest, newest):
@@ -109,7 +124,9 @@ def alive(oldest, newest):
     if found is None or not oldest <= version(found) <= newest:
         return False
     try:
-        home = re.search(r"(/[^'\"\n]*)/bin/python", open(os.path.join(VENV, "bin", "pip")).read(1000))
+        home = re.search(
+            r"(/[^'\"\n]*)/bin/python", open(os.path.join(VENV, "bin", "pip")).read(1000)
+        )
     except IOError:
         return False
     return bool(home) and os.path.realpath(home.group(1)) == os.path.realpath(VENV)
@@ -131,7 +148,9 @@ def forget_unfinished():
 
 def pip(*args):
     "Run pip, pass on what it says, and put its commonest troubles into one sentence"
-    command = [BIN, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"] + list(args)
+    command = [BIN, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"] + list(
+        args
+    )
     job = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     said = []
     for line in iter(job.stderr.readline, b""):
@@ -141,11 +160,18 @@ def pip(*args):
         return
     text = "".join(said)
     if "No space left" in text:
-        raise Trouble("The disk is full: make room (%d GB, and 3 GB for temporary files) and run make again" % SPACE)
+        raise Trouble(
+            "The disk is full: make room (%d GB, and 3 GB for temporary files) and run make again"
+            % SPACE
+        )
     if UNREACHABLE.search(text):
-        raise Trouble("pip cannot reach its package registry: check the network or the proxy and run make again; "
-                      "what is there is kept")
-    raise Trouble("pip could not install the requirements of settings.ini; its own words stand above")
+        raise Trouble(
+            "pip cannot reach its package registry: check the network or the proxy and run make again; "
+            "what is there is kept"
+        )
+    raise Trouble(
+        "pip could not install the requirements of settings.ini; its own words stand above"
+    )
 
 
 def set_up():
@@ -158,12 +184,18 @@ def set_up():
         python, number = find_python(oldest, NEWEST)
         if os.path.lexists(VENV):
             say("The environment in .venv is broken or has been moved: making it anew")
-            shutil.rmtree(VENV) if os.path.isdir(VENV) and not os.path.islink(VENV) else os.remove(VENV)
+            shutil.rmtree(VENV) if os.path.isdir(VENV) and not os.path.islink(VENV) else os.remove(
+                VENV
+            )
         check_space(SPACE)
-        say("Making .venv with Python %s; this takes some minutes and %d GB, once" % (number, SPACE))
+        say(
+            "Making .venv with Python %s; this takes some minutes and %d GB, once" % (number, SPACE)
+        )
         if subprocess.call([python, "-m", "venv", VENV]) != 0:
             raise Trouble("%s -m venv failed; its own words stand above" % python)
-    elif not any(glob.glob(os.path.join(place, "torch", "__init__.py")) for place in site_packages()):
+    elif not any(
+        glob.glob(os.path.join(place, "torch", "__init__.py")) for place in site_packages()
+    ):
         check_space(SPACE)
     if os.path.exists(STAMP):
         os.remove(STAMP)

@@ -38,11 +38,15 @@ def main(workers=2):
     results = []
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for path, passed, seconds in pool.map(test, notebooks.lessons()):
-            print(f"{'passed' if passed else 'FAILED'} {seconds:6.1f} s  {path.relative_to(ROOT)}", flush=True)
+            print(
+                f"{'passed' if passed else 'FAILED'} {seconds:6.1f} s  {path.relative_to(ROOT)}",
+                flush=True,
+            )
             results.append((path.relative_to(ROOT).as_posix(), passed, seconds))
     failed = [name for name, passed, _ in results if not passed]
     print(
-        "The five slowest: " + ", ".join(f"{name} {s:.0f} s" for name, _, s in sorted(results, key=lambda r: -r[2])[:5])
+        "The five slowest: "
+        + ", ".join(f"{name} {s:.0f} s" for name, _, s in sorted(results, key=lambda r: -r[2])[:5])
     )
     print(
         f"{len(results) - len(failed)} notebooks passed"

@@ -21,16 +21,30 @@ from .simclr import simclr
 from .student import student
 
 RESULTS = Path(__file__).with_name("results.json")
-BOTH = dict(masked_text=masked_text, simclr=simclr, mae=mae)  # in fp32, and in bf16 where the processor has it
+BOTH = dict(
+    masked_text=masked_text, simclr=simclr, mae=mae
+)  # in fp32, and in bf16 where the processor has it
 HALF = {f"{name}_bf16": partial(row, "bf16") for name, row in BOTH.items() if supports_bf16("cpu")}
-ROWS = {**BOTH, **HALF, "prune": prune, "quantize": quantize, "student": student}  # name -> a function that builds a Duel; a row more is an entry more
+ROWS = {
+    **BOTH,
+    **HALF,
+    "prune": prune,
+    "quantize": quantize,
+    "student": student,
+}  # name -> a function that builds a Duel; a row more is an entry more
 
 
 def machine() -> dict:
     "What the figures depend on besides the code."
-    return dict(system=f"{platform.system()} {platform.machine()}", processor=_processor(), cores=os.cpu_count(),
-                threads=torch.get_num_threads(), load=round(_load(), 2), python=platform.python_version(),
-                **{name: str(peer(name).__version__) for name in ("torch", "transformers", "lightly")})
+    return dict(
+        system=f"{platform.system()} {platform.machine()}",
+        processor=_processor(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        load=round(_load(), 2),
+        python=platform.python_version(),
+        **{name: str(peer(name).__version__) for name in ("torch", "transformers", "lightly")},
+    )
 
 
 def _processor():
@@ -54,16 +68,32 @@ def table(rows: list[dict]) -> str:
     lines = [line("row", "unit", "ours", "peers", "ratio", "[quartiles]", "limit", "same result")]
     for row in rows:
         peers = ", ".join(f"{name} {rate:,.0f}" for name, rate in row["peers"].items())
-        limit = "" if row["limit"] is None else f"{row['limit']:.1f}" + ("" if row["ratio"] >= row["limit"] else " !")
-        lines.append(line(row["name"], row["unit"], f"{row['ours']:,.0f}", peers, f"{row['ratio']:.2f}",
-                          "[{:.2f}, {:.2f}]".format(*row["spread"]), limit, "yes" if row["same_result"] else "NO"))
+        limit = (
+            ""
+            if row["limit"] is None
+            else f"{row['limit']:.1f}" + ("" if row["ratio"] >= row["limit"] else " !")
+        )
+        lines.append(
+            line(
+                row["name"],
+                row["unit"],
+                f"{row['ours']:,.0f}",
+                peers,
+                f"{row['ratio']:.2f}",
+                "[{:.2f}, {:.2f}]".format(*row["spread"]),
+                limit,
+                "yes" if row["same_result"] else "NO",
+            )
+        )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> str | int:
     "Exit status: a sentence when peers are missing or results differ, else 0, also for a ratio below its limit."
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
-    parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all where none is named")
+    parser.add_argument(
+        "rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all where none is named"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="paired rounds of each row")
     args = parser.parse_args(argv)
     if unknown := set(args.rows) - set(ROWS):
@@ -71,7 +101,10 @@ def main(argv: list[str] | None = None) -> str | int:
     if args.rounds < 1:
         parser.error(f"got --rounds {args.rounds}; expected 1 or more")
     if _load() > 1:
-        print(f"The load average is {_load():.1f}: other work is running, which moves these figures", file=sys.stderr)
+        print(
+            f"The load average is {_load():.1f}: other work is running, which moves these figures",
+            file=sys.stderr,
+        )
     try:
         torch.manual_seed(0)
         about = None if args.rows else machine()
@@ -86,7 +119,11 @@ def main(argv: list[str] | None = None) -> str | int:
             json.dump(dict(machine=about, rows=rows), file, indent=1, ensure_ascii=False)
             file.write("\n")
     different = [row["name"] for row in rows if not row["same_result"]]
-    return f"Not the same result, so the ratio means nothing: {', '.join(different)}" if different else 0
+    return (
+        f"Not the same result, so the ratio means nothing: {', '.join(different)}"
+        if different
+        else 0
+    )
 
 
 if __name__ == "__main__":

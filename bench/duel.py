@@ -27,17 +27,22 @@ def peer(name: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingPeer(f"{name} cannot be imported ({error}); pip install -e '.[bench]' brings all peers") from None
+        raise MissingPeer(
+            f"{name} cannot be imported ({error}); pip install -e '.[bench]' brings all peers"
+        ) from None
 
 
 @dataclass(frozen=True)
 class Duel:
     "One piece of work, done by us and by others."
+
     unit: str  # what is counted, e.g. "tokens/s"
     items: int  # of them in one call
     ours: Callable[[], object]  # does the work once
     peers: dict[str, Callable[[], object]]  # name -> the same work
-    proof: dict[str, tuple[float, float]]  # of equal weights and inputs: name -> what came out of ours and of theirs
+    proof: dict[
+        str, tuple[float, float]
+    ]  # of equal weights and inputs: name -> what came out of ours and of theirs
     limit: float | None  # what ours over the best peer must reach; None: only reported
     note: str  # what was made equal, and how
 
@@ -48,7 +53,9 @@ class Duel:
 
 def measure(name: str, duel: Duel, rounds: int = 9, warmup: int = 1) -> dict:
     "Time all sides in turns: a row of results.json. The ratio is the median of the rounds, `spread` their quartiles."
-    with tqdm(total=(rounds + warmup) * (1 + len(duel.peers)), desc=f"{name:18}", leave=False) as bar:
+    with tqdm(
+        total=(rounds + warmup) * (1 + len(duel.peers)), desc=f"{name:18}", leave=False
+    ) as bar:
         ways = {side: _ticking(way, bar) for side, way in {"ours": duel.ours, **duel.peers}.items()}
         timing = throughput(ways, duel.items, rounds, warmup)
     rates = {side: round(timing.rate(side), 1) for side in ways}
@@ -56,15 +63,27 @@ def measure(name: str, duel: Duel, rounds: int = 9, warmup: int = 1) -> dict:
     ratios = [1 / slower for slower in timing.ratios(best)]  # timed as best over ours
     low, ratio, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
     return dict(
-        name=name, unit=duel.unit, ours=ours, peers=rates, ratio=round(ratio, 3), same_result=duel.same_result(),
-        limit=duel.limit, spread=[round(low, 3), round(high, 3)], rounds=rounds, proof=duel.proof, note=duel.note)
+        name=name,
+        unit=duel.unit,
+        ours=ours,
+        peers=rates,
+        ratio=round(ratio, 3),
+        same_result=duel.same_result(),
+        limit=duel.limit,
+        spread=[round(low, 3), round(high, 3)],
+        rounds=rounds,
+        proof=duel.proof,
+        note=duel.note,
+    )
 
 
 def _ticking(way, bar):
     "The same call, which moves the bar on"
+
     def call():
         way()
         bar.update()
+
     return call
 
 
@@ -88,17 +107,23 @@ def outcome(loss: Tensor, weight: Tensor) -> tuple[float, float]:
     return loss.item(), torch.autograd.grad(loss, weight)[0].norm().item()
 
 
-def paired(ours: tuple[float, float], theirs: tuple[float, float]) -> dict[str, tuple[float, float]]:
+def paired(
+    ours: tuple[float, float], theirs: tuple[float, float]
+) -> dict[str, tuple[float, float]]:
     "Two outcomes as the proof of a duel."
     return dict(zip(("loss", "gradient"), zip(ours, theirs)))
 
 
-def our_steps(model: nn.Module, batches: Iterable, objective: Objective, precision: str) -> Iterator:
+def our_steps(
+    model: nn.Module, batches: Iterable, objective: Objective, precision: str
+) -> Iterator:
     "The course's loop: a training step for each `next`."
     return train(model, batches, objective, adamw(model, 1e-3), steps=10**9, precision=precision)
 
 
-def plain_steps(model: nn.Module, batches: Iterable, loss_of: Callable, precision: str) -> Iterator[Tensor]:
+def plain_steps(
+    model: nn.Module, batches: Iterable, loss_of: Callable, precision: str
+) -> Iterator[Tensor]:
     "The loop that a user of the peer would write, with the same fused AdamW: a training step for each `next`."
     opt = adamw(model, 1e-3)
     model.train()

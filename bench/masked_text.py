@@ -41,20 +41,27 @@ def masked_text(
     ours = BERT(vocab_size, context, dim, depth, heads)
     theirs = their_bert(ours)
     batch = next(batches())
-    proof = paired(outcome(masked_tokens(ours, batch)[0], ours.embedding.token.weight),
-                   outcome(their_loss(theirs, batch), theirs.bert.embeddings.word_embeddings.weight))
+    proof = paired(
+        outcome(masked_tokens(ours, batch)[0], ours.embedding.token.weight),
+        outcome(their_loss(theirs, batch), theirs.bert.embeddings.word_embeddings.weight),
+    )
     return Duel(
-        unit="tokens/s", items=batch_size * context, limit=2.7 if precision == "fp32" else None,
+        unit="tokens/s",
+        items=batch_size * context,
+        limit=2.7 if precision == "fp32" else None,
         ours=several(our_steps(ours, batches(), masked_tokens, precision)),
         peers={"transformers": several(plain_steps(theirs, batches(), their_loss, precision))},
         proof=proof,
         note="same weights, batches, hidden words and attention mask on both sides; SDPA, no dropout, fused AdamW; "
-             "made-up documents, because a step takes as long whatever the words are")
+        "made-up documents, because a step takes as long whatever the words are",
+    )
 
 
 def made_up(vocab_size: int, tokens: int) -> Documents:
     "Documents of 15 words, as long as a dictionary's definitions."
-    words = torch.randint(len(SPECIAL), vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(
+        len(SPECIAL), vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)
+    )
     return Documents(words, torch.arange(15, tokens + 15, 15).clamp(max=tokens))
 
 
@@ -62,14 +69,24 @@ def their_bert(ours: BERT):
     "The same model of `transformers`, with our weights."
     library, size = peer("transformers"), ours.config
     config = library.BertConfig(
-        vocab_size=size["vocab_size"], max_position_embeddings=size["context"], hidden_size=size["dim"],
-        num_hidden_layers=size["depth"], num_attention_heads=size["heads"], layer_norm_eps=size["eps"],
-        intermediate_size=int(size["dim"] * size["mlp_ratio"]), hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, attn_implementation="sdpa")
+        vocab_size=size["vocab_size"],
+        max_position_embeddings=size["context"],
+        hidden_size=size["dim"],
+        num_hidden_layers=size["depth"],
+        num_attention_heads=size["heads"],
+        layer_norm_eps=size["eps"],
+        intermediate_size=int(size["dim"] * size["mlp_ratio"]),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="sdpa",
+    )
     theirs = library.BertForMaskedLM(config).train()
     names = rename_bert({name.removeprefix("bert."): name for name in theirs.state_dict()})
-    head = {"cls.predictions.transform.dense.": "head.0.", "cls.predictions.transform.LayerNorm.": "head.2.",
-            "cls.predictions.bias": "bias"}
+    head = {
+        "cls.predictions.transform.dense.": "head.0.",
+        "cls.predictions.transform.LayerNorm.": "head.2.",
+        "cls.predictions.bias": "bias",
+    }
     for prefix, mine in head.items():
         names = {name.replace(prefix, mine): other for name, other in names.items()}
     carry(ours, theirs, {name: other for name, other in names.items() if "decoder" not in name})

@@ -39,7 +39,9 @@ def simclr(
 ) -> Duel:
     "Each side makes its own random views of the same pictures, then learns from them with the same network."
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (steps * batch_size, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        256, (steps * batch_size, 1, 28, 28), dtype=torch.uint8, generator=generator
+    )
     augment = Augment(mean=0.3, std=0.35)
     model = ContrastiveModel(ResNet(widths=widths, depths=(1,) * len(widths)))
     model = model.to(memory_format=memory_order(model))
@@ -47,19 +49,31 @@ def simclr(
     objective, their_loss = match_views(TEMPERATURE), contrast()
 
     def theirs(transform):
-        loader = endlessly(DataLoader(Pictures(images, transform), batch_size, shuffle=True, num_workers=workers,
-                                      persistent_workers=workers > 0))
+        loader = endlessly(
+            DataLoader(
+                Pictures(images, transform),
+                batch_size,
+                shuffle=True,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+            )
+        )
         return several(plain_steps(deepcopy(model), loader, their_loss, precision), steps)
 
     return Duel(
-        unit="images/s", items=steps * batch_size, limit=3.0 if precision == "fp32" else None,
+        unit="images/s",
+        items=steps * batch_size,
+        limit=3.0 if precision == "fp32" else None,
         proof=equal_losses(model, objective, deepcopy(model), their_loss, next(batches())),
         ours=several(our_steps(deepcopy(model), batches(), objective, precision), steps),
-        peers={f"lightly, {name}": theirs(transform) for name, transform in transforms(augment).items()},
+        peers={
+            f"lightly, {name}": theirs(transform) for name, transform in transforms(augment).items()
+        },
         note="equal are backbone, projector and weights, and the loss of the same views; when timed each side draws "
-             "its own, so that those losses differ. 'our views': lightly asked for the same kinds and ranges; "
-             "'its views': as its example has them, with blur and more jitter. The DataLoader rests while others run; "
-             "made-up pictures")
+        "its own, so that those losses differ. 'our views': lightly asked for the same kinds and ranges; "
+        "'its views': as its example has them, with blur and more jitter. The DataLoader rests while others run; "
+        "made-up pictures",
+    )
 
 
 def equal_losses(ours, objective, theirs, their_loss, views):
@@ -77,15 +91,31 @@ def contrast():
     def loss(model, views):
         x = in_order(torch.cat(list(views)), memory_order(model))
         return criterion(*model(x).chunk(2))
+
     return loss
 
 
 def transforms(augment: Augment) -> dict:
     "`lightly`'s transform for small grey pictures: doing what ours does, and as its example has it."
-    make, grey = peer("lightly.transforms").SimCLRTransform, dict(mean=[augment.mean], std=[augment.std])
-    same = dict(cj_prob=1.0, cj_bright=augment.brightness, cj_contrast=augment.contrast, cj_sat=0.0, cj_hue=0.0,
-                min_scale=augment.area[0], random_gray_scale=0.0, gaussian_blur=0.0, hf_prob=augment.flip)
-    return {"our views": make(input_size=28, normalize=grey, **same), "its views": make(input_size=28, normalize=grey)}
+    make, grey = (
+        peer("lightly.transforms").SimCLRTransform,
+        dict(mean=[augment.mean], std=[augment.std]),
+    )
+    same = dict(
+        cj_prob=1.0,
+        cj_bright=augment.brightness,
+        cj_contrast=augment.contrast,
+        cj_sat=0.0,
+        cj_hue=0.0,
+        min_scale=augment.area[0],
+        random_gray_scale=0.0,
+        gaussian_blur=0.0,
+        hf_prob=augment.flip,
+    )
+    return {
+        "our views": make(input_size=28, normalize=grey, **same),
+        "its views": make(input_size=28, normalize=grey),
+    }
 
 
 def endlessly(loader):

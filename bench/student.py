@@ -16,23 +16,38 @@ from .quantize import by_torch_ao
 HEAT = 2.0
 
 
-def student(images: int = 512, widths: tuple[int, ...] = (32, 64, 128), batch_size: int = 128, passes: int = 3) -> Duel:
+def student(
+    images: int = 512,
+    widths: tuple[int, ...] = (32, 64, 128),
+    batch_size: int = 128,
+    passes: int = 3,
+) -> Duel:
     "The same student, batches, optimizer and steps; the loss is the same function of the same answers."
     torch.manual_seed(0)
-    x, teacher, pupil = torch.rand(images, 1, 28, 28), VGG(widths=widths, depths=(2,) * len(widths)), ConvNet()
+    x, teacher, pupil = (
+        torch.rand(images, 1, 28, 28),
+        VGG(widths=widths, depths=(2,) * len(widths)),
+        ConvNet(),
+    )
     with torch.no_grad():
         teacher(x)  # so that batch norm has statistics
     teacher.eval()
     small = by_torch_ao(teacher, x)
     return Duel(
-        unit="images/s", items=images * passes, limit=1.0, proof=same_step(teacher, pupil, x[:batch_size]),
+        unit="images/s",
+        items=images * passes,
+        limit=1.0,
+        proof=same_step(teacher, pupil, x[:batch_size]),
         ours=_answers_once(teacher, deepcopy(pupil), x, batch_size, passes),
-        peers={"PyTorch": _in_every_step(teacher, deepcopy(pupil), x, batch_size, passes),
-               "torch.ao int8 teacher": _in_every_step(small, deepcopy(pupil), x, batch_size, passes)},
+        peers={
+            "PyTorch": _in_every_step(teacher, deepcopy(pupil), x, batch_size, passes),
+            "torch.ao int8 teacher": _in_every_step(small, deepcopy(pupil), x, batch_size, passes),
+        },
         note="three passes over the same pictures, without augmentation; ours counts the teacher's one look at each. Equal: student, "
-             "AdamW, batches, number of steps, loss and gradient against the plain loop in PyTorch. With its teacher quantised by "
-             "torch.ao the answers differ a little; it shows what a faster teacher in the loop buys. With an augmentation that gives "
-             "each pass new views, answers computed once are those of the plain picture: then this saving is not to be had")
+        "AdamW, batches, number of steps, loss and gradient against the plain loop in PyTorch. With its teacher quantised by "
+        "torch.ao the answers differ a little; it shows what a faster teacher in the loop buys. With an augmentation that gives "
+        "each pass new views, answers computed once are those of the plain picture: then this saving is not to be had",
+    )
 
 
 def same_step(teacher, pupil, x) -> dict[str, tuple[float, float]]:
@@ -46,7 +61,9 @@ def _their_loss(teacher, pupil, x):
     "Hinton's loss as one writes it in PyTorch"
     with torch.no_grad():
         said = teacher(x)
-    return HEAT**2 * F.kl_div(F.log_softmax(pupil(x) / HEAT, 1), F.softmax(said / HEAT, 1), reduction="batchmean")
+    return HEAT**2 * F.kl_div(
+        F.log_softmax(pupil(x) / HEAT, 1), F.softmax(said / HEAT, 1), reduction="batchmean"
+    )
 
 
 def _answers_once(teacher, pupil, x, batch_size, passes):
@@ -55,7 +72,11 @@ def _answers_once(teacher, pupil, x, batch_size, passes):
     def call():
         answers = predict(teacher, x, batch_size)
         batches = list(zip(x.split(batch_size), answers.split(batch_size))) * passes
-        return [step.loss for step in train(pupil, batches, match_answers(HEAT), opt, steps=len(batches))]
+        return [
+            step.loss
+            for step in train(pupil, batches, match_answers(HEAT), opt, steps=len(batches))
+        ]
+
     return call
 
 
@@ -72,4 +93,5 @@ def _in_every_step(teacher, pupil, x, batch_size, passes):
             opt.step()
             losses.append(loss.detach())
         return losses
+
     return call

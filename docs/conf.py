@@ -49,7 +49,10 @@ def script(name):
     return f"vendor/{name}" if vendor.ready() else vendor.cdn(name)
 
 
-mathjax_path, mathjax_options = script("tex-svg.js"), dict(defer="defer") | vendor.attributes("tex-svg.js")
+mathjax_path, mathjax_options = (
+    script("tex-svg.js"),
+    dict(defer="defer") | vendor.attributes("tex-svg.js"),
+)
 mermaid_js = script("mermaid.min.js")
 
 html_theme = "sphinx_book_theme"
@@ -70,7 +73,9 @@ html_theme_options = dict(
     show_navbar_depth=1,
     show_toc_level=2,
     navigation_with_keys=True,
-    launch_buttons=dict(colab_url="https://colab.research.google.com", notebook_interface="jupyterlab"),
+    launch_buttons=dict(
+        colab_url="https://colab.research.google.com", notebook_interface="jupyterlab"
+    ),
     pygments_light_style="github-light",
     pygments_dark_style="github-dark",
 )

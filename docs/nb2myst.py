@@ -62,27 +62,42 @@ def code_cell(cell):
     cell.metadata["tags"] = [tag for (k, v), tag in TAGS.items() if options.get(k) == v]
     look = {}
     if "code-summary" in options:
-        look |= dict(code_prompt_show=options["code-summary"], code_prompt_hide=options["code-summary"])
+        look |= dict(
+            code_prompt_show=options["code-summary"], code_prompt_hide=options["code-summary"]
+        )
     if "fig-alt" in options:
         look["image"] = dict(alt=options["fig-alt"])
     if "fig-cap" in options:
-        look["figure"] = dict(caption=options["fig-cap"], **({"name": options["label"]} if "label" in options else {}))
+        look["figure"] = dict(
+            caption=options["fig-cap"], **({"name": options["label"]} if "label" in options else {})
+        )
     if look:
         cell.metadata["mystnb"] = look
 
 
 def documentation(cell):
     "A heading with the name in code style, then what `show_doc` said"
-    said = next(("".join(o["data"]["text/markdown"]) for o in cell.outputs if "text/markdown" in o.get("data", {})), "")
+    said = next(
+        (
+            "".join(o["data"]["text/markdown"])
+            for o in cell.outputs
+            if "text/markdown" in o.get("data", {})
+        ),
+        "",
+    )
     said = re.sub(r"^---\n", "", said)
     cell.cell_type = "markdown"
     cell.source = re.sub(r"^(#+ )(.*)$", r"\1`\2`", said, count=1, flags=re.M)
     said, table = re.split(r"(?=^\| \| Type )|\Z", cell.source, maxsplit=1, flags=re.M)
-    if cell.get("part") == "head":  # above its own source a name needs no signature: the code says it
+    if (
+        cell.get("part") == "head"
+    ):  # above its own source a name needs no signature: the code says it
         cell.source = "\n\n".join(re.findall(r"^(?:<a class|#+ ).*$", said, re.M))
     elif cell.get("part") == "table":
         cell.source = (
-            f"::::{{dropdown}} Parameters\n:class-container: parameters\n{table.strip()}\n::::" if table else ""
+            f"::::{{dropdown}} Parameters\n:class-container: parameters\n{table.strip()}\n::::"
+            if table
+            else ""
         )
     cell.pop("part", None)
     del cell["outputs"], cell["execution_count"]
@@ -92,7 +107,10 @@ def pieces(source, names):
     "`source` cut before each definition in `names`, as (name, text); what stands between goes with what follows"
     lines, cuts = source.splitlines(True), []
     for tree in ast.parse(source).body:
-        if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and showdoc_nm(tree) in names:
+        if (
+            isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            and showdoc_nm(tree) in names
+        ):
             cuts.append((tree.end_lineno, showdoc_nm(tree)))
     starts = [0, *(end for end, _ in cuts[:-1])]
     ends = [*starts[1:], len(lines)]
@@ -102,7 +120,11 @@ def pieces(source, names):
 def tell_exports(cells, module):
     """Each definition of an `exports` cell gets its heading above and its parameters below; nbdev heaps them together.
     What the lesson does not show is told at the end of the page, so that the story goes on"""
-    docs = {m[1]: c for c in cells if c.get("has_sd") and (m := re.search(r"^show_doc\((.+)\)$", c.source, re.M))}
+    docs = {
+        m[1]: c
+        for c in cells
+        if c.get("has_sd") and (m := re.search(r"^show_doc\((.+)\)$", c.source, re.M))
+    }
     cut = {
         i: pieces(OPTION.sub("", c.source), docs)
         for i, c in enumerate(cells)
@@ -144,7 +166,11 @@ def headings(notebook):
         for c in cells
         if re.match(r"#\|\s*exports?\b(?!.*^#\|\s*hide)", notebooks.source(c), re.M | re.S)
     ]
-    return {slug(name) for code in shown for name in re.findall(r"^(?:def|class|async def) ([A-Za-z]\w*)", code, re.M)}
+    return {
+        slug(name)
+        for code in shown
+        for name in re.findall(r"^(?:def|class|async def) ([A-Za-z]\w*)", code, re.M)
+    }
 
 
 def markdown_cell(cell, page, pages, base):
@@ -169,7 +195,10 @@ def markdown_cell(cell, page, pages, base):
 
 
 def module_name(raw):
-    found = (re.search(r"^#\|\s*default_exp\s+(\S+)", notebooks.source(c), re.M) for c in notebooks.code_cells(raw))
+    found = (
+        re.search(r"^#\|\s*default_exp\s+(\S+)", notebooks.source(c), re.M)
+        for c in notebooks.code_cells(raw)
+    )
     return next((m[1] for m in found if m), "")
 
 
@@ -221,17 +250,26 @@ def chapters():
         page = path.relative_to(nbs).with_suffix("")
         if page.as_posix() != get_config().readme_nb.removesuffix(".ipynb"):
             title, promise = notebooks.title(path)
-            found.setdefault(page.parent.name, []).append((page.as_posix(), notebooks.number(page), title, promise))
+            found.setdefault(page.parent.name, []).append(
+                (page.as_posix(), notebooks.number(page), title, promise)
+            )
     return found
 
 
 def cards():
     "The map of the lessons as a card for each folder"
-    made = ["::::::{grid} 1 1 2 2", ":gutter: 3", ":margin: 0", ":padding: 0", ":class-container: lesson-map"]
+    made = [
+        "::::::{grid} 1 1 2 2",
+        ":gutter: 3",
+        ":margin: 0",
+        ":padding: 0",
+        ":class-container: lesson-map",
+    ]
     for folder, lessons in chapters().items():
         made += ["", f":::::{{grid-item-card}} {notebooks.readable(folder) or 'Start here'}"]
         made += [
-            f"- [{number} {title}]({page}.ipynb)<br>[{promise}]{{.promise}}" for page, number, title, promise in lessons
+            f"- [{number} {title}]({page}.ipynb)<br>[{promise}]{{.promise}}"
+            for page, number, title, promise in lessons
         ] + [":::::"]
     return "\n".join([*made, "::::::"])
 
@@ -323,4 +361,9 @@ def setup(app):
     app.connect("html-page-context", page_context)
     app.connect("build-finished", redirects)
     app.connect("build-finished", part)
-    return dict(version="1", env_version=zlib.crc32(tools), parallel_read_safe=True, parallel_write_safe=True)
+    return dict(
+        version="1",
+        env_version=zlib.crc32(tools),
+        parallel_read_safe=True,
+        parallel_write_safe=True,
+    )

@@ -42,9 +42,18 @@ def settings(root=ROOT):
 def lessons(root=ROOT):
     "All notebooks in reading order, `index` first"
     nbs = Path(root) / settings(root)["nbs_path"]
-    paths = [p for p in nbs.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(nbs).parts)]
+    paths = [
+        p
+        for p in nbs.rglob("*.ipynb")
+        if not any(part[0] in "._" for part in p.relative_to(nbs).parts)
+    ]
     return sorted(
-        paths, key=lambda p: (len(p.relative_to(nbs).parts) > 1, p.stem != "index", p.relative_to(nbs).as_posix())
+        paths,
+        key=lambda p: (
+            len(p.relative_to(nbs).parts) > 1,
+            p.stem != "index",
+            p.relative_to(nbs).as_posix(),
+        ),
     )
 
 
@@ -100,7 +109,7 @@ def colab_cell(cfg):
         "# @title On Colab: install the library; elsewhere this cell does nothing",
         "import sys",
         'if "google.colab" in sys.modules:',
-        f'    %pip install -q {" ".join(map(quoted, rest))}',
+        f"    %pip install -q {' '.join(map(quoted, rest))}",
         f"    %pip install -q --no-deps {quoted(url)}",
     ]
     return dict(
@@ -116,7 +125,9 @@ def colab_cell(cfg):
 def quoted(requirement):
     "One word for a `%pip` line, which a shell reads"
     if not re.fullmatch(r"[\w.\[\],<>=!~;' +/@:-]+", requirement):
-        raise ValueError(f"{requirement!r} in settings.ini cannot stand in a line for pip; expected a requirement")
+        raise ValueError(
+            f"{requirement!r} in settings.ini cannot stand in a line for pip; expected a requirement"
+        )
     return requirement if re.fullmatch(r"[\w.=/@:+-]+", requirement) else f'"{requirement}"'
 
 
@@ -153,7 +164,10 @@ def number(page):
 def title(path):
     "Title and promise of a lesson, from its first cell"
     head = source(load(path)["cells"][0])
-    found, promise = re.search(r"^# +(.+?)\s*$", head, re.M), re.search(r"^> +(.+?)\s*$", head, re.M)
+    found, promise = (
+        re.search(r"^# +(.+?)\s*$", head, re.M),
+        re.search(r"^> +(.+?)\s*$", head, re.M),
+    )
     return found[1] if found else readable(Path(path).stem), promise[1] if promise else ""
 
 
@@ -161,7 +175,9 @@ def sidebar(root=ROOT):
     "sidebar.yml for those who build the site with Quarto: nbdev's own stumbles over folders with numbers"
     nbs, folders = Path(root) / settings(root)["nbs_path"], {}
     for path in lessons(root):
-        folders.setdefault(path.parent.relative_to(nbs).as_posix(), []).append(path.relative_to(nbs).as_posix())
+        folders.setdefault(path.parent.relative_to(nbs).as_posix(), []).append(
+            path.relative_to(nbs).as_posix()
+        )
     lines = [
         "# Made from the folder list by docs/notebooks.py stamp: do not edit",
         "website:",
@@ -171,7 +187,10 @@ def sidebar(root=ROOT):
     for folder, paths in folders.items():
         indent = "    "
         if folder != ".":
-            lines += [f"    - section: {json.dumps(readable(folder), ensure_ascii=False)}", "      contents:"]
+            lines += [
+                f"    - section: {json.dumps(readable(folder), ensure_ascii=False)}",
+                "      contents:",
+            ]
             indent = "      "
         lines += [f"{indent}- {p}" for p in paths]
     return "\n".join(lines) + "\n"
@@ -199,7 +218,9 @@ def stamp(paths, check=False, root=ROOT):
 
 def digest(nb):
     "What the outputs were made from: the code of all cells, in order"
-    return hashlib.sha256("\0".join(source(c).strip() for c in code_cells(nb)).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        "\0".join(source(c).strip() for c in code_cells(nb)).encode()
+    ).hexdigest()[:16]
 
 
 def is_stale(nb):
@@ -208,7 +229,10 @@ def is_stale(nb):
 
 def terminal(text):
     "What a terminal would show: a carriage return goes back to the start of its line, finished progress bars go"
-    lines = [line.rstrip("\r").rpartition("\r")[2] for line in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).split("\n")]
+    lines = [
+        line.rstrip("\r").rpartition("\r")[2]
+        for line in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).split("\n")
+    ]
     return "\n".join(line for line in lines if not re.search(r"\d+%\|.*\| *[\d.]+\w?/[\d.]+", line))
 
 
@@ -228,7 +252,9 @@ def tidy(outputs):
         elif "application/vnd.jupyter.widget-view+json" not in o.get("data", {}):
             merged.append(o)
         elif "text/html" in o["data"]:
-            merged.append(o | {"data": {k: v for k, v in o["data"].items() if "widget-view" not in k}})
+            merged.append(
+                o | {"data": {k: v for k, v in o["data"].items() if "widget-view" not in k}}
+            )
     for o in merged:
         if o["output_type"] == "stream":
             o["text"] = public(terminal(o["text"]))
@@ -274,7 +300,12 @@ def execute(path, timeout=900, root=ROOT):
 
 def run(paths, root=ROOT):
     "Execute each; the paths that failed come back, their files untouched"
-    os.environ.update(FOUNDATION_STATIC="1", TQDM_DISABLE="1", PYTHONHASHSEED="0", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    os.environ.update(
+        FOUNDATION_STATIC="1",
+        TQDM_DISABLE="1",
+        PYTHONHASHSEED="0",
+        PYDEVD_DISABLE_FILE_VALIDATION="1",
+    )
     failed = []
     for path in paths:
         start = time.time()
@@ -303,7 +334,10 @@ def exported(root=ROOT):
                 shutil.copyfile(path, copy)
         code = "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"
         subprocess.run([sys.executable, "-c", code], cwd=place, check=True)
-        return {p.relative_to(lib).as_posix(): p.read_text(encoding="utf-8") for p in sorted(lib.rglob("*.py"))}
+        return {
+            p.relative_to(lib).as_posix(): p.read_text(encoding="utf-8")
+            for p in sorted(lib.rglob("*.py"))
+        }
 
 
 def export(check=False, root=ROOT):
@@ -321,7 +355,9 @@ def export(check=False, root=ROOT):
 
 
 def outputs_size(nb):
-    return sum(len(json.dumps(c.get("outputs", []), ensure_ascii=False).encode()) for c in nb["cells"])
+    return sum(
+        len(json.dumps(c.get("outputs", []), ensure_ascii=False).encode()) for c in nb["cells"]
+    )
 
 
 def texts(outputs):
@@ -342,9 +378,13 @@ def problems(nb):
             "the first cell must hold nothing but the title, the promise and the badge: the site does not show the rest"
         )
     if any("nbdev_export()" in source(c) for c in code_cells(nb)):
-        found.append("a cell calls nbdev_export: learners need no nbdev, and authors have `make export`")
+        found.append(
+            "a cell calls nbdev_export: learners need no nbdev, and authors have `make export`"
+        )
     if is_stale(nb):
-        found.append("the code has changed since the outputs were made: python docs/notebooks.py run it")
+        found.append(
+            "the code has changed since the outputs were made: python docs/notebooks.py run it"
+        )
     for i, cell in enumerate(cells):
         outputs = cell.get("outputs", [])
         if any(o["output_type"] == "error" for o in outputs):
@@ -363,13 +403,21 @@ def report(stale, check, what, fine):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "stamp", "export", "check"])
-    parser.add_argument("paths", nargs="*", type=Path, help="notebooks or folders (all when left out)")
-    parser.add_argument(
-        "--check", action="store_true", help="stamp, export: change nothing, fail when something is stale"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stale", action="store_true", help="run: only those whose code has changed since they ran")
+    parser.add_argument("command", choices=["run", "stamp", "export", "check"])
+    parser.add_argument(
+        "paths", nargs="*", type=Path, help="notebooks or folders (all when left out)"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="stamp, export: change nothing, fail when something is stale",
+    )
+    parser.add_argument(
+        "--stale", action="store_true", help="run: only those whose code has changed since they ran"
+    )
     args = parser.parse_args(argv)
     given = [p.resolve() for p in args.paths]
     paths = [p for p in lessons() if not given or any(p == g or g in p.parents for g in given)]
@@ -380,7 +428,9 @@ def main(argv=None):
     if args.command == "stamp":
         return report(stamp(paths, args.check), args.check, "stamped", "all stamps are fresh")
     if args.command == "export":
-        return report(export(args.check), args.check, "written", "the package is what the notebooks export")
+        return report(
+            export(args.check), args.check, "written", "the package is what the notebooks export"
+        )
     found = [f"{p.relative_to(ROOT)}: {problem}" for p in paths for problem in problems(load(p))]
     print("\n".join(found) or f"{len(paths)} notebooks are in order")
     return 1 if found else 0

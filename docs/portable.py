@@ -44,7 +44,11 @@ def parameters(symbol):
         return ""
     if not any(v.get("docment") for v in docs.values()):
         return ""
-    rows = [_row(k, v) for k, v in docs.items() if k != "return" or v.get("docment") or _given(v.get("anno"))]
+    rows = [
+        _row(k, v)
+        for k, v in docs.items()
+        if k != "return" or v.get("docment") or _given(v.get("anno"))
+    ]
     return "\n".join(["| | Type | Default | Details |", "|---|---|---|---|", *rows])
 
 
@@ -62,8 +66,18 @@ class TableRenderer(MarkdownRenderer):
 
     def _repr_markdown_(self):
         source = source_link(self.fn, self.sym)
-        link = f'<a class="nb-source" href="{source}" target="_blank" rel="noopener">source</a>' if source else ""
-        parts = ["---", link, f"{'#' * self.title_level} {self.nm}", super()._repr_markdown_(), parameters(self.sym)]
+        link = (
+            f'<a class="nb-source" href="{source}" target="_blank" rel="noopener">source</a>'
+            if source
+            else ""
+        )
+        parts = [
+            "---",
+            link,
+            f"{'#' * self.title_level} {self.nm}",
+            super()._repr_markdown_(),
+            parameters(self.sym),
+        ]
         return "\n\n".join(p for p in parts if p)
 
 
@@ -88,7 +102,9 @@ class ShowDocs(exec_show_docs):
                 ) from self.k.exc
             for output in cell.outputs:
                 if "text/markdown" in output.get("data", {}):
-                    output["data"]["text/markdown"] = [self.links.link_line(s) for s in output["data"]["text/markdown"]]
+                    output["data"]["text/markdown"] = [
+                        self.links.link_line(s) for s in output["data"]["text/markdown"]
+                    ]
 
     def end(self):
         "No widget state: saved pages hold static widgets"
@@ -98,7 +114,8 @@ class ShowDocs(exec_show_docs):
 
 KINDS = {"note", "tip", "important", "warning", "caution"}
 CALLOUT = re.compile(
-    r"^> \*\*(Note|Tip|Important|Warning|Caution|Exercise|Key idea)[:.]\*\*[ ]?((?:.*)(?:\n>.*)*)", re.M
+    r"^> \*\*(Note|Tip|Important|Warning|Caution|Exercise|Key idea)[:.]\*\*[ ]?((?:.*)(?:\n>.*)*)",
+    re.M,
 )
 
 
@@ -114,7 +131,9 @@ def callouts(text, made):
 
 def lower_anchors(text):
     "JupyterLab keeps capitals in the anchors of headings, the sites do not"
-    return re.sub(r"(\]\((?:[^)\s]+\.ipynb)?)(#[^)\s]+)\)", lambda m: m[1] + m[2].lower() + ")", text)
+    return re.sub(
+        r"(\]\((?:[^)\s]+\.ipynb)?)(#[^)\s]+)\)", lambda m: m[1] + m[2].lower() + ")", text
+    )
 
 
 def _quarto_callout(kind, title, body):
@@ -126,5 +145,8 @@ def to_quarto(cell):
     "Processor for `nbdev_docs`"
     if cell.cell_type == "markdown" and cell.source:
         cell.source = re.sub(
-            r"^```mermaid$", "```{mermaid}", lower_anchors(callouts(cell.source, _quarto_callout)), flags=re.M
+            r"^```mermaid$",
+            "```{mermaid}",
+            lower_anchors(callouts(cell.source, _quarto_callout)),
+            flags=re.M,
         )

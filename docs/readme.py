@@ -25,12 +25,16 @@ def shown(output, pictures, folder):
         return data["text/markdown"]
     if "text/html" in data:
         return picture_files(
-            re.sub(r"<style.*?</style>|<script.*?</script>", "", data["text/html"], flags=re.S), pictures, folder
+            re.sub(r"<style.*?</style>|<script.*?</script>", "", data["text/html"], flags=re.S),
+            pictures,
+            folder,
         )
     if "image/png" in data:
         alt = data.get("text/plain", "")
         return picture_files(
-            f'<img alt="{alt}" src="data:image/png;base64,{data["image/png"].strip()}">', pictures, folder
+            f'<img alt="{alt}" src="data:image/png;base64,{data["image/png"].strip()}">',
+            pictures,
+            folder,
         )
     return "```\n" + data["text/plain"] + "\n```" if "text/plain" in data else ""
 
@@ -84,9 +88,15 @@ def stale(root=notebooks.ROOT):
     "The files that are not what index.ipynb says, path → bytes (None: to be removed)"
     text, pictures = readme(root)
     files = {"README.md": text.encode(), **pictures}
-    left = [p for p in Path(root, "nbs/images").glob("readme-*") if p.relative_to(root).as_posix() not in pictures]
+    left = [
+        p
+        for p in Path(root, "nbs/images").glob("readme-*")
+        if p.relative_to(root).as_posix() not in pictures
+    ]
     return {
-        name: data for name, data in files.items() if not (root / name).exists() or (root / name).read_bytes() != data
+        name: data
+        for name, data in files.items()
+        if not (root / name).exists() or (root / name).read_bytes() != data
     } | {p.relative_to(root).as_posix(): None for p in left}
 
 

@@ -45,7 +45,9 @@ def versions():
 def ready():
     "Do the scripts lie there, in the versions asked for? The stamp is written last"
     try:
-        return json.loads(STAMP.read_text()) == versions() and all((PLACE / name).exists() for name in SCRIPTS)
+        return json.loads(STAMP.read_text()) == versions() and all(
+            (PLACE / name).exists() for name in SCRIPTS
+        )
     except (OSError, ValueError):
         return False
 
@@ -87,11 +89,16 @@ def main():
     if ready():
         return
     if not shutil.which("npm"):
-        return print("npm is not there: the site will take MathJax and Mermaid from a CDN", file=sys.stderr)
+        return print(
+            "npm is not there: the site will take MathJax and Mermaid from a CDN", file=sys.stderr
+        )
     try:
         fetch()
     except (OSError, KeyError, StopIteration, subprocess.TimeoutExpired, tarfile.TarError) as error:
-        print(f"npm could not fetch MathJax and Mermaid ({error}): the site will take them from a CDN", file=sys.stderr)
+        print(
+            f"npm could not fetch MathJax and Mermaid ({error}): the site will take them from a CDN",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

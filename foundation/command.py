@@ -26,6 +26,7 @@ from .core.sources import SOURCES, DataUnavailable, cache_folder, fetch, tilde, 
 @dataclass(frozen=True)
 class Finding:
     "One thing that the doctor looked at."
+
     name: str
     found: str
     ok: bool = True
@@ -36,7 +37,9 @@ class Finding:
 def check_software() -> Iterator[Finding]:
     "Python, the library and everything it requires."
     version = platform.python_version()
-    yield Finding("python", version, sys.version_info >= (3, 10), "install Python 3.10 to 3.13", needed=True)
+    yield Finding(
+        "python", version, sys.version_info >= (3, 10), "install Python 3.10 to 3.13", needed=True
+    )
     yield Finding("foundation", __version__)
     for line in _requirements():
         name = re.match(r"[\w.-]+", line).group()
@@ -49,15 +52,19 @@ def check_software() -> Iterator[Finding]:
 def _requirements():
     "What the installed library says it needs, extras left out; PyTorch at least, if it was not installed but copied"
     from importlib.metadata import PackageNotFoundError, requires
+
     try:
         lines = requires("foundation") or []
     except PackageNotFoundError:
         lines = []
-    return [line.split(";")[0].strip() for line in lines if "extra ==" not in line] or ["torch>=2.8"]
+    return [line.split(";")[0].strip() for line in lines if "extra ==" not in line] or [
+        "torch>=2.8"
+    ]
 
 
 def _version(package):
     from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -73,23 +80,46 @@ def check_hardware() -> Iterator[Finding]:
     try:
         from foundation.core.basics import pick_device, supports_bf16
         import torch
+
         device = pick_device()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         yield Finding("device", f"{device} ({name})")
         yield Finding("bf16", "in hardware" if supports_bf16(device) else "emulated: use fp32 here")
         yield Finding("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
     except (ImportError, OSError, ValueError) as error:
-        yield Finding("device", _one_line(error), False, "mend PyTorch, or unset FOUNDATION_DEVICE", needed=True)
+        yield Finding(
+            "device",
+            _one_line(error),
+            False,
+            "mend PyTorch, or unset FOUNDATION_DEVICE",
+            needed=True,
+        )
     free = _free_memory_gb()
-    yield Finding("memory", f"{free:.1f} GB free" if free else "unknown", not free or free >= 2,
-                  "close other programs: the tour needs 2 GB", needed=True)
+    yield Finding(
+        "memory",
+        f"{free:.1f} GB free" if free else "unknown",
+        not free or free >= 2,
+        "close other programs: the tour needs 2 GB",
+        needed=True,
+    )
     try:
         folder = next(p for p in (cache_folder(), *cache_folder().parents) if p.exists())
         disk = shutil.disk_usage(folder).free / 1e9
-        yield Finding("disk", f"{disk:.1f} GB free for {tilde(cache_folder())}", disk >= 0.5,
-                      "make room, or set FOUNDATION_DATA to a folder on another disk", needed=True)
+        yield Finding(
+            "disk",
+            f"{disk:.1f} GB free for {tilde(cache_folder())}",
+            disk >= 0.5,
+            "make room, or set FOUNDATION_DATA to a folder on another disk",
+            needed=True,
+        )
     except OSError as error:
-        yield Finding("disk", _one_line(error), False, "set FOUNDATION_DATA to a folder that you may write to", needed=True)
+        yield Finding(
+            "disk",
+            _one_line(error),
+            False,
+            "set FOUNDATION_DATA to a folder that you may write to",
+            needed=True,
+        )
 
 # %% ../nbs/01_command.ipynb #5026577a
 def _free_memory_gb():
@@ -115,7 +145,12 @@ def check_data() -> Iterator[Finding]:
         try:
             status = where(name)
         except DataUnavailable as error:  # there is no place for data at all, as has been said
-            yield Finding(f"data {name}", _one_line(error), False, "set FOUNDATION_DATA to a folder that you may write to")
+            yield Finding(
+                f"data {name}",
+                _one_line(error),
+                False,
+                "set FOUNDATION_DATA to a folder that you may write to",
+            )
             continue
         found = status.note + (f" (from {status.place})" if status.place else "")
         yield Finding(f"data {name}", found, status.ready, f"foundation data fetch {name}")
@@ -131,7 +166,9 @@ def check_weights(
         return  # the software is not complete, as has been said
     folder, remedy = Path(folder or WEIGHTS), "reinstall the library, or run `make weights`"
     found = {path.stem for kind in ("*.json", "*.safetensors") for path in folder.glob(kind)}
-    names = sorted(name for name in found if not name.endswith(".tokenizer"))  # a tokenizer has no card
+    names = sorted(
+        name for name in found if not name.endswith(".tokenizer")
+    )  # a tokenizer has no card
     if not names:
         yield Finding("weights", "none", False, remedy, needed=True)
     for name in names:
@@ -146,16 +183,28 @@ def check_weights(
 # %% ../nbs/01_command.ipynb #36096e4b
 def check_extras() -> Iterator[Finding]:
     "Pieces that only some lessons or tests use."
-    for package, extra, use in (("jupyterlab", "lab", "opens lessons"), ("onnxruntime", "deploy", "a fast runtime")):
+    for package, extra, use in (
+        ("jupyterlab", "lab", "opens lessons"),
+        ("onnxruntime", "deploy", "a fast runtime"),
+    ):
         found = _version(package)
-        yield Finding(package, found or f"missing ({use})", bool(found), f"pip install 'foundation[{extra}]'")
+        yield Finding(
+            package, found or f"missing ({use})", bool(found), f"pip install 'foundation[{extra}]'"
+        )
     browsers = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
     found = next((name for name in browsers if shutil.which(name)), "")
-    yield Finding("browser", found or "missing (for the browser tests)", bool(found), "install chromium")
+    yield Finding(
+        "browser", found or "missing (for the browser tests)", bool(found), "install chromium"
+    )
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    check_software, check_hardware, check_data, check_weights, check_extras)
+    check_software,
+    check_hardware,
+    check_data,
+    check_weights,
+    check_extras,
+)
 
 # %% ../nbs/01_command.ipynb #9515faaf
 def doctor(
@@ -163,18 +212,37 @@ def doctor(
     checks: Sequence[Callable[[], Iterator[Finding]]] = CHECKS,
 ) -> int:  # exit code: 0 if the tour can run, 1 if not
     "Look at everything and print what was found, with a remedy for each gap."
-    if isinstance(checks, str) or not isinstance(checks, Sequence) or not checks or not all(callable(check) for check in checks):
-        raise TypeError(f"checks is {checks!r}; expected functions that give findings, at least one")
+    if (
+        isinstance(checks, str)
+        or not isinstance(checks, Sequence)
+        or not checks
+        or not all(callable(check) for check in checks)
+    ):
+        raise TypeError(
+            f"checks is {checks!r}; expected functions that give findings, at least one"
+        )
     findings = [finding for check in checks for finding in check()]
     can_run = all(finding.ok for finding in findings if finding.needed)
     if as_json:
-        print(json.dumps({"can_run_tour": can_run, "findings": [asdict(finding) for finding in findings]}, indent=1))
+        print(
+            json.dumps(
+                {"can_run_tour": can_run, "findings": [asdict(finding) for finding in findings]},
+                indent=1,
+            )
+        )
         return 0 if can_run else 1
     width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
         mark = "ok  " if finding.ok else "FAIL" if finding.needed else "gap "
-        print(f"{mark}  {finding.name:{width}}  {finding.found}" + ("" if finding.ok else f"  → {finding.remedy}"))
-    print("\nThe tour can run: foundation tour" if can_run else "\nThe tour cannot run before each FAIL is mended.")
+        print(
+            f"{mark}  {finding.name:{width}}  {finding.found}"
+            + ("" if finding.ok else f"  → {finding.remedy}")
+        )
+    print(
+        "\nThe tour can run: foundation tour"
+        if can_run
+        else "\nThe tour cannot run before each FAIL is mended."
+    )
     return 0 if can_run else 1
 
 # %% ../nbs/01_command.ipynb #71927ec4
@@ -184,6 +252,7 @@ def tour(
 ) -> int:
     "Run the whole life of a foundation model."
     from foundation.tour import run
+
     run(out=out, short=short)
     return 0
 
@@ -192,7 +261,9 @@ def list_data() -> int:
     "Print how each data set stands."
     print(f"Data in {tilde(cache_folder())}:")
     for name, source in SOURCES.items():
-        print(f"  {name:18} {source.mb:5g} MB  {where(name).note:16}  {source.description} · {source.licence}")
+        print(
+            f"  {name:18} {source.mb:5g} MB  {where(name).note:16}  {source.description} · {source.licence}"
+        )
     return 0
 
 
@@ -208,7 +279,10 @@ def fetch_data(
             fetch(name)
             print(f"{name} is ready in {tilde(where(name).folder)}.")
         except OSError as error:  # DataUnavailable above all
-            print(error if isinstance(error, DataUnavailable) else f"{name}: {_one_line(error)}", file=sys.stderr)
+            print(
+                error if isinstance(error, DataUnavailable) else f"{name}: {_one_line(error)}",
+                file=sys.stderr,
+            )
             failed = 1
     return failed
 
@@ -220,16 +294,30 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser():
-    parser = _Parser("foundation", description="A course on foundation models, and the library it exports.")
+    parser = _Parser(
+        "foundation", description="A course on foundation models, and the library it exports."
+    )
     parser.add_argument("--version", action="store_true", help="tell the version")
     parser.set_defaults(run=lambda args: parser.print_help() or 0)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    tours = commands.add_parser("tour", help="the whole life of a foundation model, in five minutes")
-    tours.add_argument("--out", default="runs/tour", help="folder for the report and its figures (default: %(default)s)")
-    tours.add_argument("--short", action="store_true", help="fewer steps: see it work, with lower scores")
-    tours.set_defaults(run=lambda args: tour(args.out, args.short or None),  # without it, FOUNDATION_SHORT decides
-                       stopped="Stopped. Nothing of this tour is kept; the same command starts it anew.")
-    health = commands.add_parser("doctor", help="what is there, what is missing, what to do about it")
+    tours = commands.add_parser(
+        "tour", help="the whole life of a foundation model, in five minutes"
+    )
+    tours.add_argument(
+        "--out",
+        default="runs/tour",
+        help="folder for the report and its figures (default: %(default)s)",
+    )
+    tours.add_argument(
+        "--short", action="store_true", help="fewer steps: see it work, with lower scores"
+    )
+    tours.set_defaults(
+        run=lambda args: tour(args.out, args.short or None),  # without it, FOUNDATION_SHORT decides
+        stopped="Stopped. Nothing of this tour is kept; the same command starts it anew.",
+    )
+    health = commands.add_parser(
+        "doctor", help="what is there, what is missing, what to do about it"
+    )
     health.add_argument("--json", action="store_true", help="machine-readable")
     health.set_defaults(run=lambda args: doctor(args.json))
     _add_data(commands.add_parser("data", help="list or fetch data sets"))
@@ -239,12 +327,16 @@ def _parser():
 def _add_data(parser):
     parser.set_defaults(run=lambda args: parser.print_help() or 0)
     actions = parser.add_subparsers(title="commands", metavar="COMMAND")
-    actions.add_parser("list", help="how each data set stands").set_defaults(run=lambda args: list_data())
+    actions.add_parser("list", help="how each data set stands").set_defaults(
+        run=lambda args: list_data()
+    )
     fetching = actions.add_parser("fetch", help="fetch data sets now")
     names = [*SOURCES, "all"]
     fetching.add_argument("names", nargs="+", metavar="NAME", choices=names, help=", ".join(names))
-    fetching.set_defaults(run=lambda args: fetch_data(args.names),
-                          stopped="Stopped. The sets that were ready are kept; the same command fetches the rest.")
+    fetching.set_defaults(
+        run=lambda args: fetch_data(args.names),
+        stopped="Stopped. The sets that were ready are kept; the same command fetches the rest.",
+    )
 
 # %% ../nbs/01_command.ipynb #739916d7
 def main(
@@ -253,7 +345,9 @@ def main(
     "The command `foundation`."
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show "→" is no reason to fail
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal that cannot show "→" is no reason to fail
     args = None
     try:
         args = _parser().parse_args(arguments)
@@ -272,7 +366,11 @@ def main(
         if os.environ.get("FOUNDATION_DEBUG"):
             raise
         known = isinstance(error, (DataUnavailable, ValueError))
-        told = str(error) if known else f"{type(error).__name__}: {_one_line(error)} (FOUNDATION_DEBUG=1 shows where)"
+        told = (
+            str(error)
+            if known
+            else f"{type(error).__name__}: {_one_line(error)} (FOUNDATION_DEBUG=1 shows where)"
+        )
         return _complain(f"foundation: {told}", 1)
 
 

@@ -26,9 +26,16 @@ from torch import Tensor, nn
 from .compression.distillation import distil
 from .compression.pruning import Pruner
 from .compression.storage import save_model
-from .core.basics import (
-    atomic_write, count_macs, count_nonzero, count_parameters, memory_order, pick_device,
-    seed_everything, supports_bf16)
+from foundation.core.basics import (
+    atomic_write,
+    count_macs,
+    count_nonzero,
+    count_parameters,
+    memory_order,
+    pick_device,
+    seed_everything,
+    supports_bf16,
+)
 from .core.checks import check_number, check_whole, checked
 from .core.plots import plot_bars, plot_curves, plot_points, show_images
 from .data.augment import Augment
@@ -46,11 +53,15 @@ from .pretraining.contrastive import pretrain, two_views
 @dataclass(frozen=True)
 class Plan:
     "How long the parts of the tour run, in steps and never in seconds, so that every machine does the same work."
+
     pretrain: int = 80  # live, 256 pictures each
     looks: int = 4  # measurements on the way
     labels: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
-    rates: tuple[float, ...] = (1e-3, 3e-3)  # learning rates from which the network from scratch picks
+    rates: tuple[float, ...] = (
+        1e-3,
+        3e-3,
+    )  # learning rates from which the network from scratch picks
     gentle_rates: tuple[float, ...] = (1e-4, 3e-4)  # as many for the pretrained one
     student_rates: tuple[float, ...] = (3e-3, 1e-2)  # for the student, taught or not
     trials: tuple[int, ...] = (100, 101)  # further draws on which learning rates are picked
@@ -64,36 +75,74 @@ class Plan:
     checked: bool = True  # a short tour is too short for its accuracies to mean anything
 
     def __post_init__(self):
-        for name in ("pretrain", "looks", "labels", "finetune", "distil", "teacher", "student", "recover", "pictures", "tests"):
+        for name in (
+            "pretrain",
+            "looks",
+            "labels",
+            "finetune",
+            "distil",
+            "teacher",
+            "student",
+            "recover",
+            "pictures",
+            "tests",
+        ):
             check_whole(getattr(self, name), name, 1)
         check_whole(self.looks, "looks", most=self.pretrain, why="one look for each step at most")
         for name in ("seeds", "trials", "rates", "gentle_rates", "student_rates"):
             if not isinstance(getattr(self, name), tuple) or not getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a tuple of at least one")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; expected a tuple of at least one"
+                )
             for value in getattr(self, name):
-                check_number(value, f"one of {name}", 0) if "rates" in name else check_whole(value, f"one of {name}", 0)
+                check_number(value, f"one of {name}", 0) if "rates" in name else check_whole(
+                    value, f"one of {name}", 0
+                )
 
 
-SHORT = Plan(pretrain=6, looks=2, seeds=(0, 1), rates=(1e-3,), gentle_rates=(1e-3,), student_rates=(1e-2,), trials=(100,),
-             finetune=6, distil=8, teacher=8, student=12, recover=10, pictures=4096, tests=1000, checked=False)
+SHORT = Plan(
+    pretrain=6,
+    looks=2,
+    seeds=(0, 1),
+    rates=(1e-3,),
+    gentle_rates=(1e-3,),
+    student_rates=(1e-2,),
+    trials=(100,),
+    finetune=6,
+    distil=8,
+    teacher=8,
+    student=12,
+    recover=10,
+    pictures=4096,
+    tests=1000,
+    checked=False,
+)
 
 
 @checked
 def choose_plan(short: bool | None = None) -> Plan:
     "The full plan, or the short one of the tests (also chosen by the environment variable FOUNDATION_SHORT=1)."
-    return SHORT if (os.environ.get("FOUNDATION_SHORT") == "1" if short is None else short) else Plan()
+    return (
+        SHORT if (os.environ.get("FOUNDATION_SHORT") == "1" if short is None else short) else Plan()
+    )
 
 
 @checked
 def load_data(plan: Plan) -> ImageSet:
     "Fashion-MNIST, or digits with a warning; the first pictures of it if the plan is short."
     data = load_images(fallback=True)
-    sizes = {"train_images": plan.pictures, "train_labels": plan.pictures, "test_images": plan.tests, "test_labels": plan.tests}
+    sizes = {
+        "train_images": plan.pictures,
+        "train_labels": plan.pictures,
+        "test_images": plan.tests,
+        "test_labels": plan.tests,
+    }
     return replace(data, **{part: getattr(data, part)[:n] for part, n in sizes.items()})
 
 # %% ../nbs/00_tour.ipynb #d4adbfb0
 class Live(NamedTuple):
     "What live pretraining shows."
+
     encoder: nn.Module
     losses: Tensor  # (steps,)
     knn: dict[int, float]  # step -> nearest-neighbour accuracy
@@ -112,7 +161,9 @@ def pretrain_live(data: ImageSet, plan: Plan) -> Live:
             knn[step.n + 1] = neighbours(encoder, data)
 
     augment = Augment(mean=data.mean, std=data.std)
-    run = pretrain(encoder, data.train_images, augment, steps=plan.pretrain, title="pretraining", each=look)
+    run = pretrain(
+        encoder, data.train_images, augment, steps=plan.pretrain, title="pretraining", each=look
+    )
     return Live(encoder, run.losses, knn, run.seconds)
 
 # %% ../nbs/00_tour.ipynb #1488edc5
@@ -143,8 +194,10 @@ def _fast() -> str:
 @checked
 def neighbours(encoder: nn.Module, data: ImageSet, bank: int = 5000, tests: int = 2000) -> float:
     "Accuracy of the 20 nearest neighbours among `bank` training pictures, on `tests` test pictures."
-    train, test = (encode_all(encoder, x, precision=_fast(), transform=data.floats)
-                   for x in (data.train_images[:bank], data.test_images[:tests]))
+    train, test = (
+        encode_all(encoder, x, precision=_fast(), transform=data.floats)
+        for x in (data.train_images[:bank], data.test_images[:tests])
+    )
     return knn_accuracy(train, data.train_labels[:bank], test, data.test_labels[:tests])
 
 # %% ../nbs/00_tour.ipynb #a2825748
@@ -153,12 +206,17 @@ def embedding(encoder: nn.Module, data: ImageSet, count: int = 600) -> Tensor:  
     "Test pictures on a plane, similar features close together (t-SNE)."
     from sklearn.manifold import TSNE
 
-    features = nn.functional.normalize(encode_all(encoder, data.test_images[:count], transform=data.floats), dim=1)
-    return torch.from_numpy(TSNE(random_state=0, init="pca", perplexity=30).fit_transform(features.numpy()))
+    features = nn.functional.normalize(
+        encode_all(encoder, data.test_images[:count], transform=data.floats), dim=1
+    )
+    return torch.from_numpy(
+        TSNE(random_state=0, init="pca", perplexity=30).fit_transform(features.numpy())
+    )
 
 # %% ../nbs/00_tour.ipynb #1ad838bf
 class Few(NamedTuple):
     "What comes of learning from few labels."
+
     comparison: Comparison  # arms: pixels, from scratch, pretrained
     rates: dict[str, float]  # what each arm picked
     teachers: list[nn.Module]  # the pretrained arm's model of each seed
@@ -174,7 +232,9 @@ def few_label_model(
     seed_everything(seed)
     model = shipped_encoder() if pretrained else fresh_encoder(data)
     x, y = data.train_images[index], data.train_labels[index]
-    if pretrained:  # features that mean something deserve a fitted head; random ones like a random head better
+    if (
+        pretrained
+    ):  # features that mean something deserve a fitted head; random ones like a random head better
         fit_head(model, data.floats(x), y)
     finetune(model, x, y, gentle(data), steps=plan.finetune, lr=rate, head_lr=rate, seed=seed)
     return model
@@ -187,10 +247,18 @@ def learn_from_few(data: ImageSet, plan: Plan) -> Few:
     draw = lambda seed: pool[few_labels(data.train_labels[pool], plan.labels, seed)]
     draws, dev = [draw(seed) for seed in plan.seeds], dev[:1000]
     on_dev = lambda model: score(model, data.train_images[dev], data.train_labels[dev], data)
-    scores, rates, teachers = {"pixels": pixel_scores(data, draws, draw(plan.trials[0]), dev)}, {}, []
+    scores, rates, teachers = (
+        {"pixels": pixel_scores(data, draws, draw(plan.trials[0]), dev)},
+        {},
+        [],
+    )
     for arm, choice in (("from scratch", plan.rates), ("pretrained", plan.gentle_rates)):
-        run = lambda seed, rate: few_label_model(data, plan, arm == "pretrained", draw(seed), rate, seed)
-        rates[arm] = max(choice, key=lambda rate: sum(on_dev(run(seed, rate)) for seed in plan.trials))
+        run = lambda seed, rate: few_label_model(
+            data, plan, arm == "pretrained", draw(seed), rate, seed
+        )
+        rates[arm] = max(
+            choice, key=lambda rate: sum(on_dev(run(seed, rate)) for seed in plan.trials)
+        )
         teachers = [run(seed, rates[arm]) for seed in plan.seeds]  # those of the last arm are kept
         scores[arm] = [score(model, data.test_images, data.test_labels, data) for model in teachers]
     return Few(Comparison.from_scores(scores, plan.seeds), rates, teachers, draws, dev)
@@ -213,12 +281,15 @@ def pixel_scores(data: ImageSet, draws: list[Tensor], trial: Tensor, dev: Tensor
     "Logistic regression on pixels, its penalty picked on `dev` after a fit on `trial`."
     x, tests = (data.floats(part).flatten(1) for part in (data.train_images, data.test_images))
     fit = lambda index, l2: fit_linear(x[index], data.train_labels[index], l2)
-    l2 = max((1e-2, 1e-1, 1.0), key=lambda l2: accuracy(fit(trial, l2)(x[dev]), data.train_labels[dev]))
+    l2 = max(
+        (1e-2, 1e-1, 1.0), key=lambda l2: accuracy(fit(trial, l2)(x[dev]), data.train_labels[dev])
+    )
     return [accuracy(fit(index, l2)(tests), data.test_labels) for index in draws]
 
 # %% ../nbs/00_tour.ipynb #7946bd79
 class Distilled(NamedTuple):
     "What comes of distilling the few-label teachers."
+
     teacher: list[float]  # accuracies, one for each seed
     comparison: Comparison  # arms: no teacher, distilled
     rates: dict[str, float]  # what each arm picked
@@ -232,11 +303,30 @@ def few_label_student(
     seed_everything(seed)
     student, x, y = fresh_student(data), data.train_images, data.train_labels
     if answers is not None:
-        distil(student, x, answers, gentle(data), steps=plan.distil, lr=rate, seed=seed, title=f"student {seed}")
+        distil(
+            student,
+            x,
+            answers,
+            gentle(data),
+            steps=plan.distil,
+            lr=rate,
+            seed=seed,
+            title=f"student {seed}",
+        )
     else:
         index = index.repeat(-(-256 // len(index)))  # so that both see 256 pictures a step
-        finetune(student, x[index], y[index], gentle(data), steps=plan.distil, lr=rate, head_lr=rate, batch_size=256,
-                 seed=seed, title=f"control {seed}")
+        finetune(
+            student,
+            x[index],
+            y[index],
+            gentle(data),
+            steps=plan.distil,
+            lr=rate,
+            head_lr=rate,
+            batch_size=256,
+            seed=seed,
+            title=f"control {seed}",
+        )
     return student
 
 
@@ -244,16 +334,24 @@ def few_label_student(
 def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Distilled:
     "A tiny student taught by each few-label teacher on all pictures, against one that has only the labelled ones."
     x = data.train_images
-    answers = [predict(teacher, x, precision=_fast(), transform=data.floats) for teacher in few.teachers]
+    answers = [
+        predict(teacher, x, precision=_fast(), transform=data.floats) for teacher in few.teachers
+    ]
     on_dev = lambda model: score(model, x[few.dev], data.train_labels[few.dev], data)
     scores, rates = {}, {}
     for arm, taught in (("no teacher", [None] * len(answers)), ("distilled", answers)):
-        run = lambda i, rate: few_label_student(data, plan, few.draws[i], taught[i], rate, plan.seeds[i])
+        run = lambda i, rate: few_label_student(
+            data, plan, few.draws[i], taught[i], rate, plan.seeds[i]
+        )
         tried = {rate: run(0, rate) for rate in plan.student_rates}
         rates[arm] = max(tried, key=lambda rate: on_dev(tried[rate]))
         students = [tried[rates[arm]], *(run(i, rates[arm]) for i in range(1, len(answers)))]
-        scores[arm] = [score(student, data.test_images, data.test_labels, data) for student in students]
-    return Distilled(few.comparison["pretrained"].tolist(), Comparison.from_scores(scores, plan.seeds), rates)
+        scores[arm] = [
+            score(student, data.test_images, data.test_labels, data) for student in students
+        ]
+    return Distilled(
+        few.comparison["pretrained"].tolist(), Comparison.from_scores(scores, plan.seeds), rates
+    )
 
 # %% ../nbs/00_tour.ipynb #4695f342
 @checked
@@ -262,7 +360,16 @@ def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     seed_everything(0)
     x, y, augment = data.train_images, data.train_labels, gentle(data)
     teacher = shipped_encoder()
-    finetune(teacher, x, y, augment, steps=plan.teacher, lr=1e-3, batch_size=256, title="teacher, all labels")
+    finetune(
+        teacher,
+        x,
+        y,
+        augment,
+        steps=plan.teacher,
+        lr=1e-3,
+        batch_size=256,
+        title="teacher, all labels",
+    )
     answers = predict(teacher, x, precision=_fast(), transform=data.floats)
     student = fresh_student(data)
     mirror = Augment(area=(1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std)
@@ -270,11 +377,39 @@ def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     distil(student, x, answers, steps=plan.student, lr=1e-2, title="student", **teach)
     return {
         "teacher": teacher,
-        "teacher, 90 % pruned": _pruned(teacher, 0.9, plan, lambda model, each: finetune(
-            model, x, y, augment, steps=plan.recover, lr=1e-3, head_lr=1e-3, batch_size=256, title="pruning the teacher", each=each)),
+        "teacher, 90 % pruned": _pruned(
+            teacher,
+            0.9,
+            plan,
+            lambda model, each: finetune(
+                model,
+                x,
+                y,
+                augment,
+                steps=plan.recover,
+                lr=1e-3,
+                head_lr=1e-3,
+                batch_size=256,
+                title="pruning the teacher",
+                each=each,
+            ),
+        ),
         "student": student,
-        "student, 50 % pruned": _pruned(student, 0.5, plan, lambda model, each: distil(
-            model, x, answers, steps=plan.recover, lr=2e-3, title="pruning the student", each=each, **teach)),
+        "student, 50 % pruned": _pruned(
+            student,
+            0.5,
+            plan,
+            lambda model, each: distil(
+                model,
+                x,
+                answers,
+                steps=plan.recover,
+                lr=2e-3,
+                title="pruning the student",
+                each=each,
+                **teach,
+            ),
+        ),
     }
 
 # %% ../nbs/00_tour.ipynb #5ea8a356
@@ -296,17 +431,40 @@ def account(nets: dict[str, nn.Module], data: ImageSet, folder: Path | str) -> l
         file = folder / f"{i}"
         graph = export_onnx(net, example[:2], file.with_suffix(".onnx"))
         forms = [
-            ("PyTorch", "", net, save_model(net, file.with_suffix(".safetensors"), *_format(name), compress="pruned" in name)),
+            (
+                "PyTorch",
+                "",
+                net,
+                save_model(
+                    net, file.with_suffix(".safetensors"), *_format(name), compress="pruned" in name
+                ),
+            ),
             ("ONNX Runtime", "", OnnxModel(graph), graph),
         ]
-        small = quantize_onnx(graph, file.with_suffix(".int8.onnx"), data.floats(data.train_images[:512]))
+        small = quantize_onnx(
+            graph, file.with_suffix(".int8.onnx"), data.floats(data.train_images[:512])
+        )
         forms.append(("ONNX Runtime", ", int8", OnnxModel(small), small))
-        shared = dict(parameters=count_parameters(net), nonzero=count_nonzero(net), macs=count_macs(net, example[:1]))
+        shared = dict(
+            parameters=count_parameters(net),
+            nonzero=count_nonzero(net),
+            macs=count_macs(net, example[:1]),
+        )
         for runtime, suffix, predict_, path in forms:
-            right = sum(int((predict_(data.floats(x)).argmax(1) == y).sum()) for x, y in zip(
-                data.test_images.split(500), data.test_labels.split(500)))
-            rows.append(dict(name=name + suffix, runtime=runtime, accuracy=right / len(data.test_labels),
-                             interval=wilson_interval(right, len(data.test_labels)), bytes=path.stat().st_size, **shared))
+            right = sum(
+                int((predict_(data.floats(x)).argmax(1) == y).sum())
+                for x, y in zip(data.test_images.split(500), data.test_labels.split(500))
+            )
+            rows.append(
+                dict(
+                    name=name + suffix,
+                    runtime=runtime,
+                    accuracy=right / len(data.test_labels),
+                    interval=wilson_interval(right, len(data.test_labels)),
+                    bytes=path.stat().st_size,
+                    **shared,
+                )
+            )
             predicts[f"{name}{suffix} {runtime}"] = predict_
     with torch.inference_mode():
         speeds = compare_latency(predicts, example[:1])
@@ -324,7 +482,10 @@ def _rows(stages, *more):
         for key in ("name", "runtime", "accuracy", "bytes", "latency_ms", *more):
             if not isinstance(row, dict) or key not in row:
                 raise ValueError(f"a row of stages has no {key!r}; expected the rows of `account`")
-        check_number(row["latency_ms"], "latency_ms", above=0), check_number(row["bytes"], "bytes", above=0)
+        (
+            check_number(row["latency_ms"], "latency_ms", above=0),
+            check_number(row["bytes"], "bytes", above=0),
+        )
     return stages
 
 
@@ -337,7 +498,9 @@ class Table:
     def _repr_html_(self):
         cells = lambda tag, row: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
         body = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
-        return f"<table><thead><tr>{cells('th', self.heads)}</tr></thead><tbody>{body}</tbody></table>"
+        return (
+            f"<table><thead><tr>{cells('th', self.heads)}</tr></thead><tbody>{body}</tbody></table>"
+        )
 
     def _repr_markdown_(self):
         lines = [self.heads, ["---"] * 2 + ["---:"] * (len(self.heads) - 2), *self.rows]
@@ -350,13 +513,36 @@ class Table:
 @checked
 def stage_table(stages: list[dict]) -> Table:
     "The account as people read it."
-    percent = lambda s: "{:.1f} ({:.1f}–{:.1f})".format(*(100 * v for v in (s["accuracy"], *s["interval"])))
+    percent = lambda s: "{:.1f} ({:.1f}–{:.1f})".format(
+        *(100 * v for v in (s["accuracy"], *s["interval"]))
+    )
     _rows(stages, "nonzero", "macs", "images_per_second", "interval")
-    rows = [[s["name"], s["runtime"], percent(s),
-             f"{s['nonzero']:,}", f"{s['bytes'] / 1e3:,.0f}", f"{s['macs'] / 1e6:.2f}", f"{s['latency_ms']:.3f}",
-             f"{s['images_per_second']:,.0f}"] for s in stages]
-    return Table(["network", "runtime", "accuracy %", "non-zeros", "kB on disk", "million MACs", "ms a picture",
-                  "pictures/s"], rows)
+    rows = [
+        [
+            s["name"],
+            s["runtime"],
+            percent(s),
+            f"{s['nonzero']:,}",
+            f"{s['bytes'] / 1e3:,.0f}",
+            f"{s['macs'] / 1e6:.2f}",
+            f"{s['latency_ms']:.3f}",
+            f"{s['images_per_second']:,.0f}",
+        ]
+        for s in stages
+    ]
+    return Table(
+        [
+            "network",
+            "runtime",
+            "accuracy %",
+            "non-zeros",
+            "kB on disk",
+            "million MACs",
+            "ms a picture",
+            "pictures/s",
+        ],
+        rows,
+    )
 
 # %% ../nbs/00_tour.ipynb #68f43d1d
 @checked
@@ -364,11 +550,17 @@ def gains(stages: list[dict]) -> dict:
     "Every row against the teacher in fp32: points lost, times smaller (its PyTorch file), times faster (same runtime)."
     teacher = {s["runtime"]: s for s in _rows(stages) if s["name"] == "teacher"}
     if missing := {"PyTorch", *(s["runtime"] for s in stages)} - teacher.keys():
-        raise ValueError(f"stages has no teacher in {', '.join(sorted(missing))}; expected the rows of `account`")
-    return {f"{s['name']} ({s['runtime']})": dict(
-        points_lost=100 * (teacher[s["runtime"]]["accuracy"] - s["accuracy"]),
-        times_smaller=teacher["PyTorch"]["bytes"] / s["bytes"],
-        times_faster=teacher[s["runtime"]]["latency_ms"] / s["latency_ms"]) for s in stages}
+        raise ValueError(
+            f"stages has no teacher in {', '.join(sorted(missing))}; expected the rows of `account`"
+        )
+    return {
+        f"{s['name']} ({s['runtime']})": dict(
+            points_lost=100 * (teacher[s["runtime"]]["accuracy"] - s["accuracy"]),
+            times_smaller=teacher["PyTorch"]["bytes"] / s["bytes"],
+            times_faster=teacher[s["runtime"]]["latency_ms"] / s["latency_ms"],
+        )
+        for s in stages
+    }
 
 # %% ../nbs/00_tour.ipynb #225b9b71
 @checked
@@ -379,7 +571,9 @@ def not_faster(stages: list[dict]) -> list[str]:
     for s in stages:
         before = s["name"].split(",")[0]
         if (before, s["runtime"]) not in plain:
-            raise ValueError(f"stages has no {before!r} in {s['runtime']}; expected the rows of `account`")
+            raise ValueError(
+                f"stages has no {before!r} in {s['runtime']}; expected the rows of `account`"
+            )
         speedup = plain[before, s["runtime"]] / s["latency_ms"]
         if s["name"] != before and speedup < 1.1:
             found.append(f"{s['name']} in {s['runtime']}: {speedup:.2f}× the speed of the {before}")
@@ -396,12 +590,16 @@ def run(
     began, plan, out = time.perf_counter(), choose_plan(short), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out).free) < 100e6:  # better now than after five minutes
-        raise ValueError(f"{free / 1e6:.0f} MB are free for {out}, expected at least 100; make room or choose another folder")
+        raise ValueError(
+            f"{free / 1e6:.0f} MB are free for {out}, expected at least 100; make room or choose another folder"
+        )
     data = load_data(plan)
     say(f"{data}")
     say("1/5 pretraining without labels")
     live, shipped = pretrain_live(data, plan), neighbours(shipped_encoder(), data)
-    say(f"    nearest neighbours: {live.knn[0]:.1%} at random, {live.knn[plan.pretrain]:.1%} after {plan.pretrain} steps, {shipped:.1%} shipped")
+    say(
+        f"    nearest neighbours: {live.knn[0]:.1%} at random, {live.knn[plan.pretrain]:.1%} after {plan.pretrain} steps, {shipped:.1%} shipped"
+    )
     say(f"2/5 fine-tuning with {plan.labels} labels")
     few = learn_from_few(data, plan)
     say(_indent(few.comparison))
@@ -413,7 +611,9 @@ def run(
     say("5/5 the account")
     stages = account(nets, data, out)
     say(_indent(stage_table(stages)))
-    metrics = collect(data, plan, live, shipped, few, distilled, stages, time.perf_counter() - began)
+    metrics = collect(
+        data, plan, live, shipped, few, distilled, stages, time.perf_counter() - began
+    )
     with atomic_write(out / "metrics.json", "w") as file:
         json.dump(metrics, file, indent=1)
     with atomic_write(out / "tour.html", "w") as file:
@@ -433,14 +633,31 @@ def collect(data, plan, live, shipped, few, distilled, stages, seconds) -> dict:
     scores = {arm: values.tolist() for arm, values in few.comparison.scores.items()}
     return {
         "data": {"name": data.name, "source": data.source},
-        "pretrain": {"steps": plan.pretrain, "seconds": live.seconds, "loss_first": float(live.losses[0]),
-                     "loss_last": float(live.losses[-10:].mean()), "knn_before": live.knn[0], "knn_after": live.knn[plan.pretrain],
-                     "knn_shipped": shipped},
-        "finetune": {"labels": plan.labels, "seeds": list(plan.seeds), "rates": few.rates, "pretrained": scores["pretrained"],
-                     "scratch": scores["from scratch"], "pixels": scores["pixels"]},
-        "distill": {"teacher": sum(distilled.teacher) / len(distilled.teacher), "student": distilled.comparison["distilled"].tolist(),
-                    "control": distilled.comparison["no teacher"].tolist(), "rates": distilled.rates},
-        "stages": stages, "seconds": seconds,
+        "pretrain": {
+            "steps": plan.pretrain,
+            "seconds": live.seconds,
+            "loss_first": float(live.losses[0]),
+            "loss_last": float(live.losses[-10:].mean()),
+            "knn_before": live.knn[0],
+            "knn_after": live.knn[plan.pretrain],
+            "knn_shipped": shipped,
+        },
+        "finetune": {
+            "labels": plan.labels,
+            "seeds": list(plan.seeds),
+            "rates": few.rates,
+            "pretrained": scores["pretrained"],
+            "scratch": scores["from scratch"],
+            "pixels": scores["pixels"],
+        },
+        "distill": {
+            "teacher": sum(distilled.teacher) / len(distilled.teacher),
+            "student": distilled.comparison["distilled"].tolist(),
+            "control": distilled.comparison["no teacher"].tolist(),
+            "rates": distilled.rates,
+        },
+        "stages": stages,
+        "seconds": seconds,
     }
 
 
@@ -455,10 +672,17 @@ def check_claims(metrics: dict) -> None:
         helped = knn["knn_shipped"] > knn["knn_after"] > knn["knn_before"]
         gain = gains(metrics["stages"]).values()
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"metrics are not those of `run`: {type(error).__name__}: {error}") from None
-    small = [g for g in gain if g["times_smaller"] >= 20 and g["points_lost"] <= 3 and g["times_faster"] >= 3]
+        raise ValueError(
+            f"metrics are not those of `run`: {type(error).__name__}: {error}"
+        ) from None
+    small = [
+        g
+        for g in gain
+        if g["times_smaller"] >= 20 and g["points_lost"] <= 3 and g["times_faster"] >= 3
+    ]
     for holds, otherwise in [  # no `assert`: with `python -O` it would promise nothing
-        (helped, "pretraining did not help"), (pretrained >= 0.78, f"fine-tuned accuracy {pretrained:.3f} is below .78"),
+        (helped, "pretraining did not help"),
+        (pretrained >= 0.78, f"fine-tuned accuracy {pretrained:.3f} is below .78"),
         (pretrained - scratch >= 0.06, "the gain over scratch is below 6 points"),
         (student > control, "distillation did not help"),
         (small, "no stage is 20 times smaller, 3 times faster and within 3 points of the teacher"),
@@ -479,21 +703,46 @@ td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) {{ text-align: 
 def report(data, plan, live, few, distilled, metrics) -> str:
     "The tour as one page that needs nothing else."
     eight = torch.stack([data.train_images[data.train_labels == k][0] for k in range(8)])
-    percent = lambda comparison: {arm: [100 * v for v in comparison[arm].tolist()] for arm in comparison.scores}
+    percent = lambda comparison: {
+        arm: [100 * v for v in comparison[arm].tolist()] for arm in comparison.scores
+    }
     knn = metrics["pretrain"]
     parts = [
         f"<p>{html.escape(repr(data))}; {metrics['seconds']:.0f} seconds.</p>",
-        show_images(eight, titles=data.classes[:8], alt="Eight training pictures, one of each of the first eight classes").html(),
+        show_images(
+            eight,
+            titles=data.classes[:8],
+            alt="Eight training pictures, one of each of the first eight classes",
+        ).html(),
         "<h2>1. Pretraining without labels</h2>",
-        plot_curves({"loss": live.losses}, xlabel="step", ylabel="loss", alt="The contrastive loss over the live steps").html(),
-        plot_bars({"random weights": 100 * knn["knn_before"], f"after {plan.pretrain} steps": 100 * knn["knn_after"],
-                   "shipped weights": 100 * knn["knn_shipped"]}, xlabel="nearest-neighbour accuracy, %",
-                  alt="Nearest-neighbour accuracy at random, after the live steps and with shipped weights").html(),
+        plot_curves(
+            {"loss": live.losses},
+            xlabel="step",
+            ylabel="loss",
+            alt="The contrastive loss over the live steps",
+        ).html(),
+        plot_bars(
+            {
+                "random weights": 100 * knn["knn_before"],
+                f"after {plan.pretrain} steps": 100 * knn["knn_after"],
+                "shipped weights": 100 * knn["knn_shipped"],
+            },
+            xlabel="nearest-neighbour accuracy, %",
+            alt="Nearest-neighbour accuracy at random, after the live steps and with shipped weights",
+        ).html(),
         f"<h2>2. Fine-tuning with {plan.labels} labels</h2>",
-        plot_bars(percent(few.comparison), xlabel="test accuracy, %", alt="Test accuracy of pixels, scratch and pretrained").html(),
+        plot_bars(
+            percent(few.comparison),
+            xlabel="test accuracy, %",
+            alt="Test accuracy of pixels, scratch and pretrained",
+        ).html(),
         few.comparison._repr_html_(),
-        "<h2>3. Distillation on pictures without labels</h2>", distilled.comparison._repr_html_(),
-        "<h2>4–5. Pruning, quantisation, and the account</h2>", stage_table(metrics["stages"])._repr_html_(),
-        "<p>Not faster than before:</p><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in not_faster(metrics["stages"])) + "</ul>",
+        "<h2>3. Distillation on pictures without labels</h2>",
+        distilled.comparison._repr_html_(),
+        "<h2>4–5. Pruning, quantisation, and the account</h2>",
+        stage_table(metrics["stages"])._repr_html_(),
+        "<p>Not faster than before:</p><ul>"
+        + "".join(f"<li>{html.escape(line)}</li>" for line in not_faster(metrics["stages"]))
+        + "</ul>",
     ]
     return _PAGE.format(body="\n".join(parts))

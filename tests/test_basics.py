@@ -1,4 +1,5 @@
 "What a notebook cannot say about foundation.core.basics: power cuts, links, modes, clocks and devices that are not there."
+
 import os
 import stat
 import threading
@@ -14,8 +15,24 @@ from torch.nn.utils import parametrizations, prune
 
 from foundation.core import basics
 from foundation.core.basics import (
-    EMA, Timing, atomic_write, copy_model, count_macs, count_nonzero, count_parameters, evaluating, freeze, legend,
-    measure, pick_device, seed_everything, size_mb, supports_bf16, sync_folder, unfreeze)
+    EMA,
+    Timing,
+    atomic_write,
+    copy_model,
+    count_macs,
+    count_nonzero,
+    count_parameters,
+    evaluating,
+    freeze,
+    legend,
+    measure,
+    pick_device,
+    seed_everything,
+    size_mb,
+    supports_bf16,
+    sync_folder,
+    unfreeze,
+)
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="no such files there")
 
@@ -41,23 +58,36 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_
     write(tmp_path / "a", b"12345")
     assert done == ["file of 5", "renamed"] + ["folder"] * (os.name != "nt")
     done.clear()
-    write(tmp_path / "x" / "y" / "b", b"1")  # the names of the two new folders are put on the disk too
-    assert done == ["folder"] * 2 * (os.name != "nt") + ["file of 1", "renamed"] + ["folder"] * (os.name != "nt")
+    write(
+        tmp_path / "x" / "y" / "b", b"1"
+    )  # the names of the two new folders are put on the disk too
+    assert done == ["folder"] * 2 * (os.name != "nt") + ["file of 1", "renamed"] + ["folder"] * (
+        os.name != "nt"
+    )
 
 
 def test_windows_opens_no_folder(tmp_path, monkeypatch):
     opened, really = [], os.open
-    monkeypatch.setattr(os, "open", lambda path, *a, **k: (opened.append(Path(path)), really(path, *a, **k))[1])
-    monkeypatch.setattr(basics, "os", types.SimpleNamespace(**{k: getattr(os, k) for k in dir(os)} | {"name": "nt"}))
+    monkeypatch.setattr(
+        os, "open", lambda path, *a, **k: (opened.append(Path(path)), really(path, *a, **k))[1]
+    )
+    monkeypatch.setattr(
+        basics, "os", types.SimpleNamespace(**{k: getattr(os, k) for k in dir(os)} | {"name": "nt"})
+    )
     write(tmp_path / "a")
     assert tmp_path not in opened and (tmp_path / "a").read_bytes() == b"new"
 
 
 def test_a_file_system_that_cannot_sync_folders_is_no_error(tmp_path, monkeypatch):
     import errno
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EINVAL, "no")))
+
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EINVAL, "no"))
+    )
     sync_folder(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "broken disk")))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "broken disk"))
+    )
     if os.name != "nt":
         with pytest.raises(OSError, match="broken disk"):
             sync_folder(tmp_path)
@@ -71,7 +101,9 @@ def test_a_link_is_followed_and_stays_a_link(tmp_path):
     (tmp_path / "again").symlink_to("link")
     write(tmp_path / "again")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "again").is_symlink()
-    assert (tmp_path / "far" / "real").read_bytes() == b"new" and len(list((tmp_path / "far").iterdir())) == 1
+    assert (tmp_path / "far" / "real").read_bytes() == b"new" and len(
+        list((tmp_path / "far").iterdir())
+    ) == 1
     (tmp_path / "hanging").symlink_to("far/not_yet/there")
     write(tmp_path / "hanging")
     assert (tmp_path / "far" / "not_yet" / "there").read_bytes() == b"new"
@@ -91,28 +123,40 @@ def test_a_file_keeps_its_mode_and_its_draft_was_never_more_open(tmp_path, monke
 
 
 @POSIX
-def test_a_new_file_gets_what_the_umask_leaves_and_no_thread_sees_another_umask(tmp_path, monkeypatch):
+def test_a_new_file_gets_what_the_umask_leaves_and_no_thread_sees_another_umask(
+    tmp_path, monkeypatch
+):
     before = os.umask(0o027)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "umask", lambda mask: pytest.fail("the mask belongs to the whole process"))
+            patch.setattr(
+                os, "umask", lambda mask: pytest.fail("the mask belongs to the whole process")
+            )
             write(tmp_path / "a")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize("name", ["x" * 240, "x" * 255, "é" * 120, "長" * 80, "🙂" * 60, ".hidden", "a b", "-"])
+@pytest.mark.parametrize(
+    "name", ["x" * 240, "x" * 255, "é" * 120, "長" * 80, "🙂" * 60, ".hidden", "a b", "-"]
+)
 def test_long_and_odd_names_work(tmp_path, name):
     for content in (b"one", b"two"):
         write(tmp_path / name, content)
-    assert (tmp_path / name).read_bytes() == b"two" and [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"two" and [p.name for p in tmp_path.iterdir()] == [
+        name
+    ]
 
 
 def test_what_is_no_file_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"old")
-    for place, words in [(tmp_path / "folder", "is a folder"), ("", "is a folder"), (tmp_path / "file" / "in" / "it", "is a file")]:
+    for place, words in [
+        (tmp_path / "folder", "is a folder"),
+        ("", "is a folder"),
+        (tmp_path / "file" / "in" / "it", "is a file"),
+    ]:
         with pytest.raises(OSError, match=words):
             write(place)
     with pytest.raises(ValueError, match="mode is 'r'; expected one of"):
@@ -126,7 +170,9 @@ def test_what_is_no_file_is_refused_before_anything_is_written(tmp_path):
             with pytest.raises(OSError, match="a device or a pipe"):
                 write(place)
         assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    assert {p.name for p in tmp_path.iterdir()} <= {"folder", "file", "pipe"} and (tmp_path / "file").read_bytes() == b"old"
+    assert {p.name for p in tmp_path.iterdir()} <= {"folder", "file", "pipe"} and (
+        tmp_path / "file"
+    ).read_bytes() == b"old"
 
 
 def test_an_error_in_the_block_leaves_the_old_file_and_no_litter(tmp_path):
@@ -140,7 +186,10 @@ def test_an_error_in_the_block_leaves_the_old_file_and_no_litter(tmp_path):
 
 
 def test_many_writers_leave_one_whole_file(tmp_path):
-    threads = [threading.Thread(target=write, args=(tmp_path / "a", bytes([65 + i]) * 100_000)) for i in range(8)]
+    threads = [
+        threading.Thread(target=write, args=(tmp_path / "a", bytes([65 + i]) * 100_000))
+        for i in range(8)
+    ]
     [t.start() for t in threads], [t.join() for t in threads]
     content = (tmp_path / "a").read_bytes()
     assert len(content) == 100_000 and len(set(content)) == 1 and len(list(tmp_path.iterdir())) == 1
@@ -178,18 +227,27 @@ class Clock:
 def test_warmup_is_not_timed_and_every_repeat_is(monkeypatch):
     clock = Clock(monkeypatch, [50, 50, 1, 2, 3, 4, 5, 6, 7])
     took = measure(clock.fn, repeats=7, warmup=2)
-    assert clock.calls == 9 and (took.low, took.median, took.high, took.repeats) == pytest.approx((2, 4, 6, 7))
+    assert clock.calls == 9 and (took.low, took.median, took.high, took.repeats) == pytest.approx(
+        (2, 4, 6, 7)
+    )
 
 
 def test_quartiles_are_those_of_the_calls_and_stay_within_them(monkeypatch):
-    for durations, want in [([3.0], (3, 3, 3)), ([0.001, 1.0], (0.001, 0.5005, 1.0)), ([1, 2, 9], (1, 2, 9)), ([4, 1, 3, 2], (1.25, 2.5, 3.75))]:
+    for durations, want in [
+        ([3.0], (3, 3, 3)),
+        ([0.001, 1.0], (0.001, 0.5005, 1.0)),
+        ([1, 2, 9], (1, 2, 9)),
+        ([4, 1, 3, 2], (1.25, 2.5, 3.75)),
+    ]:
         took = measure(Clock(monkeypatch, durations).fn, repeats=len(durations), warmup=0)
         assert (took.low, took.median, took.high) == pytest.approx(want)
 
 
 def test_a_device_is_waited_for_on_both_sides_of_the_clock(monkeypatch):
     monkeypatch.setattr(basics, "pick_device", lambda name: torch.device("cuda"))
-    clock = Clock(monkeypatch, [(1.0, 4.0)])  # a second to hand the work over, four until it is done
+    clock = Clock(
+        monkeypatch, [(1.0, 4.0)]
+    )  # a second to hand the work over, four until it is done
     took = measure(clock.fn, repeats=3, warmup=2, device="cuda")
     assert (took.low, took.median, took.high) == pytest.approx((5, 5, 5))
 
@@ -198,9 +256,16 @@ def test_a_timing_is_read_in_milliseconds():
     assert str(Timing(0.0123456, 0.01, 0.02, 5)) == "12.3 ms [10, 20]"
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(repeats=0), "repeats is 0; expected a whole number from 1"), (dict(warmup=-1), "warmup is -1"),
-    (dict(repeats=2.5), "repeats is 2.5"), (dict(device="abacus"), "device 'abacus' is not known"), (dict(fn=3), "fn is 3; expected a function")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(repeats=0), "repeats is 0; expected a whole number from 1"),
+        (dict(warmup=-1), "warmup is -1"),
+        (dict(repeats=2.5), "repeats is 2.5"),
+        (dict(device="abacus"), "device 'abacus' is not known"),
+        (dict(fn=3), "fn is 3; expected a function"),
+    ],
+)
 def test_measure_refuses_in_a_sentence(options, words):
     with pytest.raises((TypeError, ValueError), match=words):
         measure(**dict(fn=lambda: None) | options)
@@ -236,7 +301,9 @@ def test_an_average_of_half_floats_takes_small_steps(dtype):
     for _ in range(5000):
         ema.update(model)
     want = model.weight.item() + 0.999**5000 * (1 - model.weight.item())
-    assert ema.model.weight.dtype == torch.float32 and ema.model.weight.item() == pytest.approx(want, abs=1e-5)
+    assert ema.model.weight.dtype == torch.float32 and ema.model.weight.item() == pytest.approx(
+        want, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -249,17 +316,35 @@ def test_an_average_is_the_formula_with_buffers_copied_and_ties_kept(dtype):
     model.norm.num_batches_tracked.fill_(7)
     ema.update(model)
     want = 0.75 * start.double() + 0.25 * model.words.weight.double()
-    assert torch.allclose(ema.model.words.weight.double(), want, rtol=1e-6, atol=1e-6)  # once, though it has two names
-    assert ema.model.out.weight is ema.model.words.weight and not any(p.requires_grad for p in ema.model.parameters())
-    assert ema.model.norm.running_mean.tolist() == [3] * 4 and ema.model.norm.num_batches_tracked == 7
-    assert all(t.dtype == torch.promote_types(dtype, torch.float32) for t in ema.model.state_dict().values() if t.is_floating_point())
-    assert model.words.weight.dtype == dtype and ema.model(torch.tensor([[1, 2]])[0]).isfinite().all()
+    assert torch.allclose(
+        ema.model.words.weight.double(), want, rtol=1e-6, atol=1e-6
+    )  # once, though it has two names
+    assert ema.model.out.weight is ema.model.words.weight and not any(
+        p.requires_grad for p in ema.model.parameters()
+    )
+    assert (
+        ema.model.norm.running_mean.tolist() == [3] * 4 and ema.model.norm.num_batches_tracked == 7
+    )
+    assert all(
+        t.dtype == torch.promote_types(dtype, torch.float32)
+        for t in ema.model.state_dict().values()
+        if t.is_floating_point()
+    )
+    assert (
+        model.words.weight.dtype == dtype and ema.model(torch.tensor([[1, 2]])[0]).isfinite().all()
+    )
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda: prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.5), lambda: torch.nn.utils.weight_norm(nn.Linear(4, 3)),
-    lambda: parametrizations.weight_norm(nn.Linear(4, 3)), lambda: parametrizations.spectral_norm(nn.Linear(4, 3)),
-    lambda: parametrizations.orthogonal(nn.Linear(4, 3))])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.5),
+        lambda: torch.nn.utils.weight_norm(nn.Linear(4, 3)),
+        lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
+        lambda: parametrizations.spectral_norm(nn.Linear(4, 3)),
+        lambda: parametrizations.orthogonal(nn.Linear(4, 3)),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_models_whose_weights_are_computed_are_copied_and_averaged(wrap):
     torch.manual_seed(0)
@@ -291,6 +376,7 @@ def test_an_average_follows_names_and_moves_nothing_for_another_model():
                 self.add_module(name, nn.Linear(2, 2, bias=False))
                 nn.init.constant_(getattr(self, name).weight, ord(name))
             self.register_buffer("seen", torch.zeros(2))
+
     ema = EMA(Two("ab"), 0.5)
     ema.update(Two("ba"))
     assert ema.model.a.weight[0, 0] == ord("a") and ema.model.b.weight[0, 0] == ord("b")
@@ -300,8 +386,13 @@ def test_an_average_follows_names_and_moves_nothing_for_another_model():
     loose = Tied()
     loose.out.weight = nn.Parameter(loose.out.weight.detach().clone())
     before = [{k: v.clone() for k, v in e.model.state_dict().items()} for e in (ema, lone)]
-    for average, model, words in [(ema, Two("ac"), "the first is 'b.weight'"), (ema, Two("a"), "'b"), (ema, wide, "b.weight has shape"),
-                                  (ema, moved(other, 1), r"seen has shape \(\); expected \(2,\)"), (lone, loose, "tied")]:
+    for average, model, words in [
+        (ema, Two("ac"), "the first is 'b.weight'"),
+        (ema, Two("a"), "'b"),
+        (ema, wide, "b.weight has shape"),
+        (ema, moved(other, 1), r"seen has shape \(\); expected \(2,\)"),
+        (lone, loose, "tied"),
+    ]:
         with pytest.raises(ValueError, match=words):
             average.update(model)
     for state, average in zip(before, (ema, lone)):
@@ -324,13 +415,19 @@ class Stops(nn.Module):
 def test_counting_leaves_each_mode_as_it_was(last):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2).eval(), nn.Dropout(), last).train()
     model[1].eval()
-    modes, mean, x = [m.training for m in model.modules()], model[1].running_mean.clone(), torch.ones(1, 1, 5, 5)
+    modes, mean, x = (
+        [m.training for m in model.modules()],
+        model[1].running_mean.clone(),
+        torch.ones(1, 1, 5, 5),
+    )
     with suppress(KeyboardInterrupt):
         count_macs(model, x)
     with suppress(KeyboardInterrupt), evaluating(model):
         assert not any(m.training for m in model.modules()) and not torch.is_grad_enabled()
         model(x)
-    assert [m.training for m in model.modules()] == modes and torch.equal(mean, model[1].running_mean)
+    assert [m.training for m in model.modules()] == modes and torch.equal(
+        mean, model[1].running_mean
+    )
     assert torch.is_grad_enabled()
     with pytest.raises(TypeError, match="got no input; expected"):
         count_macs(model)
@@ -340,8 +437,14 @@ def test_counts_are_those_made_by_hand():
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.randn(2, 5, 8)
     assert count_macs(attention, x, x, x) == 2 * (5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8)
-    block, mixing = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2 * (5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8)
-    assert count_macs(block, x) == mixing + 2 * 2 * 5 * 8 * 16 and torch.backends.mha.get_fastpath_enabled()
+    block, mixing = (
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        2 * (5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8),
+    )
+    assert (
+        count_macs(block, x) == mixing + 2 * 2 * 5 * 8 * 16
+        and torch.backends.mha.get_fastpath_enabled()
+    )
     with pytest.raises(ValueError, match="LSTM, whose products PyTorch does not count"):
         count_macs(nn.Sequential(nn.LSTM(8, 8)), x)
     model = nn.Linear(4, 3)
@@ -359,7 +462,11 @@ def test_unfreeze_leaves_whole_numbers_alone():
     class Whole(nn.Module):
         def __init__(self):
             super().__init__()
-            self.n, self.w = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False), nn.Parameter(torch.ones(2))
+            self.n, self.w = (
+                nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False),
+                nn.Parameter(torch.ones(2)),
+            )
+
     model = unfreeze(freeze(Whole()))
     assert model.w.requires_grad and not model.n.requires_grad
 
@@ -370,6 +477,7 @@ def test_unfreeze_leaves_whole_numbers_alone():
 @pytest.mark.parametrize("seed", [3, np.int64(3), np.uint8(3), torch.tensor(3), 2**32 - 1])
 def test_one_seed_seeds_all_three(seed):
     import random
+
     draws = []
     for _ in range(2):
         given = seed_everything(seed)
@@ -394,14 +502,25 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
     assert pick_device(torch.device("cpu")) == pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("FOUNDATION_DEVICE", "cpu")
     assert pick_device() == torch.device("cpu")
-    for name, words in [("cuda:2", "not available"), ("xpu", "not available"), ("abacus", "not known"), ("meta", "not available")]:
+    for name, words in [
+        ("cuda:2", "not available"),
+        ("xpu", "not available"),
+        ("abacus", "not known"),
+        ("meta", "not available"),
+    ]:
         for call in (pick_device, supports_bf16):
             with pytest.raises(ValueError, match=words):
                 call(name)
 
 
 def test_bf16_is_a_matter_of_the_processors_flags(monkeypatch):
-    for flags, want in [({"avx2"}, False), ({"avx512_bf16"}, True), ({"amx_bf16"}, True), ({"bf16"}, True), (set(), False)]:
+    for flags, want in [
+        ({"avx2"}, False),
+        ({"avx512_bf16"}, True),
+        ({"amx_bf16"}, True),
+        ({"bf16"}, True),
+        (set(), False),
+    ]:
         monkeypatch.setattr(basics, "cpu_flags", lambda: flags)
         assert supports_bf16("cpu") is want
 
@@ -415,7 +534,11 @@ def test_letters_without_a_meaning_are_named():
 def test_inputs_that_the_model_does_not_take_are_named():
     model = nn.Linear(3, 2)
     assert count_macs(model, np.ones((2, 3), np.float32)) == 12
-    for bad, words in [(None, "got None"), ([1], "got a list"), (torch.ones(2, 4), r"does not take a tensor of float32, shape \(2, 4\)")]:
+    for bad, words in [
+        (None, "got None"),
+        ([1], "got a list"),
+        (torch.ones(2, 4), r"does not take a tensor of float32, shape \(2, 4\)"),
+    ]:
         with pytest.raises((TypeError, ValueError), match=words) as caught:
             count_macs(model, bad)
         assert "\n" not in str(caught.value)

@@ -39,16 +39,28 @@ def seeded():
 
 @pytest.fixture
 def transformers():
-    return pytest.importorskip("transformers", reason="transformers is not installed (pip install -e '.[bench]')")
+    return pytest.importorskip(
+        "transformers", reason="transformers is not installed (pip install -e '.[bench]')"
+    )
 
 
 @pytest.fixture
 def lightly():
-    return pytest.importorskip("lightly", reason="lightly is not installed (pip install -e '.[bench]')")
+    return pytest.importorskip(
+        "lightly", reason="lightly is not installed (pip install -e '.[bench]')"
+    )
 
 
 def fake(ours=lambda: None, proof=(1.0, 1.0), peers=("theirs",), limit=2.0):
-    return Duel("calls/s", 10, ours, {name: lambda: None for name in peers}, dict(loss=proof), limit, "a note")
+    return Duel(
+        "calls/s",
+        10,
+        ours,
+        {name: lambda: None for name in peers},
+        dict(loss=proof),
+        limit,
+        "a note",
+    )
 
 
 # Equal weights, equal numbers -----------------------------------------------------------------------------------------
@@ -72,7 +84,9 @@ def test_a_weight_that_differs_is_noticed(transformers):
 
 
 def test_simclr_gives_lightlys_loss_and_takes_steps(lightly):
-    duel = simclr(widths=(16, 32), batch_size=8, steps=2, workers=1)  # fewer channels than 8 can hang oneDNN 3.12 on AVX2
+    duel = simclr(
+        widths=(16, 32), batch_size=8, steps=2, workers=1
+    )  # fewer channels than 8 can hang oneDNN 3.12 on AVX2
     assert duel.same_result() and duel.items == 16 and duel.limit == 3.0
     for _ in range(2):  # two passes of the loader
         assert len(duel.ours()) == 2
@@ -81,34 +95,50 @@ def test_simclr_gives_lightlys_loss_and_takes_steps(lightly):
 
 
 def test_mae_is_equal_once_the_class_token_is_out_of_sight(transformers):
-    ours, objective, images = MaskedAutoencoder(ViT(dim=16, depth=2)), masked_patches(0.75), torch.randn(3, 1, 28, 28)
+    ours, objective, images = (
+        MaskedAutoencoder(ViT(dim=16, depth=2)),
+        masked_patches(0.75),
+        torch.randn(3, 1, 28, 28),
+    )
     theirs = their_mae(ours)
     proof = equal_losses(ours, objective, theirs, images)
     assert all(math.isclose(*pair, rel_tol=1e-4) for pair in proof.values())
     torch.manual_seed(0)
-    assert not math.isclose(proof["loss"][0], their_loss(theirs, images).item(), rel_tol=1e-4)  # with the token
+    assert not math.isclose(
+        proof["loss"][0], their_loss(theirs, images).item(), rel_tol=1e-4
+    )  # with the token
     torch.manual_seed(1)
-    assert not math.isclose(proof["loss"][0], objective(ours, images)[0].item(), rel_tol=1e-4)  # other patches
+    assert not math.isclose(
+        proof["loss"][0], objective(ours, images)[0].item(), rel_tol=1e-4
+    )  # other patches
 
 
 def test_mae_takes_steps(transformers):
     duel = mae(dim=16, depth=1, batch_size=4, steps=2)
     assert duel.same_result() and duel.items == 8 and duel.limit == 1.5
-    assert len(duel.ours()) == 2 and all(math.isfinite(loss) for loss in duel.peers["transformers"]())
+    assert len(duel.ours()) == 2 and all(
+        math.isfinite(loss) for loss in duel.peers["transformers"]()
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_quantising_gives_the_rulers_and_weights_of_torch_ao():
     pytest.importorskip("torchao", reason="torchao is not installed (pip install -e '.[bench]')")
     duel = quantize(images=8, widths=(4, 8))
-    assert duel.same_result() and set(duel.proof) == {"scales", "weights", "inputs"} and duel.items == 8
+    assert (
+        duel.same_result()
+        and set(duel.proof) == {"scales", "weights", "inputs"}
+        and duel.items == 8
+    )
     images = torch.rand(8, 1, 28, 28)
     right = duel.ours()(images)
     for name, way in duel.peers.items():
         assert (way()(images) - right).abs().max() < 0.1 * right.abs().max(), name
 
 
-@pytest.mark.parametrize("row, size", [(masked_text, SMALL), (mae, dict(dim=16, depth=1, batch_size=4, steps=1))])
+@pytest.mark.parametrize(
+    "row, size", [(masked_text, SMALL), (mae, dict(dim=16, depth=1, batch_size=4, steps=1))]
+)
 def test_half_precision_is_proved_in_full_and_has_no_limit(row, size, transformers):
     duel = row("bf16", **size)
     assert duel.same_result() and duel.limit is None
@@ -117,9 +147,15 @@ def test_half_precision_is_proved_in_full_and_has_no_limit(row, size, transforme
 
 
 def test_nets_cut_by_us_and_by_torch_pruning_are_the_same():
-    pytest.importorskip("torch_pruning", reason="torch-pruning is not installed (pip install -e '.[bench]')")
+    pytest.importorskip(
+        "torch_pruning", reason="torch-pruning is not installed (pip install -e '.[bench]')"
+    )
     duel = prune(widths=(4, 8, 8), calls=2)
-    assert duel.same_result() and duel.items == 2 and set(duel.proof) == {"outputs", "first", "parameters"}
+    assert (
+        duel.same_result()
+        and duel.items == 2
+        and set(duel.proof) == {"outputs", "first", "parameters"}
+    )
     assert set(duel.peers) == {"torch-pruning", "uncut"}
     for way in (duel.ours, *duel.peers.values()):
         way()
@@ -128,15 +164,27 @@ def test_nets_cut_by_us_and_by_torch_pruning_are_the_same():
 @pytest.mark.filterwarnings("ignore")
 def test_a_student_learns_the_same_from_answers_computed_once():
     duel = student(images=16, widths=(4, 8), batch_size=8, passes=3)
-    assert duel.same_result() and duel.items == 48 and set(duel.peers) == {"PyTorch", "torch.ao int8 teacher"}
+    assert (
+        duel.same_result()
+        and duel.items == 48
+        and set(duel.peers) == {"PyTorch", "torch.ao int8 teacher"}
+    )
     for _ in range(2):
         ours, theirs = duel.ours(), duel.peers["PyTorch"]()
         assert len(ours) == 6
         assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-3, atol=1e-4)
     assert all(math.isfinite(loss) for loss in duel.peers["torch.ao int8 teacher"]())
-    x, teacher, pupil = torch.randn(4, 1, 28, 28), VGG(widths=(4, 8), depths=(1, 1)).eval(), ConvNet()
+    x, teacher, pupil = (
+        torch.randn(4, 1, 28, 28),
+        VGG(widths=(4, 8), depths=(1, 1)).eval(),
+        ConvNet(),
+    )
     proof = same_step(teacher, pupil, x)
-    assert not math.isclose(proof["loss"][0], _their_loss(VGG(widths=(4, 8), depths=(1, 1)).eval(), pupil, x).item(), rel_tol=1e-4)
+    assert not math.isclose(
+        proof["loss"][0],
+        _their_loss(VGG(widths=(4, 8), depths=(1, 1)).eval(), pupil, x).item(),
+        rel_tol=1e-4,
+    )
 
 
 def test_outcome_sees_the_gradient():
@@ -148,14 +196,24 @@ def test_outcome_sees_the_gradient():
 
 
 def test_the_ratio_is_the_median_of_the_rounds_over_the_best_peer(monkeypatch):
-    seconds = dict(ours=[1.0, 2.0, 1.0, 1.0], slow=[9.0] * 4, fast=[2.0, 8.0, 3.0, 1.0])  # fast over ours: 2, 4, 3, 1
-    monkeypatch.setattr(duels, "throughput", lambda ways, items, rounds, warmup: Throughput(items, seconds))
+    seconds = dict(
+        ours=[1.0, 2.0, 1.0, 1.0], slow=[9.0] * 4, fast=[2.0, 8.0, 3.0, 1.0]
+    )  # fast over ours: 2, 4, 3, 1
+    monkeypatch.setattr(
+        duels, "throughput", lambda ways, items, rounds, warmup: Throughput(items, seconds)
+    )
     row = measure("x", fake(peers=("slow", "fast")), rounds=4)
     assert (row["ours"], row["peers"], row["ratio"]) == (10.0, dict(slow=1.1, fast=4.0), 2.5)
-    assert row["spread"][0] < 2.5 < row["spread"][1] and row["limit"] == 2.0 and row["same_result"] is True
+    assert (
+        row["spread"][0] < 2.5 < row["spread"][1]
+        and row["limit"] == 2.0
+        and row["same_result"] is True
+    )
 
 
-@pytest.mark.parametrize("proof, same", [((2.0, 2.0001), True), ((2.0, 2.001), False), ((2.0, math.nan), False)])
+@pytest.mark.parametrize(
+    "proof, same", [((2.0, 2.0001), True), ((2.0, 2.001), False), ((2.0, math.nan), False)]
+)
 def test_results_are_the_same_to_four_digits(proof, same):
     assert fake(proof=proof).same_result() is same
 
@@ -172,9 +230,14 @@ def results(tmp_path, monkeypatch):
 def test_all_rows_are_printed_and_written(results, capsys):
     assert command.main(["--rounds", "2"]) == 0
     found = json.loads(results.read_text())
-    assert set(found) == {"machine", "rows"} and [row["name"] for row in found["rows"]] == ["one", "two"]
+    assert set(found) == {"machine", "rows"} and [row["name"] for row in found["rows"]] == [
+        "one",
+        "two",
+    ]
     assert all(set(row) >= KEYS for row in found["rows"])
-    assert {"processor", "cores", "threads", "torch", "transformers", "lightly"} <= set(found["machine"])
+    assert {"processor", "cores", "threads", "torch", "transformers", "lightly"} <= set(
+        found["machine"]
+    )
     assert len(re.findall(r"^(?:one|two) .*calls/s.*yes$", capsys.readouterr().out, re.M)) == 2
 
 
@@ -186,6 +249,7 @@ def test_some_rows_are_printed_only(results, capsys):
 def test_an_interrupted_run_leaves_the_old_results(results, monkeypatch):
     def stop():
         raise KeyboardInterrupt
+
     results.write_text("old")
     monkeypatch.setitem(command.ROWS, "two", lambda: fake(ours=stop))
     assert "nothing was written" in command.main(["--rounds", "1"])
@@ -195,10 +259,15 @@ def test_an_interrupted_run_leaves_the_old_results(results, monkeypatch):
 def test_different_results_are_an_error(results, monkeypatch, capsys):
     monkeypatch.setitem(command.ROWS, "two", lambda: fake(proof=(1.0, 2.0)))
     assert re.search("Not the same result.*two$", command.main(["--rounds", "1"]))
-    assert "NO" in capsys.readouterr().out and json.loads(results.read_text())["rows"][1]["same_result"] is False
+    assert (
+        "NO" in capsys.readouterr().out
+        and json.loads(results.read_text())["rows"][1]["same_result"] is False
+    )
 
 
-@pytest.mark.parametrize("name, row", [("transformers", masked_text), ("lightly.loss", simclr), ("transformers", mae)])
+@pytest.mark.parametrize(
+    "name, row", [("transformers", masked_text), ("lightly.loss", simclr), ("transformers", mae)]
+)
 def test_a_missing_peer_is_one_sentence(name, row, results, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPeer, match=re.escape("pip install -e '.[bench]'")):

@@ -1,4 +1,5 @@
 "The console command as it is typed: real processes, exit codes, one sentence when something is wrong."
+
 import json
 import os
 import re
@@ -16,8 +17,18 @@ from foundation.core.sources import SOURCES
 
 def typed(*arguments, **variables):
     "What `foundation …` says in a process of its own."
-    return subprocess.run([sys.executable, "-c", "import sys; from foundation.command import main; sys.exit(main())", *arguments],
-                          env={**os.environ, **variables}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from foundation.command import main; sys.exit(main())",
+            *arguments,
+        ],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def one_sentence(text):
@@ -29,26 +40,43 @@ def test_version_is_quick_and_imports_no_torch():
     done = typed("--version")
     after = os.times()  # processor time: a busy machine is not the command's fault
     assert done.stdout == f"foundation {command.__version__}\n" and done.returncode == 0
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
+    assert (
+        after.children_user + after.children_system - before.children_user - before.children_system
+        < 0.5
+    )
     code = "import sys; from foundation.command import main; main(['--version']); print([m for m in ('torch', 'numpy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("[]\n")
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    ).stdout.endswith("[]\n")
 
 
 def test_the_entry_point_is_main():
     from importlib.metadata import entry_points
+
     (entry,) = [e for e in entry_points(group="console_scripts") if e.name == "foundation"]
     assert entry.value == "foundation.command:main"
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("data",), ("data", "--help"), ("tour", "--help"), ("doctor", "--help")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--help",), ("data",), ("data", "--help"), ("tour", "--help"), ("doctor", "--help")],
+)
 def test_help_is_help(arguments, capsys):
     assert main(list(arguments)) == 0
     assert "usage: foundation" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, word", [
-    (["tours"], "tours"), (["--nonsense"], "--nonsense"), (["data", "fetch"], "NAME"), (["data", "fetch", "mnist"], "fashion_mnist"),
-    (["tour", "--out"], "--out"), (["doctor", "--jsno"], "--jsno")])
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["tours"], "tours"),
+        (["--nonsense"], "--nonsense"),
+        (["data", "fetch"], "NAME"),
+        (["data", "fetch", "mnist"], "fashion_mnist"),
+        (["tour", "--out"], "--out"),
+        (["doctor", "--jsno"], "--jsno"),
+    ],
+)
 def test_misunderstood_is_one_sentence_and_2(arguments, word, capsys):
     assert main(arguments) == 2
     told = capsys.readouterr()
@@ -60,29 +88,51 @@ def test_data_list_and_fetch(tmp_path):
     listed = typed("data", "list", **place)
     assert listed.returncode == 0 and listed.stdout.count("not fetched yet") == len(SOURCES)
     fetched = typed("data", "fetch", "digits", "digits", **place)
-    assert fetched.returncode == 0 and fetched.stdout.count("digits is ready") == 1 and not fetched.stderr
+    assert (
+        fetched.returncode == 0
+        and fetched.stdout.count("digits is ready") == 1
+        and not fetched.stderr
+    )
     assert typed("data", "list", **place).stdout.count(" ready ") == 1
 
 
 def test_one_set_that_fails_keeps_no_other_back(tmp_path):
-    done = typed("data", "fetch", "reviews", "digits", FOUNDATION_DATA=str(tmp_path), FOUNDATION_OFFLINE="1")
+    done = typed(
+        "data", "fetch", "reviews", "digits", FOUNDATION_DATA=str(tmp_path), FOUNDATION_OFFLINE="1"
+    )
     assert done.returncode == 1 and "digits is ready" in done.stdout
-    assert "By hand" in done.stderr and "FOUNDATION_OFFLINE" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "By hand" in done.stderr
+        and "FOUNDATION_OFFLINE" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_unwritable_data_folder_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     done = typed("data", "fetch", "digits", FOUNDATION_DATA=str(tmp_path / "file" / "data"))
-    assert done.returncode == 1 and one_sentence(done.stderr) and "Nothing can be written" in done.stderr
+    assert (
+        done.returncode == 1
+        and one_sentence(done.stderr)
+        and "Nothing can be written" in done.stderr
+    )
 
 
-@pytest.mark.parametrize("error, code, words", [
-    (KeyboardInterrupt(), 130, "Stopped."), (ValueError("the set is empty; give it a picture"), 1, "the set is empty"),
-    (OSError(28, "No space left on device"), 1, "No space left"), (RuntimeError("a\n  b"), 1, "RuntimeError: a b"),
-    (ModuleNotFoundError("No module named 'foundation.tour'"), 1, "foundation.tour"), (MemoryError(), 1, "MemoryError")])
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (KeyboardInterrupt(), 130, "Stopped."),
+        (ValueError("the set is empty; give it a picture"), 1, "the set is empty"),
+        (OSError(28, "No space left on device"), 1, "No space left"),
+        (RuntimeError("a\n  b"), 1, "RuntimeError: a b"),
+        (ModuleNotFoundError("No module named 'foundation.tour'"), 1, "foundation.tour"),
+        (MemoryError(), 1, "MemoryError"),
+    ],
+)
 def test_every_ending_is_a_sentence(monkeypatch, capsys, error, code, words):
     def fail(*_):
         raise error
+
     monkeypatch.delenv("FOUNDATION_DEBUG", raising=False)
     monkeypatch.setattr(command, "tour", fail)
     assert main(["tour"]) == code
@@ -93,8 +143,14 @@ def test_every_ending_is_a_sentence(monkeypatch, capsys, error, code, words):
 def test_ctrl_c_says_what_is_kept(monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
-    for name, arguments, words in [("tour", ["tour"], "Nothing of this tour is kept"), ("fetch_data", ["data", "fetch", "digits"], "that were ready are kept"),
-                                   ("doctor", ["doctor"], "^Stopped.$"), ("list_data", ["data", "list"], "^Stopped.$"), ("_parser", [], "^Stopped.$")]:
+
+    for name, arguments, words in [
+        ("tour", ["tour"], "Nothing of this tour is kept"),
+        ("fetch_data", ["data", "fetch", "digits"], "that were ready are kept"),
+        ("doctor", ["doctor"], "^Stopped.$"),
+        ("list_data", ["data", "list"], "^Stopped.$"),
+        ("_parser", [], "^Stopped.$"),
+    ]:
         with monkeypatch.context() as patch:
             patch.setattr(command, name, stop)
             assert main(arguments) == 130
@@ -102,26 +158,44 @@ def test_ctrl_c_says_what_is_kept(monkeypatch, capsys):
 
 
 def test_without_a_home_and_a_temporary_folder_the_doctor_says_so():
-    code = ("import sys, pathlib, tempfile; from foundation.command import main\n"
-            "def nobody(*_): raise RuntimeError('Could not determine home directory.')\n"
-            "def none(): raise FileNotFoundError('No usable temporary directory found')\n"
-            "pathlib.Path.expanduser = pathlib.Path.home = nobody; tempfile.gettempdir = none\nsys.exit(main(sys.argv[1:]))")
-    variables = {k: v for k, v in os.environ.items() if k not in ("FOUNDATION_DATA", "XDG_CACHE_HOME", "HOME")}
-    for arguments, where in ((["doctor"], "stdout"), (["data", "list"], "stderr"), (["data", "fetch", "digits"], "stderr")):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], env=variables, capture_output=True, text=True)
+    code = (
+        "import sys, pathlib, tempfile; from foundation.command import main\n"
+        "def nobody(*_): raise RuntimeError('Could not determine home directory.')\n"
+        "def none(): raise FileNotFoundError('No usable temporary directory found')\n"
+        "pathlib.Path.expanduser = pathlib.Path.home = nobody; tempfile.gettempdir = none\nsys.exit(main(sys.argv[1:]))"
+    )
+    variables = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("FOUNDATION_DATA", "XDG_CACHE_HOME", "HOME")
+    }
+    for arguments, where in (
+        (["doctor"], "stdout"),
+        (["data", "list"], "stderr"),
+        (["data", "fetch", "digits"], "stderr"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=variables, capture_output=True, text=True
+        )
         told = getattr(done, where)
-        assert done.returncode == 1 and "neither a home folder nor one for temporary files" in told and "Traceback" not in done.stderr
+        assert (
+            done.returncode == 1
+            and "neither a home folder nor one for temporary files" in told
+            and "Traceback" not in done.stderr
+        )
         assert where == "stdout" or one_sentence(told)
 
 
 def test_a_set_that_fails_in_another_way_keeps_no_other_back(monkeypatch, capsys):
     from foundation.core import sources
+
     really = sources.fetch
 
     def fetch(name):
         if name == "reviews":
             raise PermissionError(13, "Permission denied")
         return really(name)
+
     monkeypatch.setattr(command, "fetch", fetch)
     assert command.fetch_data(["reviews", "digits"]) == 1
     told = capsys.readouterr()
@@ -131,12 +205,19 @@ def test_a_set_that_fails_in_another_way_keeps_no_other_back(monkeypatch, capsys
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not on this machine")
 def test_make_lab_tells_root_what_jupyter_wants():
     root = Path(command.__file__).parents[1]
-    for arguments, words in ([], "ARGS=--allow-root"), (["ARGS=--allow-root"], "jupyter lab nbs --allow-root"):
-        shown = subprocess.run(["make", "-n", "lab", *arguments], cwd=root, capture_output=True, text=True).stdout
+    for arguments, words in (
+        ([], "ARGS=--allow-root"),
+        (["ARGS=--allow-root"], "jupyter lab nbs --allow-root"),
+    ):
+        shown = subprocess.run(
+            ["make", "-n", "lab", *arguments], cwd=root, capture_output=True, text=True
+        ).stdout
         assert words in shown
-    recipe = shown[shown.index("if ["):shown.index("jupyter lab")].rsplit("fi", 1)[0] + "fi"
+    recipe = shown[shown.index("if [") : shown.index("jupyter lab")].rsplit("fi", 1)[0] + "fi"
     if hasattr(os, "getuid") and os.getuid() == 0:
-        told = subprocess.run(["sh", "-c", recipe.replace("--allow-root", "", 1)], capture_output=True, text=True)
+        told = subprocess.run(
+            ["sh", "-c", recipe.replace("--allow-root", "", 1)], capture_output=True, text=True
+        )
         assert told.returncode == 1 and one_sentence(told.stderr)
         assert subprocess.run(["sh", "-c", recipe], capture_output=True).returncode == 0
 
@@ -152,13 +233,18 @@ def test_tour_gets_its_options(monkeypatch):
     asked = []
     monkeypatch.setattr(command, "tour", lambda *args: asked.append(args) or 0)
     assert main(["tour"]) == main(["tour", "--short", "--out", "there"]) == 0
-    assert asked == [("runs/tour", None), ("there", True)]  # without --short the variable FOUNDATION_SHORT decides
+    assert asked == [
+        ("runs/tour", None),
+        ("there", True),
+    ]  # without --short the variable FOUNDATION_SHORT decides
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such pipes there")
 def test_a_closed_pipe_is_no_error():
-    line = f"{sys.executable} -c 'from foundation.command import main; raise SystemExit(main([\"data\", \"list\"]))' | true"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True)
+    line = f'{sys.executable} -c \'from foundation.command import main; raise SystemExit(main(["data", "list"]))\' | true'
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -169,12 +255,25 @@ def test_a_plain_terminal_is_no_error():
 
 # The doctor -------------------------------------------------------------------------------------------------------------
 
+
 def test_doctor_tells_machines():
     done = typed("doctor", "--json")
     told = json.loads(done.stdout)
     names = {f["name"] for f in told["findings"]}
-    assert {"python", "torch", "foundation", "device", "bf16", "threads", "memory", "disk", "data fashion_mnist", "jupyterlab",
-            "onnxruntime", "browser"} <= names
+    assert {
+        "python",
+        "torch",
+        "foundation",
+        "device",
+        "bf16",
+        "threads",
+        "memory",
+        "disk",
+        "data fashion_mnist",
+        "jupyterlab",
+        "onnxruntime",
+        "browser",
+    } <= names
     assert done.returncode == (0 if told["can_run_tour"] else 1) and not done.stderr
     assert told["can_run_tour"] == all(f["ok"] for f in told["findings"] if f["needed"])
     assert all(f["remedy"] for f in told["findings"] if not f["ok"])
@@ -188,7 +287,9 @@ def test_only_what_the_tour_needs_decides(capsys, needed, code, mark):
 
 
 def test_doctor_notices_a_missing_or_old_requirement(monkeypatch):
-    monkeypatch.setattr(command, "_requirements", lambda: ["torch>=99", "numpy", "no-such-package>=1"])
+    monkeypatch.setattr(
+        command, "_requirements", lambda: ["torch>=99", "numpy", "no-such-package>=1"]
+    )
     bad = {f.name: f for f in check_software() if not f.ok}
     assert set(bad) == {"torch", "no-such-package"} and all(f.needed for f in bad.values())
     assert bad["torch"].remedy == 'pip install "torch>=99"'
@@ -199,10 +300,14 @@ def test_doctor_notices_sick_weights(tmp_path):
     assert not none.ok and none.needed
     (tmp_path / "a.safetensors").write_bytes(b"cut off")
     (tmp_path / "b.safetensors").write_bytes(b"cut off")
-    (tmp_path / "b.json").write_text(json.dumps({"sha256": "0", "architecture": "ResNet", "config": {}}))
+    (tmp_path / "b.json").write_text(
+        json.dumps({"sha256": "0", "architecture": "ResNet", "config": {}})
+    )
     (tmp_path / "c.json").write_text("{half")
     found = list(check_weights(tmp_path))
-    assert [f.name for f in found] == ["weights a", "weights b", "weights c"] and not any(f.ok for f in found)
+    assert [f.name for f in found] == ["weights a", "weights b", "weights c"] and not any(
+        f.ok for f in found
+    )
 
 
 def test_doctor_lives_with_a_wrong_device_name():

@@ -1,4 +1,5 @@
 "Distillation: the gradient, the law of T², teachers that are left alone, hints, dropped layers, and the recipe stopped and resumed"
+
 import json
 from copy import deepcopy
 
@@ -11,8 +12,24 @@ from torch.testing import assert_close
 
 from foundation.compression import distillation
 from foundation.compression.distillation import (
-    RATES, Hinted, Stored, TextClassifier, answer_texts, distil, keep_layers, load_student, make_weights, match_answers, match_hints,
-    match_teacher, sentiment_task, tap, text_costs, train_text, usual_texts)
+    RATES,
+    Hinted,
+    Stored,
+    TextClassifier,
+    answer_texts,
+    distil,
+    keep_layers,
+    load_student,
+    make_weights,
+    match_answers,
+    match_hints,
+    match_teacher,
+    sentiment_task,
+    tap,
+    text_costs,
+    train_text,
+    usual_texts,
+)
 from foundation.core.basics import count_macs, count_parameters
 from foundation.core.sources import DataUnavailable, fetch
 from foundation.data.augment import Augment
@@ -20,7 +37,14 @@ from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
 from foundation.models.gpt import GPT
 from foundation.evaluation.scores import accuracy
-from foundation.models.pretrained import WEIGHTS, BadWeights, load_minilm, load_weights, read_card, save_weights
+from foundation.models.pretrained import (
+    WEIGHTS,
+    BadWeights,
+    load_minilm,
+    load_weights,
+    read_card,
+    save_weights,
+)
 from foundation.models.vit import ViT
 from foundation.objectives.divergence import distillation_loss
 from foundation.training.checkpoint import BadCheckpoint
@@ -35,6 +59,7 @@ def seeded():
 @pytest.fixture(scope="module")
 def tokenizer():
     from tokenizers import Tokenizer
+
     try:
         fetch("reviews")
     except DataUnavailable:
@@ -69,14 +94,26 @@ def softmax_by_loop(row, T):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 999), b=st.integers(1, 5), k=st.integers(2, 12), T=st.sampled_from([0.7, 1.0, 2.0, 4.0, 20.0]),
-       hard=st.sampled_from([0.0, 0.3, 0.9]))
+@given(
+    seed=st.integers(0, 999),
+    b=st.integers(1, 5),
+    k=st.integers(2, 12),
+    T=st.sampled_from([0.7, 1.0, 2.0, 4.0, 20.0]),
+    hard=st.sampled_from([0.0, 0.3, 0.9]),
+)
 def test_the_gradient_is_said_minus_true(seed, b, k, T, hard):
     rng = torch.Generator().manual_seed(seed)
-    z, v, y = 3 * torch.randn(b, k, generator=rng), 3 * torch.randn(b, k, generator=rng), torch.randint(k, (b,), generator=rng)
+    z, v, y = (
+        3 * torch.randn(b, k, generator=rng),
+        3 * torch.randn(b, k, generator=rng),
+        torch.randint(k, (b,), generator=rng),
+    )
     student = Given(z)
     match_answers(T, hard)(student, (None, v, y))[0].backward()
-    p, q, one = (torch.tensor([softmax_by_loop(row, heat) for row in rows]) for rows, heat in ((z, T), (v, T), (z, 1.0)))
+    p, q, one = (
+        torch.tensor([softmax_by_loop(row, heat) for row in rows])
+        for rows, heat in ((z, T), (v, T), (z, 1.0))
+    )
     want = ((1 - hard) * T * (p - q) + hard * (one - F.one_hot(y, k))) / b
     assert_close(student.logits.grad, want.float(), rtol=1e-3, atol=2e-6)
 
@@ -106,18 +143,29 @@ def test_hot_answers_become_logit_matching():
 
 
 def pair():
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4))
+    teacher = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(12, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(8, 4),
+    )
     return teacher, nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), torch.randn(16, 3, 4)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, torch.zeros(len(x), dtype=torch.long))])
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: (x, torch.zeros(len(x), dtype=torch.long))]
+)
 def test_the_teacher_is_left_alone(wrap):
     teacher, student, x = pair()
     objective, before = match_teacher(teacher.train()), deepcopy(teacher.state_dict())
     loss, extra = objective(student, wrap(x))
     loss.backward()
     assert not teacher.training and extra == {}
-    assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters()) and all(
+        p.grad is not None for p in student.parameters()
+    )
     assert all(torch.equal(a, b) for a, b in zip(before.values(), teacher.state_dict().values()))
     assert objective(student, wrap(x))[0] == loss
 
@@ -130,7 +178,11 @@ def sound(make):
     if not loss.requires_grad or objective(student, x)[0] != loss:
         return False
     loss.backward()
-    if any(p.grad is not None for p in teacher.parameters()) or objective(teacher, x)[0].abs() > 1e-6 or loss < 1e-3:
+    if (
+        any(p.grad is not None for p in teacher.parameters())
+        or objective(teacher, x)[0].abs() > 1e-6
+        or loss < 1e-3
+    ):
         return False
     grads = []
     for T in (8.0, 64.0):
@@ -150,7 +202,9 @@ def broken(kind):
             mine = said if kind == "both sides" else model(x)
             p, q = F.log_softmax(mine / T, 1), F.softmax(said / T, 1)
             return F.kl_div(p, q, reduction="batchmean") * (1 if kind == "no factor" else T**2), {}
+
         return objective
+
     return make
 
 
@@ -166,7 +220,10 @@ def test_answers_computed_once_are_the_same(hard):
     y = torch.randint(4, (16,))
     with torch.no_grad():
         said = teacher.eval()(x)
-    once, live = match_answers(3.0, hard)(student, (x, said, y)), match_teacher(teacher, 3.0, hard)(student, (x, y))
+    once, live = (
+        match_answers(3.0, hard)(student, (x, said, y)),
+        match_teacher(teacher, 3.0, hard)(student, (x, y)),
+    )
     assert_close(once[0], live[0])
     assert once[1].keys() == live[1].keys() == ({"soft"} if hard else set())
 
@@ -178,10 +235,19 @@ def test_half_precision_logits_give_a_loss_in_full():
     assert_close(loss, distillation_loss(z.float(), v.float(), 2.0))
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda t, s, x: match_teacher(t, hard=1), "hard is 1"), (lambda t, s, x: match_answers(hard=-0.1), "hard is -0.1"),
-    (lambda t, s, x: match_teacher(t, hard=0.5)(s, x), "no labels"), (lambda t, s, x: match_teacher(t, 0.0)(s, x), "temperature"),
-    (lambda t, s, x: match_teacher(t)(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), x), "same classes")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda t, s, x: match_teacher(t, hard=1), "hard is 1"),
+        (lambda t, s, x: match_answers(hard=-0.1), "hard is -0.1"),
+        (lambda t, s, x: match_teacher(t, hard=0.5)(s, x), "no labels"),
+        (lambda t, s, x: match_teacher(t, 0.0)(s, x), "temperature"),
+        (
+            lambda t, s, x: match_teacher(t)(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), x),
+            "same classes",
+        ),
+    ],
+)
 def test_soft_answers_refuse(call, words):
     with pytest.raises(ValueError, match=words):
         call(*pair())
@@ -194,7 +260,16 @@ def test_distil_learns_and_repeats():
     for _ in range(2):
         torch.manual_seed(3)
         student, seen = ConvNet(widths=(8, 8)), []
-        losses = distil(student, images, answers, augment, steps=30, lr=1e-2, batch_size=32, each=lambda step: seen.append(step.n))
+        losses = distil(
+            student,
+            images,
+            answers,
+            augment,
+            steps=30,
+            lr=1e-2,
+            batch_size=32,
+            each=lambda step: seen.append(step.n),
+        )
         runs.append(losses)
     assert torch.equal(*runs) and seen == list(range(30)) and losses[-5:].mean() < losses[:5].mean()
 
@@ -203,7 +278,11 @@ def test_distil_learns_and_repeats():
 
 
 def test_hints_are_mean_squares_and_only_the_student_learns():
-    teacher, student, x = ConvNet(widths=(6, 8)).train(), ConvNet(widths=(4, 5)), torch.randn(3, 1, 12, 12)
+    teacher, student, x = (
+        ConvNet(widths=(6, 8)).train(),
+        ConvNet(widths=(4, 5)),
+        torch.randn(3, 1, 12, 12),
+    )
     hinted = Hinted(student, "body.0", nn.Conv2d(4, 6, 1))
     before = deepcopy(teacher.state_dict())
     loss, _ = match_hints(teacher, "body.0")(hinted, (x, torch.zeros(3)))
@@ -232,7 +311,11 @@ def test_a_twin_has_nothing_to_learn_and_hooks_go_away():
 def test_hints_teach():
     teacher, x = ConvNet(widths=(6, 8)), torch.randn(64, 1, 12, 12)
     hinted = Hinted(ConvNet(widths=(4, 5)), "body.0", nn.Conv2d(4, 6, 1))
-    opt, objective, losses = torch.optim.Adam(hinted.parameters(), 1e-2), match_hints(teacher, "body.0"), []
+    opt, objective, losses = (
+        torch.optim.Adam(hinted.parameters(), 1e-2),
+        match_hints(teacher, "body.0"),
+        [],
+    )
     for _ in range(60):
         opt.zero_grad()
         loss, _ = objective(hinted, x)
@@ -251,9 +334,20 @@ class Twice(nn.Module):
         return self.layer(self.layer(x))
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: tap(ConvNet(), "body.7", torch.randn(1, 1, 28, 28)), "body.0"), (lambda: tap(Twice(), "layer", torch.randn(1, 4)), "2 times"),
-    (lambda: match_hints()(Hinted(nn.Sequential(nn.Linear(4, 4)), "0", nn.Linear(4, 1)), (torch.randn(2, 4), torch.randn(2, 8))), "same shape")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: tap(ConvNet(), "body.7", torch.randn(1, 1, 28, 28)), "body.0"),
+        (lambda: tap(Twice(), "layer", torch.randn(1, 4)), "2 times"),
+        (
+            lambda: match_hints()(
+                Hinted(nn.Sequential(nn.Linear(4, 4)), "0", nn.Linear(4, 1)),
+                (torch.randn(2, 4), torch.randn(2, 8)),
+            ),
+            "same shape",
+        ),
+    ],
+)
 def test_hints_refuse(call, words):
     with pytest.raises(ValueError, match=words):
         call()
@@ -261,9 +355,14 @@ def test_hints_refuse(call, words):
 
 # Dropped layers -------------------------------------------------------------------------------------------------------
 
-STACKS = {"bert": (lambda: encoder(), lambda: torch.randint(1, 4096, (2, 7))),
-          "gpt": (lambda: GPT(50, context=16, dim=16, depth=4, heads=2), lambda: torch.randint(50, (2, 7))),
-          "vit": (lambda: ViT(dim=16, depth=4, heads=2), lambda: torch.randn(2, 1, 28, 28))}
+STACKS = {
+    "bert": (lambda: encoder(), lambda: torch.randint(1, 4096, (2, 7))),
+    "gpt": (
+        lambda: GPT(50, context=16, dim=16, depth=4, heads=2),
+        lambda: torch.randint(50, (2, 7)),
+    ),
+    "vit": (lambda: ViT(dim=16, depth=4, heads=2), lambda: torch.randn(2, 1, 28, 28)),
+}
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -272,11 +371,18 @@ def test_dropping_none_is_the_identity_and_the_original_stays(name):
     before, want = deepcopy(model.state_dict()), model(x)
     assert torch.equal(keep_layers(model, range(4))(x), want)
     small = keep_layers(model, (0, 2))
-    assert not torch.equal(small(x), want) and len(small.blocks) == 2 and len(model.blocks) == 4 and model.config["depth"] == 4
+    assert (
+        not torch.equal(small(x), want)
+        and len(small.blocks) == 2
+        and len(model.blocks) == 4
+        and model.config["depth"] == 4
+    )
     small.blocks[1].requires_grad_(True)
     for p in small.parameters():
         p.data.zero_()
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "the copy shares nothing"
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), (
+        "the copy shares nothing"
+    )
 
 
 def test_what_is_kept_is_kept():
@@ -289,7 +395,9 @@ def test_what_is_kept_is_kept():
     x = torch.randint(1, 4096, (2, 7))
     assert torch.equal(rebuilt.eval()(x), small(x))
     around = keep_layers(TextClassifier(model), (1, 3))
-    assert len(around.encoder.blocks) == 2 and torch.equal(around.encoder.blocks[0].mlp[0].weight, model.blocks[1].mlp[0].weight)
+    assert len(around.encoder.blocks) == 2 and torch.equal(
+        around.encoder.blocks[0].mlp[0].weight, model.blocks[1].mlp[0].weight
+    )
 
 
 @pytest.mark.parametrize("layers", [(), (4,), (-1, 0), (1, 0), (0, 0), (0, 1, 2, 3, 4)])
@@ -342,10 +450,15 @@ def test_training_on_text_stopped_and_resumed_is_training_in_one_go(tmp_path):
     def stop(step):
         if step.n == 3:
             raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        train_text(parts, x, y, **plan, checkpoint=tmp_path / "run.safetensors", save_every=2, each=stop)
+        train_text(
+            parts, x, y, **plan, checkpoint=tmp_path / "run.safetensors", save_every=2, each=stop
+        )
     torch.manual_seed(9)
-    again = train_text(TextClassifier(source), x, y, **plan, checkpoint=tmp_path / "run.safetensors", save_every=2)
+    again = train_text(
+        TextClassifier(source), x, y, **plan, checkpoint=tmp_path / "run.safetensors", save_every=2
+    )
     assert_close(again.losses, run.losses)
 
 
@@ -353,7 +466,11 @@ def test_the_task_keeps_its_parts_apart(tokenizer):
     task = sentiment_task(tokenizer, pool=60, valid=20, test=30, longest=12)
     parts = [set(part.tolist()) for part in (task.pool, task.valid, task.test)]
     assert [len(p) for p in parts] == [60, 20, 30] and len(set.union(*parts)) == 110
-    assert task.tokens.shape == (110, 12) and task.labels.unique().tolist() == [0, 1] and tokenizer.padding is not None
+    assert (
+        task.tokens.shape == (110, 12)
+        and task.labels.unique().tolist() == [0, 1]
+        and tokenizer.padding is not None
+    )
     again = sentiment_task(tokenizer, pool=60, valid=20, test=30, longest=12)
     assert torch.equal(task.tokens, again.tokens)
     rows = {tuple(r.tolist()) for r in task.tokens[task.test]}
@@ -393,7 +510,10 @@ def test_costs_are_counted_and_compared():
     source = encoder(depth=6)
     whole = TextClassifier(source).eval()
     found = text_costs({"6": whole, "3": keep_layers(whole, (0, 1, 2))}, tokens(4), rounds=2)
-    assert found["6"]["one_speedup"] == found["6"]["batch_speedup"] == 1 and found["3"]["batch_speedup"] > 0
+    assert (
+        found["6"]["one_speedup"] == found["6"]["batch_speedup"] == 1
+        and found["3"]["batch_speedup"] > 0
+    )
     blocks = lambda m: sum(p.numel() for p in m.encoder.blocks.parameters())
     assert found["6"]["parameters"] - found["3"]["parameters"] == blocks(whole) / 2
     assert found["3"]["macs"] - 32 == (found["6"]["macs"] - 32) / 2  # the head has 16 × 2
@@ -728,8 +848,17 @@ def test_the_shipped_student_scores_what_its_card_says():
 
 # The recipe -----------------------------------------------------------------------------------------------------------
 
-TINY = dict(seeds=range(2), labels=40, steps=2, student_steps=3, layers=((0, 1, 2), (1, 2, 3)), pool=80, valid=20, test=40,
-            rates={arm: (1e-3, 3e-3) for arm in RATES})
+TINY = dict(
+    seeds=range(2),
+    labels=40,
+    steps=2,
+    student_steps=3,
+    layers=((0, 1, 2), (1, 2, 3)),
+    pool=80,
+    valid=20,
+    test=40,
+    rates={arm: (1e-3, 3e-3) for arm in RATES},
+)
 
 
 @pytest.fixture
@@ -757,10 +886,20 @@ def test_the_recipe_from_nothing_stopped_and_resumed(recipe, tmp_path, monkeypat
     assert len(calls) == 5 + 15 - 4  # fifteen scores, four of them known
     card = read_card("tiny", path.parent)
     assert set(card["metrics"]["accuracy"]) == {"6 layers", "no teacher", "distilled", "as cut"}
-    assert all(len(runs) == 2 and all(0 <= s <= 1 for s in runs) for runs in card["metrics"]["accuracy"].values())
-    assert set(card["tuning"]) == {"6 layers", "layers", "no teacher", "distilled"} and len(card["layers"]) == 3
-    assert {"data", "steps", "seconds", "hardware", "sha256", "rates"} <= set(card) and card["metrics"]["costs"]["3 layers"]
-    assert not (tmp_path / "runs" / "tiny").exists(), "what is shipped is trained anew the next time"
+    assert all(
+        len(runs) == 2 and all(0 <= s <= 1 for s in runs)
+        for runs in card["metrics"]["accuracy"].values()
+    )
+    assert (
+        set(card["tuning"]) == {"6 layers", "layers", "no teacher", "distilled"}
+        and len(card["layers"]) == 3
+    )
+    assert {"data", "steps", "seconds", "hardware", "sha256", "rates"} <= set(card) and card[
+        "metrics"
+    ]["costs"]["3 layers"]
+    assert not (tmp_path / "runs" / "tiny").exists(), (
+        "what is shipped is trained anew the next time"
+    )
 
 
 def stopped_at(count, monkeypatch, recipe):
@@ -798,6 +937,16 @@ def test_the_shipped_student_is_what_its_card_says():
     scores = {arm: torch.tensor(runs) for arm, runs in card["metrics"]["accuracy"].items()}
     assert len(card["layers"]) == 3 and all(len(runs) >= 3 for runs in scores.values())
     assert scores["6 layers"].mean() - scores["distilled"].mean() < 0.02
-    assert min(card["metrics"]["costs"]["3 layers"][f"{kind}_speedup"] for kind in ("one", "batch")) >= 1.6
+    assert (
+        min(card["metrics"]["costs"]["3 layers"][f"{kind}_speedup"] for kind in ("one", "batch"))
+        >= 1.6
+    )
     student = TextClassifier(BERT(30522, context=512, dim=384, depth=3, heads=12))
-    assert load_weights("minilm_sentiment", Stored(student)).model.encoder.blocks[2].mlp[0].weight.abs().max() > 0
+    assert (
+        load_weights("minilm_sentiment", Stored(student))
+        .model.encoder.blocks[2]
+        .mlp[0]
+        .weight.abs()
+        .max()
+        > 0
+    )

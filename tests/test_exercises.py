@@ -1,4 +1,5 @@
 """Every exercise of the course is whole, and the check behind it copes with whatever a learner hands in."""
+
 import ast
 import copy
 import json
@@ -18,14 +19,27 @@ import torch
 from torch import Tensor
 
 from foundation.core import exercises
-from foundation.core.exercises import CALLOUT, Exercise, list_exercises, progress, progress_file, require, require_close
+from foundation.core.exercises import (
+    CALLOUT,
+    Exercise,
+    list_exercises,
+    progress,
+    progress_file,
+    require,
+    require_close,
+)
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
-LESSONS = [p for p in sorted(NBS.rglob("*.ipynb")) if not any(part[0] in "._" for part in p.relative_to(NBS).parts)]
+LESSONS = [
+    p
+    for p in sorted(NBS.rglob("*.ipynb"))
+    if not any(part[0] in "._" for part in p.relative_to(NBS).parts)
+]
 
 
 # Each exercise in each notebook has all its parts ----------------------------------------------------------------------
+
 
 class Cell:
     "A cell's text, and what an author can say about it"
@@ -36,7 +50,9 @@ class Cell:
         self.folded = cell["metadata"].get("jupyter", {}).get("source_hidden", False)
         self.hidden = self.folded and bool(re.search(r"^#\| *hide\s*$", self.text, re.M))
         self.solution = self.folded and all(
-            re.search(p, self.text, re.M) for p in (r"^#\| *code-fold: *true\s*$", r'^#\| *code-summary: *"?Solution"?\s*$'))
+            re.search(p, self.text, re.M)
+            for p in (r"^#\| *code-fold: *true\s*$", r'^#\| *code-summary: *"?Solution"?\s*$')
+        )
         self.shown = json.dumps(cell.get("outputs", []))
         self.body = parsed(self.text) if self.is_code else []
 
@@ -52,14 +68,23 @@ def is_stub(node):
     "Something to fill in: `...`, `None`, or NotImplementedError somewhere in it"
     if isinstance(node, ast.Assign):
         return isinstance(node.value, ast.Constant) and node.value.value in (None, ...)
-    return any(isinstance(n, ast.Constant) and n.value is ... or isinstance(n, ast.Name) and n.id == "NotImplementedError"
-               for n in ast.walk(node))
+    return any(
+        isinstance(n, ast.Constant)
+        and n.value is ...
+        or isinstance(n, ast.Name)
+        and n.id == "NotImplementedError"
+        for n in ast.walk(node)
+    )
 
 
 def defined(node):
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return [node.name]
-    return [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
+    return (
+        [t.id for t in node.targets if isinstance(t, ast.Name)]
+        if isinstance(node, ast.Assign)
+        else []
+    )
 
 
 def calls(cells, owner, method):
@@ -76,8 +101,14 @@ def made(cells):
     words = ["lesson", "title", "check", "hints"]
     for i, cell in enumerate(cells):
         for node in cell.body:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "Exercise":
-                given = dict(zip(words, node.value.args)) | {k.arg: k.value for k in node.value.keywords}
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.value, ast.Call)
+                and ast.unparse(node.value.func) == "Exercise"
+            ):
+                given = dict(zip(words, node.value.args)) | {
+                    k.arg: k.value for k in node.value.keywords
+                }
                 yield i, defined(node)[0], given
 
 
@@ -88,8 +119,12 @@ def faults(nb, lesson):
     for i, cell in enumerate(cells):
         if not cell.is_code:
             callouts |= {m["title"]: i for m in CALLOUT.finditer(cell.text)}
-            if len(re.findall(r"^> \*\*Exercise:\*\*", cell.text, re.M)) != len(CALLOUT.findall(cell.text)):
-                found.append(f"cell {i}: a call-out is not '> **Exercise:** Title · easy|medium|hard · N minutes'")
+            if len(re.findall(r"^> \*\*Exercise:\*\*", cell.text, re.M)) != len(
+                CALLOUT.findall(cell.text)
+            ):
+                found.append(
+                    f"cell {i}: a call-out is not '> **Exercise:** Title · easy|medium|hard · N minutes'"
+                )
     titles = set()
     for i, name, given in made(cells):
         title = given["title"].value
@@ -98,7 +133,9 @@ def faults(nb, lesson):
         titles.add(title)
         missing = list(parts_missing(cells, i, name, given, lesson, callouts))
         found += [f"{title}: {what}" for what in missing]
-    return found + [f"{title}: no Exercise behind the call-out" for title in callouts.keys() - titles]
+    return found + [
+        f"{title}: no Exercise behind the call-out" for title in callouts.keys() - titles
+    ]
 
 
 def parts_missing(cells, i, name, given, lesson, callouts):
@@ -116,7 +153,7 @@ def parts_missing(cells, i, name, given, lesson, callouts):
     if len(checks) != 1:
         yield f"{len(checks)} cells that hold `{name}.check(...)` and nothing else, expected 1"
         return
-    (at, check), = checks
+    ((at, check),) = checks
     answer = ast.unparse(check.args[0])
     if not any(is_stub(node) for node in cells[at - 1].body if answer in defined(node)):
         yield f"no stub of `{answer}` right above its check"
@@ -130,7 +167,7 @@ def proof_missing(cells, name, answer):
     if len(proofs) != 1:
         yield f"{len(proofs)} proofs, expected 1"
         return
-    (at, proof), = proofs
+    ((at, proof),) = proofs
     given = {k.arg: k.value for k in proof.keywords}
     if not cells[at].hidden:
         yield "the proof is not hidden"
@@ -153,21 +190,32 @@ def own():
     return json.loads((NBS / "00_core/04_exercises.ipynb").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("old, new, complaint", [
-    ("· easy · 10 minutes", "· simple", "a call-out is not"),
-    ("**Exercise:** Mean of what is kept", "**Note:** Mean of what is kept", "no call-out with this title"),
-    ('exercise = Exercise("00_core/04_exercises"', 'exercise = Exercise("00_core/05_sources"', "lesson is"),
-    ("exercise = Exercise(", "Exercise(", "no Exercise behind the call-out"),
-    ("...  # your code", "return x.mean(-1)  # your code", "no stub"),
-    ("exercise.check(my_mean)", "x = 1\nexercise.check(my_mean)", "0 cells that hold"),
-    ("exercise.prove(", "exercise.prove_(", "0 proofs"),
-    ("stub=my_mean", "stub=None", "the proof's stub"),
-    ("#| code-fold: true", "", "has no folded cell"),
-    ("#| hide\nexercise.prove", "exercise.prove", "the proof is not hidden"),
-    ("#| hide\ndef check_mean", "def check_mean", "the check is not hidden"),
-    ("hints=[", 'hints=["one"] or [', "fewer than two hints"),
-    ("wrong=[", "wrong=[None] or [", "fewer than two wrong"),
-])
+@pytest.mark.parametrize(
+    "old, new, complaint",
+    [
+        ("· easy · 10 minutes", "· simple", "a call-out is not"),
+        (
+            "**Exercise:** Mean of what is kept",
+            "**Note:** Mean of what is kept",
+            "no call-out with this title",
+        ),
+        (
+            'exercise = Exercise("00_core/04_exercises"',
+            'exercise = Exercise("00_core/05_sources"',
+            "lesson is",
+        ),
+        ("exercise = Exercise(", "Exercise(", "no Exercise behind the call-out"),
+        ("...  # your code", "return x.mean(-1)  # your code", "no stub"),
+        ("exercise.check(my_mean)", "x = 1\nexercise.check(my_mean)", "0 cells that hold"),
+        ("exercise.prove(", "exercise.prove_(", "0 proofs"),
+        ("stub=my_mean", "stub=None", "the proof's stub"),
+        ("#| code-fold: true", "", "has no folded cell"),
+        ("#| hide\nexercise.prove", "exercise.prove", "the proof is not hidden"),
+        ("#| hide\ndef check_mean", "def check_mean", "the check is not hidden"),
+        ("hints=[", 'hints=["one"] or [', "fewer than two hints"),
+        ("wrong=[", "wrong=[None] or [", "fewer than two wrong"),
+    ],
+)
 def test_missing_parts_are_seen(old, new, complaint):
     nb = copy.deepcopy(own())
     assert any(old in "".join(c["source"]) for c in nb["cells"])
@@ -180,14 +228,21 @@ def test_missing_parts_are_seen(old, new, complaint):
 def test_every_exercise_is_listed():
     listed = list_exercises(NBS)
     names = [(e["lesson"], e["title"]) for e in listed]
-    assert ("00_core/04_exercises", "Mean of what is kept") in names and len(set(names)) == len(names)
+    assert ("00_core/04_exercises", "Mean of what is kept") in names and len(set(names)) == len(
+        names
+    )
     for path in LESSONS:
         cells = [Cell(c) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
         lesson = path.relative_to(NBS).with_suffix("").as_posix()
-        assert all((lesson, given["title"].value) in names for _, _, given in made(cells) if given["lesson"].value != "demo")
+        assert all(
+            (lesson, given["title"].value) in names
+            for _, _, given in made(cells)
+            if given["lesson"].value != "demo"
+        )
 
 
 # What a learner may hand in --------------------------------------------------------------------------------------------
+
 
 def check_double(double):
     x = torch.arange(4.0)
@@ -206,7 +261,13 @@ def learner(tmp_path, monkeypatch):
 
 
 def exercise(**options):
-    return Exercise("00_core/demo", "Double", check_double, ["one", "two", "three"], **dict(returns=Tensor, seconds=0.5) | options)
+    return Exercise(
+        "00_core/demo",
+        "Double",
+        check_double,
+        ["one", "two", "three"],
+        **dict(returns=Tensor, seconds=0.5) | options,
+    )
 
 
 def in_place(x):
@@ -241,47 +302,59 @@ def loud(x):
     return 2 * x
 
 
-@pytest.mark.parametrize("answer, state, words", [
-    (lambda x: 2 * x, "solved", "✓ 0, 1, 2, 3 become 0, 2, 4, 6"),
-    (lambda x: x * x, "refused", "expected  [0., 2., 4., 6.]"),
-    (lambda x: x, "refused", "got       [0., 1., 2., 3.]"),
-    (lambda x: 2 * x[None], "refused", "Got the shape `(1, 4)`, expected `(4,)`"),
-    (lambda x: x / 0, "refused", "nan"),
-    (lambda x: [2 * v for v in x], "refused", "gives back a Tensor\n\nIt gave back a list"),
-    (lambda x: 2 * x.numpy(), "refused", "an ndarray"),
-    (in_place, "refused", "leaves its inputs as they are"),
-    (None, "unfinished", "still to be filled in"),
-    (..., "unfinished", "still to be filled in"),
-    (lambda x: None, "unfinished", "gives nothing back"),
-    (todo, "unfinished", "`todo` still raises"),
-    (TodoToo(), "unfinished", "`__call__` still raises"),
-    (typo, "broken", "return twize  # noqa: F821\nNameError: name 'twize' is not defined"),
-    (lambda x: x.frobnicate(), "broken", "no attribute 'frobnicate'"),
-    (lambda x: sys.exit(3), "broken", "SystemExit: 3"),
-    (lambda: 1, "broken", "takes 0 positional arguments"),
-    (7, "broken", "an int"),
-    (torch.ones(3), "broken", "a Tensor"),
-    (endless, "broken", "Still running after 0.5 seconds"),
-    (loud, "solved", "line 1\nline 2\n"),
-])
+@pytest.mark.parametrize(
+    "answer, state, words",
+    [
+        (lambda x: 2 * x, "solved", "✓ 0, 1, 2, 3 become 0, 2, 4, 6"),
+        (lambda x: x * x, "refused", "expected  [0., 2., 4., 6.]"),
+        (lambda x: x, "refused", "got       [0., 1., 2., 3.]"),
+        (lambda x: 2 * x[None], "refused", "Got the shape `(1, 4)`, expected `(4,)`"),
+        (lambda x: x / 0, "refused", "nan"),
+        (lambda x: [2 * v for v in x], "refused", "gives back a Tensor\n\nIt gave back a list"),
+        (lambda x: 2 * x.numpy(), "refused", "an ndarray"),
+        (in_place, "refused", "leaves its inputs as they are"),
+        (None, "unfinished", "still to be filled in"),
+        (..., "unfinished", "still to be filled in"),
+        (lambda x: None, "unfinished", "gives nothing back"),
+        (todo, "unfinished", "`todo` still raises"),
+        (TodoToo(), "unfinished", "`__call__` still raises"),
+        (typo, "broken", "return twize  # noqa: F821\nNameError: name 'twize' is not defined"),
+        (lambda x: x.frobnicate(), "broken", "no attribute 'frobnicate'"),
+        (lambda x: sys.exit(3), "broken", "SystemExit: 3"),
+        (lambda: 1, "broken", "takes 0 positional arguments"),
+        (7, "broken", "an int"),
+        (torch.ones(3), "broken", "a Tensor"),
+        (endless, "broken", "Still running after 0.5 seconds"),
+        (loud, "solved", "line 1\nline 2\n"),
+    ],
+)
 def test_answers(learner, answer, state, words):
     verdict = exercise().check(answer)
     assert (verdict.state, bool(verdict)) == (state, state == "solved")
     assert words in repr(verdict) and len(repr(verdict)) < 2000
     assert "Traceback" not in repr(verdict) and "site-packages" not in repr(verdict)
-    assert verdict._repr_markdown_().count("<details>") == verdict._repr_markdown_().count("</details>") == (0 if verdict else 3)
+    assert (
+        verdict._repr_markdown_().count("<details>")
+        == verdict._repr_markdown_().count("</details>")
+        == (0 if verdict else 3)
+    )
 
 
 def test_claims_before_the_failing_one_are_shown(learner):
     verdict = exercise().check(lambda x: 2 * x.abs())
-    assert verdict.held == ["0, 1, 2, 3 become 0, 2, 4, 6"] and "✗ half of the result is the input" in repr(verdict)
+    assert verdict.held == [
+        "0, 1, 2, 3 become 0, 2, 4, 6"
+    ] and "✗ half of the result is the input" in repr(verdict)
 
 
 def test_long_tensors_show_one_place(learner):
     def check(answer):
         require_close(answer, torch.zeros(100), "all zero")
+
     bumped = torch.zeros(100).index_fill(0, torch.tensor([41]), 3.0)
-    assert "1 of 100 values differ, the first at [41]\ngot       3\nexpected  0" in repr(Exercise("a/b", "c", check, ["", ""]).check(bumped))
+    assert "1 of 100 values differ, the first at [41]\ngot       3\nexpected  0" in repr(
+        Exercise("a/b", "c", check, ["", ""]).check(bumped)
+    )
 
 
 def test_in_place_exercises(learner):
@@ -289,7 +362,10 @@ def test_in_place_exercises(learner):
         x = torch.ones(2)
         double(x)
         require_close(x, 2 * torch.ones(2), "x is doubled in place")
-    assert Exercise("a/b", "c", check, ["", ""], returns=None).check(lambda x: x.mul_(2) and None if False else x.mul_(2))
+
+    assert Exercise("a/b", "c", check, ["", ""], returns=None).check(
+        lambda x: x.mul_(2) and None if False else x.mul_(2)
+    )
 
 
 def test_a_try_leaves_no_trace(learner):
@@ -306,12 +382,17 @@ def test_a_try_leaves_no_trace(learner):
 
 def test_every_try_meets_the_same_random_numbers_whatever_came_before(learner):
     import random
+
     seen = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        exercise().check(lambda x: seen.append((torch.rand(1).item(), np.random.rand(), random.random())) or 2 * x)
+        exercise().check(
+            lambda x: (
+                seen.append((torch.rand(1).item(), np.random.rand(), random.random())) or 2 * x
+            )
+        )
     assert seen[:2] == seen[2:] and seen[0] != seen[1]
 
 
@@ -322,17 +403,20 @@ def test_bad_exercises_are_named():
         Exercise("a/b", "c", check_double, "a sentence")
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(solution=lambda x: x), "the solution came out as refused"),
-    (dict(solution=typo), "the solution came out as broken"),
-    (dict(stub=lambda x: 2 * x), "the stub came out as solved"),
-    (dict(stub=typo), "the stub came out as broken"),
-    (dict(wrong=[lambda x: x]), "1 wrong answers"),
-    (dict(wrong=[lambda x: x, lambda x: x + x]), "wrong answer 2 came out as solved"),
-    (dict(wrong=[lambda x: x, typo]), "wrong answer 2 came out as broken"),
-    (dict(wrong=[lambda x: x, None]), "wrong answer 2 came out as unfinished"),
-    (dict(wrong=[endless, lambda x: x]), "wrong answer 1 came out as broken"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(solution=lambda x: x), "the solution came out as refused"),
+        (dict(solution=typo), "the solution came out as broken"),
+        (dict(stub=lambda x: 2 * x), "the stub came out as solved"),
+        (dict(stub=typo), "the stub came out as broken"),
+        (dict(wrong=[lambda x: x]), "1 wrong answers"),
+        (dict(wrong=[lambda x: x, lambda x: x + x]), "wrong answer 2 came out as solved"),
+        (dict(wrong=[lambda x: x, typo]), "wrong answer 2 came out as broken"),
+        (dict(wrong=[lambda x: x, None]), "wrong answer 2 came out as unfinished"),
+        (dict(wrong=[endless, lambda x: x]), "wrong answer 1 came out as broken"),
+    ],
+)
 def test_proofs_fail(learner, monkeypatch, change, words):
     monkeypatch.setenv("IN_TEST", "1")
     sound = dict(stub=todo, solution=lambda x: 2 * x, wrong=[lambda x: x, lambda x: x * x])
@@ -343,7 +427,9 @@ def test_proofs_fail(learner, monkeypatch, change, words):
 
 
 def test_a_solved_stub_does_not_stop_a_learner(learner):
-    exercise().prove(stub=lambda x: 2 * x, solution=lambda x: 2 * x, wrong=[lambda x: x, lambda x: x * x])
+    exercise().prove(
+        stub=lambda x: 2 * x, solution=lambda x: 2 * x, wrong=[lambda x: x, lambda x: x * x]
+    )
     assert not learner.exists()
 
 
@@ -361,6 +447,7 @@ def swallows(x):
 def swallows_in_calls(x):
     def step(y):
         return y + 0
+
     while True:
         try:
             step(x)
@@ -374,6 +461,7 @@ def swallows_deep(x):
             return y + 0
         except:  # noqa: E722
             return y
+
     while True:
         try:
             while True:
@@ -384,19 +472,31 @@ def swallows_deep(x):
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarm clock there")
 def test_an_answer_that_swallows_the_alarm_is_stopped():
-    code = ("import signal, sys; sys.path.insert(0, sys.argv[1]); import test_exercises as t\n"
-            "before = signal.getsignal(signal.SIGALRM)\n"
-            "for answer in (t.swallows, t.swallows_in_calls, t.swallows_deep, lambda x: 2 * x):\n"
-            "    print(repr(t.exercise(seconds=0.2).check(answer)).split('\\n')[-1], flush=True)\n"
-            "assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)")
-    job = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           text=True, cwd=ROOT, env=os.environ | {"FOUNDATION_STATIC": "1"})
+    code = (
+        "import signal, sys; sys.path.insert(0, sys.argv[1]); import test_exercises as t\n"
+        "before = signal.getsignal(signal.SIGALRM)\n"
+        "for answer in (t.swallows, t.swallows_in_calls, t.swallows_deep, lambda x: 2 * x):\n"
+        "    print(repr(t.exercise(seconds=0.2).check(answer)).split('\\n')[-1], flush=True)\n"
+        "assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)"
+    )
+    job = subprocess.Popen(
+        [sys.executable, "-c", code, str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"FOUNDATION_STATIC": "1"},
+    )
     try:  # in a process of its own, which can be killed if it hangs after all
         out, err = job.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         job.kill()
         pytest.fail(f"an answer was not stopped: {job.communicate()[0]}")
-    assert [line.startswith("Still running") for line in out.splitlines()] == [True, True, True, False] and not err and not job.returncode
+    assert (
+        [line.startswith("Still running") for line in out.splitlines()] == [True, True, True, False]
+        and not err
+        and not job.returncode
+    )
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarm clock there")
@@ -412,9 +512,13 @@ def test_somebody_elses_alarm_is_set_again(learner):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped there")
 def test_a_sleeping_process_that_holds_the_lock_is_not_waited_for(learner):
-    code = ("import sys, time; from pathlib import Path; from foundation.core.exercises import _alone\n"
-            "with _alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", code, str(learner)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    code = (
+        "import sys, time; from pathlib import Path; from foundation.core.exercises import _alone\n"
+        "with _alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(learner)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert holder.stdout.readline() == "held\n"
     holder.send_signal(signal.SIGSTOP)
     threading.Timer(10, holder.kill).start()  # or a check that waits would hang this test
@@ -441,6 +545,7 @@ def test_checks_in_threads_keep_their_claims_their_luck_and_their_prints_apart(l
         def answer():
             print(name)
             return torch.rand(()).item()
+
         return Exercise("a/b", name, check, ["", ""]).check(answer)
 
     names = ["one", "two", "three", "four"]
@@ -452,7 +557,9 @@ def test_checks_in_threads_keep_their_claims_their_luck_and_their_prints_apart(l
     for name, verdict in zip(names, verdicts):
         assert verdict and verdict.held == [f"{name} {i}" for i in range(20)]
         assert set(re.findall("one|two|three|four", verdict.notes[0])) == {name}
-    assert len({tuple(values) for values in drawn.values()}) == 1  # each had the same random numbers
+    assert (
+        len({tuple(values) for values in drawn.values()}) == 1
+    )  # each had the same random numbers
 
 
 def test_what_another_thread_prints_during_a_check_is_not_lost(learner, capsys):
@@ -462,11 +569,16 @@ def test_what_another_thread_prints_during_a_check_is_not_lost(learner, capsys):
         inside.wait(5)
         print("from outside")
         said.set()
+
     thread = threading.Thread(target=other)
     thread.start()
     verdict = exercise(seconds=5).check(lambda x: [inside.set(), said.wait(5), 2 * x][2])
     thread.join()
-    assert verdict and "from outside" in capsys.readouterr().out and "from outside" not in repr(verdict)
+    assert (
+        verdict
+        and "from outside" in capsys.readouterr().out
+        and "from outside" not in repr(verdict)
+    )
 
 
 def test_gradients_are_on_again_after_an_answer_that_turned_them_off(learner):
@@ -474,12 +586,18 @@ def test_gradients_are_on_again_after_an_answer_that_turned_them_off(learner):
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("printed", ["````", "```", "`" * 30, "````\n</div><script>x</script>", "~~~~~\n"])
+@pytest.mark.parametrize(
+    "printed", ["````", "```", "`" * 30, "````\n</div><script>x</script>", "~~~~~\n"]
+)
 def test_no_print_ends_the_fence_of_its_verdict(learner, printed):
     def answer(x):
         print(printed + "\n**bold** <b>html</b>")
         raise ValueError(printed)
-    for text in (repr(exercise().check(answer)), repr(exercise().check(lambda x: print(printed) or 2 * x))):
+
+    for text in (
+        repr(exercise().check(answer)),
+        repr(exercise().check(lambda x: print(printed) or 2 * x)),
+    ):
         opened = None
         for line in text.split("\n"):
             if opened is None and (start := re.match("(`{3,})text$", line)):
@@ -493,7 +611,10 @@ def test_no_print_ends_the_fence_of_its_verdict(learner, printed):
 
 def test_complex_answers_are_compared_with_their_imaginary_part():
     require_close(torch.tensor([1 + 2j]), torch.tensor([1 + 2j]), "equal")
-    for got, want in [(torch.tensor([1 + 2j]), torch.tensor([1 + 3j])), (torch.tensor([1 + 2j]), torch.tensor([1.0]))]:
+    for got, want in [
+        (torch.tensor([1 + 2j]), torch.tensor([1 + 3j])),
+        (torch.tensor([1 + 2j]), torch.tensor([1.0])),
+    ]:
         with pytest.raises(exercises.Refused):
             require_close(got, want, "equal")
     with pytest.raises(ValueError, match="rtol is -1"):
@@ -511,8 +632,19 @@ def test_copies_of_damaged_files_are_numbered_and_reading_moves_nothing(learner)
     assert [learner.with_name(name).read_bytes() for name in copies] == contents
 
 
-@pytest.mark.parametrize("entry", [{"tries": True, "solved": None}, {"tries": -1, "solved": None}, {"tries": 1, "solved": "<b>"},
-                                   {"tries": 1}, {"tries": 1.5, "solved": None}, {"tries": 1, "solved": 20240101}, [1, 2], None])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"tries": True, "solved": None},
+        {"tries": -1, "solved": None},
+        {"tries": 1, "solved": "<b>"},
+        {"tries": 1},
+        {"tries": 1.5, "solved": None},
+        {"tries": 1, "solved": 20240101},
+        [1, 2],
+        None,
+    ],
+)
 def test_entries_that_this_module_does_not_write_are_damage(learner, entry):
     learner.write_text(json.dumps({"a/b#c": entry}))
     assert "is damaged" in progress().note and "damaged" in repr(exercise().check(lambda x: 2 * x))
@@ -525,15 +657,23 @@ def test_without_a_home_the_verdict_stands_and_a_sentence_is_added(monkeypatch, 
         if str(self).startswith("~"):
             raise RuntimeError("Could not determine home directory.")
         return self
+
     monkeypatch.setattr(exercises.Path, "expanduser", nobody)
     monkeypatch.setattr(exercises, "_told", set())
     for name in ("FOUNDATION_STATIC", "IN_TEST", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FOUNDATION_PROGRESS", chosen)
-    with pytest.raises(FileNotFoundError, match="no home folder for .*; set FOUNDATION_PROGRESS to a file"):
+    with pytest.raises(
+        FileNotFoundError, match="no home folder for .*; set FOUNDATION_PROGRESS to a file"
+    ):
         progress_file()
     first, second = (exercise().check(lambda x: 2 * x) for _ in range(2))
-    assert first and second and "not kept: there is no home folder" in repr(first) and "home" not in repr(second)
+    assert (
+        first
+        and second
+        and "not kept: there is no home folder" in repr(first)
+        and "home" not in repr(second)
+    )
     assert "No progress is kept: there is no home folder" in progress().note
 
 
@@ -543,20 +683,26 @@ def test_progress_in_a_deleted_folder(learner, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     table = progress("00_core/04_exercises")
-    assert "Mean of what is kept" in repr(table) and table.rows[0]["link"].endswith("00_core/04_exercises.ipynb")
+    assert "Mean of what is kept" in repr(table) and table.rows[0]["link"].endswith(
+        "00_core/04_exercises.ipynb"
+    )
 
 
 def test_another_kind_of_argument_is_a_sentence():
-    for call, words in [(lambda: Exercise(1, "b", check_double, ["", ""]), "lesson is 1; expected a string"),
-                        (lambda: Exercise("a", "b", 3, ["", ""]), "check is 3; expected a function"),
-                        (lambda: Exercise("a", "b", check_double, ["", ""], seconds=0), "seconds is 0"),
-                        (lambda: Exercise("a", "b", check_double, ["", ""], returns="float"), "returns is 'float'"),
-                        (lambda: progress(3), "lesson is 3"), (lambda: list_exercises(None), "folder is None")]:
+    for call, words in [
+        (lambda: Exercise(1, "b", check_double, ["", ""]), "lesson is 1; expected a string"),
+        (lambda: Exercise("a", "b", 3, ["", ""]), "check is 3; expected a function"),
+        (lambda: Exercise("a", "b", check_double, ["", ""], seconds=0), "seconds is 0"),
+        (lambda: Exercise("a", "b", check_double, ["", ""], returns="float"), "returns is 'float'"),
+        (lambda: progress(3), "lesson is 3"),
+        (lambda: list_exercises(None), "folder is None"),
+    ]:
         with pytest.raises((TypeError, ValueError), match=words):
             call()
 
 
 # The progress file -----------------------------------------------------------------------------------------------------
+
 
 def entry(path):
     return json.loads(path.read_text(encoding="utf-8")).get("00_core/demo#Double")
@@ -565,10 +711,24 @@ def entry(path):
 def test_tries_are_counted_and_a_solved_exercise_stays_solved(learner):
     for answer in (todo, lambda x: x, lambda x: 2 * x, lambda x: x):
         exercise().check(answer)
-    assert entry(learner)["tries"] == 2 and re.fullmatch(r"\d{4}-\d\d-\d\d", entry(learner)["solved"])
+    assert entry(learner)["tries"] == 2 and re.fullmatch(
+        r"\d{4}-\d\d-\d\d", entry(learner)["solved"]
+    )
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"3", b'{"a": 1}', b'{"a": {"tries": "x", "solved": null}}', b"\xff\xfe\x00", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'{"a": 1}',
+        b'{"a": {"tries": "x", "solved": null}}',
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+    ],
+)
 def test_a_damaged_file_is_moved_aside(learner, damage):
     learner.write_bytes(damage)
     verdict = exercise().check(lambda x: 2 * x)
@@ -591,16 +751,25 @@ def test_a_full_disk_keeps_the_old_entries(learner, monkeypatch):
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(exercises.json, "dump", full)
-    assert "No space left" in repr(exercise().check(lambda x: 2 * x)) and learner.read_bytes() == before
+    assert (
+        "No space left" in repr(exercise().check(lambda x: 2 * x))
+        and learner.read_bytes() == before
+    )
     assert {p.name for p in learner.parent.iterdir()} == {"progress.json", "progress.json.lock"}
 
 
 def test_two_notebooks_at_once_lose_nothing(learner):
     code = "from foundation.core.exercises import _remember\nfor i in range(10): assert not _remember('a', {0!r}, False), 'a note'"
-    both = [subprocess.Popen([sys.executable, "-c", code.format(f"t{k}")], cwd=ROOT) for k in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code.format(f"t{k}")], cwd=ROOT) for k in range(2)
+    ]
     assert [p.wait(60) for p in both] == [0, 0]
-    assert {k: e["tries"] for k, e in json.loads(learner.read_text()).items()} == {"a#t0": 10, "a#t1": 10}
+    assert {k: e["tries"] for k, e in json.loads(learner.read_text()).items()} == {
+        "a#t0": 10,
+        "a#t1": 10,
+    }
 
 
 def test_default_places(monkeypatch, tmp_path):
@@ -624,14 +793,19 @@ def test_table(learner, monkeypatch):
     monkeypatch.chdir(NBS)
     assert "](00_core/04_exercises.ipynb)" in repr(progress())
     monkeypatch.setenv("FOUNDATION_STATIC", "1")
-    assert not any(r["solved"] or r["tries"] for r in progress().rows) and not mine.check(lambda x: 2 * x).notes
+    assert (
+        not any(r["solved"] or r["tries"] for r in progress().rows)
+        and not mine.check(lambda x: 2 * x).notes
+    )
 
 
 def test_table_where_only_the_library_is_installed(learner, monkeypatch):
     monkeypatch.setattr(exercises, "_lessons_folder", lambda: None)
     assert repr(progress()).endswith("0 of 0 solved.")
     exercise().check(lambda x: 2 * x)
-    assert "| 00_core/demo | Double |  |  | ✓" in repr(progress()) and "1 of 1 solved." in repr(progress())
+    assert "| 00_core/demo | Double |  |  | ✓" in repr(progress()) and "1 of 1 solved." in repr(
+        progress()
+    )
 
 
 def test_damaged_notebooks_do_not_stop_the_table(tmp_path):
@@ -649,12 +823,24 @@ def test_require():
         require(good, "it holds")
 
 
-@pytest.mark.parametrize("got, expected, ok", [
-    (torch.ones(2), torch.ones(2, dtype=torch.int64), True), (1.0, 1, True), (torch.tensor(2.0), 2, True), (np.float32(2), 2.0, True),
-    (torch.ones(2, requires_grad=True), [1, 1], True), (torch.tensor(float("inf")), float("inf"), True),
-    (torch.ones(3, 1), torch.ones(3), False), ([1.0], torch.ones(1), False), (np.ones(1), torch.ones(1), False), ("1", 1, False),
-    (None, 0, False), (float("nan"), 0, False), (1.001, 1, False),
-])
+@pytest.mark.parametrize(
+    "got, expected, ok",
+    [
+        (torch.ones(2), torch.ones(2, dtype=torch.int64), True),
+        (1.0, 1, True),
+        (torch.tensor(2.0), 2, True),
+        (np.float32(2), 2.0, True),
+        (torch.ones(2, requires_grad=True), [1, 1], True),
+        (torch.tensor(float("inf")), float("inf"), True),
+        (torch.ones(3, 1), torch.ones(3), False),
+        ([1.0], torch.ones(1), False),
+        (np.ones(1), torch.ones(1), False),
+        ("1", 1, False),
+        (None, 0, False),
+        (float("nan"), 0, False),
+        (1.001, 1, False),
+    ],
+)
 def test_require_close(got, expected, ok):
     if ok:
         return require_close(got, expected, "agree")

@@ -356,7 +356,11 @@ def test_models_without_a_graph_are_told_in_one_sentence(tmp_path, make, words):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: BERT(50, 16, 16, 1, 2), lambda: GPT(50, 16, 16, 1, 2), lambda: nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 3))],
+    [
+        lambda: BERT(50, 16, 16, 1, 2),
+        lambda: GPT(50, 16, 16, 1, 2),
+        lambda: nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 3)),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_text_models_are_exported_and_take_tokens(tmp_path, make, dtype):

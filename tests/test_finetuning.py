@@ -1,4 +1,5 @@
 "Fine-tuning beyond what its lesson shows: modes, frozen layers, groups, early stopping, leaks, bad input."
+
 import copy
 import hashlib
 import io
@@ -24,9 +25,25 @@ from foundation.evaluation.probes import fine_tune
 from foundation.evaluation.scores import predict
 from foundation.finetuning import loop
 from foundation.finetuning.loop import (
-    ARMS, PHOTO_ARMS, Best, ImageDataset, check_classes, check_disjoint, evaluate, finetune,
-    frozen_norms, layer_groups, layers,
-    load_vgg, number_labels, read_image, replace_head, thaw, thawed, train_epoch)
+    ARMS,
+    PHOTO_ARMS,
+    Best,
+    ImageDataset,
+    check_classes,
+    check_disjoint,
+    evaluate,
+    finetune,
+    frozen_norms,
+    layer_groups,
+    layers,
+    load_vgg,
+    number_labels,
+    read_image,
+    replace_head,
+    thaw,
+    thawed,
+    train_epoch,
+)
 from foundation.models.bert import BERT
 from foundation.models.convnets import VGG, ConvNet, EfficientNetLite, ResNet
 from foundation.models.pretrained import BadWeights, load_weights, read_card, save_weights
@@ -44,7 +61,11 @@ def small(seed=0):
 
 
 def dataset(digits, start=0, end=64):
-    return ImageDataset(digits.train_images[start:end], digits.train_labels[start:end], lambda image: image.float() / 255)
+    return ImageDataset(
+        digits.train_images[start:end],
+        digits.train_labels[start:end],
+        lambda image: image.float() / 255,
+    )
 
 
 def state(model):
@@ -52,7 +73,9 @@ def state(model):
 
 
 def changed(before, model):
-    return [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    return [
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    ]
 
 
 # Modes --------------------------------------------------------------------------------------------
@@ -82,7 +105,10 @@ def test_the_check_of_modes_can_fail(digits):
 def test_evaluate_counts_a_last_small_batch_too(digits):
     model, part = small(), dataset(digits, 0, 33)
     logits = predict(model, torch.stack([part[i]["image"] for i in range(33)]))
-    assert evaluate(model, part, 16) == (logits.argmax(1) == digits.train_labels[:33]).sum().item() / 33
+    assert (
+        evaluate(model, part, 16)
+        == (logits.argmax(1) == digits.train_labels[:33]).sum().item() / 33
+    )
 
 
 # Frozen -------------------------------------------------------------------------------------------
@@ -91,7 +117,15 @@ def test_evaluate_counts_a_last_small_batch_too(digits):
 def test_a_frozen_body_keeps_weights_and_statistics_bit_for_bit(digits):
     model, i = small(), few_labels(digits.train_labels, 50, 0)
     before = state(model)
-    finetune(model, digits.train_images[i], digits.train_labels[i], Augment(), steps=3, lr=0.0, head_lr=1e-2)
+    finetune(
+        model,
+        digits.train_images[i],
+        digits.train_labels[i],
+        Augment(),
+        steps=3,
+        lr=0.0,
+        head_lr=1e-2,
+    )
     assert set(changed(before, model)) == {"head.weight", "head.bias"}
 
 
@@ -101,7 +135,15 @@ def test_without_frozen_norms_the_statistics_move(digits, monkeypatch):
     monkeypatch.setattr(loop, "frozen_norms", nullcontext)
     model, i = small(), few_labels(digits.train_labels, 50, 0)
     before = state(model)
-    finetune(model, digits.train_images[i], digits.train_labels[i], Augment(), steps=3, lr=0.0, head_lr=1e-2)
+    finetune(
+        model,
+        digits.train_images[i],
+        digits.train_labels[i],
+        Augment(),
+        steps=3,
+        lr=0.0,
+        head_lr=1e-2,
+    )
     assert any("running" in name for name in changed(before, model))
 
 
@@ -132,9 +174,20 @@ def test_gradual_unfreezing_moves_upper_layers_first(digits):
     def look(step):
         seen[step.n] = set(changed(before, model))
 
-    finetune(model, digits.train_images[i], digits.train_labels[i], Augment(), steps=16, lr=1e-3, gradual=True, each=look)
+    finetune(
+        model,
+        digits.train_images[i],
+        digits.train_labels[i],
+        Augment(),
+        steps=16,
+        lr=1e-3,
+        gradual=True,
+        each=look,
+    )
     assert all(name.startswith("head") for name in seen[0])
-    assert any(name.startswith("body.0") for name in seen[15]) and not any(name.startswith("body.0") for name in seen[3])
+    assert any(name.startswith("body.0") for name in seen[15]) and not any(
+        name.startswith("body.0") for name in seen[3]
+    )
 
 
 # Layers and their rates ---------------------------------------------------------------------------
@@ -143,8 +196,17 @@ def test_gradual_unfreezing_moves_upper_layers_first(digits):
 def models():
     import torchvision
 
-    return [small(), ConvNet(), VGG(widths=(4, 8), depths=(1, 2)), VGG(widths=(4,) * 12, depths=(1,) * 12), ViT(depth=2), ViT(depth=2, pool="class"),
-            BERT(vocab_size=50, context=8, dim=16, depth=2, heads=2), EfficientNetLite(), torchvision.models.vgg11_bn(num_classes=10)]
+    return [
+        small(),
+        ConvNet(),
+        VGG(widths=(4, 8), depths=(1, 2)),
+        VGG(widths=(4,) * 12, depths=(1,) * 12),
+        ViT(depth=2),
+        ViT(depth=2, pool="class"),
+        BERT(vocab_size=50, context=8, dim=16, depth=2, heads=2),
+        EfficientNetLite(),
+        torchvision.models.vgg11_bn(num_classes=10),
+    ]
 
 
 @pytest.mark.parametrize("model", models(), ids=lambda model: type(model).__name__)
@@ -158,20 +220,32 @@ def test_every_parameter_has_exactly_one_rate(model):
 
 
 def rates_of(model, part):
-    rate = {id(p): group["lr"] for group in layer_groups(model, 1.0, 0.1, 7.0) for p in group["params"]}
+    rate = {
+        id(p): group["lr"] for group in layer_groups(model, 1.0, 0.1, 7.0) for p in group["params"]
+    }
     return {round(rate[id(p)], 9) for p in part.parameters()}
 
 
 def test_the_head_is_fast_and_the_stem_slow():
     model = small()
-    assert rates_of(model, model.head) == {7.0} and rates_of(model, model.body[-1]) == {1.0} and rates_of(model, model.body[0]) == {0.01}
+    assert (
+        rates_of(model, model.head) == {7.0}
+        and rates_of(model, model.body[-1]) == {1.0}
+        and rates_of(model, model.body[0]) == {0.01}
+    )
 
 
 def test_rates_in_the_wrong_order_are_caught(monkeypatch):
     model, right = small(), loop.layers
     order = lambda parts: dict([*reversed(list(parts.items())[:-1]), list(parts.items())[-1]])
-    monkeypatch.setattr(loop, "layers", lambda model: order(right(model)))  # the stem next to the head
-    assert rates_of(model, model.head) == {7.0} and rates_of(model, model.body[-1]) != {1.0} and rates_of(model, model.body[0]) != {0.01}
+    monkeypatch.setattr(
+        loop, "layers", lambda model: order(right(model))
+    )  # the stem next to the head
+    assert (
+        rates_of(model, model.head) == {7.0}
+        and rates_of(model, model.body[-1]) != {1.0}
+        and rates_of(model, model.body[0]) != {0.01}
+    )
 
 
 def test_an_optimizer_moves_each_layer_at_its_own_rate():
@@ -183,8 +257,12 @@ def test_an_optimizer_moves_each_layer_at_its_own_rate():
     opt.step()
     moved = {name: (before[name] - p).mean().item() for name, p in model.named_parameters()}
     assert moved["head.weight"] == pytest.approx(0.5, rel=1e-4)
-    assert all(moved[name] == pytest.approx(1e-2, rel=1e-3) for name in moved if name.startswith("body.2"))
-    assert all(moved[name] == pytest.approx(1e-4, rel=0.05) for name in moved if name.startswith("body.0"))
+    assert all(
+        moved[name] == pytest.approx(1e-2, rel=1e-3) for name in moved if name.startswith("body.2")
+    )
+    assert all(
+        moved[name] == pytest.approx(1e-4, rel=0.05) for name in moved if name.startswith("body.0")
+    )
 
 
 @given(steps=st.integers(1, 200), count=st.integers(2, 30))
@@ -198,7 +276,9 @@ def test_layers_open_one_way_and_all_are_open_in_the_second_half(steps, count):
 def test_thaw_opens_the_last_layers_and_no_others():
     model = small()
     assert thaw(model, 1) == ["head"] and not any(p.requires_grad for p in model.body.parameters())
-    assert len(thaw(model, len(layers(model)))) == len(layers(model)) and all(p.requires_grad for p in model.parameters())
+    assert len(thaw(model, len(layers(model)))) == len(layers(model)) and all(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 # The protocol -------------------------------------------------------------------------------------
@@ -217,7 +297,19 @@ def test_finetune_is_the_protocol_of_the_probes(digits):
 
 def test_finetune_is_repeatable(digits):
     i = few_labels(digits.train_labels, 60, 0)
-    runs = [finetune(small(), digits.train_images[i], digits.train_labels[i], Augment(), steps=4, lr=1e-3, decay=0.5, seed=1) for _ in range(2)]
+    runs = [
+        finetune(
+            small(),
+            digits.train_images[i],
+            digits.train_labels[i],
+            Augment(),
+            steps=4,
+            lr=1e-3,
+            decay=0.5,
+            seed=1,
+        )
+        for _ in range(2)
+    ]
     assert torch.equal(*runs)
 
 
@@ -244,7 +336,9 @@ def test_the_best_weights_come_back_and_not_the_last():
         assert best.update(score) is stop
     last = state(model)
     best.restore()
-    assert best.epoch == 2 and all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert best.epoch == 2 and all(
+        torch.equal(value, kept[name]) for name, value in model.state_dict().items()
+    )
     assert changed(last, model) and any("running" in name for name in changed(last, model))
 
 
@@ -364,13 +458,17 @@ def test_a_leak_is_found_by_content(digits, tmp_path):
 
     x = digits.train_images
     assert check_disjoint(train=x[:20], dev=x[20:30], test=dataset(digits, 30, 40)) == 40
-    with pytest.raises(ValueError, match=r"train and dev share 1 images, such as train\[3\] = dev\[0\]"):
+    with pytest.raises(
+        ValueError, match=r"train and dev share 1 images, such as train\[3\] = dev\[0\]"
+    ):
         check_disjoint(train=x[:20], dev=[x[3].numpy().copy()])
     for name in ("a.png", "b.png"):
         Image.fromarray(x[0, 0].numpy()).save(tmp_path / name)
     with pytest.raises(ValueError, match="share 1 images"):
         check_disjoint(train=[tmp_path / "a.png"], dev=[tmp_path / "b.png"])
-    assert check_disjoint(train=[np.zeros((2, 8), np.uint8)], dev=[np.zeros((4, 4), np.uint8)]) == 2  # same bytes, another shape
+    assert (
+        check_disjoint(train=[np.zeros((2, 8), np.uint8)], dev=[np.zeros((4, 4), np.uint8)]) == 2
+    )  # same bytes, another shape
 
 
 def test_class_order_is_stable_across_save_and_load(tmp_path):
@@ -394,7 +492,9 @@ def test_images_are_read_in_the_channels_asked_for(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "x.png")
     assert torch.equal(read_image(tmp_path / "x.png"), torch.from_numpy(pixels).permute(2, 0, 1))
     assert read_image(tmp_path / "x.png", 1).shape == (1, 4, 4)
-    part = ImageDataset([tmp_path / "x.png"] * 3, [0, 1, 0], lambda path: read_image(path).float() / 255)
+    part = ImageDataset(
+        [tmp_path / "x.png"] * 3, [0, 1, 0], lambda path: read_image(path).float() / 255
+    )
     assert 0 <= evaluate(VGG(2, 3, (4,), (1,)), part, 2) <= 1
 
 
@@ -786,25 +886,34 @@ def refusals(digits, tmp_path):
     torn = tmp_path / "torn.png"
     torn.write_bytes(b"\x89PNG\r\n\x1a\n")
     model, opt = small(), torch.optim.SGD(small().parameters())
-    epoch = lambda images, labels: train_epoch(model, ImageDataset(images, labels, lambda i: i.float()), 4, opt)
+    epoch = lambda images, labels: train_epoch(
+        model, ImageDataset(images, labels, lambda i: i.float()), 4, opt
+    )
     floats, i = torch.rand(10, 1, 8, 8), few_labels(digits.train_labels, 50, 0)
     tune = lambda y=digits.train_labels[i], **options: finetune(
-        model, digits.train_images[i], y, Augment(), **dict(steps=1, lr=1e-3) | options)
+        model, digits.train_images[i], y, Augment(), **dict(steps=1, lr=1e-3) | options
+    )
     return {
         "labels run from 1 to 10; expected 0 to 9": lambda: epoch(floats, torch.arange(1, 11)),
         "labels run from -1 to 8; expected 0": lambda: epoch(floats, torch.arange(-1, 9)),
         "no training example has the labels [9]": lambda: epoch(floats[:9], torch.arange(9)),
         "expected class numbers, whole numbers": lambda: check_classes(["a"], 2),
         "labels is a tensor of float32": lambda: check_classes(torch.rand(3), 2),
-        "labels has shape (50, 1); expected one axis": lambda: tune(digits.train_labels[i][:, None]),
+        "labels has shape (50, 1); expected one axis": lambda: tune(
+            digits.train_labels[i][:, None]
+        ),
         "labels run from 11 to 11": lambda: evaluate(model, ImageDataset(floats[:2], [11, 11]), 2),
         "there is no image gone": lambda: check_disjoint(train=[tmp_path / "gone"], dev=floats),
         "gradual unfreezing needs a rate": lambda: tune(lr=0.0, head_lr=1e-2, gradual=True),
-        "one size": lambda: evaluate(model, ImageDataset([torch.zeros(1, 8, 8), torch.zeros(1, 9, 9)], [0, 1]), 2),
+        "one size": lambda: evaluate(
+            model, ImageDataset([torch.zeros(1, 8, 8), torch.zeros(1, 9, 9)], [0, 1]), 2
+        ),
         "images has shape (2, 3, 8, 8); expected (b, 1, h, w)": lambda: evaluate(
-            model, ImageDataset(torch.rand(2, 3, 8, 8), [0, 1]), 2),
+            model, ImageDataset(torch.rand(2, 3, 8, 8), [0, 1]), 2
+        ),
         "an image is a tensor of uint8": lambda: evaluate(
-            model, ImageDataset(digits.train_images[:2], [0, 1]), 2),
+            model, ImageDataset(digits.train_images[:2], [0, 1]), 2
+        ),
         "the data set is empty": lambda: evaluate(model, [], 2),
         "torn.png cannot be read as an image": lambda: read_image(torn),
         "there is no image gone.png": lambda: read_image(tmp_path / "gone.png"),
@@ -852,13 +961,29 @@ def test_a_narrow_residual_net_reads_colour_pictures_in_the_plain_order(width, p
 
 def test_the_recipe_writes_weights_and_a_card(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "load_images", lambda: digits)
-    monkeypatch.setattr(loop, "compare_arms", partial(loop.compare_arms, steps=2, batch_size=8, seeds=range(1)))
+    monkeypatch.setattr(
+        loop, "compare_arms", partial(loop.compare_arms, steps=2, batch_size=8, seeds=range(1))
+    )
     monkeypatch.setattr(loop, "tune_photos", lambda data, arm, seed: 0.5)
-    path = loop.make_weights("net", tmp_path, seeds=[0], rates=[1e-3], steps=2, arms=["from scratch", "gradual"], labels=20)
+    path = loop.make_weights(
+        "net",
+        tmp_path,
+        seeds=[0],
+        rates=[1e-3],
+        steps=2,
+        arms=["from scratch", "gradual"],
+        labels=20,
+    )
     card = json.loads(path.with_suffix(".json").read_text())
     few = card["metrics"]["few_labels"]
-    assert card["classes"] == list(digits.classes) and len(few["scores"]["gradual"]) == 1 and set(few["rates"]) == {"from scratch", "gradual"}
-    assert len(card["metrics"]["all_labels"]["seconds"]["pretrained"]) == 1 and set(card["metrics"]["photos"]) == set(PHOTO_ARMS)
+    assert (
+        card["classes"] == list(digits.classes)
+        and len(few["scores"]["gradual"]) == 1
+        and set(few["rates"]) == {"from scratch", "gradual"}
+    )
+    assert len(card["metrics"]["all_labels"]["seconds"]["pretrained"]) == 1 and set(
+        card["metrics"]["photos"]
+    ) == set(PHOTO_ARMS)
     load_weights("net", folder=tmp_path)
 
 
@@ -867,15 +992,32 @@ def test_the_shipped_record_holds_what_the_lesson_promises():
     every, few, photos = (card["metrics"][key] for key in ("all_labels", "few_labels", "photos"))
     mean = lambda values: sum(values) / len(values)
     assert all(len(row) >= 3 for row in every["scores"].values())
-    assert min(every["scores"]["pretrained"]) >= 0.92 and min(every["scores"]["pretrained"]) > max(every["scores"]["from scratch"]) + 0.01
+    assert (
+        min(every["scores"]["pretrained"]) >= 0.92
+        and min(every["scores"]["pretrained"]) > max(every["scores"]["from scratch"]) + 0.01
+    )
     control = mean(few["scores"]["from scratch"])
     assert set(few["scores"]) == set(ARMS) and all(len(row) == 5 for row in few["scores"].values())
-    assert all(mean(row) > control + 0.04 for arm, row in few["scores"].items() if arm != "from scratch")
+    assert all(
+        mean(row) > control + 0.04 for arm, row in few["scores"].items() if arm != "from scratch"
+    )
     assert set(photos) == set(PHOTO_ARMS) and min(photos["head only"]) > max(photos["as printed"])
-    assert mean(photos["head only"]) > mean(photos["as printed"]) + 0.1 > mean(photos["with care, same rate"]) + 0.2
+    assert (
+        mean(photos["head only"])
+        > mean(photos["as printed"]) + 0.1
+        > mean(photos["with care, same rate"]) + 0.2
+    )
 
 
 def test_the_shipped_weights_score_what_their_card_says():
     data, card = load_images(), read_card("resnet_fashion")
-    right = predict(load_weights("resnet_fashion"), data.test_images[:2000], transform=data.floats).argmax(1) == data.test_labels[:2000]
-    assert abs(right.float().mean().item() - card["metrics"]["all_labels"]["scores"]["pretrained"][0]) < 0.015
+    right = (
+        predict(
+            load_weights("resnet_fashion"), data.test_images[:2000], transform=data.floats
+        ).argmax(1)
+        == data.test_labels[:2000]
+    )
+    assert (
+        abs(right.float().mean().item() - card["metrics"]["all_labels"]["scores"]["pretrained"][0])
+        < 0.015
+    )

@@ -25,7 +25,8 @@ def modules(package):
     "Dotted name below the package → path, without the files that nbdev makes itself"
     package = Path(package)
     paths = {
-        p.relative_to(package).with_suffix("").as_posix().replace("/", "."): p for p in sorted(package.rglob("*.py"))
+        p.relative_to(package).with_suffix("").as_posix().replace("/", "."): p
+        for p in sorted(package.rglob("*.py"))
     }
     return {name: path for name, path in paths.items() if path.stem not in ("__init__", "_modidx")}
 
@@ -36,7 +37,9 @@ def targets(node, name, known, package):
         full = [a.name for a in node.names]
     elif isinstance(node, ast.ImportFrom):
         above = name.split(".")[: -node.level] if node.level else []
-        base = ".".join(([package] + above if node.level else []) + ([node.module] if node.module else []))
+        base = ".".join(
+            ([package] + above if node.level else []) + ([node.module] if node.module else [])
+        )
         full = [base, *(f"{base}.{a.name}" for a in node.names)]
     else:
         return set()
@@ -48,7 +51,10 @@ def arrows(package):
     paths = modules(package)
     return {
         name: set().union(
-            *(targets(node, name, set(paths), Path(package).name) for node in ast.walk(ast.parse(path.read_text())))
+            *(
+                targets(node, name, set(paths), Path(package).name)
+                for node in ast.walk(ast.parse(path.read_text()))
+            )
         )
         for name, path in paths.items()
     }
@@ -116,21 +122,35 @@ def test_a_sound_package_passes(tmp_path):
 @pytest.mark.parametrize(
     "files, words",
     [
-        (dict(core__basics="01 from ..models.vit import a", models__vit="01 "), "core.basics imports models.vit"),
         (
-            dict(core__basics="01 def f():\n    from foundation.models import vit", models__vit="01 "),
+            dict(core__basics="01 from ..models.vit import a", models__vit="01 "),
             "core.basics imports models.vit",
         ),
-        (dict(core__basics="01 import foundation.models.vit", models__vit="01 "), "core.basics imports models.vit"),
+        (
+            dict(
+                core__basics="01 def f():\n    from foundation.models import vit", models__vit="01 "
+            ),
+            "core.basics imports models.vit",
+        ),
+        (
+            dict(core__basics="01 import foundation.models.vit", models__vit="01 "),
+            "core.basics imports models.vit",
+        ),
         (
             dict(models__vit="01 from ..training.loop import train", training__loop="01 "),
             "models.vit imports training.loop",
         ),
         (
-            dict(compression__storage="04 from ..pretraining.contrastive import a", pretraining__contrastive="03 "),
+            dict(
+                compression__storage="04 from ..pretraining.contrastive import a",
+                pretraining__contrastive="03 ",
+            ),
             "not on a lower floor",
         ),
-        (dict(models__vit="02 from .bert import a", models__bert="03 "), "a later lesson of its folder"),
+        (
+            dict(models__vit="02 from .bert import a", models__bert="03 "),
+            "a later lesson of its folder",
+        ),
         (dict(tour="00 from .command import main", command="01 "), "tour imports command"),
         (dict(novel__thing="01 import torch"), "novel has no floor"),
         (dict(core__a="01 from . import b", core__b="02 from .a import x"), "cycle"),

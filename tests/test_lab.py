@@ -1,4 +1,5 @@
 "A learner's hands: JupyterLab in a headless browser, with a dial turned and an exercise solved by typing"
+
 import json
 import os
 import re
@@ -15,13 +16,22 @@ import pytest
 
 NBS = Path(__file__).parents[1] / "nbs"
 SHOTS = os.environ.get("SHOTS")  # a folder for screenshots, for people who want to look
-CHROME = os.environ.get("CHROME") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync").split()
+CHROME = os.environ.get("CHROME") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+ARGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
 
 if not CHROME:
-    pytest.skip("no chromium on this machine; install it with the system's package client to run the browser tests", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install -e '.[dev]'")
+    pytest.skip(
+        "no chromium on this machine; install it with the system's package client to run the browser tests",
+        allow_module_level=True,
+    )
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed; pip install -e '.[dev]'"
+)
 
 
 def free_port():
@@ -37,14 +47,28 @@ def lab(tmp_path_factory):
     shutil.copytree(NBS, root / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     own = {f"JUPYTER_{k}_DIR": str(root / k) for k in ("CONFIG", "DATA", "RUNTIME")}
     own |= {f"JUPYTERLAB_{k}_DIR": str(root / k) for k in ("SETTINGS", "WORKSPACES")}
-    own |= dict(IPYTHONDIR=str(root / "ipython"), FOUNDATION_PROGRESS=str(root / "progress.json"), FOUNDATION_SHORT="1")
+    own |= dict(
+        IPYTHONDIR=str(root / "ipython"),
+        FOUNDATION_PROGRESS=str(root / "progress.json"),
+        FOUNDATION_SHORT="1",
+    )
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "FOUNDATION_STATIC")} | own
     news = root / "SETTINGS/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     log = root / "lab.log"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-               "--IdentityProvider.token=test", f"--ServerApp.root_dir={root}/nbs", "--ServerApp.open_browser=False"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--IdentityProvider.token=test",
+        f"--ServerApp.root_dir={root}/nbs",
+        "--ServerApp.open_browser=False",
+    ]
     with open(log, "w") as file:
         server = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -71,7 +95,12 @@ def lab(tmp_path_factory):
 def page(tmp_path_factory):
     with sync_api.sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("chromium"), executable_path=CHROME, headless=True, args=ARGS, viewport=dict(width=1400, height=950))
+            tmp_path_factory.mktemp("chromium"),
+            executable_path=CHROME,
+            headless=True,
+            args=ARGS,
+            viewport=dict(width=1400, height=950),
+        )
         yield context.new_page()
         context.close()
 
@@ -97,8 +126,15 @@ def run_all(page, lab, path, seconds):
             saved = json.loads(file.read_text())
         except ValueError:  # just being written
             continue
-        cells = [c for c in saved["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
-        errors = [f"{o['ename']}: {o['evalue']}" for c in cells for o in c["outputs"] if o["output_type"] == "error"]
+        cells = [
+            c for c in saved["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()
+        ]
+        errors = [
+            f"{o['ename']}: {o['evalue']}"
+            for c in cells
+            for o in c["outputs"]
+            if o["output_type"] == "error"
+        ]
         assert not errors, errors
         waiting = ["".join(c["source"]) for c in cells if not c["execution_count"]]
 
@@ -123,7 +159,9 @@ def show(page, locator):
 
 
 def code_cell(page, text):
-    return show(page, page.locator(".jp-CodeCell", has=page.locator(f'.cm-content:has-text("{text}")')))
+    return show(
+        page, page.locator(".jp-CodeCell", has=page.locator(f'.cm-content:has-text("{text}")'))
+    )
 
 
 def execute(page, cell, text=None):
@@ -140,7 +178,11 @@ def test_tour_runs_and_its_dial_turns(lab, page):
     open_notebook(page, lab, "00_tour.ipynb")
     run_all(page, lab, "00_tour.ipynb", 300)
     dial = show(page, page.locator(".jp-OutputArea-output .widget-hslider .noUi-handle"))
-    picture = page.locator(".jp-OutputArea-output", has=page.locator(".widget-hslider")).locator("img").first
+    picture = (
+        page.locator(".jp-OutputArea-output", has=page.locator(".widget-hslider"))
+        .locator("img")
+        .first
+    )
     picture.wait_for(timeout=30_000)
     before = picture.get_attribute("alt")
     shot(page, "tour-before")
@@ -156,9 +198,18 @@ def test_exercise_is_refused_and_solved(lab, page):
     verdict = lambda: code_cell(page, "exercise.check(my_mean)").locator(".jp-OutputArea-output")
     sync_api.expect(verdict()).to_contain_text("Not solved yet")
     wrong = "def my_mean(x, keep):\nreturn (x * keep).mean(-1)"
-    right = "def my_mean(x, keep):\nreturn torch.where(keep, x, 0.).sum(-1) / keep.sum(-1).clamp(min=1)"
-    for answer, words in ((wrong, "each row's mean counts the kept places alone"), (right, "Solved.")):
-        execute(page, code_cell(page, "def my_mean(x, keep):"), answer.replace("\nreturn", "\n    return"))
+    right = (
+        "def my_mean(x, keep):\nreturn torch.where(keep, x, 0.).sum(-1) / keep.sum(-1).clamp(min=1)"
+    )
+    for answer, words in (
+        (wrong, "each row's mean counts the kept places alone"),
+        (right, "Solved."),
+    ):
+        execute(
+            page,
+            code_cell(page, "def my_mean(x, keep):"),
+            answer.replace("\nreturn", "\n    return"),
+        )
         execute(page, code_cell(page, "exercise.check(my_mean)"))
         sync_api.expect(verdict()).to_contain_text(words, timeout=30_000)
         shot(page, f"exercise-{words[:6].strip(' .').lower()}")

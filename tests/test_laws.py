@@ -25,22 +25,26 @@ NO_GRADIENT = {  # name -> why its gradient is not asked for
     f"objectives.descent.{rule}": "a step of an optimizer, whose root has no slope at zero"
     for rule in ("adam", "adamw", "adafactor")
 }
-KEEPS_NAN = {  # name -> why NaN or infinity may come out
-    "objectives.likelihood.log_sum_exp": "says so: NaN stays NaN",
-    "objectives.likelihood.log_softmax": "says so: NaN stays NaN",
-    "evaluation.scores.reliability": "says so: empty bins hold NaN",
-} | {
-    f"compression.distillation.{name}": "part of a training step: the loop stops on NaN and knows the rate"
-    for name in ("match_answers", "match_hints", "match_teacher", "tap")
-} | {
-    name: "what the network gives, which scores and probes refuse"
-    for name in (
-        "evaluation.scores.in_batches",
-        "evaluation.scores.predict",
-        "evaluation.probes.encode_all",
-        "evaluation.probes.encode_stages",
-    )
-}
+KEEPS_NAN = (
+    {  # name -> why NaN or infinity may come out
+        "objectives.likelihood.log_sum_exp": "says so: NaN stays NaN",
+        "objectives.likelihood.log_softmax": "says so: NaN stays NaN",
+        "evaluation.scores.reliability": "says so: empty bins hold NaN",
+    }
+    | {
+        f"compression.distillation.{name}": "part of a training step: the loop stops on NaN and knows the rate"
+        for name in ("match_answers", "match_hints", "match_teacher", "tap")
+    }
+    | {
+        name: "what the network gives, which scores and probes refuse"
+        for name in (
+            "evaluation.scores.in_batches",
+            "evaluation.scores.predict",
+            "evaluation.probes.encode_all",
+            "evaluation.probes.encode_stages",
+        )
+    }
+)
 
 
 def public():
@@ -189,7 +193,11 @@ def test_edges(name):
             assert kind in ("right", "refused"), (
                 f"{name}, {place} with {way}: {type(result).__name__}: {result}"
             )
-            if kind == "right" and name not in KEEPS_NAN and not name.endswith((".forward", ".encode")):
+            if (
+                kind == "right"
+                and name not in KEEPS_NAN
+                and not name.endswith((".forward", ".encode"))
+            ):
                 bad = any(t.is_floating_point() and t.isnan().any() for t in tensors_in(result))
                 assert not bad, f"{name}, {place} with {way}: NaN without a word"
 

@@ -1,4 +1,5 @@
 "What the lesson on the learning rate cannot say: laws, restoring, leaks, resumed searches, and bad input."
+
 import builtins
 import math
 import random
@@ -20,8 +21,18 @@ from torch import nn
 from foundation.core.basics import seed_everything
 from foundation.data.batches import endless
 from foundation.data.images import ImageSet
-from foundation.finetuning.learning_rate import (RangeTest, Task, Trial, best_trial, dev_scores, few_label_task, make_optimizer,
-                                                 range_test, search, sweep)
+from foundation.finetuning.learning_rate import (
+    RangeTest,
+    Task,
+    Trial,
+    best_trial,
+    dev_scores,
+    few_label_task,
+    make_optimizer,
+    range_test,
+    search,
+    sweep,
+)
 from foundation.training.loop import TrainingDiverged, classify
 
 few = settings(max_examples=8, deadline=None)
@@ -30,7 +41,9 @@ few = settings(max_examples=8, deadline=None)
 class Net(nn.Module):
     def __init__(self, k=3):
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3))
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3)
+        )
         self.head = nn.Linear(12, k)
 
     def forward(self, x):
@@ -61,6 +74,7 @@ def stream(task, seed=0):
 
 # the range test -----------------------------------------------------------------------------------
 
+
 def turn(model, steps=200):
     "The rate at which the loss turns upwards"
     opt = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -87,11 +101,15 @@ def test_a_schedule_that_is_one_step_late_is_seen_by_the_law():
 
 @few
 @given(st.floats(-4, -1.5), st.floats(0.2, 0.6), st.integers(0, 10**6))
-def test_the_suggestion_is_the_middle_of_a_clean_fall_and_noise_moves_it_little(middle, width, seed):
+def test_the_suggestion_is_the_middle_of_a_clean_fall_and_noise_moves_it_little(
+    middle, width, seed
+):
     rates = torch.logspace(-6, 0, 60, dtype=torch.double)
     fall = 2.3 - 2 * torch.sigmoid((rates.log10() - middle) / width * 4)
     assert abs(math.log10(RangeTest(rates, fall).suggest()) - middle) < 0.12
-    noisy = fall + 0.05 * torch.randn(60, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    noisy = fall + 0.05 * torch.randn(
+        60, generator=torch.Generator().manual_seed(seed), dtype=torch.double
+    )
     assert abs(math.log10(RangeTest(rates, noisy).suggest()) - middle) < math.log10(3)
 
 
@@ -103,7 +121,9 @@ def test_the_bell_does_not_lag_and_a_running_mean_does():
         mean = 0.9 * mean + 0.1 * value
         lagged.append(mean)
     behind = rates[torch.gradient(torch.stack(lagged))[0].argmin()].item()
-    assert abs(math.log10(RangeTest(rates, fall).suggest()) + 3) < 0.1 < 0.2 < math.log10(behind) + 3
+    assert (
+        abs(math.log10(RangeTest(rates, fall).suggest()) + 3) < 0.1 < 0.2 < math.log10(behind) + 3
+    )
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor"])
@@ -111,18 +131,31 @@ def test_model_optimizer_modes_gradients_and_luck_come_back(task, name):
     seed_everything(3)
     model = Net()
     opt = make_optimizer(name, model, 1e-2)
-    list(dev_scores(model, task, opt, steps=3, precision="fp32"))  # an optimizer with a memory, and gradients
+    list(
+        dev_scores(model, task, opt, steps=3, precision="fp32")
+    )  # an optimizer with a memory, and gradients
     model.body[2].eval()
-    look = lambda: (deepcopy(model.state_dict()), deepcopy(opt.state_dict()), [m.training for m in model.modules()],
-                    [p.grad.clone() for p in model.parameters()], torch.get_rng_state(), random.getstate(), np.random.get_state()[1])
+    look = lambda: (
+        deepcopy(model.state_dict()),
+        deepcopy(opt.state_dict()),
+        [m.training for m in model.modules()],
+        [p.grad.clone() for p in model.parameters()],
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state()[1],
+    )
     before = look()
     range_test(model, stream(task), classify, opt, lo=1e-5, hi=1e2, steps=40)
     torch.testing.assert_close(look()[1]["state"], before[1]["state"], rtol=0, atol=0)
     after = look()
     assert all(torch.equal(v, after[0][k]) for k, v in before[0].items())
-    assert [g | {"params": 0} for g in before[1]["param_groups"]] == [g | {"params": 0} for g in after[1]["param_groups"]]
+    assert [g | {"params": 0} for g in before[1]["param_groups"]] == [
+        g | {"params": 0} for g in after[1]["param_groups"]
+    ]
     assert before[2] == after[2] and all(map(torch.equal, before[3], after[3]))
-    assert torch.equal(before[4], after[4]) and before[5] == after[5] and (before[6] == after[6]).all()
+    assert (
+        torch.equal(before[4], after[4]) and before[5] == after[5] and (before[6] == after[6]).all()
+    )
 
 
 def test_it_comes_back_after_an_error_too_and_a_test_that_keeps_its_weights_is_seen(task):
@@ -148,12 +181,21 @@ def test_groups_keep_their_ratio(task):
     model, seen = Net(), []
     opt = make_optimizer("sgd", model, 1e-3, head_factor=7.0)
     original = opt.step
-    opt.step = lambda *a, **k: (seen.append([g["lr"] for g in opt.param_groups]), original(*a, **k))[1]
+    opt.step = lambda *a, **k: (
+        seen.append([g["lr"] for g in opt.param_groups]),
+        original(*a, **k),
+    )[1]
     found = range_test(model, stream(task), classify, opt, lo=1e-6, hi=1e-2, steps=20)
-    torch.testing.assert_close(torch.tensor(seen).double(), torch.stack([found.rates, 7 * found.rates], 1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(seen).double(),
+        torch.stack([found.rates, 7 * found.rates], 1),
+        rtol=1e-6,
+        atol=0,
+    )
 
 
 # sweeps and leaks ---------------------------------------------------------------------------------
+
 
 def test_a_sweep_scores_a_diverged_run_as_the_worst():
     def run(lr, seed):
@@ -168,39 +210,64 @@ def test_a_sweep_scores_a_diverged_run_as_the_worst():
 @few
 @given(st.floats(-3.4, -1.6))
 def test_the_peak_of_a_parabola_is_found_between_the_rates(top):
-    found = sweep(lambda lr, seed: 0.8 - 0.1 * (math.log10(lr) - top) ** 2, torch.logspace(-4, -1, 7).tolist(), seeds=range(2))
+    found = sweep(
+        lambda lr, seed: 0.8 - 0.1 * (math.log10(lr) - top) ** 2,
+        torch.logspace(-4, -1, 7).tolist(),
+        seeds=range(2),
+    )
     assert math.log10(found.peak) == pytest.approx(top, abs=1e-6)
 
 
 def test_a_choice_by_training_loss_is_another_one_than_by_dev():
     "Memorising: the training loss keeps falling with the rate, while the dev score has a top"
-    dev = sweep(lambda lr, seed: 0.8 - 0.1 * (math.log10(lr) + 3) ** 2 + seed / 100, [1e-4, 1e-3, 1e-2])
-    train = sweep(lambda lr, seed: -0.1 / lr ** 0.1 + seed / 100, [1e-4, 1e-3, 1e-2], diverged=-9)
+    dev = sweep(
+        lambda lr, seed: 0.8 - 0.1 * (math.log10(lr) + 3) ** 2 + seed / 100, [1e-4, 1e-3, 1e-2]
+    )
+    train = sweep(lambda lr, seed: -0.1 / lr**0.1 + seed / 100, [1e-4, 1e-3, 1e-2], diverged=-9)
     assert dev.best == 1e-3 != train.best
 
 
 def test_the_score_is_that_of_the_dev_set_not_of_the_training_set(task):
     seed_everything(0)
     model, blind = Net(), task._replace(dev_labels=(task.dev_labels + 1) % 3)
-    *_, score = dev_scores(model, blind, make_optimizer("adamw", model, 1e-2), steps=60, precision="fp32")
+    *_, score = dev_scores(
+        model, blind, make_optimizer("adamw", model, 1e-2), steps=60, precision="fp32"
+    )
     assert score < 0.34  # it learns the training labels well, and these are shifted by one
 
 
 def image_set(test_images):
     rng = torch.Generator().manual_seed(1)
-    images, labels = torch.randint(256, (90, 1, 4, 4), generator=rng, dtype=torch.uint8), torch.arange(90) % 3
-    return ImageSet(images, labels, test_images, torch.zeros(len(test_images), dtype=torch.int64), ("a", "b", "c"), "toy", "here", 0.5, 0.3)
+    images, labels = (
+        torch.randint(256, (90, 1, 4, 4), generator=rng, dtype=torch.uint8),
+        torch.arange(90) % 3,
+    )
+    return ImageSet(
+        images,
+        labels,
+        test_images,
+        torch.zeros(len(test_images), dtype=torch.int64),
+        ("a", "b", "c"),
+        "toy",
+        "here",
+        0.5,
+        0.3,
+    )
 
 
 def test_nothing_of_the_test_set_reaches_a_search(tmp_path):
     runs = []
     for name, fill in (("dark", 0), ("bright", 255)):
-        task = few_label_task(image_set(torch.full((5, 1, 4, 4), fill, dtype=torch.uint8)), labels=30, dev=30)
+        task = few_label_task(
+            image_set(torch.full((5, 1, 4, 4), fill, dtype=torch.uint8)), labels=30, dev=30
+        )
 
         def run(lr):
             seed_everything(0)
             model = Net()
-            return dev_scores(model, task, make_optimizer("adamw", model, lr), steps=6, every=2, precision="fp32")
+            return dev_scores(
+                model, task, make_optimizer("adamw", model, lr), steps=6, every=2, precision="fp32"
+            )
 
         runs.append(search(run, dict(lr=(1e-4, 1e-1)), tmp_path / name, trials=5))
     assert runs[0] == runs[1]
@@ -211,7 +278,11 @@ def test_learned_and_dev_images_are_disjoint_and_seeded():
     one, two, other = (few_label_task(data, 30, 40, seed) for seed in (0, 0, 1))
     assert all(map(torch.equal, one, two)) and not torch.equal(one.images, other.images)
     rows = lambda images: {tuple(i.flatten().tolist()) for i in images}
-    assert not rows(one.images) & rows(one.dev_images) and one.labels.bincount().tolist() == [10, 10, 10]
+    assert not rows(one.images) & rows(one.dev_images) and one.labels.bincount().tolist() == [
+        10,
+        10,
+        10,
+    ]
 
 
 # searches -----------------------------------------------------------------------------------------
@@ -260,11 +331,19 @@ def run(**params):
 search(run, SPACE, sys.argv[1], trials=12)
 """
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    gone = subprocess.run([sys.executable, "-c", code, str(tmp_path / "cut"), *folders], capture_output=True, text=True)
+    gone = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "cut"), *folders],
+        capture_output=True,
+        text=True,
+    )
     assert gone.returncode == -signal.SIGKILL, gone.stderr
     asked = []
-    rest = search(lambda **params: asked.append(params) or hill(**params), SPACE, tmp_path / "cut", trials=12)
-    assert len(asked) == 7 and rest == search(hill, SPACE, tmp_path / "whole", trials=12)  # five were done
+    rest = search(
+        lambda **params: asked.append(params) or hill(**params), SPACE, tmp_path / "cut", trials=12
+    )
+    assert len(asked) == 7 and rest == search(
+        hill, SPACE, tmp_path / "whole", trials=12
+    )  # five were done
 
 
 def test_a_sampler_seeded_by_the_process_would_not_go_on_to_the_same(tmp_path):
@@ -284,23 +363,35 @@ def test_pruned_and_diverged_trials_never_win(tmp_path):
         calls.append(lr)
         if len(calls) == 8:
             raise TrainingDiverged("boom")
-        yield from (0.5, 0.4) if len(calls) < 7 else (0.1, 0.99)  # the later ones begin badly, and would end well
+        yield from (
+            (0.5, 0.4) if len(calls) < 7 else (0.1, 0.99)
+        )  # the later ones begin badly, and would end well
 
     trials = search(run, dict(lr=(1e-4, 1e-1)), tmp_path / "j", trials=12, startup=5)
     assert any(trial.pruned and len(trial.scores) == 1 for trial in trials)
     assert any(trial.pruned and not trial.scores for trial in trials)
-    best = best_trial([Trial({}, (0.99,), True), Trial({}, (0.2,), False), Trial({}, (0.3,), False)])
+    best = best_trial(
+        [Trial({}, (0.99,), True), Trial({}, (0.2,), False), Trial({}, (0.3,), False)]
+    )
     assert best.scores == (0.3,) and not best_trial(trials).pruned
 
 
 # bad input ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options, words", [
-    (dict(lo=0.0), "lo is 0.0"), (dict(lo=-1.0), "lo is -1.0"), (dict(lo="a"), "lo is 'a'"),
-    (dict(lo=1.0, hi=0.1), "hi is 0.1; .* above 1.0"),
-    (dict(lo=1.0, hi=1.0), "hi is 1.0; .* above 1.0"),
-    (dict(lo=math.nan), "lo is nan"), (dict(hi=math.inf), "hi is inf"),
-    (dict(steps=5), "steps is 5; expected a whole number from 20 on")])
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(lo=0.0), "lo is 0.0"),
+        (dict(lo=-1.0), "lo is -1.0"),
+        (dict(lo="a"), "lo is 'a'"),
+        (dict(lo=1.0, hi=0.1), "hi is 0.1; .* above 1.0"),
+        (dict(lo=1.0, hi=1.0), "hi is 1.0; .* above 1.0"),
+        (dict(lo=math.nan), "lo is nan"),
+        (dict(hi=math.inf), "hi is inf"),
+        (dict(steps=5), "steps is 5; expected a whole number from 20 on"),
+    ],
+)
 def test_range_tests_that_cannot_be(task, options, words):
     model = Net()
     with pytest.raises((ValueError, TypeError), match=words):
@@ -311,7 +402,9 @@ def test_a_loss_that_is_nan_at_once_and_one_that_never_falls(task):
     model = Net()
     opt = make_optimizer("sgd", model, 1.0)
     with pytest.raises(ValueError, match="not finite at the first step"):
-        range_test(model, [(task.images[:10] * math.nan, task.labels[:10])] * 30, classify, opt, steps=20)
+        range_test(
+            model, [(task.images[:10] * math.nan, task.labels[:10])] * 30, classify, opt, steps=20
+        )
     flat = RangeTest(torch.logspace(-5, -4, 30), torch.full((30,), 2.3))
     with pytest.raises(ValueError, match="never fell"):
         flat.suggest()
@@ -332,18 +425,37 @@ def test_other_bad_input(task, tmp_path):
     with pytest.raises(TypeError, match="no `head`"):
         make_optimizer("sgd", nn.Linear(2, 2), 1.0)
     with pytest.raises(ValueError, match="dev set is empty"):
-        next(dev_scores(model, task._replace(dev_images=task.images[:0], dev_labels=task.labels[:0]),
-                        make_optimizer("sgd", model, 1.0), steps=2))
-    for labels, words in ((task.labels + 1, "expected 0 to"), (torch.zeros_like(task.labels), "no training example")):
+        next(
+            dev_scores(
+                model,
+                task._replace(dev_images=task.images[:0], dev_labels=task.labels[:0]),
+                make_optimizer("sgd", model, 1.0),
+                steps=2,
+            )
+        )
+    for labels, words in (
+        (task.labels + 1, "expected 0 to"),
+        (torch.zeros_like(task.labels), "no training example"),
+    ):
         with pytest.raises(ValueError, match=words):
-            next(dev_scores(model, task._replace(labels=labels), make_optimizer("sgd", model, 1.0), steps=2))
+            next(
+                dev_scores(
+                    model, task._replace(labels=labels), make_optimizer("sgd", model, 1.0), steps=2
+                )
+            )
     with pytest.raises(ValueError, match="dev is 0"):
         few_label_task(image_set(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)), 30, 0)
     for rates in ([1e-3], [1e-2, 1e-3], [0.0, 1.0], [-1.0, 1.0]):
         with pytest.raises(ValueError, match="rising|above 0"):
             sweep(lambda lr, seed: 1.0, rates)
-    for space in ({}, dict(lr=(0.0, 1.0)), dict(lr=(1.0, 0.1)), dict(lr=(1.0,)), dict(lr=3),
-                  {1: (0.1, 1)}):
+    for space in (
+        {},
+        dict(lr=(0.0, 1.0)),
+        dict(lr=(1.0, 0.1)),
+        dict(lr=(1.0,)),
+        dict(lr=3),
+        {1: (0.1, 1)},
+    ):
         with pytest.raises((ValueError, TypeError), match="0 < lo < hi|bound of lr"):
             search(hill, space, tmp_path / "j")
     with pytest.raises(ValueError, match="trials is 0"):
@@ -360,11 +472,16 @@ def test_a_journal_of_another_search_is_refused(tmp_path):
 
 def test_without_optuna_there_is_one_clear_sentence(tmp_path):
     real = builtins.__import__
+
     def without(name, *args, **kwargs):
         if name.split(".")[0] == "optuna":
             raise ImportError(name)
         return real(name, *args, **kwargs)
-    with patch.object(builtins, "__import__", without), pytest.raises(ImportError, match="pip install optuna"):
+
+    with (
+        patch.object(builtins, "__import__", without),
+        pytest.raises(ImportError, match="pip install optuna"),
+    ):
         search(hill, SPACE, tmp_path / "j")
 
 

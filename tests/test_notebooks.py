@@ -42,7 +42,10 @@ def test_every_lesson_is_in_the_sidebar_and_on_the_map():
     assert re.findall(r"- (\S+\.ipynb)$", sidebar, re.M) == NAMES
     index = notebooks.load(ROOT / "nbs/index.ipynb")
     shown = "".join(
-        "".join(o["data"].get("text/markdown", "")) for c in index["cells"] for o in c.get("outputs", []) if "data" in o
+        "".join(o["data"].get("text/markdown", ""))
+        for c in index["cells"]
+        for o in c.get("outputs", [])
+        if "data" in o
     )
     assert set(re.findall(r"\]\(([^)]+\.ipynb)\)", shown)) == set(NAMES) - {"index.ipynb"}
 
@@ -53,8 +56,13 @@ def test_modules_are_named_after_their_notebooks_and_only_once():
         code = "\n".join(notebooks.source(c) for c in notebooks.code_cells(notebooks.load(path)))
         if found := re.search(r"^#\| *default_exp +(\S+)", code, re.M):
             exports[name] = found[1]
-    plain = {name: re.sub(r"(^|/)\d+_", r"\1", name).removesuffix(".ipynb").replace("/", ".") for name in exports}
-    assert {name: (exports[name], plain[name]) for name in exports if exports[name] != plain[name]} == {}
+    plain = {
+        name: re.sub(r"(^|/)\d+_", r"\1", name).removesuffix(".ipynb").replace("/", ".")
+        for name in exports
+    }
+    assert {
+        name: (exports[name], plain[name]) for name in exports if exports[name] != plain[name]
+    } == {}
     twice = [
         what
         for values in (
@@ -73,7 +81,9 @@ def test_links_between_notebooks_lead_somewhere():
     for path in PATHS:
         for cell in notebooks.load(path)["cells"]:
             if cell["cell_type"] == "markdown":
-                for link in re.findall(r"\]\(([^)#\s:]+\.ipynb)(?:#[^)]*)?\)", notebooks.source(cell)):
+                for link in re.findall(
+                    r"\]\(([^)#\s:]+\.ipynb)(?:#[^)]*)?\)", notebooks.source(cell)
+                ):
                     if not (path.parent / link).exists():
                         dead.append((path.name, link))
     assert dead == []
@@ -84,9 +94,21 @@ def test_links_between_notebooks_lead_somewhere():
 
 def notebook(*code, outputs=()):
     "A small sound notebook, unstamped"
-    head = dict(cell_type="markdown", id="head", metadata={}, source=["# A lesson\n", "\n", "> What it promises"])
+    head = dict(
+        cell_type="markdown",
+        id="head",
+        metadata={},
+        source=["# A lesson\n", "\n", "> What it promises"],
+    )
     cells = [
-        dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=text.splitlines(True))
+        dict(
+            cell_type="code",
+            id=f"c{i}",
+            metadata={},
+            execution_count=None,
+            outputs=[],
+            source=text.splitlines(True),
+        )
         for i, text in enumerate(code)
     ]
     cells[0]["outputs"] = list(outputs)
@@ -102,20 +124,38 @@ def shows(**data):
 def _swallowed(code):
     "Lines where `assert_close(...) and check` stands: the first gives back None, so the second never runs"
     code = re.sub(r"^(\s*)[%!](?!=).*$", r"\1pass", code, flags=re.M)
-    calls = lambda node: isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("assert_close", "test_eq", "test_close"))
-    return [node.lineno for node in ast.walk(ast.parse(code)) if isinstance(node, ast.BoolOp) and any(map(calls, node.values))]
+    calls = lambda node: (
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith(("assert_close", "test_eq", "test_close"))
+    )
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.BoolOp) and any(map(calls, node.values))
+    ]
 
 
 def test_no_check_stands_behind_one_that_gives_back_nothing():
-    assert _swallowed("assert_close(a, b) and c == 1") and not _swallowed("assert_close(a, b)\nassert c == 1")
-    cells = ((name, notebooks.source(c)) for path, name in zip(PATHS, NAMES) for c in notebooks.code_cells(notebooks.load(path)))
+    assert _swallowed("assert_close(a, b) and c == 1") and not _swallowed(
+        "assert_close(a, b)\nassert c == 1"
+    )
+    cells = (
+        (name, notebooks.source(c))
+        for path, name in zip(PATHS, NAMES)
+        for c in notebooks.code_cells(notebooks.load(path))
+    )
     files = ((p.name, p.read_text()) for p in (ROOT / "tests").glob("*.py"))
     assert [(name, lines) for name, code in (*cells, *files) if (lines := _swallowed(code))] == []
 
 
 def test_a_sound_notebook_has_no_problems():
     nb = notebook(
-        "1 + 1", outputs=[shows(**{"text/plain": "2 in [0, 1/home] of https://x.org/home/page, /usr/share/datasets"})]
+        "1 + 1",
+        outputs=[
+            shows(
+                **{"text/plain": "2 in [0, 1/home] of https://x.org/home/page, /usr/share/datasets"}
+            )
+        ],
     )
     assert notebooks.problems(nb) == []
 
@@ -124,20 +164,30 @@ def test_a_sound_notebook_has_no_problems():
     "output, words",
     [
         (dict(output_type="error", ename="E", evalue="", traceback=[]), "shows an error"),
-        (dict(output_type="stream", name="stdout", text=["saved in /home/ada/model.pt"]), "/home/ada"),
+        (
+            dict(output_type="stream", name="stdout", text=["saved in /home/ada/model.pt"]),
+            "/home/ada",
+        ),
         (shows(**{"text/html": '<img src="/root/x.png">'}), "/root/x.png"),
         (shows(**{"text/plain": r"'C:\\Users\\ada'"}), "Users"),
         (shows(**{"text/plain": "x" * 250_000}), "are allowed"),
     ],
 )
 def test_bad_outputs_are_caught(output, words):
-    assert any(words in problem for problem in notebooks.problems(notebook("1 + 1", outputs=[output])))
+    assert any(
+        words in problem for problem in notebooks.problems(notebook("1 + 1", outputs=[output]))
+    )
 
 
 def test_pictures_are_not_searched_for_paths():
     assert (
         notebooks.problems(
-            notebook("1", outputs=[shows(**{"text/html": '<img src="data:image/png;base64,iVBO/root/abc=">'})])
+            notebook(
+                "1",
+                outputs=[
+                    shows(**{"text/html": '<img src="data:image/png;base64,iVBO/root/abc=">'})
+                ],
+            )
         )
         == []
     )
@@ -150,10 +200,15 @@ def test_pictures_are_not_searched_for_paths():
         (lambda nb: nb["cells"].reverse(), "first cell"),
         (lambda nb: nb["cells"][0].update(source=["# A lesson\n", "no promise"]), "first cell"),
         (
-            lambda nb: nb["cells"][0]["source"].append("\n\nmore words that the site would not show"),
+            lambda nb: nb["cells"][0]["source"].append(
+                "\n\nmore words that the site would not show"
+            ),
             "nothing but the title",
         ),
-        (lambda nb: nb["cells"][1].update(source=["import nbdev; nbdev.nbdev_export()"]), "calls nbdev_export"),
+        (
+            lambda nb: nb["cells"][1].update(source=["import nbdev; nbdev.nbdev_export()"]),
+            "calls nbdev_export",
+        ),
         (lambda nb: nb["cells"][1].update(source=["open('/home/ada/x')"]), "/home/ada"),
     ],
 )
@@ -176,8 +231,13 @@ def test_stamping_is_idempotent_follows_a_fork_and_keeps_torch():
     assert notebooks.problems(once) == []  # the stamped cell is not the author's code
     fork = notebooks.stamped(once, path, cfg | {"user": "ada", "repo": "course"})
     head, colab = (notebooks.source(c) for c in fork["cells"][:2])
-    assert head.count("colab-badge.svg") == 1 and "github/ada/course/blob/main/nbs/07_x/03_y.ipynb" in head
-    assert "git+https://github.com/ada/course@main" in colab and len(fork["cells"]) == len(once["cells"])
+    assert (
+        head.count("colab-badge.svg") == 1
+        and "github/ada/course/blob/main/nbs/07_x/03_y.ipynb" in head
+    )
+    assert "git+https://github.com/ada/course@main" in colab and len(fork["cells"]) == len(
+        once["cells"]
+    )
     assert not re.search(r"install.*torch", colab) and "--no-deps" in colab and "einops" in colab
 
 
@@ -204,7 +264,13 @@ def test_outputs_are_tidied_like_a_terminal():
             stream(bar, "stderr"),
             stream("three\n"),
             shows(**{"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider()"}),
-            shows(**{"application/vnd.jupyter.widget-view+json": {}, "text/html": "<b>static</b>", "text/plain": "x"}),
+            shows(
+                **{
+                    "application/vnd.jupyter.widget-view+json": {},
+                    "text/html": "<b>static</b>",
+                    "text/plain": "x",
+                }
+            ),
         ]
     )
     assert [o.get("text") for o in out] == ["one\nnew\n", "three\n", None]
@@ -213,7 +279,11 @@ def test_outputs_are_tidied_like_a_terminal():
 
 def test_writing_is_atomic_and_lazy(tmp_path):
     path = tmp_path / "a.ipynb"
-    assert notebooks.write(path, "one") and not notebooks.write(path, "one") and notebooks.write(path, "two")
+    assert (
+        notebooks.write(path, "one")
+        and not notebooks.write(path, "one")
+        and notebooks.write(path, "two")
+    )
     assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
 
 
@@ -231,7 +301,11 @@ def project(tmp_path):
 
 
 def test_export_finds_and_mends_every_difference(project):
-    assert {p.name for p in notebooks.export(root=project)} == {"first.py", "__init__.py", "_modidx.py"}
+    assert {p.name for p in notebooks.export(root=project)} == {
+        "first.py",
+        "__init__.py",
+        "_modidx.py",
+    }
     assert notebooks.export(check=True, root=project) == []
     module, orphan = project / "foundation/a/first.py", project / "foundation/a/orphan.py"
     good = module.read_text()
@@ -267,6 +341,8 @@ def test_a_failing_notebook_is_told_and_left_alone(project, capsys):
 
 def test_unknown_paths_are_refused():
     done = subprocess.run(
-        [sys.executable, ROOT / "docs/notebooks.py", "run", "nowhere.ipynb"], capture_output=True, text=True
+        [sys.executable, ROOT / "docs/notebooks.py", "run", "nowhere.ipynb"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and "no notebook at nowhere.ipynb" in done.stderr

@@ -60,7 +60,12 @@ print(json.dumps(result))
 def run(code, *args, cwd, **env):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | env
     return subprocess.run(
-        [sys.executable, "-c", code, *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, *args],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -103,7 +108,9 @@ def test_each_module_imports_in_a_fresh_process_with_core_dependencies_alone(tmp
     result, outside = imported(MODULES, tmp_path), strangers()
     assert {"nbdev", "pytest", "IPython"} <= outside and not {"torch", "numpy", "sklearn"} & outside
     assert {name: answer["error"] for name, answer in result.items() if "error" in answer} == {}
-    assert {name: bad for name, answer in result.items() if (bad := outside & set(answer["new"]))} == {}
+    assert {
+        name: bad for name, answer in result.items() if (bad := outside & set(answer["new"]))
+    } == {}
 
 
 @needs_fork
@@ -135,7 +142,9 @@ def wheel(tmp_path_factory):
     place = tmp_path_factory.mktemp("wheel")
     for name in ["setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"]:
         shutil.copy(ROOT / name, place)
-    shutil.copytree(ROOT / "foundation", place / "foundation", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "foundation", place / "foundation", ignore=shutil.ignore_patterns("__pycache__")
+    )
     command = [
         sys.executable,
         "-m",
@@ -162,7 +171,10 @@ def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert have <= names
-    assert {n.split("/")[0] for n in names} == {"foundation", wheel.name.split("-py3")[0] + ".dist-info"}
+    assert {n.split("/")[0] for n in names} == {
+        "foundation",
+        wheel.name.split("-py3")[0] + ".dist-info",
+    }
     assert wheel.stat().st_size < 26e6  # most of it weights
 
 
@@ -172,9 +184,13 @@ def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
         "import foundation, foundation.core.basics, pathlib; here = pathlib.Path(foundation.__file__).parent; "
         "print(here, foundation.__version__, len(list(here.glob('weights/*.safetensors'))))"
     )
-    place, version, weights = run(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).stdout.split()
+    place, version, weights = run(
+        code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")
+    ).stdout.split()
     assert Path(place) == tmp_path / "site" / "foundation"
     assert version == metadata.version("foundation")
     assert int(weights) == len(list((ROOT / "foundation/weights").glob("*.safetensors")))
-    about = email.message_from_string(next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text())
+    about = email.message_from_string(
+        next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text()
+    )
     assert {"lab", "dev", "docs", "deploy", "bench"} <= set(about.get_all("Provides-Extra"))

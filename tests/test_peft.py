@@ -11,8 +11,29 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from foundation.finetuning.peft import (
-    LINEAR, METHODS, RATES, VARIANTS, Adapter, Delta, LoRA, MeanClassifier, NounTask, Prefix, adapt, add_adapters, add_lora,
-    add_prefix, find_layers, merge, optimizer_bytes, prepared, score, step_costs, train_biases, unmerge)
+    LINEAR,
+    METHODS,
+    RATES,
+    VARIANTS,
+    Adapter,
+    Delta,
+    LoRA,
+    MeanClassifier,
+    NounTask,
+    Prefix,
+    adapt,
+    add_adapters,
+    add_lora,
+    add_prefix,
+    find_layers,
+    merge,
+    optimizer_bytes,
+    prepared,
+    score,
+    step_costs,
+    train_biases,
+    unmerge,
+)
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.gpt import GPT
@@ -49,7 +70,9 @@ def task():
     return NounTask(("a",) * 60, tokens, labels, ("x", "y", "z"), at[:40], at[40:50], at[50:])
 
 
-@pytest.mark.parametrize("change", [add_lora, add_adapters, lambda m: add_prefix(m, 0), train_biases])
+@pytest.mark.parametrize(
+    "change", [add_lora, add_adapters, lambda m: add_prefix(m, 0), train_biases]
+)
 def test_starts_as_the_identity(change):
     assert torch.equal(read(change(bert())), read(bert()))
 
@@ -135,16 +158,30 @@ def test_only_what_is_meant_moves(method, task):
     adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=5, precision="fp32")
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved <= may and {"head.weight", "head.bias"} <= moved
-    spare = {n for n in may if n.endswith(("segment.weight", "key.bias"))}  # a shift of all keys changes no softmax
+    spare = {
+        n for n in may if n.endswith(("segment.weight", "key.bias"))
+    }  # a shift of all keys changes no softmax
     assert may - spare <= moved
-    kind = {"head only": "head.", "BitFit": "bias", "prefix": ("keys", "values"), "adapters": ("down.", "up."), "LoRA": (".A", ".B")}
+    kind = {
+        "head only": "head.",
+        "BitFit": "bias",
+        "prefix": ("keys", "values"),
+        "adapters": ("down.", "up."),
+        "LoRA": (".A", ".B"),
+    }
     for name in may - {"head.weight", "head.bias"}:
         words = kind.get(method.replace(",", "").split()[0] if method not in METHODS else method)
-        assert words is None or any(w in name for w in ([words] if isinstance(words, str) else words)), name
+        assert words is None or any(
+            w in name for w in ([words] if isinstance(words, str) else words)
+        ), name
     if method == "BitFit":
         assert not any(n.endswith("weight") for n in may - {"head.weight"})
         assert any("norm" in n for n in may)
-    shared = {n.replace(".base", ""): p for n, p in model.encoder.named_parameters() if n not in {m.removeprefix("encoder.") for m in may}}
+    shared = {
+        n.replace(".base", ""): p
+        for n, p in model.encoder.named_parameters()
+        if n not in {m.removeprefix("encoder.") for m in may}
+    }
     plain = dict(bert().named_parameters())
     assert all(torch.equal(p, plain[n]) for n, p in shared.items())
 
@@ -153,13 +190,17 @@ def test_a_base_that_is_not_frozen_would_be_seen(task):
     model = prepared(bert(), "LoRA", task)
     model.encoder.requires_grad_(True)  # the broken variant
     adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=2, precision="fp32")
-    assert not torch.equal(model.encoder.blocks[0].mlp[0].base.weight, bert().blocks[0].mlp[0].weight)
+    assert not torch.equal(
+        model.encoder.blocks[0].mlp[0].base.weight, bert().blocks[0].mlp[0].weight
+    )
 
 
 def test_equal_to_the_library_peft():
     peft = pytest.importorskip("peft")
     targets = ["query", "value", "mlp.0", "mlp.3"]
-    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, lora_dropout=0.0), bert()).eval()
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, lora_dropout=0.0), bert()
+    ).eval()
     ours = randomise(add_lora(bert(), 4, 12, targets))
     with torch.no_grad():
         for name in find_layers(bert(), targets):
@@ -169,7 +210,12 @@ def test_equal_to_the_library_peft():
     read_loss = lambda m: m.encode(IDS, IDS != 0).square().sum(0)[..., :9].sum()
     read_loss(ours).backward(), read_loss(theirs).backward()
     name = "blocks.0.attention.query"
-    assert_close(ours.get_submodule(name).A.grad, theirs.get_submodule(name).lora_A["default"].weight.grad, rtol=1e-4, atol=1e-6)
+    assert_close(
+        ours.get_submodule(name).A.grad,
+        theirs.get_submodule(name).lora_A["default"].weight.grad,
+        rtol=1e-4,
+        atol=1e-6,
+    )
     for module in theirs.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.merge()
@@ -196,7 +242,9 @@ def test_a_delta_of_another_shape_is_refused(task, tmp_path):
 
 def test_it_learns_and_the_optimizer_is_measured(task):
     model = prepared(bert(), "LoRA", task)
-    opt = adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=60, lr=1e-2, precision="fp32")
+    opt = adapt(
+        model, task.tokens[task.pool], task.labels[task.pool], steps=60, lr=1e-2, precision="fp32"
+    )
     assert (model(task.tokens[task.test]).argmax(1) == task.labels[task.test]).float().mean() > 0.6
     k = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert 8 * k <= optimizer_bytes(opt) <= 8 * k + 8 * len(opt.state)
@@ -214,33 +262,63 @@ def test_costs_and_scores(task, monkeypatch):
 
 
 def test_targets_match_whole_names():
-    assert find_layers(bert(), ["attention.query"]) == ["blocks.0.attention.query", "blocks.1.attention.query"]
+    assert find_layers(bert(), ["attention.query"]) == [
+        "blocks.0.attention.query",
+        "blocks.1.attention.query",
+    ]
     assert len(find_layers(bert(), LINEAR)) == 12
     with pytest.raises(ValueError, match="no layer is called 'uery'"):
         find_layers(bert(), ["uery"])
 
 
-@pytest.mark.parametrize("call, error, match", [
-    (lambda: add_lora(bert(), targets=["attention.qurey"]), ValueError, "no layer is called 'attention.qurey'"),
-    (lambda: add_lora(bert(), targets="mlp.0"), ValueError, "expected a list"),
-    (lambda: add_lora(bert(), targets=[]), ValueError, "expected a list"),
-    (lambda: add_lora(bert(), targets=["norm1"]), TypeError, "norm1 is a LayerNorm; .* the class Linear"),
-    (lambda: add_lora(bert(), 0), ValueError, "rank is 0"),
-    (lambda: add_lora(bert(), -3), ValueError, "rank is -3"),
-    (lambda: add_lora(bert(), 33), ValueError, "rank is 33; expected a whole number from 1 to 32"),
-    (lambda: add_lora(bert(), 2.0), TypeError, "rank is 2.0"),
-    (lambda: add_lora(bert(), 2, 0.0), ValueError, "alpha is 0.0"),
-    (lambda: add_lora(bert(), 2, float("nan")), ValueError, "alpha is nan"),
-    (lambda: add_lora(add_lora(bert())), ValueError, "changed at blocks.0.attention.query already"),
-    (lambda: add_adapters(add_lora(bert())), ValueError, "already"),
-    (lambda: LoRA(LoRA(nn.Linear(4, 4), 1), 1), TypeError, "base is a LoRA; expected a"),
-    (lambda: add_adapters(bert(), 0), ValueError, "width is 0"),
-    (lambda: add_prefix(bert(), -1), ValueError, "length is -1"),
-    (lambda: add_prefix(bert(), 3, IDS[0]), ValueError, r"words has shape \(5,\); expected \(3,\)"),
-    (lambda: Prefix(nn.Linear(4, 4), torch.zeros(1, 4), torch.zeros(1, 4)), TypeError, "base is a Linear"),
-    (lambda: train_biases(nn.Linear(3, 3, bias=False)), ValueError, "no parameter called bias"),
-    (lambda: Adapter(nn.ReLU()), TypeError, "base is a ReLU; expected a Linear"),
-])
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (
+            lambda: add_lora(bert(), targets=["attention.qurey"]),
+            ValueError,
+            "no layer is called 'attention.qurey'",
+        ),
+        (lambda: add_lora(bert(), targets="mlp.0"), ValueError, "expected a list"),
+        (lambda: add_lora(bert(), targets=[]), ValueError, "expected a list"),
+        (
+            lambda: add_lora(bert(), targets=["norm1"]),
+            TypeError,
+            "norm1 is a LayerNorm; .* the class Linear",
+        ),
+        (lambda: add_lora(bert(), 0), ValueError, "rank is 0"),
+        (lambda: add_lora(bert(), -3), ValueError, "rank is -3"),
+        (
+            lambda: add_lora(bert(), 33),
+            ValueError,
+            "rank is 33; expected a whole number from 1 to 32",
+        ),
+        (lambda: add_lora(bert(), 2.0), TypeError, "rank is 2.0"),
+        (lambda: add_lora(bert(), 2, 0.0), ValueError, "alpha is 0.0"),
+        (lambda: add_lora(bert(), 2, float("nan")), ValueError, "alpha is nan"),
+        (
+            lambda: add_lora(add_lora(bert())),
+            ValueError,
+            "changed at blocks.0.attention.query already",
+        ),
+        (lambda: add_adapters(add_lora(bert())), ValueError, "already"),
+        (lambda: LoRA(LoRA(nn.Linear(4, 4), 1), 1), TypeError, "base is a LoRA; expected a"),
+        (lambda: add_adapters(bert(), 0), ValueError, "width is 0"),
+        (lambda: add_prefix(bert(), -1), ValueError, "length is -1"),
+        (
+            lambda: add_prefix(bert(), 3, IDS[0]),
+            ValueError,
+            r"words has shape \(5,\); expected \(3,\)",
+        ),
+        (
+            lambda: Prefix(nn.Linear(4, 4), torch.zeros(1, 4), torch.zeros(1, 4)),
+            TypeError,
+            "base is a Linear",
+        ),
+        (lambda: train_biases(nn.Linear(3, 3, bias=False)), ValueError, "no parameter called bias"),
+        (lambda: Adapter(nn.ReLU()), TypeError, "base is a ReLU; expected a Linear"),
+    ],
+)
 def test_bad_changes(call, error, match):
     with pytest.raises(error, match=match):
         call()
@@ -250,21 +328,29 @@ def test_a_refused_change_leaves_the_model_alone():
     model = bert()
     with pytest.raises(ValueError):
         add_lora(model, 33)
-    assert all(p.requires_grad for p in model.parameters()) and torch.equal(read(model), read(bert()))
+    assert all(p.requires_grad for p in model.parameters()) and torch.equal(
+        read(model), read(bert())
+    )
 
 
-@pytest.mark.parametrize("labels, options, match", [
-    (torch.tensor([0, 3]), {}, "expected 0 to 2"), (torch.tensor([-1, 0]), {}, "expected 0 to 2"),
-    (torch.tensor([0.0, 1.0]), {}, "whole numbers"), (torch.tensor([[0], [1]]), {}, "one axis"),
-    (torch.tensor([], dtype=torch.int64), {}, "labels is empty"),
-    ([0, 1], {}, r"has the labels \[2\]"),
-    (torch.tensor([0, 1, 2]), {}, "tokens 2, labels 3"),
-    (torch.tensor([0, 1, 2]), dict(batch_size=0), "batch_size is 0"),
-    (torch.tensor([0, 1]), dict(lr=0.0), "lr is 0.0"),
-    (torch.tensor([0, 1]), dict(lr=-1e-3), "lr is -0.001"),
-    (torch.tensor([0, 1]), dict(lr=float("nan")), "lr is nan"),
-    (torch.tensor([0, 1]), dict(steps=0), "steps is 0"),
-    (torch.tensor([0, 1]), dict(steps=0.5), "steps is 0.5")])
+@pytest.mark.parametrize(
+    "labels, options, match",
+    [
+        (torch.tensor([0, 3]), {}, "expected 0 to 2"),
+        (torch.tensor([-1, 0]), {}, "expected 0 to 2"),
+        (torch.tensor([0.0, 1.0]), {}, "whole numbers"),
+        (torch.tensor([[0], [1]]), {}, "one axis"),
+        (torch.tensor([], dtype=torch.int64), {}, "labels is empty"),
+        ([0, 1], {}, r"has the labels \[2\]"),
+        (torch.tensor([0, 1, 2]), {}, "tokens 2, labels 3"),
+        (torch.tensor([0, 1, 2]), dict(batch_size=0), "batch_size is 0"),
+        (torch.tensor([0, 1]), dict(lr=0.0), "lr is 0.0"),
+        (torch.tensor([0, 1]), dict(lr=-1e-3), "lr is -0.001"),
+        (torch.tensor([0, 1]), dict(lr=float("nan")), "lr is nan"),
+        (torch.tensor([0, 1]), dict(steps=0), "steps is 0"),
+        (torch.tensor([0, 1]), dict(steps=0.5), "steps is 0.5"),
+    ],
+)
 def test_bad_training(labels, options, match):
     with pytest.raises((ValueError, TypeError), match=match):
         adapt(MeanClassifier(bert(), 3), IDS, labels, **options)
@@ -279,10 +365,16 @@ def test_the_shipped_card_holds_what_the_lesson_claims():
     card = read_card("minilm_glosses_lora")
     scores, costs = card["metrics"]["accuracy"], card["metrics"]["costs"]
     mean = {m: sum(row) / len(row) for m, row in scores.items()}
-    assert set(scores) == set(RATES) | set(VARIANTS) and all(len(row) == len(card["seeds"]) >= 3 for row in scores.values())
+    assert set(scores) == set(RATES) | set(VARIANTS) and all(
+        len(row) == len(card["seeds"]) >= 3 for row in scores.values()
+    )
     assert 999 not in card["seeds"]  # the draw that rates are picked on
-    assert {m: sorted(map(float, row)) for m, row in card["tuning"].items()} == {m: sorted(row) for m, row in RATES.items()}
-    assert all(card["rates"][m] == float(max(row, key=row.get)) for m, row in card["tuning"].items())
+    assert {m: sorted(map(float, row)) for m, row in card["tuning"].items()} == {
+        m: sorted(row) for m, row in RATES.items()
+    }
+    assert all(
+        card["rates"][m] == float(max(row, key=row.get)) for m, row in card["tuning"].items()
+    )
     assert min(mean[m] for m in METHODS) > mean["TF-IDF"] + 0.15
     assert mean["LoRA"] > mean["full"] - 0.01 and costs["LoRA"]["share"] <= 0.02
     assert mean["LoRA"] > mean["LoRA, both random"]

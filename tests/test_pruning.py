@@ -1,4 +1,5 @@
 "Pruning: laws, parity with PyTorch and torch-pruning, cut nets equal silent nets, ONNX, and bad input"
+
 import os
 import subprocess
 import sys
@@ -20,8 +21,27 @@ sys.path.insert(0, str(ROOT))  # `bench` is not part of the package
 
 from foundation.compression import pruning  # noqa: E402
 from foundation.compression.pruning import (
-    SLIM, Pruner, apply_masks, channel_groups, channel_masks, compare_pruning, cubic_sparsity, head_masks, keep_largest, layer_weights,
-    magnitude_masks, make_pruned, mask_channels, recover, remove_channels, remove_heads, slim_vgg, sparsity, to_two_four, two_four_masks)
+    SLIM,
+    Pruner,
+    apply_masks,
+    channel_groups,
+    channel_masks,
+    compare_pruning,
+    cubic_sparsity,
+    head_masks,
+    keep_largest,
+    layer_weights,
+    magnitude_masks,
+    make_pruned,
+    mask_channels,
+    recover,
+    remove_channels,
+    remove_heads,
+    slim_vgg,
+    sparsity,
+    to_two_four,
+    two_four_masks,
+)
 from foundation.compression.quantization import quantize_weights
 from foundation.core.basics import copy_model, in_order, memory_order
 from foundation.core.sources import DataUnavailable
@@ -37,8 +57,14 @@ from foundation.training.checkpoint import BadCheckpoint
 
 def make_net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 12, 3), nn.Flatten(),
-                         nn.Linear(12 * 4 * 4, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 12, 3),
+        nn.Flatten(),
+        nn.Linear(12 * 4 * 4, 10),
+    )
 
 
 def shaken(net):
@@ -53,11 +79,16 @@ def shaken(net):
     return net.eval()
 
 
-NETS = {"vgg": lambda: VGG(widths=(8, 12), depths=(2, 1)), "resnet": lambda: ResNet(widths=(8, 16), depths=(2, 2)),
-        "convnet": ConvNet, "vgg of 6": VGG}
+NETS = {
+    "vgg": lambda: VGG(widths=(8, 12), depths=(2, 1)),
+    "resnet": lambda: ResNet(widths=(8, 16), depths=(2, 2)),
+    "convnet": ConvNet,
+    "vgg of 6": VGG,
+}
 
 
 # Single weights -------------------------------------------------------------------------------------------------------
+
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 50), share=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 99))
@@ -83,14 +114,19 @@ def test_layer_masks_equal_torch(share):
 def test_global_masks_equal_torch(share):
     net, theirs = make_net(), make_net()
     modules = {n: m for n, m in theirs.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    prune.global_unstructured([(m, "weight") for m in modules.values()], prune.L1Unstructured, amount=share)
+    prune.global_unstructured(
+        [(m, "weight") for m in modules.values()], prune.L1Unstructured, amount=share
+    )
     masks = magnitude_masks(net, share)
     assert all(torch.equal(masks[f"{n}.weight"], m.weight_mask.bool()) for n, m in modules.items())
     assert sparsity(apply_masks(net, masks)) == pytest.approx(share, abs=1e-3)
 
 
-OPTIMIZERS = [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
-              lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1), lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1)]
+OPTIMIZERS = [
+    lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+    lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1),
+]
 
 
 def steps(net, opt, count):
@@ -111,8 +147,12 @@ def test_zeros_stay_and_sparsity_only_grows(make):
             pass
         target = pruner.update(step)
         assert target <= cubic_sparsity(step, 3, 20, 0.9)
-        assert all(not (w[~pruner.masks[n]]).any() for n, w in layer_weights(net).items() if pruner.masks)
-        assert all(not (mask & ~before.get(n, mask)).any() for n, mask in pruner.masks.items()), "a pruned weight came back"
+        assert all(
+            not (w[~pruner.masks[n]]).any() for n, w in layer_weights(net).items() if pruner.masks
+        )
+        assert all(not (mask & ~before.get(n, mask)).any() for n, mask in pruner.masks.items()), (
+            "a pruned weight came back"
+        )
         before = pruner.masks
     assert target == 0.9 and sparsity(net) == pytest.approx(0.9, abs=1e-3)
 
@@ -142,14 +182,24 @@ def test_skip_leaves_a_layer_alone_and_shared_weights_count_once():
     assert list(layer_weights(tied)) == ["0.weight"]
 
 
-@pytest.mark.parametrize("call", [
-    lambda net: magnitude_masks(net, 1.0), lambda net: magnitude_masks(net, -0.1), lambda net: magnitude_masks(net, float("nan")),
-    lambda net: magnitude_masks(net, 0.5, "row"), lambda net: magnitude_masks(net, 0.5, skip=("head",)),
-    lambda net: Pruner(net, 0.5, 10, 10), lambda net: Pruner(net, 1.0, 0, 10), lambda net: Pruner(net, 0.5, 0, 10, every=0),
-    lambda net: apply_masks(net, {"0.weight": torch.ones(3, dtype=torch.bool)}),
-    lambda net: apply_masks(net, {"nobody.weight": torch.ones(3, dtype=torch.bool)}),
-    lambda net: layer_weights(nn.Sequential(nn.ReLU())), lambda net: cubic_sparsity(0, 0, 1, 0.2, initial=0.5),
-    lambda net: head_masks(net, 0.5)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net: magnitude_masks(net, 1.0),
+        lambda net: magnitude_masks(net, -0.1),
+        lambda net: magnitude_masks(net, float("nan")),
+        lambda net: magnitude_masks(net, 0.5, "row"),
+        lambda net: magnitude_masks(net, 0.5, skip=("head",)),
+        lambda net: Pruner(net, 0.5, 10, 10),
+        lambda net: Pruner(net, 1.0, 0, 10),
+        lambda net: Pruner(net, 0.5, 0, 10, every=0),
+        lambda net: apply_masks(net, {"0.weight": torch.ones(3, dtype=torch.bool)}),
+        lambda net: apply_masks(net, {"nobody.weight": torch.ones(3, dtype=torch.bool)}),
+        lambda net: layer_weights(nn.Sequential(nn.ReLU())),
+        lambda net: cubic_sparsity(0, 0, 1, 0.2, initial=0.5),
+        lambda net: head_masks(net, 0.5),
+    ],
+)
 def test_pruning_refuses(call):
     with pytest.raises(ValueError, match="."):
         call(make_net())
@@ -158,7 +208,9 @@ def test_pruning_refuses(call):
 def test_layers_of_other_kinds_are_named_and_left_alone():
     net = nn.Sequential(nn.Embedding(5, 4), nn.LSTM(4, 4), nn.Linear(4, 4))
     before = net[1].weight_hh_l0.detach().clone()
-    with pytest.warns(UserWarning, match=r"1 \(LSTM\) is neither a convolution nor a linear layer") as told:
+    with pytest.warns(
+        UserWarning, match=r"1 \(LSTM\) is neither a convolution nor a linear layer"
+    ) as told:
         masks = magnitude_masks(net, 0.5)
     assert len(told) == 1 and list(masks) == ["2.weight"]
     with warnings.catch_warnings():
@@ -196,6 +248,7 @@ def test_two_four_kernels_need_their_gpu():
 
 # Channels -------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
 @pytest.mark.parametrize("name", NETS)
 def test_a_cut_net_equals_the_silent_net(name, share):
@@ -204,10 +257,15 @@ def test_a_cut_net_equals_the_silent_net(name, share):
     small, silent = remove_channels(net, masks), mask_channels(deepcopy(net), masks)
     scale = silent(x).abs().max()
     assert (small(x) - silent(x)).abs().max() <= 1e-5 * scale
-    assert share == 0 or sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+    assert share == 0 or sum(p.numel() for p in small.parameters()) < sum(
+        p.numel() for p in net.parameters()
+    )
     small.train()
     small(x).sum().backward()
-    assert all(p.grad is not None for p in small.parameters()) and small.encode(x).shape[1] == small.dim
+    assert (
+        all(p.grad is not None for p in small.parameters())
+        and small.encode(x).shape[1] == small.dim
+    )
 
 
 def differs(small, silent):
@@ -230,12 +288,16 @@ def test_shortcuts_share_their_channels_and_misaligned_ones_are_caught():
     net = shaken(ResNet(widths=(8, 16), depths=(2, 2)))
     groups = channel_groups(net)
     assert groups["body.0.0"].writers == ["body.0.0", "body.1.body.1.0", "body.2.body.1.0"]
-    assert {"body.3.shortcut.0", "body.3.body.1.0", "body.4.body.1.0"} in [set(g.writers) for g in groups.values()]
+    assert {"body.3.shortcut.0", "body.3.body.1.0", "body.4.body.1.0"} in [
+        set(g.writers) for g in groups.values()
+    ]
     assert next(g for g in groups.values() if "head" in g.readers).size == 16
     masks = channel_masks(net, 0.5)
     small, silent = remove_channels(net, masks), mask_channels(deepcopy(net), masks)
     for part in (small.body[3].shortcut[0].weight, small.body[3].shortcut[1].weight):
-        part.data.copy_(part.data.roll(1, 0))  # the shortcut cut at other places than the sum it joins
+        part.data.copy_(
+            part.data.roll(1, 0)
+        )  # the shortcut cut at other places than the sum it joins
     assert differs(small, silent)
 
 
@@ -270,7 +332,9 @@ def test_the_heads_that_stay_are_those_that_write_most():
 def test_channel_counts_are_rounded_and_never_zero():
     net = VGG()
     kept = lambda **how: [int(m.sum()) for m in channel_masks(net, **how).values()]
-    assert kept(sparsity=0.7, multiple=8) == [8, 8, 16, 16, 40, 40] and set(kept(sparsity=0.999)) == {1}
+    assert kept(sparsity=0.7, multiple=8) == [8, 8, 16, 16, 40, 40] and set(
+        kept(sparsity=0.999)
+    ) == {1}
     assert kept(sparsity={"body.0.0": 0.5}) == [16]
 
 
@@ -279,7 +343,10 @@ def test_what_cannot_be_cut_is_named_and_kept():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         groups = channel_groups(net)
-    assert "body.3.body.0 (SameConv) is not a layer whose channels can be cut; it keeps them all" in [str(w.message) for w in told]
+    assert (
+        "body.3.body.0 (SameConv) is not a layer whose channels can be cut; it keeps them all"
+        in [str(w.message) for w in told]
+    )
     assert groups and not any("body.3.body.0" in g.writers + g.readers for g in groups.values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -296,14 +363,36 @@ def test_a_layer_that_is_called_twice_keeps_its_channels():
         assert not any("body.1" in g.writers + g.readers for g in channel_groups(net).values())
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda net: channel_masks(net, 1.0), "cannot lose all"), (lambda net: channel_masks(net, -0.1), "from 0 below 1"),
-    (lambda net: channel_masks(net, {"body.9": 0.5}), "no channel groups"),
-    (lambda net: remove_channels(net, {"body.0.0": torch.zeros(32, dtype=torch.bool)}), "all 32 channels"),
-    (lambda net: remove_channels(net, {"body.0.0": torch.ones(31, dtype=torch.bool)}), "mask of body.0.0"),
-    (lambda net: mask_channels(net, {"nobody": torch.ones(3, dtype=torch.bool)}), "mask of nobody"),
-    (lambda net: remove_heads(net, {"head": torch.ones(2, dtype=torch.bool)}), "attention layer"),
-    (lambda net: remove_heads(ViT(), {"blocks.0.attention": torch.zeros(4, dtype=torch.bool)}), "one kept at least")])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda net: channel_masks(net, 1.0), "cannot lose all"),
+        (lambda net: channel_masks(net, -0.1), "from 0 below 1"),
+        (lambda net: channel_masks(net, {"body.9": 0.5}), "no channel groups"),
+        (
+            lambda net: remove_channels(net, {"body.0.0": torch.zeros(32, dtype=torch.bool)}),
+            "all 32 channels",
+        ),
+        (
+            lambda net: remove_channels(net, {"body.0.0": torch.ones(31, dtype=torch.bool)}),
+            "mask of body.0.0",
+        ),
+        (
+            lambda net: mask_channels(net, {"nobody": torch.ones(3, dtype=torch.bool)}),
+            "mask of nobody",
+        ),
+        (
+            lambda net: remove_heads(net, {"head": torch.ones(2, dtype=torch.bool)}),
+            "attention layer",
+        ),
+        (
+            lambda net: remove_heads(
+                ViT(), {"blocks.0.attention": torch.zeros(4, dtype=torch.bool)}
+            ),
+            "one kept at least",
+        ),
+    ],
+)
 def test_cutting_refuses(call, says):
     with pytest.raises(ValueError, match=says):
         call(VGG())
@@ -323,8 +412,11 @@ def test_nets_without_body_and_nan_weights_are_refused():
 
 
 def test_what_cut_nets_give_is_what_torch_pruning_gives():
-    pytest.importorskip("torch_pruning", reason="torch-pruning is not installed (pip install -e '.[bench]')")
+    pytest.importorskip(
+        "torch_pruning", reason="torch-pruning is not installed (pip install -e '.[bench]')"
+    )
     from bench.prune import their_cut
+
     for name in ("vgg", "resnet"):
         net, x = shaken(NETS[name]()), torch.randn(3, 1, 28, 28)
         masks = channel_masks(net, 0.5)
@@ -334,8 +426,11 @@ def test_what_cut_nets_give_is_what_torch_pruning_gives():
 
 
 def test_onnx_of_a_cut_net_equals_pytorch(tmp_path):
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install -e '.[deploy]')")
+    pytest.importorskip(
+        "onnxruntime", reason="onnxruntime is not installed (pip install -e '.[deploy]')"
+    )
     from foundation.deployment.export import OnnxModel, export_onnx
+
     for net in (shaken(NETS["vgg"]()), shaken(NETS["resnet"]())):
         small, x = remove_channels(net, channel_masks(net, 0.5)).eval(), torch.randn(5, 1, 28, 28)
         there = OnnxModel(export_onnx(small, x[:1], tmp_path / "a.onnx", tolerance=1e-2))(x)
@@ -343,16 +438,25 @@ def test_onnx_of_a_cut_net_equals_pytorch(tmp_path):
 
 
 def test_slim_is_several_times_faster_in_onnx_runtime(tmp_path):
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install -e '.[deploy]')")
+    pytest.importorskip(
+        "onnxruntime", reason="onnxruntime is not installed (pip install -e '.[deploy]')"
+    )
     from foundation.deployment.export import OnnxModel, compare_latency, export_onnx
+
     net, x = VGG().eval(), torch.randn(1, 1, 28, 28)
     small = slim_vgg(net).eval()
-    graphs = {name: OnnxModel(export_onnx(m, x, tmp_path / f"{name}.onnx")) for name, m in (("large", net), ("slim", small))}
+    graphs = {
+        name: OnnxModel(export_onnx(m, x, tmp_path / f"{name}.onnx"))
+        for name, m in (("large", net), ("slim", small))
+    }
     found = compare_latency(graphs, x, batch_sizes=(1, 2), rounds=9)
-    assert found["large"]["latency_ms"] > 2.5 * found["slim"]["latency_ms"], found  # 5 and more on a quiet machine
+    assert found["large"]["latency_ms"] > 2.5 * found["slim"]["latency_ms"], (
+        found
+    )  # 5 and more on a quiet machine
 
 
 # Heads ----------------------------------------------------------------------------------------------------------------
+
 
 def silenced(model, masks):
     model = deepcopy(model)
@@ -363,15 +467,22 @@ def silenced(model, masks):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.99])
-@pytest.mark.parametrize("make, x", [
-    (lambda: ViT(dim=32, depth=2), torch.randn(2, 1, 28, 28)), (lambda: BERT(50, 16, 32, 2, 4), torch.randint(50, (2, 9)))])
+@pytest.mark.parametrize(
+    "make, x",
+    [
+        (lambda: ViT(dim=32, depth=2), torch.randn(2, 1, 28, 28)),
+        (lambda: BERT(50, 16, 32, 2, 4), torch.randint(50, (2, 9))),
+    ],
+)
 def test_removed_heads_equal_zeroed_heads(make, x, share):
     torch.manual_seed(0)
     model = make().eval()
     masks = head_masks(model, share)
     small = remove_heads(model, masks)
     assert_close(small(x), silenced(model, masks)(x), rtol=1e-5, atol=1e-5)
-    assert all(m.any() for m in masks.values()) and all(model.get_submodule(n).heads == 4 for n in masks)
+    assert all(m.any() for m in masks.values()) and all(
+        model.get_submodule(n).heads == 4 for n in masks
+    )
     other = {name: mask.roll(1) for name, mask in masks.items()}
     if 0 < share < 0.9:  # other heads are noticed
         assert (small(x) - silenced(model, other)(x)).abs().max() > 1e-4
@@ -380,14 +491,22 @@ def test_removed_heads_equal_zeroed_heads(make, x, share):
 
 # The recipe and what it shipped ---------------------------------------------------------------------------------------
 
+
 def test_a_slim_vgg_is_the_cut_one_under_a_name_that_a_card_can_hold():
     net, x = shaken(VGG()), torch.randn(2, 1, 28, 28)
     small = slim_vgg(net).eval()
-    assert small.config["widths"] == list(SLIM) and [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)] == [8, 8, 24, 24, 48, 48]
-    shares = {name: 1 - kept / group.size for (name, group), kept in zip(channel_groups(net).items(), [8, 8, 24, 24, 48, 48])}
+    assert small.config["widths"] == list(SLIM) and [
+        m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)
+    ] == [8, 8, 24, 24, 48, 48]
+    shares = {
+        name: 1 - kept / group.size
+        for (name, group), kept in zip(channel_groups(net).items(), [8, 8, 24, 24, 48, 48])
+    }
     assert_close(small(x), remove_channels(net, channel_masks(net, shares))(x))
     for widths in ((8, 24), (0, 24, 48), (33, 24, 48)):
-        with pytest.raises(ValueError, match=r"expected one for each stage, from 1 to \(32, 64, 128\)"):
+        with pytest.raises(
+            ValueError, match=r"expected one for each stage, from 1 to \(32, 64, 128\)"
+        ):
             slim_vgg(net, widths)
 
 
@@ -395,7 +514,13 @@ def test_a_slim_vgg_is_the_cut_one_under_a_name_that_a_card_can_hold():
 def few(monkeypatch):
     "Digits, and a count of the runs that really trained"
     data, real, trained = load_images("digits"), pruning.endless, []
-    monkeypatch.setattr(pruning, "endless", lambda *tensors, start, **how: (trained.append(start), real(*tensors, start=start, **how))[1])
+    monkeypatch.setattr(
+        pruning,
+        "endless",
+        lambda *tensors, start, **how: (trained.append(start), real(*tensors, start=start, **how))[
+            1
+        ],
+    )
     return data, trained
 
 
@@ -404,13 +529,26 @@ def test_the_recipe_goes_on_with_the_run_that_is_missing(few, tmp_path, monkeypa
     monkeypatch.setattr(pruning, "SLIM", (2, 4))
     torch.manual_seed(0)
     teacher = VGG(widths=(4, 8), depths=(1, 1))
-    first, nets, seconds = compare_pruning(teacher, data, seeds=range(2), steps=4, slim_steps=5, runs=tmp_path)
+    first, nets, seconds = compare_pruning(
+        teacher, data, seeds=range(2), steps=4, slim_steps=5, runs=tmp_path
+    )
     assert trained == [0] * 10 and seconds > 0
-    assert sparsity(nets["90 % gradually"]) == pytest.approx(0.9, abs=0.01) and sparsity(nets["dense"]) == 0
-    assert nets["channels cut"].config["widths"] == nets["slim from scratch"].config["widths"] == [2, 4]
+    assert (
+        sparsity(nets["90 % gradually"]) == pytest.approx(0.9, abs=0.01)
+        and sparsity(nets["dense"]) == 0
+    )
+    assert (
+        nets["channels cut"].config["widths"]
+        == nets["slim from scratch"].config["widths"]
+        == [2, 4]
+    )
     (tmp_path / "dense-4-1.safetensors").unlink()
-    again, nets, _ = compare_pruning(teacher, data, seeds=range(2), steps=4, slim_steps=5, runs=tmp_path)
-    assert sorted(trained[10:]) == [0] * 10 + [4] * 5 + [5] * 4, "each run looks at its first batch; nine were read, one trained"
+    again, nets, _ = compare_pruning(
+        teacher, data, seeds=range(2), steps=4, slim_steps=5, runs=tmp_path
+    )
+    assert sorted(trained[10:]) == [0] * 10 + [4] * 5 + [5] * 4, (
+        "each run looks at its first batch; nine were read, one trained"
+    )
     assert all(torch.equal(first[arm], again[arm]) for arm in first.scores)
     compare_pruning(teacher, data, seeds=range(2), steps=4, slim_steps=6, runs=tmp_path)
     assert sorted(trained[29:]) == [0] * 10 + [4] * 6, "other slim runs, the same others"
@@ -429,10 +567,15 @@ def test_the_cards_hold_what_was_promised():
     card, slim = read_card("vgg_pruned"), read_card("vgg_slim")
     scores = card["metrics"]["accuracy"]
     mean = {arm: sum(runs) / len(runs) for arm, runs in scores.items()}
-    assert all(len(runs) == len(card["seeds"]) >= 3 for runs in scores.values()) and slim["metrics"]["accuracy"] == scores["channels cut"]
+    assert (
+        all(len(runs) == len(card["seeds"]) >= 3 for runs in scores.values())
+        and slim["metrics"]["accuracy"] == scores["channels cut"]
+    )
     assert mean["90 % gradually"] > mean["dense"] - 0.01
     assert mean["channels cut"] > card["metrics"]["teacher"] - 0.01
-    assert all(cut > fresh for cut, fresh in zip(scores["channels cut"], scores["slim from scratch"]))
+    assert all(
+        cut > fresh for cut, fresh in zip(scores["channels cut"], scores["slim from scratch"])
+    )
     assert sparsity(load_weights("vgg_pruned")) == pytest.approx(0.9, abs=1e-3)
     assert load_weights("vgg_slim").config["widths"] == list(SLIM)
 
@@ -989,4 +1132,7 @@ def test_the_cards_agree_with_one_another_and_with_their_recipe():
         and pruned["origin"] == "vgg_supervised"
     )
     assert load_weights("vgg_pruned").config == teacher["config"]
-    assert sum(p.numel() for p in load_weights("vgg_slim").parameters()) < sum(p.numel() for p in VGG().parameters()) / 6
+    assert (
+        sum(p.numel() for p in load_weights("vgg_slim").parameters())
+        < sum(p.numel() for p in VGG().parameters()) / 6
+    )

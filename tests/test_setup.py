@@ -22,7 +22,10 @@ def env(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     shutil.copy(ROOT / "settings.ini", tmp_path)
     for name, value in dict(
-        ROOT=tmp_path, VENV=tmp_path / ".venv", BIN=tmp_path / ".venv/bin/python", STAMP=tmp_path / ".venv/ready"
+        ROOT=tmp_path,
+        VENV=tmp_path / ".venv",
+        BIN=tmp_path / ".venv/bin/python",
+        STAMP=tmp_path / ".venv/ready",
     ).items():
         monkeypatch.setattr(module, name, str(value))
     monkeypatch.delenv("PYTHON", raising=False)
@@ -82,9 +85,11 @@ def test_unfit_pythons_are_told(env, tmp_path, monkeypatch, version, good, words
 
 
 def test_an_old_python_can_run_the_script_and_is_refused_in_one_sentence(tmp_path):
-    old = [p for v in ("2.7", "3.6", "3.8") for p in Path.home().glob(f".pyenv/versions/{v}.*/bin/python")][:1] or [
-        sys.executable
-    ]
+    old = [
+        p
+        for v in ("2.7", "3.6", "3.8")
+        for p in Path.home().glob(f".pyenv/versions/{v}.*/bin/python")
+    ][:1] or [sys.executable]
     (tmp_path / ".ci").mkdir()
     shutil.copy(SCRIPT, tmp_path / ".ci")
     shutil.copy(ROOT / "settings.ini", tmp_path)
@@ -92,10 +97,14 @@ def test_an_old_python_can_run_the_script_and_is_refused_in_one_sentence(tmp_pat
         [old[0], tmp_path / ".ci" / SCRIPT.name],
         capture_output=True,
         text=True,
-        env=dict(os.environ, PYTHON="/nowhere/python", PYTHONDONTWRITEBYTECODE="1", HOME=str(tmp_path)),
+        env=dict(
+            os.environ, PYTHON="/nowhere/python", PYTHONDONTWRITEBYTECODE="1", HOME=str(tmp_path)
+        ),
     )
     assert (
-        done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "/nowhere/python was found" not in done.stderr
+        done.returncode == 1
+        and done.stderr.strip().count("\n") == 0
+        and "/nowhere/python was found" not in done.stderr
     )
     assert "Python 3.10 to 3.13 is needed, but /nowhere/python does not run" in done.stderr
     assert not (tmp_path / ".venv").exists()
@@ -111,12 +120,18 @@ def test_a_full_disk_is_told_before_anything_is_made(env, monkeypatch):
 @pytest.mark.parametrize(
     "said, words",
     [
-        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            "disk is full",
+        ),
         (
             "WARNING: Retrying: Failed to establish a new connection: [Errno -2] Name or service not known",
             "cannot reach",
         ),
-        ("ERROR: No matching distribution found for torch>=99", "could not install the requirements"),
+        (
+            "ERROR: No matching distribution found for torch>=99",
+            "could not install the requirements",
+        ),
     ],
 )
 def test_what_pip_says_becomes_one_sentence(env, tmp_path, monkeypatch, said, words):
@@ -141,7 +156,11 @@ def test_requirements_decide_whether_to_set_up_again(env):
     config = env.settings()
     before = env.wanted(config)
     assert env.wanted(dict(config, description="other words")) == before
-    for change in [dict(requirements="torch"), dict(dev_requirements="pytest"), dict(min_python="3.11")]:
+    for change in [
+        dict(requirements="torch"),
+        dict(dev_requirements="pytest"),
+        dict(min_python="3.11"),
+    ]:
         assert env.wanted(dict(config, **change)) != before
 
 
@@ -179,7 +198,9 @@ def test_the_constraints_name_a_tested_version_of_each_requirement():
     import notebooks
     from packaging.requirements import Requirement
 
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"]
+    lines = [
+        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"
+    ]
 
     def canonical(name):
         return re.sub(r"[-_.]+", "-", name).lower()

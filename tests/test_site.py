@@ -42,7 +42,9 @@ def test_pictures_of_the_readme_become_files_with_their_alt_text():
 
     pictures = {}
     html = '<div><img alt="a curve" width="3" src="data:image/png;base64,aGVsbG8="></div><script>alert(1)</script>'
-    shown = readme.shown(dict(output_type="display_data", data={"text/html": [html]}), pictures, "images")
+    shown = readme.shown(
+        dict(output_type="display_data", data={"text/html": [html]}), pictures, "images"
+    )
     assert shown == '<div><img alt="a curve" width="3" src="images/readme-0.png"></div>'
     assert pictures == {"images/readme-0.png": b"hello"}
     assert readme.below("nbs", shown).count("nbs/images/readme-0.png") == 1
@@ -67,7 +69,9 @@ def test_call_outs_become_those_of_quarto():
         '::: {.callout-note title="Key idea"}\none\ntwo\n:::' in cell.source
         and "::: {.callout-note}\nthree\n:::" in cell.source
     )
-    assert "> plain" in cell.source and "```{mermaid}" in cell.source and "a.ipynb#big" in cell.source
+    assert (
+        "> plain" in cell.source and "```{mermaid}" in cell.source and "a.ipynb#big" in cell.source
+    )
 
 
 def test_the_table_of_parameters_survives_a_pipe():
@@ -79,7 +83,9 @@ def test_the_table_of_parameters_survives_a_pipe():
     rows = portable.parameters(fn).splitlines()
     assert len(rows) == 5 and all(row.count("|") == 5 for row in rows[2:])
     assert (
-        "<code>int &#124; None</code>" in rows[2] and "<code>3</code>" in rows[3] and "<code>Tensor</code>" in rows[4]
+        "<code>int &#124; None</code>" in rows[2]
+        and "<code>3</code>" in rows[3]
+        and "<code>Tensor</code>" in rows[4]
     )
     assert portable.parameters(len) == "" and portable.parameters(lambda x: x) == ""
 
@@ -91,7 +97,11 @@ def test_each_definition_gets_its_own_heading():
     source = "import x\n\ndef a():\n    return 1\n\nY = 2\n\n@patch\ndef b(self:A):\n    return 2\n\nZ = 3\n"
     parts = nb2myst.pieces(source, {"a", "A.b"})
     assert [name for name, _ in parts] == ["a", "A.b"]
-    assert parts[0][1].endswith("return 1") and parts[1][1].startswith("Y = 2") and parts[1][1].endswith("Z = 3")
+    assert (
+        parts[0][1].endswith("return 1")
+        and parts[1][1].startswith("Y = 2")
+        and parts[1][1].endswith("Z = 3")
+    )
 
 
 # Scripts from elsewhere -----------------------------------------------------------------------------------------------
@@ -104,7 +114,9 @@ def test_scripts_have_a_stamp_and_a_fallback(tmp_path, monkeypatch, capsys):
     vendor.main()
     assert "CDN" in capsys.readouterr().err and not vendor.ready()
     monkeypatch.setattr(vendor.shutil, "which", lambda name: "npm")
-    monkeypatch.setattr(vendor, "unpack", lambda *args: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        vendor, "unpack", lambda *args: (_ for _ in ()).throw(OSError("no network"))
+    )
     vendor.main()
     assert "no network" in capsys.readouterr().err and not vendor.ready()
     monkeypatch.setattr(vendor, "unpack", lambda folder, package, *rest: package.encode())
@@ -113,7 +125,9 @@ def test_scripts_have_a_stamp_and_a_fallback(tmp_path, monkeypatch, capsys):
     assert vendor.attributes("tex-svg.js")["integrity"].startswith("sha384-")
     monkeypatch.setattr(vendor, "intact", lambda content, digest: True)
     vendor.main()
-    assert vendor.attributes("tex-svg.js") == {}  # the copy beside the site was looked at when it was fetched
+    assert (
+        vendor.attributes("tex-svg.js") == {}
+    )  # the copy beside the site was looked at when it was fetched
     assert vendor.ready() and (tmp_path / "vendor/tex-svg.js").read_bytes() == b"mathjax"
     vendor.STAMP.write_text("{half a stamp")
     assert not vendor.ready()
@@ -152,7 +166,9 @@ def site(tmp_path_factory):
     import build
 
     out = tmp_path_factory.mktemp("site")
-    assert build.build(out / "html", out / "doctrees") == 0, "sphinx -W failed: its words stand above"
+    assert build.build(out / "html", out / "doctrees") == 0, (
+        "sphinx -W failed: its words stand above"
+    )
     return out / "html"
 
 
@@ -164,9 +180,15 @@ def pages(site):
 @needs_sphinx
 def test_each_lesson_is_a_page_that_can_be_searched(site, pages):
     assert [
-        name for name, path in PAGES.items() if notebooks.title(path)[0].split("`")[0] not in pages[name].text
+        name
+        for name, path in PAGES.items()
+        if notebooks.title(path)[0].split("`")[0] not in pages[name].text
     ] == []
-    index = json.loads(re.search(r"setIndex\((.*)\)", (site / "searchindex.js").read_text(encoding="utf-8"), re.S)[1])
+    index = json.loads(
+        re.search(r"setIndex\((.*)\)", (site / "searchindex.js").read_text(encoding="utf-8"), re.S)[
+            1
+        ]
+    )
     assert set(PAGES) <= set(index["docnames"])
 
 
@@ -185,7 +207,12 @@ def test_each_page_has_its_way_on_its_colab_button_and_dark_mode(pages):
 
 @needs_sphinx
 def test_nothing_comes_from_elsewhere_when_the_scripts_are_vendored(pages):
-    loads = {load for page in pages.values() for load in page.loads if load.startswith(("http:", "https:", "//"))}
+    loads = {
+        load
+        for page in pages.values()
+        for load in page.loads
+        if load.startswith(("http:", "https:", "//"))
+    }
     assert loads <= ({vendor.cdn(name) for name in vendor.SCRIPTS} if not vendor.ready() else set())
     assert not any("widget-view" in page.text for page in pages.values())
 
@@ -195,7 +222,9 @@ def test_scripts_from_elsewhere_are_sealed_and_new_tabs_get_no_hold_on_ours(page
     for name, page in pages.items():
         for tag in re.findall(r"<script[^>]*src=.https?:[^>]*>", page.text):
             assert "integrity" in tag and "crossorigin" in tag, f"{name}: {tag}"
-        loose = [a for a in re.findall(r"<a [^>]*>", page.text) if "_blank" in a and "rel=" not in a]
+        loose = [
+            a for a in re.findall(r"<a [^>]*>", page.text) if "_blank" in a and "rel=" not in a
+        ]
         assert not loose, f"{name}: {loose[0]}"
 
 
@@ -221,11 +250,18 @@ def test_links_within_the_site_arrive(site, pages):
 
 @needs_sphinx
 def test_names_lead_to_their_source(pages):
-    links = [link for page in pages.values() for link in page.links if "/foundation/" in link and "#L" in link]
+    links = [
+        link
+        for page in pages.values()
+        for link in page.links
+        if "/foundation/" in link and "#L" in link
+    ]
     assert links
     for link in links:
         path, line = re.search(r"/blob/[^/]+/(foundation/.*\.py)#L(\d+)$", link).groups()
-        assert re.match(r"\s*(def|class|async def|@)", (ROOT / path).read_text().splitlines()[int(line) - 1]), link
+        assert re.match(
+            r"\s*(def|class|async def|@)", (ROOT / path).read_text().splitlines()[int(line) - 1]
+        ), link
 
 
 # Quarto ---------------------------------------------------------------------------------------------------------------
@@ -238,9 +274,7 @@ def test_nbdev_can_prepare_the_notebooks_for_quarto(tmp_path):
         place = tmp_path / path.relative_to(ROOT)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
-    code = (
-        "import nbdev.serve, nbdev.quarto; nbdev.quarto.refresh_quarto_yml(); print(nbdev.serve.proc_nbs(n_workers=0))"
-    )
+    code = "import nbdev.serve, nbdev.quarto; nbdev.quarto.refresh_quarto_yml(); print(nbdev.serve.proc_nbs(n_workers=0))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -251,4 +285,6 @@ def test_nbdev_can_prepare_the_notebooks_for_quarto(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "_proc" / lesson.relative_to(ROOT / "nbs")).read_text()
-    assert "title: " in text and "colab-badge" not in text and "<code>" in text and "show_doc" in text
+    assert (
+        "title: " in text and "colab-badge" not in text and "<code>" in text and "show_doc" in text
+    )

@@ -1,4 +1,5 @@
 "What a notebook cannot say about foundation.core.sources: killed processes, full disks, closed folders, no network."
+
 import errno
 import gzip
 import hashlib
@@ -14,7 +15,19 @@ from pathlib import Path
 import pytest
 
 from foundation.core import sources
-from foundation.core.sources import SOURCES, DataUnavailable, File, Place, Source, cache_folder, fetch, folder, installed, web, where
+from foundation.core.sources import (
+    SOURCES,
+    DataUnavailable,
+    File,
+    Place,
+    Source,
+    cache_folder,
+    fetch,
+    folder,
+    installed,
+    web,
+    where,
+)
 
 TEXT = b"one small line\n"
 SUM = hashlib.sha256(TEXT).hexdigest()
@@ -36,19 +49,33 @@ def shelf(tmp_path, content=TEXT, name="line.txt"):
 
 
 def tiny(*places, mb=0.1, name="tiny"):
-    return Source(name, "one line of text", "public domain", "the library", mb, {"line": File("line.txt", (SUM,))}, places)
+    return Source(
+        name,
+        "one line of text",
+        "public domain",
+        "the library",
+        mb,
+        {"line": File("line.txt", (SUM,))},
+        places,
+    )
 
 
 def broken(error, online=False):
     def get(scratch):
         raise error
+
     return Place("the broken place", get, online)
 
 
 # Order, content ---------------------------------------------------------------------------------------------------------
 
+
 def test_first_place_that_delivers_wins_and_is_remembered(tmp_path, own_cache):
-    source = tiny(broken(RuntimeError("no luck")), shelf(tmp_path), broken(AssertionError("must not be asked")))
+    source = tiny(
+        broken(RuntimeError("no luck")),
+        shelf(tmp_path),
+        broken(AssertionError("must not be asked")),
+    )
     path = fetch(source)["line"]
     assert path == own_cache / "tiny" / "line.txt" and path.read_bytes() == TEXT
     assert where(source).ready and "shelf" in where(source).place
@@ -62,6 +89,7 @@ def test_second_call_asks_no_place(tmp_path):
 @pytest.mark.parametrize("parcel", ["line.txt.gz", "all.tar.gz", "all.zip", "nested.tgz"])
 def test_any_parcel_with_the_right_content_is_good(tmp_path, parcel):
     import zipfile
+
     place = tmp_path / "shelf"
     place.mkdir()
     if parcel.endswith("zip"):
@@ -94,7 +122,11 @@ def test_archive_paths_cannot_escape(tmp_path, own_cache):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     fetch(tiny(folder(place)))
-    assert {p.name for p in own_cache.rglob("*") if p.is_file()} == {".tiny.lock", "line.txt", "origin.json"}
+    assert {p.name for p in own_cache.rglob("*") if p.is_file()} == {
+        ".tiny.lock",
+        "line.txt",
+        "origin.json",
+    }
     assert not (tmp_path / "line.txt").exists()
 
 
@@ -140,21 +172,38 @@ def test_missing_origin_does_not_matter(tmp_path, own_cache):
 
 # Trouble ----------------------------------------------------------------------------------------------------------------
 
+
 def test_message_names_each_place_its_reason_and_the_way_by_hand(tmp_path):
-    source = tiny(folder(tmp_path / "nowhere", "apt install tiny"), broken(OSError("the server said no")), installed("no_such_package"))
+    source = tiny(
+        folder(tmp_path / "nowhere", "apt install tiny"),
+        broken(OSError("the server said no")),
+        installed("no_such_package"),
+    )
     with pytest.raises(DataUnavailable) as caught:
         fetch(source)
     told = str(caught.value)
-    for word in ("'tiny'", "apt install tiny", "the broken place: the server said no", "no_such_package: is not installed", "By hand",
-                 "line.txt", "the library", "FOUNDATION_DATA"):
+    for word in (
+        "'tiny'",
+        "apt install tiny",
+        "the broken place: the server said no",
+        "no_such_package: is not installed",
+        "By hand",
+        "line.txt",
+        "the library",
+        "FOUNDATION_DATA",
+    ):
         assert word in told
 
 
 def test_offline_asks_only_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("FOUNDATION_OFFLINE", "1")
-    with pytest.raises(DataUnavailable, match="the broken place: not asked, because FOUNDATION_OFFLINE is set"):
+    with pytest.raises(
+        DataUnavailable, match="the broken place: not asked, because FOUNDATION_OFFLINE is set"
+    ):
         fetch(tiny(broken(AssertionError("asked"), online=True)))
-    assert fetch(tiny(broken(AssertionError("asked"), online=True), shelf(tmp_path)))["line"].exists()
+    assert fetch(tiny(broken(AssertionError("asked"), online=True), shelf(tmp_path)))[
+        "line"
+    ].exists()
     monkeypatch.setenv("FOUNDATION_OFFLINE", "0")
     with pytest.raises(DataUnavailable, match="reached"):
         fetch(tiny(broken(OSError("reached"), online=True), name="other"))
@@ -167,17 +216,24 @@ def test_no_network_is_a_reason_and_no_crash(tmp_path):
 
 def test_web_place_downloads(tmp_path):
     shelf(tmp_path, gzip.compress(TEXT), "line.txt.gz")
-    assert fetch(tiny(web((tmp_path / "shelf" / "line.txt.gz").as_uri())))["line"].read_bytes() == TEXT
+    assert (
+        fetch(tiny(web((tmp_path / "shelf" / "line.txt.gz").as_uri())))["line"].read_bytes() == TEXT
+    )
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="no data set 'fashion'; there are: fashion_mnist, digits, glosses, reviews"):
+    with pytest.raises(
+        ValueError,
+        match="no data set 'fashion'; there are: fashion_mnist, digits, glosses, reviews",
+    ):
         fetch("fashion")
 
 
 def test_full_disk_is_one_sentence(tmp_path):
     for error in (OSError(errno.ENOSPC, "No space left on device"),):
-        with pytest.raises(DataUnavailable, match="^The disk is full: tiny needs about 10 MB .* FOUNDATION_DATA") as caught:
+        with pytest.raises(
+            DataUnavailable, match="^The disk is full: tiny needs about 10 MB .* FOUNDATION_DATA"
+        ) as caught:
             fetch(tiny(broken(error), shelf(tmp_path)))
         assert "\n" not in str(caught.value) and caught.value.__suppress_context__
 
@@ -195,7 +251,9 @@ def test_closed_home_falls_back_to_a_temporary_folder(tmp_path, monkeypatch, cap
     source = tiny(shelf(tmp_path))
     assert fetch(source)["line"] == tmp_path / "spare" / "tiny" / "line.txt"
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "Nothing can be written to" in told and "FOUNDATION_DATA" in told
+    assert (
+        told.count("\n") == 1 and "Nothing can be written to" in told and "FOUNDATION_DATA" in told
+    )
     assert fetch(source)["line"].exists() and where(source).ready and capsys.readouterr().err == ""
 
 
@@ -212,9 +270,15 @@ def test_a_filled_cache_needs_no_writing(tmp_path, own_cache, monkeypatch):
     assert fetch(tiny())["line"].exists()
 
 
-@pytest.mark.parametrize("platform, variables, tail", [
-    ("linux", {}, ".cache/foundation"), ("linux", {"XDG_CACHE_HOME": "/x/y"}, "/x/y/foundation"),
-    ("darwin", {}, "Library/Caches/foundation"), ("win32", {"LOCALAPPDATA": "C:/Local"}, "C:/Local/foundation")])
+@pytest.mark.parametrize(
+    "platform, variables, tail",
+    [
+        ("linux", {}, ".cache/foundation"),
+        ("linux", {"XDG_CACHE_HOME": "/x/y"}, "/x/y/foundation"),
+        ("darwin", {}, "Library/Caches/foundation"),
+        ("win32", {"LOCALAPPDATA": "C:/Local"}, "C:/Local/foundation"),
+    ],
+)
 def test_cache_folder_of_each_system(monkeypatch, platform, variables, tail):
     monkeypatch.delenv("FOUNDATION_DATA")
     monkeypatch.setattr(sys, "platform", platform)
@@ -243,8 +307,12 @@ print(fetch(source, cache)["line"].read_bytes() == text)
 
 
 def start(cache, log, seconds):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(cache), str(log), str(seconds)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(cache), str(log), str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(condition, seconds=20):
@@ -280,10 +348,12 @@ def test_a_killed_process_leaves_no_lock_and_its_scraps_are_cleared(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent another way there")
 def test_an_interrupted_fetch_ends_its_tool_and_clears_up(tmp_path):
-    script = ("import sys; from pathlib import Path; from foundation.core.sources import *; from foundation.core import sources\n"
-              "def get(scratch):\n    sources._run(sys.executable, '-c', 'import os, time; open(\"pid\", \"w\").write(str(os.getpid())); "
-              "time.sleep(60)', cwd=scratch)\n"
-              f"fetch(Source('tiny', '', '', '', .1, {{'a': File('a', ('0',))}}, (Place('slow', get),)), Path({str(tmp_path)!r}))")
+    script = (
+        "import sys; from pathlib import Path; from foundation.core.sources import *; from foundation.core import sources\n"
+        'def get(scratch):\n    sources._run(sys.executable, \'-c\', \'import os, time; open("pid", "w").write(str(os.getpid())); '
+        "time.sleep(60)', cwd=scratch)\n"
+        f"fetch(Source('tiny', '', '', '', .1, {{'a': File('a', ('0',))}}, (Place('slow', get),)), Path({str(tmp_path)!r}))"
+    )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     tools = []
 
@@ -304,7 +374,12 @@ def test_an_interrupted_fetch_ends_its_tool_and_clears_up(tmp_path):
 
 def test_a_tool_that_fails_gives_its_own_reason(tmp_path):
     with pytest.raises(OSError, match="E: there is no such package"):
-        sources._run(sys.executable, "-c", "print('Reading lists'); print('E: there is no such package'); exit(100)", cwd=tmp_path)
+        sources._run(
+            sys.executable,
+            "-c",
+            "print('Reading lists'); print('E: there is no such package'); exit(100)",
+            cwd=tmp_path,
+        )
     with pytest.raises(FileNotFoundError, match="no-such-tool is not on this machine"):
         sources._run("no-such-tool", cwd=tmp_path)
 
@@ -312,23 +387,39 @@ def test_a_tool_that_fails_gives_its_own_reason(tmp_path):
 # Packages that would run code --------------------------------------------------------------------------------------------
 
 RUN = "import pathlib; pathlib.Path({mark!r}).write_text('ran')\n"
-IN_TREE = {"pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "back"\nbackend-path = ["."]\n', "back.py": RUN,
-           "back/__init__.py": RUN}
+IN_TREE = {
+    "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "back"\nbackend-path = ["."]\n',
+    "back.py": RUN,
+    "back/__init__.py": RUN,
+}
 ATTACKS = {
     "a build tool of its own": IN_TREE,
-    "setup.py": {"setup.py": RUN + "from setuptools import setup; setup(name='tiny-data', version='1.0')\n"},
+    "setup.py": {
+        "setup.py": RUN + "from setuptools import setup; setup(name='tiny-data', version='1.0')\n"
+    },
     "both": IN_TREE | {"setup.py": RUN},
-    "declared setuptools": {"setup.py": RUN, "pyproject.toml": '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'},
+    "declared setuptools": {
+        "setup.py": RUN,
+        "pyproject.toml": '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n',
+    },
 }
 
 
-@pytest.mark.parametrize("attack, kind", [*((attack, "tar.gz") for attack in ATTACKS), ("both", "zip")])
-def test_a_source_archive_is_fetched_without_running_what_it_brings(tmp_path, monkeypatch, attack, kind):
+@pytest.mark.parametrize(
+    "attack, kind", [*((attack, "tar.gz") for attack in ATTACKS), ("both", "zip")]
+)
+def test_a_source_archive_is_fetched_without_running_what_it_brings(
+    tmp_path, monkeypatch, attack, kind
+):
     import zipfile
+
     shelves, mark = tmp_path / "shelves", tmp_path / "ran"
     shelves.mkdir()
     files = {name: text.format(mark=str(mark)) for name, text in ATTACKS[attack].items()}
-    files |= {"PKG-INFO": "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n", "deep/line.txt": TEXT.decode()}
+    files |= {
+        "PKG-INFO": "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n",
+        "deep/line.txt": TEXT.decode(),
+    }
     parcel = shelves / f"tiny_data-1.0.{kind}"
     if kind == "zip":
         with zipfile.ZipFile(parcel, "w") as archive:
@@ -349,27 +440,56 @@ def test_a_source_archive_is_fetched_without_running_what_it_brings(tmp_path, mo
             fetch(tiny(sources.pip_archive("tiny-data==2.0"), name="other"))
 
 
-@pytest.mark.parametrize("start", [
-    "import subprocess; subprocess.run([sys.executable, '-c', ''])", "import os; os.system('true')",
-    "import os; os.posix_spawn('/bin/true', ['true'], {})", "import os; os.fork()", "import os; os.execv('/bin/true', ['true'])"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import subprocess; subprocess.run([sys.executable, '-c', ''])",
+        "import os; os.system('true')",
+        "import os; os.posix_spawn('/bin/true', ['true'], {})",
+        "import os; os.fork()",
+        "import os; os.execv('/bin/true', ['true'])",
+    ],
+)
 @pytest.mark.skipif(os.name == "nt", reason="other ways there")
 def test_a_pip_that_comes_by_another_way_can_start_nothing(tmp_path, start):
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__init__.py").touch()
     (tmp_path / "pip" / "__main__.py").write_text(f"import sys\n{start}\nprint('it got through')\n")
     with pytest.raises(OSError, match="nothing may be started"):
-        sources._run(sys.executable, "-c", sources._GUARD, str(tmp_path), "tiny-data", "download", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        sources._run(
+            sys.executable,
+            "-c",
+            sources._GUARD,
+            str(tmp_path),
+            "tiny-data",
+            "download",
+            cwd=tmp_path,
+            PYTHONPATH=str(tmp_path),
+        )
 
 
-@pytest.mark.parametrize("place", [
-    lambda: sources.pip_archive("--index-url=http://evil/"), lambda: sources.pip_archive("tiny"), lambda: sources.wheel_archive("-r x==1"),
-    lambda: sources.wheel_archive("https://evil/x==1"), lambda: sources.npm_archive("--ignore-scripts=false"), lambda: sources.npm_archive("../x"),
-    lambda: sources.npm_archive("git+https://evil/x@1"), lambda: sources.apt_archive("-oX=y"), lambda: sources.apt_archive("./x.deb"),
-    lambda: installed("os.path"), lambda: installed("")])
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda: sources.pip_archive("--index-url=http://evil/"),
+        lambda: sources.pip_archive("tiny"),
+        lambda: sources.wheel_archive("-r x==1"),
+        lambda: sources.wheel_archive("https://evil/x==1"),
+        lambda: sources.npm_archive("--ignore-scripts=false"),
+        lambda: sources.npm_archive("../x"),
+        lambda: sources.npm_archive("git+https://evil/x@1"),
+        lambda: sources.apt_archive("-oX=y"),
+        lambda: sources.apt_archive("./x.deb"),
+        lambda: installed("os.path"),
+        lambda: installed(""),
+    ],
+)
 def test_what_a_client_would_take_for_something_else_is_refused(place):
     with pytest.raises(ValueError, match="^package is .*; expected"):
         place()
-    assert sources.npm_archive("@scope/tiny@1.0.0") and sources.pip_archive("Tiny.data_1==1.0.post1")
+    assert sources.npm_archive("@scope/tiny@1.0.0") and sources.pip_archive(
+        "Tiny.data_1==1.0.post1"
+    )
 
 
 # Bombs ------------------------------------------------------------------------------------------------------------------
@@ -386,6 +506,7 @@ def zeros(mb):
 @pytest.mark.parametrize("kind", ["line.txt.gz", "all.tar.gz", "all.zip"])
 def test_a_bomb_under_a_wanted_name_is_stopped_early(tmp_path, own_cache, kind, monkeypatch):
     import zipfile
+
     place, most = tmp_path / "shelf", []
     place.mkdir()
     if kind.endswith("txt.gz"):
@@ -398,7 +519,11 @@ def test_a_bomb_under_a_wanted_name_is_stopped_early(tmp_path, own_cache, kind, 
             info = tarfile.TarInfo("line.txt")
             info.size = 40_000_000
             archive.addfile(info, io.BytesIO(b"\0" * 40_000_000))
-    monkeypatch.setattr(sources, "_copy", lambda *a, really=sources._copy, **k: _noted(really, most, own_cache, *a, **k))
+    monkeypatch.setattr(
+        sources,
+        "_copy",
+        lambda *a, really=sources._copy, **k: _noted(really, most, own_cache, *a, **k),
+    )
     with pytest.raises(DataUnavailable, match="holds a line.txt of more than 1 MB"):
         fetch(tiny(folder(place)))
     assert max(most) < 3_000_000 and on_disk(own_cache) < 1000
@@ -442,7 +567,9 @@ def test_what_an_archive_hides_beside_the_wanted_files_is_counted_too(tmp_path, 
             info = tarfile.TarInfo("other.txt")
             info.size = 20_000_000
             archive.addfile(info, io.BytesIO(b"\0" * info.size))
-        elif kind == "long name":  # a header says how long the name is that follows: the reader would take it into memory
+        elif (
+            kind == "long name"
+        ):  # a header says how long the name is that follows: the reader would take it into memory
             archive.addfile(tarfile.TarInfo("x" * 20_000_000))
         else:
             for i in range(10_000):
@@ -477,7 +604,10 @@ def served(tmp_path, content, pause=0.0):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}/line.txt", lambda: (server.shutdown(), server.server_close())
+    return f"http://127.0.0.1:{server.server_port}/line.txt", lambda: (
+        server.shutdown(),
+        server.server_close(),
+    )
 
 
 def test_a_download_has_an_end_in_size_and_in_time(tmp_path, own_cache, monkeypatch):
@@ -500,7 +630,10 @@ def test_a_download_has_an_end_in_size_and_in_time(tmp_path, own_cache, monkeypa
 
 def test_a_tool_has_an_end_in_size_and_in_time(tmp_path, monkeypatch):
     def place(code):
-        return Place("a tool", lambda scratch: sources._run(sys.executable, "-c", code, cwd=scratch), False)
+        return Place(
+            "a tool", lambda scratch: sources._run(sys.executable, "-c", code, cwd=scratch), False
+        )
+
     monkeypatch.setattr(sources, "_allowed", lambda mb: 5_000_000)
     with pytest.raises(DataUnavailable, match="brings more than 5 MB"):
         fetch(tiny(place("import time; open('x', 'wb').write(bytes(9_000_000)); time.sleep(10)")))
@@ -517,10 +650,12 @@ def test_a_tool_has_an_end_in_size_and_in_time(tmp_path, monkeypatch):
 @pytest.fixture
 def homeless(tmp_path, monkeypatch):
     "A user without an entry in the password file and without HOME, whose folder for temporary files is ours"
+
     def nobody(self):
         if str(self).startswith("~"):
             raise RuntimeError("Could not determine home directory.")
         return self
+
     monkeypatch.setattr(sources.Path, "expanduser", nobody)
     monkeypatch.setattr(sources.Path, "home", lambda: nobody(Path("~")))
     monkeypatch.setattr(sources.tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -541,12 +676,18 @@ def test_without_a_home_the_data_goes_to_the_spare_folder_with_a_note(homeless, 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="homes are found another way there")
-def test_without_a_home_and_a_temporary_folder_there_is_one_sentence(homeless, tmp_path, monkeypatch):
+def test_without_a_home_and_a_temporary_folder_there_is_one_sentence(
+    homeless, tmp_path, monkeypatch
+):
     def none():
         raise FileNotFoundError("No usable temporary directory found")
+
     monkeypatch.setattr(sources.tempfile, "gettempdir", none)
     for call in (cache_folder, lambda: fetch(tiny()), lambda: where(tiny())):
-        with pytest.raises(DataUnavailable, match="^This user has neither a home folder .*: set FOUNDATION_DATA to .*[.]$"):
+        with pytest.raises(
+            DataUnavailable,
+            match="^This user has neither a home folder .*: set FOUNDATION_DATA to .*[.]$",
+        ):
             call()
     monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / "own"))
     assert fetch(tiny(shelf(tmp_path)))["line"].exists() and not where(tiny(), tmp_path / "x").ready
@@ -555,16 +696,23 @@ def test_without_a_home_and_a_temporary_folder_there_is_one_sentence(homeless, t
 def test_a_named_folder_that_leads_nowhere_is_one_sentence(monkeypatch):
     monkeypatch.setenv("FOUNDATION_DATA", "~nobody_of_this_name/x")
     for call in (cache_folder, lambda: fetch(tiny()), lambda: where(tiny())):
-        with pytest.raises(DataUnavailable, match="FOUNDATION_DATA is '~nobody_of_this_name/x', which leads nowhere; expected a full path"):
+        with pytest.raises(
+            DataUnavailable,
+            match="FOUNDATION_DATA is '~nobody_of_this_name/x', which leads nowhere; expected a full path",
+        ):
             call()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders for temporary files are one's own there")
 @pytest.mark.parametrize("made", ["of another user", "a link", "open to others", "a file"])
-def test_a_spare_folder_that_others_can_write_to_is_neither_read_nor_written(homeless, tmp_path, monkeypatch, made):
+def test_a_spare_folder_that_others_can_write_to_is_neither_read_nor_written(
+    homeless, tmp_path, monkeypatch, made
+):
     theirs = tmp_path / "theirs"
     (theirs / "tiny").mkdir(parents=True)
-    (theirs / "tiny" / "line.txt").write_bytes(TEXT)  # good now; its owner may swap it after the check
+    (theirs / "tiny" / "line.txt").write_bytes(
+        TEXT
+    )  # good now; its owner may swap it after the check
     if made == "a link":
         homeless.symlink_to(theirs)
     elif made == "a file":
@@ -575,11 +723,16 @@ def test_a_spare_folder_that_others_can_write_to_is_neither_read_nor_written(hom
         if made == "of another user":
             monkeypatch.setattr(sources.os, "getuid", lambda uid=os.getuid(): uid + 1)
             monkeypatch.setattr(sources, "_spare_folder", lambda: homeless)
-    with pytest.raises(DataUnavailable, match=f"Nothing can be written to .*{homeless.name}.*does not belong to you alone: set FOUNDATION_DATA"):
+    with pytest.raises(
+        DataUnavailable,
+        match=f"Nothing can be written to .*{homeless.name}.*does not belong to you alone: set FOUNDATION_DATA",
+    ):
         fetch(tiny(shelf(tmp_path)))
     if made != "a file":
         assert sorted(p.name for p in homeless.rglob("*")) == ["line.txt", "tiny"]
-    monkeypatch.setattr(sources, "cache_folder", lambda: tmp_path / "home")  # with a home of one's own it is not even looked at
+    monkeypatch.setattr(
+        sources, "cache_folder", lambda: tmp_path / "home"
+    )  # with a home of one's own it is not even looked at
     assert fetch(tiny(shelf(tmp_path)))["line"] == tmp_path / "home" / "tiny" / "line.txt"
 
 
@@ -615,11 +768,18 @@ except DataUnavailable as error:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can play two users")
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can play two users"
+)
 def test_two_users_share_a_cache(tmp_path, own_cache):
     root = Path(sources.__file__).parents[2]
     try:
-        subprocess.run([sys.executable, "-c", "import os; os.setuid(4711); import foundation"], cwd=root, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", "import os; os.setuid(4711); import foundation"],
+            cwd=root,
+            check=True,
+            capture_output=True,
+        )
     except subprocess.CalledProcessError:
         pytest.skip("another user cannot read the library here")
     for place in (tmp_path, *tmp_path.parents):
@@ -629,13 +789,30 @@ def test_two_users_share_a_cache(tmp_path, own_cache):
     own_cache.chmod(0o777)
 
     def other(name):
-        return subprocess.run([sys.executable, "-c", SHARED.format(root=str(root)), str(own_cache), name, str(tmp_path / "shelf")],
-                              capture_output=True, text=True, cwd="/").stdout
+        return subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                SHARED.format(root=str(root)),
+                str(own_cache),
+                name,
+                str(tmp_path / "shelf"),
+            ],
+            capture_output=True,
+            text=True,
+            cwd="/",
+        ).stdout
+
     assert other("tiny") == "True\n"  # what the first user fetched is there for the second
     (own_cache / ".late.lock").touch()
-    assert other("late") == "True\n"  # and a lock that the first one left can be locked by the second
+    assert (
+        other("late") == "True\n"
+    )  # and a lock that the first one left can be locked by the second
     (own_cache / "tiny" / "line.txt").write_bytes(b"damaged")
-    assert other("tiny").startswith("told: Nothing can be written to") and other("tiny").count("\n") == 1
+    assert (
+        other("tiny").startswith("told: Nothing can be written to")
+        and other("tiny").count("\n") == 1
+    )
     (own_cache / ".late.lock").chmod(0o600)
     (own_cache / "late" / "line.txt").unlink()
     assert "belongs to another user" in other("late")
@@ -646,6 +823,7 @@ def test_two_users_share_a_cache(tmp_path, own_cache):
 
 def test_a_cache_removed_while_files_come_is_filled_anew(tmp_path, own_cache):
     import shutil
+
     asked = []
 
     def get(scratch):
@@ -653,18 +831,23 @@ def test_a_cache_removed_while_files_come_is_filled_anew(tmp_path, own_cache):
         if len(asked) == 1:
             shutil.rmtree(own_cache)
         return tmp_path / "shelf"
+
     shelf(tmp_path)
     assert fetch(tiny(Place("slow", get)))["line"].read_bytes() == TEXT and len(asked) == 2
 
     def always(scratch):
         shutil.rmtree(own_cache)
         return tmp_path / "shelf"
-    with pytest.raises(DataUnavailable, match="was removed again and again while fleeting was fetched"):
+
+    with pytest.raises(
+        DataUnavailable, match="was removed again and again while fleeting was fetched"
+    ):
         fetch(tiny(Place("slow", always), name="fleeting"))
 
 
 def test_no_process_gives_up_when_the_cache_is_removed_meanwhile(tmp_path):
     import shutil
+
     cache, log = tmp_path / "cache", tmp_path / "log"
     processes = [start(cache, log, 1) for _ in range(3)]
     wait_for(log.exists)
@@ -693,11 +876,28 @@ def test_patience_ends_in_a_sentence(tmp_path):
 # Kinds of arguments -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", [
-    lambda: fetch(3), lambda: fetch(["digits"]), lambda: fetch("digits", 3), lambda: where(None), lambda: sources.tilde(None), lambda: folder(3),
-    lambda: web(), lambda: web(3), lambda: File(3, ()), lambda: File("a", "abc"), lambda: Place("a", 3), lambda: installed(None),
-    lambda: Source("a", "", "", "", "big", {}, ()), lambda: Source("a", "", "", "", 1, {"x": "y"}, ()), lambda: Source("a", "", "", "", 1, {}, (3,)),
-    lambda: sources.intact(3, File("a", ())), lambda: sources.pip_archive(7)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fetch(3),
+        lambda: fetch(["digits"]),
+        lambda: fetch("digits", 3),
+        lambda: where(None),
+        lambda: sources.tilde(None),
+        lambda: folder(3),
+        lambda: web(),
+        lambda: web(3),
+        lambda: File(3, ()),
+        lambda: File("a", "abc"),
+        lambda: Place("a", 3),
+        lambda: installed(None),
+        lambda: Source("a", "", "", "", "big", {}, ()),
+        lambda: Source("a", "", "", "", 1, {"x": "y"}, ()),
+        lambda: Source("a", "", "", "", 1, {}, (3,)),
+        lambda: sources.intact(3, File("a", ())),
+        lambda: sources.pip_archive(7),
+    ],
+)
 def test_another_kind_of_argument_is_one_sentence(call):
     with pytest.raises(TypeError, match=" is .*; expected ") as caught:
         call()
@@ -721,10 +921,13 @@ def test_a_strange_origin_does_not_matter(tmp_path, own_cache, origin):
 
 # The real sets ----------------------------------------------------------------------------------------------------------
 
+
 def test_sums_are_sums_and_places_end_on_the_web():
     for source in SOURCES.values():
         for file in source.files.values():
-            assert file.sha256 and all(len(s) == 64 and set(s) <= set("0123456789abcdef") for s in file.sha256)
+            assert file.sha256 and all(
+                len(s) == 64 and set(s) <= set("0123456789abcdef") for s in file.sha256
+            )
         assert source.places and source.licence and source.home.startswith("https://")
 
 
@@ -735,4 +938,7 @@ def test_digits_are_always_there(monkeypatch):
 
 def test_importing_sources_is_light():
     code = "import sys, foundation.core.sources; print([m for m in ('torch', 'numpy', 'sklearn', 'tqdm') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "[]\n"
+    )

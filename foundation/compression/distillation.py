@@ -19,19 +19,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.basics import (
-    atomic_write, copy_model, count_macs, count_parameters, evaluating, freeze)
-from ..core.checks import (
-    check_choice, check_floats, check_images, check_labels, check_model, check_number, check_sizes,
-    check_tokens, check_whole, checked, got, precise)
+from foundation.core.basics import (
+    atomic_write,
+    copy_model,
+    count_macs,
+    count_parameters,
+    evaluating,
+    freeze,
+)
+from foundation.core.checks import (
+    check_choice,
+    check_floats,
+    check_images,
+    check_labels,
+    check_model,
+    check_number,
+    check_sizes,
+    check_tokens,
+    check_whole,
+    checked,
+    got,
+    precise,
+)
 from ..core.sources import cache_folder
 from ..data.batches import augmented, pad, padded
 from ..data.images import few_labels
 from ..data.text import reviews, split_texts
 from ..evaluation.scores import accuracy, predict
 from ..models.bert import BERT
-from ..models.pretrained import (
-    WEIGHTS, BadWeights, load_minilm, load_weights, read_card, save_weights)
+from foundation.models.pretrained import (
+    WEIGHTS,
+    BadWeights,
+    load_minilm,
+    load_weights,
+    read_card,
+    save_weights,
+)
 from ..core.checks import check_temperature
 from ..objectives.divergence import distillation_loss
 from ..training.checkpoint import Run, fingerprint, resumable
@@ -58,6 +81,7 @@ def match_teacher(
         with evaluating(teacher):
             answers = teacher(inputs)
         return _soft_and_hard(model(inputs), answers, labels, temperature, hard)
+
     return objective
 
 
@@ -74,6 +98,7 @@ def match_answers(
     def objective(model, batch):
         inputs, answers, labels = _parts(batch, 2, 3)
         return _soft_and_hard(model(inputs), answers, labels, temperature, hard)
+
     return objective
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #c9ca2fcf
@@ -82,14 +107,17 @@ def _soft_and_hard(logits, answers, labels, temperature, hard):
     logits = check_floats(logits, "the student's logits")
     answers = check_floats(answers, "the teacher's logits").to(precise(logits))
     if logits.shape != answers.shape:
-        raise ValueError(f"the student gives {tuple(logits.shape)} logits and the teacher "
-                         f"{tuple(answers.shape)}; expected the same classes")
+        raise ValueError(
+            f"the student gives {tuple(logits.shape)} logits and the teacher "
+            f"{tuple(answers.shape)}; expected the same classes"
+        )
     soft = distillation_loss(precise(logits), answers, temperature)
     if not hard:
         return soft, {}
     if labels is None:
-        raise ValueError(f"hard is {hard} but the batch has no labels; "
-                         "give (inputs, labels) or hard=0")
+        raise ValueError(
+            f"hard is {hard} but the batch has no labels; give (inputs, labels) or hard=0"
+        )
     labels = check_labels(labels, "labels", logits.shape[-1], logits.shape[:-1], ignore_index=-100)
     right = nn.functional.cross_entropy(precise(logits).flatten(0, -2), labels.flatten())
     return (1 - hard) * soft + hard * right, {"soft": soft.detach()}
@@ -99,8 +127,10 @@ def _parts(batch, least, most):
     "The parts of a batch, None for those that may be left out"
     if not isinstance(batch, (tuple, list)) or not least <= len(batch) <= most:
         held = f"of {len(batch)} parts" if isinstance(batch, (tuple, list)) else ""
-        raise ValueError(f"the batch is {got(batch)} {held}".rstrip() + "; expected a tuple of "
-                         f"{least} or {most}: inputs{', answers' if most == 3 else ''}, labels")
+        raise ValueError(
+            f"the batch is {got(batch)} {held}".rstrip() + "; expected a tuple of "
+            f"{least} or {most}: inputs{', answers' if most == 3 else ''}, labels"
+        )
     return *batch, *[None] * (most - len(batch))
 
 
@@ -140,11 +170,21 @@ def distil(
         raise ValueError("student is not in float32, which keeps small steps; call student.float()")
     device = next(student.parameters()).device
     tensors = [t.to(device) for t in (images, answers, labels) if t is not None]
-    stream = lambda start: augmented(*tensors, augment=augment, batch_size=min(batch_size, count),
-                                     seed=seed, start=start)
-    run = resumable(student, stream, match_answers(temperature, hard), opt, steps=steps,
-                    schedule=warmup_cosine(steps, steps // 10), precision="auto", clip=1.0,
-                    title=title, each=each)
+    stream = lambda start: augmented(
+        *tensors, augment=augment, batch_size=min(batch_size, count), seed=seed, start=start
+    )
+    run = resumable(
+        student,
+        stream,
+        match_answers(temperature, hard),
+        opt,
+        steps=steps,
+        schedule=warmup_cosine(steps, steps // 10),
+        precision="auto",
+        clip=1.0,
+        title=title,
+        each=each,
+    )
     return run.losses
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #f17e21cf
@@ -160,11 +200,14 @@ def tap(
     model refuses."""
     modules, heard = dict(model.named_modules(remove_duplicate=False)), []
     if layer not in modules:
-        raise ValueError(f"there is no layer {layer!r}; there are, among others: "
-                         f"{', '.join(list(filter(None, modules))[:8])}")
+        raise ValueError(
+            f"there is no layer {layer!r}; there are, among others: "
+            f"{', '.join(list(filter(None, modules))[:8])}"
+        )
     copy = lambda output: output.clone() if isinstance(output, Tensor) else output
     hook = modules[layer].register_forward_hook(  # a copy: a ReLU behind may work in place
-        lambda module, args, output: heard.append(copy(output)))
+        lambda module, args, output: heard.append(copy(output))
+    )
     try:
         said = model(inputs)
     except RuntimeError as error:
@@ -211,10 +254,13 @@ def match_hints(
                 hints = tap(teacher, layer, inputs)[1]
         guess = check_floats(model(inputs), "what the regressor gives", "(...)")
         if guess.shape != check_floats(hints, "the hint", "(...)").shape:
-            raise ValueError(f"the regressor gives {tuple(guess.shape)} and the hint is "
-                             f"{tuple(hints.shape)}; expected the same shape")
+            raise ValueError(
+                f"the regressor gives {tuple(guess.shape)} and the hint is "
+                f"{tuple(hints.shape)}; expected the same shape"
+            )
         guess = precise(guess)
         return nn.functional.mse_loss(guess, hints.to(guess)), {}
+
     return objective
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #d92a1967
@@ -229,12 +275,16 @@ def keep_layers(
     is_list = lambda m: isinstance(getattr(m, "blocks", None), nn.ModuleList)
     stacks = {m.blocks for m in model.modules() if is_list(m)}
     if len(stacks) != 1:
-        raise TypeError(f"found {len(stacks)} lists of blocks in this {type(model).__name__}; "
-                        "expected one, as in BERT, GPT or ViT")
+        raise TypeError(
+            f"found {len(stacks)} lists of blocks in this {type(model).__name__}; "
+            "expected one, as in BERT, GPT or ViT"
+        )
     layers, have = [check_whole(i, "layers") for i in layers], range(len(stacks.pop()))
     if not layers or layers != sorted(set(layers) & set(have)):
-        raise ValueError(f"layers are {layers}; expected one or more of 0 to {len(have) - 1}, "
-                         "each once, in growing order")
+        raise ValueError(
+            f"layers are {layers}; expected one or more of 0 to {len(have) - 1}, "
+            "each once, in growing order"
+        )
     small = copy_model(model)
     holders = [m for m in small.modules() if is_list(m)]
     kept = nn.ModuleList(holders[0].blocks[i] for i in layers)
@@ -275,6 +325,7 @@ def _trimmed(tokens):
 
 class SentimentTask(NamedTuple):
     "Snippets of film reviews, negative or positive."
+
     tokens: Tensor  # (n, 40), 0 = padding
     labels: Tensor  # (n,)
     pool: Tensor  # indices of training texts; what is drawn from them gets labels
@@ -294,13 +345,17 @@ def sentiment_task(
 
     Raises `TypeError`, `ValueError`, also for more texts than there are."""
     if not hasattr(tokenizer, "from_str") or not hasattr(tokenizer, "enable_truncation"):
-        raise TypeError(f"tokenizer is {got(tokenizer)}; expected one of the library tokenizers, "
-                        "as load_minilm() gives")
+        raise TypeError(
+            f"tokenizer is {got(tokenizer)}; expected one of the library tokenizers, "
+            "as load_minilm() gives"
+        )
     check_sizes(pool=pool, valid=valid, test=test, longest=longest)
     seen, held = split_texts(reviews("films"))
     if pool + valid > len(seen) or test > len(held):
-        raise ValueError(f"asked for {pool} + {valid} and {test} texts; "
-                         f"there are {len(seen):,} and {len(held):,}")
+        raise ValueError(
+            f"asked for {pool} + {valid} and {test} texts; "
+            f"there are {len(seen):,} and {len(held):,}"
+        )
     luck = lambda: torch.Generator().manual_seed(0)
     pick = lambda data, count: data.take(torch.randperm(len(data), generator=luck())[:count])
     seen, held = pick(seen, pool + valid), pick(held, test)
@@ -334,16 +389,29 @@ def train_text(
     if options.get("checkpoint"):
         data = dict(seed=seed, data=fingerprint(tokens, *targets))
         options["recipe"] = (options.get("recipe") or {}) | data
-    stream = lambda start: ((tokens, *rest) for tokens, _, *rest in padded(
-        rows, *targets, batch_size=batch_size, seed=seed, start=start))
+    stream = lambda start: (
+        (tokens, *rest)
+        for tokens, _, *rest in padded(
+            rows, *targets, batch_size=batch_size, seed=seed, start=start
+        )
+    )
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in learnt.items() if name.startswith("head.")]
     body = [p for name, p in learnt.items() if not name.startswith("head.")]
     rates = [dict(params=head, lr=10 * lr), dict(params=body, lr=lr)]
     rates = [group for group in rates if group["params"]]
     opt = torch.optim.AdamW(rates, weight_decay=0.01, fused=True)
-    return resumable(model, stream, objective, opt, steps=steps, clip=1.0, precision="auto",
-                     schedule=warmup_cosine(steps, steps // 10), **options)
+    return resumable(
+        model,
+        stream,
+        objective,
+        opt,
+        steps=steps,
+        clip=1.0,
+        precision="auto",
+        schedule=warmup_cosine(steps, steps // 10),
+        **options,
+    )
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #354de322
 @checked
@@ -388,14 +456,18 @@ def text_costs(
     with ExitStack() as stack:
         for name, m in models.items():
             stack.enter_context(evaluating(check_model(m, f"models[{name!r}]")))
-        account = {name: dict(parameters=count_parameters(m), macs=count_macs(m, tokens[:1]))
-                   for name, m in models.items()}
+        account = {
+            name: dict(parameters=count_parameters(m), macs=count_macs(m, tokens[:1]))
+            for name, m in models.items()
+        }
         for kind, batch in (("one", tokens[:1]), ("batch", tokens)):
             ways = {name: partial(model, batch) for name, model in models.items()}
             timing = throughput(ways, len(batch), rounds)
             for name, row in account.items():
-                row |= {f"{kind}_ms": 1e3 * len(batch) / timing.rate(name),
-                        f"{kind}_speedup": timing.ratio(name)}
+                row |= {
+                    f"{kind}_ms": 1e3 * len(batch) / timing.rate(name),
+                    f"{kind}_speedup": timing.ratio(name),
+                }
     return account
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #de3e3bd8
@@ -418,8 +490,10 @@ class Stored(nn.Module):
             scale = precise(state[name]).abs().amax(1, keepdim=True) / 127
             scale = scale.clamp_min(1e-6).half().float()
             if not scale.isfinite().all() or f"{name}.scale" in state:
-                raise ValueError(f"{name} holds numbers that 8 bits and a scale cannot keep, "
-                                 "or its scale has a namesake; expected finite ones below 8e6")
+                raise ValueError(
+                    f"{name} holds numbers that 8 bits and a scale cannot keep, "
+                    "or its scale has a namesake; expected finite ones below 8e6"
+                )
             whole = (state[name] / scale).round().clamp(-127, 127).to(torch.int8)
             state |= {name: whole, f"{name}.scale": scale}
         return state
@@ -429,11 +503,15 @@ class Stored(nn.Module):
 
         Raises `ValueError`, and changes nothing, if names differ and `strict`."""
         if strict and (odd := state.keys() ^ self.state_dict().keys()):
-            raise ValueError(f"{sorted(odd)[0]} is missing on one side; "
-                             "expected the names of this model")
+            raise ValueError(
+                f"{sorted(odd)[0]} is missing on one side; expected the names of this model"
+            )
         scales = {f"{name}.scale" for name, w in state.items() if w.dtype == torch.int8}
-        whole = {name: w * state[f"{name}.scale"] if f"{name}.scale" in scales else w
-                 for name, w in state.items() if name not in scales}
+        whole = {
+            name: w * state[f"{name}.scale"] if f"{name}.scale" in scales else w
+            for name, w in state.items()
+            if name not in scales
+        }
         return self.model.load_state_dict(whole, strict=False)
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #c2770d37
@@ -476,20 +554,34 @@ def make_weights(
     for arm in ("no teacher", "distilled"):
         tuning[arm] = {lr: score(arm, lr, kept) for lr in rates[arm]}
     picked = {arm: best(tuning[arm]) for arm in rates} | {"as cut": 0.0}
-    scores = [{arm: lab.score(arm, seed, lr, kept, task.test) for arm, lr in picked.items()}
-              for seed in seeds]
+    scores = [
+        {arm: lab.score(arm, seed, lr, kept, task.test) for arm, lr in picked.items()}
+        for seed in seeds
+    ]
     lab.bar.close()
     student = lab.train("distilled", first, picked["distilled"], kept)
     models = {"6 layers": lab.teacher(first, lab.rate), "3 layers": student}
     texts = f"{len(task.pool):,} training texts, {labels:,} of them with labels"
-    card = dict(data=f"film reviews, {texts}", method="fine-tuned, cut, distilled", base="minilm",
-                layers=list(kept), seeds=list(seeds), batch_size=32, **plan,
-                seconds=round(lab.seconds), rates=picked,
-                tuning={what: {str(value): score for value, score in row.items()}
-                        for what, row in tuning.items()},
-                metrics=dict(test_texts=len(task.test),
-                             accuracy={arm: [run[arm] for run in scores] for arm in picked},
-                             costs=text_costs(models, usual_texts(task.tokens[task.test]))))
+    card = dict(
+        data=f"film reviews, {texts}",
+        method="fine-tuned, cut, distilled",
+        base="minilm",
+        layers=list(kept),
+        seeds=list(seeds),
+        batch_size=32,
+        **plan,
+        seconds=round(lab.seconds),
+        rates=picked,
+        tuning={
+            what: {str(value): score for value, score in row.items()}
+            for what, row in tuning.items()
+        },
+        metrics=dict(
+            test_texts=len(task.test),
+            accuracy={arm: [run[arm] for run in scores] for arm in picked},
+            costs=text_costs(models, usual_texts(task.tokens[task.test])),
+        ),
+    )
     path = save_weights(Stored(student), name, card, folder)
     rmtree(lab.home)  # shipped: the next call trains anew
     return path
@@ -507,8 +599,10 @@ def load_student(
     layers = read_card(name, folder).get("layers")
     have = {str(i) for i in range(len(encoder.blocks))}
     if not isinstance(layers, list) or not set(map(repr, layers)) <= have:
-        raise BadWeights(f"the card of {name} names the layers {layers!r}; expected some of the "
-                         f"encoder's {len(have)}")
+        raise BadWeights(
+            f"the card of {name} names the layers {layers!r}; expected some of the "
+            f"encoder's {len(have)}"
+        )
     student = TextClassifier(keep_layers(encoder, layers))
     return load_weights(name, Stored(student), folder).model
 
@@ -518,14 +612,20 @@ class _Lab:
 
     def __init__(self, task, encoder, home, plan):
         self.task, self.encoder, self.home = task, encoder, home
-        self.plan = plan | dict(pool=len(task.pool), test=len(task.test),
-                                texts=fingerprint(*task), base=fingerprint(encoder))
+        self.plan = plan | dict(
+            pool=len(task.pool),
+            test=len(task.test),
+            texts=fingerprint(*task),
+            base=fingerprint(encoder),
+        )
         self.notes, self.done = home / "scores.json", dict(plan=self.plan, scores={}, seconds={})
         if self.notes.exists():
             self.done = self.read()
         if self.done["plan"] != self.plan:
-            raise ValueError(f"{self.notes} is of the recipe {self.done['plan']}, this one says "
-                             f"{self.plan}; delete it or name another folder")
+            raise ValueError(
+                f"{self.notes} is of the recipe {self.done['plan']}, this one says "
+                f"{self.plan}; delete it or name another folder"
+            )
         self.teacher, self.answers = lru_cache(1)(self.teacher), lru_cache(1)(self.answers)
 
     def read(self):
@@ -562,8 +662,11 @@ class _Lab:
         if arm == "6 layers":
             return self.teacher(seed, lr)
         student = keep_layers(self.teacher(seed, self.rate), kept)
-        return student if arm == "as cut" else self.fit(
-            student, f"{arm} {kept}", seed, lr, self.plan["student_steps"])
+        return (
+            student
+            if arm == "as cut"
+            else self.fit(student, f"{arm} {kept}", seed, lr, self.plan["student_steps"])
+        )
 
     def fit(self, model, title, seed, lr, steps):
         if title.startswith("distilled"):
@@ -573,9 +676,17 @@ class _Lab:
             targets = self.task.labels[where]
         key = f"{title}, rate {lr:g}, seed {seed}"
         run = train_text(
-            model, self.task.tokens[where], targets, objective=objective, steps=steps, lr=lr,
-            seed=seed, checkpoint=self.home / f"{key}.safetensors", save_every=40,
-            recipe=self.plan | dict(start=fingerprint(model)))
+            model,
+            self.task.tokens[where],
+            targets,
+            objective=objective,
+            steps=steps,
+            lr=lr,
+            seed=seed,
+            checkpoint=self.home / f"{key}.safetensors",
+            save_every=40,
+            recipe=self.plan | dict(start=fingerprint(model)),
+        )
         self.done["seconds"][key] = run.seconds
         return model.eval()
 

@@ -24,8 +24,16 @@ from torch import Tensor, fx, nn
 from .distillation import match_answers
 from ..core.basics import copy_model, memory_order, pick_device, seed_everything
 from foundation.core.checks import (
-    check_choice, check_floats, check_mask, check_number, check_sizes, check_whole, checked, got,
-    precise)
+    check_choice,
+    check_floats,
+    check_mask,
+    check_number,
+    check_sizes,
+    check_whole,
+    checked,
+    got,
+    precise,
+)
 from ..core.sources import cache_folder
 from ..data.batches import endless
 from ..data.images import ImageSet, load_images
@@ -62,23 +70,33 @@ def _weights(model, skip):
     layers = _layers(model, skip)
     for m, name in layers.items():
         if isinstance(m, _KINDS) and "weight" not in m._parameters:
-            raise ValueError(f"{name}.weight is computed at each pass; expected a plain parameter: "
-                             "use prune.remove, remove_weight_norm or remove_parametrizations, "
-                             "or skip it")
-    told = [f"{name} ({type(m).__name__}) is neither a convolution nor a linear layer; "
-            "it stays as it is" for m, name in layers.items() if _is_unknown(m)]
+            raise ValueError(
+                f"{name}.weight is computed at each pass; expected a plain parameter: "
+                "use prune.remove, remove_weight_norm or remove_parametrizations, "
+                "or skip it"
+            )
+    told = [
+        f"{name} ({type(m).__name__}) is neither a convolution nor a linear layer; "
+        "it stays as it is"
+        for m, name in layers.items()
+        if _is_unknown(m)
+    ]
     chosen = {id(m.weight): name for m, name in layers.items() if isinstance(m, _KINDS)}
     for name, p in model.named_parameters(remove_duplicate=False):
         owner = model.get_submodule(name.rpartition(".")[0])
         if id(p) in chosen and owner not in layers:  # what `skip` names stays, whoever else has it
             del chosen[id(p)]
         elif id(p) in chosen and not isinstance(owner, _KINDS):
-            told.append(f"{name} ({type(owner).__name__}) is also the weight of {chosen[id(p)]}; "
-                        "it changes with it")
+            told.append(
+                f"{name} ({type(owner).__name__}) is also the weight of {chosen[id(p)]}; "
+                "it changes with it"
+            )
     found = {name: w for name, w in model.named_parameters() if id(w) in chosen}
     if not sum(w.numel() for w in found.values()):
-        raise ValueError("found no convolution or linear layer to work on; "
-                         "expected at least one outside `skip`, with a weight of its own")
+        raise ValueError(
+            "found no convolution or linear layer to work on; "
+            "expected at least one outside `skip`, with a weight of its own"
+        )
     _check_finite(found)
     return found, told
 
@@ -88,8 +106,9 @@ def _layers(model, skip):
     skip = [skip] if isinstance(skip, str) else list(skip)
     modules = dict(model.named_modules(remove_duplicate=False))
     if unknown := [name for name in skip if not isinstance(name, str) or name not in modules]:
-        raise ValueError(f"skip names {unknown}, which the model lacks; "
-                         f"it has {sorted(filter(None, modules))}")
+        raise ValueError(
+            f"skip names {unknown}, which the model lacks; it has {sorted(filter(None, modules))}"
+        )
     kept = {m for name in skip for m in modules[name].modules()}
     return {m: name for name, m in model.named_modules() if m not in kept}
 
@@ -97,15 +116,20 @@ def _layers(model, skip):
 def _is_unknown(module) -> bool:
     "One of PyTorch's own layers with matrices, such as an LSTM, but no embedding and no norm"
     known = isinstance(module, (*_KINDS, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm))
-    return (type(module).__module__.startswith("torch.nn.") and not known
-            and any(p.ndim > 1 for p in module.parameters(recurse=False)))
+    return (
+        type(module).__module__.startswith("torch.nn.")
+        and not known
+        and any(p.ndim > 1 for p in module.parameters(recurse=False))
+    )
 
 
 def _check_finite(weights):
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{name} holds NaN or infinite values; "
-                             "mend the training before compressing its result")
+            raise ValueError(
+                f"{name} holds NaN or infinite values; "
+                "mend the training before compressing its result"
+            )
 
 
 def _warn(told):
@@ -165,10 +189,14 @@ def apply_masks(
     Raises `TypeError`, `ValueError` for a mask that does not fit, and changes nothing then."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     if unknown := [name for name in masks if name not in weights]:
-        raise ValueError(f"masks names {unknown}, but the model has no such weight; "
-                         "expected names as `magnitude_masks` gives them")
-    masks = {name: check_mask(mask, f"the mask of {name}", weights[name].shape)
-             for name, mask in masks.items()}
+        raise ValueError(
+            f"masks names {unknown}, but the model has no such weight; "
+            "expected names as `magnitude_masks` gives them"
+        )
+    masks = {
+        name: check_mask(mask, f"the mask of {name}", weights[name].shape)
+        for name, mask in masks.items()
+    }
     for name, mask in masks.items():
         weights[name].masked_fill_(~mask.to(weights[name].device), 0)
     return model
@@ -196,8 +224,10 @@ def cubic_sparsity(
 
     Zhu & Gupta 2017, https://arxiv.org/abs/1710.01878"""
     if not begin < end or not 0 <= initial <= final < 1:
-        raise ValueError(f"got begin={begin}, end={end}, initial={initial}, final={final}; "
-                         "expected begin < end and 0 <= initial <= final < 1")
+        raise ValueError(
+            f"got begin={begin}, end={end}, initial={initial}, final={final}; "
+            "expected begin < end and 0 <= initial <= final < 1"
+        )
     progress = min(max((step - begin) / (end - begin), 0.0), 1.0)
     return final + (initial - final) * (1 - progress) ** 3
 
@@ -255,8 +285,11 @@ def two_four_masks(
     A row that four does not divide is skipped, with a warning. Raises what `layer_weights` does."""
     weights, told = _weights(model, skip)
     odd = [name for name, weight in weights.items() if weight[0].numel() % 4]
-    told += [f"{name} has rows of {weights[name][0].numel()} weights, which 4 does not divide; "
-             "it stays dense" for name in odd]
+    told += [
+        f"{name} has rows of {weights[name][0].numel()} weights, which 4 does not divide; "
+        "it stays dense"
+        for name in odd
+    ]
     masks = {}
     for name in weights.keys() - set(odd):
         fours = weights[name].detach().abs().reshape(-1, 4)
@@ -279,19 +312,28 @@ def to_two_four(
         if "weight" not in m._parameters:
             raise ValueError(f"{name}.weight is computed at each pass; expected a plain parameter")
         if m.in_features % 4 == 0 and (m.weight.reshape(-1, 4) != 0).sum(1).max() > 2:
-            raise ValueError(f"{name} has more than two weights in four neighbours; "
-                             "apply the masks of two_four_masks first")
+            raise ValueError(
+                f"{name} has more than two weights in four neighbours; "
+                "apply the masks of two_four_masks first"
+            )
     if not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)):
-        raise RuntimeError("2:4 sparsity needs an NVIDIA GPU of compute capability 8.0 or more, "
-                           "and this machine has none")
+        raise RuntimeError(
+            "2:4 sparsity needs an NVIDIA GPU of compute capability 8.0 or more, "
+            "and this machine has none"
+        )
     half = (torch.float16, torch.bfloat16)
     if not all(m.weight.dtype in half and m.weight.is_cuda for m in linear.values()):
-        raise RuntimeError("2:4 kernels take float16 or bfloat16 weights on the GPU; "
-                           "call model.half().cuda() first")
+        raise RuntimeError(
+            "2:4 kernels take float16 or bfloat16 weights on the GPU; "
+            "call model.half().cuda() first"
+        )
     for name, m in linear.items():
         if m.out_features % 32 or m.in_features % 64:
-            warnings.warn(f"{name} is {m.out_features} × {m.in_features}, the kernels take "
-                          "multiples of 32 × 64; it stays dense", stacklevel=3)
+            warnings.warn(
+                f"{name} is {m.out_features} × {m.in_features}, the kernels take "
+                "multiples of 32 × 64; it stays dense",
+                stacklevel=3,
+            )
         else:
             m.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(m.weight))
     return model
@@ -300,6 +342,7 @@ def to_two_four(
 @dataclass(eq=False)
 class ChannelGroup:
     "Channels that stand or fall together: the modules that write, normalise and read them."
+
     size: int
     writers: list[str]
     norms: list[str]
@@ -331,8 +374,10 @@ def channel_groups(
 def _groups(model):
     "The groups, and the sentences of the warning"
     if not (hasattr(model, "body") and isinstance(getattr(model, "head", None), nn.Linear)):
-        raise TypeError(f"{type(model).__name__} lacks a `body` and a linear `head`; "
-                        "expected a network such as VGG or ResNet")
+        raise TypeError(
+            f"{type(model).__name__} lacks a `body` and a linear `head`; "
+            "expected a network such as VGG or ResNet"
+        )
     _check_finite(dict(model.named_parameters()))
     walk = _Walk(model)
     met = dict.fromkeys(walk.home.values())
@@ -395,8 +440,18 @@ class _Walk:
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #9b0d449e
 _CONVS = (nn.Conv2d, SameConv)
-_PASS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d,
-         nn.AvgPool2d, nn.AdaptiveAvgPool2d)  # zeros stay zeros, channel by channel
+_PASS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)  # zeros stay zeros, channel by channel
 
 
 def _ground():
@@ -405,15 +460,22 @@ def _ground():
 
 
 def _calls(step, functions, method):
-    return (step.op == "call_function" and step.target in functions
-            or step.op == "call_method" and step.target == method)
+    return (
+        step.op == "call_function"
+        and step.target in functions
+        or step.op == "call_method"
+        and step.target == method
+    )
 
 
 def _is_sum(step):
     "A sum of two results; a constant or a parameter is unknown ground"
     parts = step.args[:2]
-    return (_calls(step, (operator.add, operator.iadd, torch.add), "add") and len(parts) == 2
-            and all(isinstance(p, fx.Node) and p.op != "get_attr" for p in parts))
+    return (
+        _calls(step, (operator.add, operator.iadd, torch.add), "add")
+        and len(parts) == 2
+        and all(isinstance(p, fx.Node) and p.op != "get_attr" for p in parts)
+    )
 
 
 def _alike(groups, forms):
@@ -460,8 +522,11 @@ def _odd(walk, step, layer):
 
 
 def _own(layer):
-    return [t for t in (*layer._parameters.values(), *layer._buffers.values())
-            if t is not None and t.numel()]
+    return [
+        t
+        for t in (*layer._parameters.values(), *layer._buffers.values())
+        if t is not None and t.numel()
+    ]
 
 
 def _owners(model):
@@ -487,14 +552,17 @@ class _Bare(nn.Module):
 
 def _steps(model):
     "The steps of a network as PyTorch's tracer writes them down, if training has the same ones"
-    ours = (type(model).forward is Backbone.forward
-            and type(model).encode.__module__ == Backbone.__module__)
+    ours = (
+        type(model).forward is Backbone.forward
+        and type(model).encode.__module__ == Backbone.__module__
+    )
     root, tracer = _Bare(model) if ours else model, _Tracer()
     for name, m in root.named_modules():
         hooks = m._forward_hooks or m._forward_pre_hooks
         if hooks and name and not tracer.is_leaf_module(m, name):
-            raise TypeError(f"{name} ({type(m).__name__}) has hooks; "
-                            "expected none around other layers")
+            raise TypeError(
+                f"{name} ({type(m).__name__}) has hooks; expected none around other layers"
+            )
     modes, drawn = [(m, m.training) for m in root.modules()], []
     try:
         for mode in (True, False):
@@ -503,15 +571,19 @@ def _steps(model):
             drawn.append(list(_Tracer().trace(root).nodes))
     except Exception as error:
         why = str(error).partition("\n")[0]
-        raise TypeError(f"{type(model).__name__} cannot be followed ({why}); expected a network "
-                        "that does the same whatever it sees") from None
+        raise TypeError(
+            f"{type(model).__name__} cannot be followed ({why}); expected a network "
+            "that does the same whatever it sees"
+        ) from None
     finally:
         for m, mode in modes:
             m.training = mode
     said = [[(n.op, str(n.target), list(map(str, n.all_input_nodes))) for n in d] for d in drawn]
     if said[0] != said[1]:
-        raise TypeError(f"{type(model).__name__} takes other steps in training than in eval mode; "
-                        "expected the same")
+        raise TypeError(
+            f"{type(model).__name__} takes other steps in training than in eval mode; "
+            "expected the same"
+        )
     return drawn[1]
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #c5bae540
@@ -529,9 +601,12 @@ def channel_masks(
     shares = sparsity if isinstance(sparsity, dict) else dict.fromkeys(groups, sparsity)
     if unknown := [name for name in shares if name not in groups]:
         raise ValueError(f"there are no channel groups {unknown}; there are: {', '.join(groups)}")
-    masks = {name: keep_largest(_channel_scores(groups[name], modules),
-                                _rounded(share, groups[name].size, multiple))
-             for name, share in shares.items()}
+    masks = {
+        name: keep_largest(
+            _channel_scores(groups[name], modules), _rounded(share, groups[name].size, multiple)
+        )
+        for name, share in shares.items()
+    }
     _warn(told)
     return masks
 
@@ -596,12 +671,15 @@ def _matched(model, masks):
     groups, matched = _groups(model)[0], []
     for name, kept in masks.items():
         if name not in groups:
-            raise ValueError(f"the mask of {name} belongs to no group of channels; "
-                             f"there are: {', '.join(groups)}")
+            raise ValueError(
+                f"the mask of {name} belongs to no group of channels; "
+                f"there are: {', '.join(groups)}"
+            )
         kept = check_mask(kept, f"the mask of {name}", (groups[name].size,))
         if not kept.any():
-            raise ValueError(f"the mask of {name} removes all {len(kept)} channels; "
-                             "expected one kept at least")
+            raise ValueError(
+                f"the mask of {name} removes all {len(kept)} channels; expected one kept at least"
+            )
         matched.append((groups[name], kept))
     return matched
 
@@ -617,8 +695,11 @@ def _cut(module, kept, dim):
             part = tensor.detach().index_select(dim, places.to(tensor.device)).clone()
             learnt = isinstance(tensor, nn.Parameter)
             setattr(module, name, nn.Parameter(part, tensor.requires_grad) if learnt else part)
-    sizes = {nn.BatchNorm2d: ("num_features",), nn.Linear: ("out_features", "in_features"),
-             nn.Conv2d: ("out_channels", "in_channels")}
+    sizes = {
+        nn.BatchNorm2d: ("num_features",),
+        nn.Linear: ("out_features", "in_features"),
+        nn.Conv2d: ("out_channels", "in_channels"),
+    }
     kind = next(kind for kind in sizes if isinstance(module, kind))
     setattr(module, sizes[kind][dim], int(kept.sum()))
 
@@ -635,12 +716,14 @@ def slim_vgg(
     have, depths = teacher.config["widths"], teacher.config["depths"]
     widths = [check_whole(width, "widths") for width in widths]
     if len(widths) != len(have) or any(not 0 < k <= width for k, width in zip(widths, have)):
-        raise ValueError(f"widths are {tuple(widths)}; "
-                         f"expected one for each stage, from 1 to {tuple(have)}")
+        raise ValueError(
+            f"widths are {tuple(widths)}; expected one for each stage, from 1 to {tuple(have)}"
+        )
     groups = _groups(teacher)[0]
     if [g.size for g in groups.values()] != [w for w, n in zip(have, depths) for _ in range(n)]:
-        raise ValueError(f"of the teacher's layers only {list(groups)} can be cut; "
-                         "expected a plain VGG")
+        raise ValueError(
+            f"of the teacher's layers only {list(groups)} can be cut; expected a plain VGG"
+        )
     kept = [width for width, depth in zip(widths, depths) for _ in range(depth)]
     shares = {name: 1 - k / group.size for (name, group), k in zip(groups.items(), kept)}
     small = VGG(**teacher.config | dict(widths=widths)).to(next(teacher.parameters()))
@@ -657,32 +740,42 @@ def head_masks(
     """Keep the heads that write most: the norm of value and output weights, ‖W_out W_value‖.
 
     Raises `ValueError` for a model without attention layers of ours, or with changed ones."""
+
     def scores(m):
         value, out = (precise(part.weight.detach()) for part in (m.value, m.out))
         value, out = value.view(m.heads, -1, m.dim), out.view(m.dim, m.heads, -1)
         return torch.einsum("dhe,hec->hdc", out, value).flatten(1).norm(dim=1)
-    return {name: keep_largest(scores(m), _rounded(sparsity, m.heads, 1))
-            for name, m in _attentions(model).items()}
+
+    return {
+        name: keep_largest(scores(m), _rounded(sparsity, m.heads, 1))
+        for name, m in _attentions(model).items()
+    }
 
 
 def _attentions(model):
     "Name -> attention layer, each of them as it was made"
     found = {name: m for name, m in model.named_modules() if isinstance(m, Attention)}
     if not found:
-        raise ValueError(f"{type(model).__name__} has no attention layers; "
-                         "expected a transformer such as ViT or BERT")
+        raise ValueError(
+            f"{type(model).__name__} has no attention layers; "
+            "expected a transformer such as ViT or BERT"
+        )
     owners = _owners(model)
     for name, m in found.items():
         for part in (m.query, m.key, m.value, m.out):
             hooks = part._forward_hooks or part._forward_pre_hooks
             shared = any(owners[t.data_ptr()] > 1 for t in _own(part))
             if type(part) is not nn.Linear or hooks or shared:
-                raise ValueError(f"{name} has a changed, watched or shared layer ({got(part)}); "
-                                 "expected four linear layers of its own")
+                raise ValueError(
+                    f"{name} has a changed, watched or shared layer ({got(part)}); "
+                    "expected four linear layers of its own"
+                )
         around = model.get_submodule(name.rpartition(".")[0])
         if getattr(around, "base", None) is m and around._parameters:  # such as a learnt prefix
-            raise ValueError(f"{name} stands in {got(around)}, which has weights for its heads; "
-                             "expected an attention layer alone")
+            raise ValueError(
+                f"{name} stands in {got(around)}, which has weights for its heads; "
+                "expected an attention layer alone"
+            )
     _check_finite(dict(model.named_parameters()))
     return found
 
@@ -699,12 +792,14 @@ def remove_heads(
     layers = _attentions(model) if masks else {}
     for name, kept in masks.items():
         if name not in layers:
-            raise ValueError(f"the mask of {name} belongs to no attention layer; "
-                             f"there are: {', '.join(layers)}")
+            raise ValueError(
+                f"the mask of {name} belongs to no attention layer; there are: {', '.join(layers)}"
+            )
         kept = check_mask(kept, f"the mask of {name}", (layers[name].heads,))
         if not kept.any():
-            raise ValueError(f"the mask of {name} keeps no head of {len(kept)}; "
-                             "expected one kept at least")
+            raise ValueError(
+                f"the mask of {name} keeps no head of {len(kept)}; expected one kept at least"
+            )
     small = copy_model(model)
     for name, kept in masks.items():
         layer, kept = small.get_submodule(name), torch.as_tensor(kept)
@@ -739,15 +834,28 @@ def recover(
         raise ValueError("model is not in float32, which keeps small steps; call model.float()")
     if checkpoint:
         seen = fingerprint(data.train_images, data.train_labels, data.mean, data.std)
-        recipe = (recipe or {}) | dict(seed=seed, start=fingerprint(model), data=seen,
-                                       answers=fingerprint(answers))
+        recipe = (recipe or {}) | dict(
+            seed=seed, start=fingerprint(model), data=seen, answers=fingerprint(answers)
+        )
     # channels last, unless the cut has made a shortcut too narrow for it; the loop sees to the batches
     model.to(memory_format=memory_order(model))
     x, y = data.floats(data.train_images), data.train_labels
     stream = lambda start: endless(x, answers, y, batch_size=32, seed=seed, start=start)
-    run = resumable(model, stream, match_answers(4.0, hard=0.3), adamw(model, lr), steps=steps,
-                    schedule=one_cycle(steps), precision="auto", clip=1.0, each=each, title=title,
-                    checkpoint=checkpoint, save_every=steps, recipe=recipe)
+    run = resumable(
+        model,
+        stream,
+        match_answers(4.0, hard=0.3),
+        adamw(model, lr),
+        steps=steps,
+        schedule=one_cycle(steps),
+        precision="auto",
+        clip=1.0,
+        each=each,
+        title=title,
+        checkpoint=checkpoint,
+        save_every=steps,
+        recipe=recipe,
+    )
     return accuracy(predict(model, data.floats(data.test_images)), data.test_labels), run.seconds
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #43083ec6
@@ -765,10 +873,13 @@ def pruning_arms(
     copy = partial(copy_model, teacher)
     fresh = partial(VGG, **teacher.config | dict(widths=SLIM))
     at_once, gradual = dict(final=0.9, begin=-1, end=0), dict(final=0.9, begin=0, end=steps // 4)
-    return {"dense": (copy, None, steps, 3e-3), "90 % at once": (copy, at_once, steps, 3e-3),
-            "90 % gradually": (copy, gradual, steps, 3e-3),
-            "slim from scratch": (fresh, None, slim_steps, 5e-3),
-            "channels cut": (partial(slim_vgg, teacher, SLIM), None, slim_steps, 5e-3)}
+    return {
+        "dense": (copy, None, steps, 3e-3),
+        "90 % at once": (copy, at_once, steps, 3e-3),
+        "90 % gradually": (copy, gradual, steps, 3e-3),
+        "slim from scratch": (fresh, None, slim_steps, 5e-3),
+        "channels cut": (partial(slim_vgg, teacher, SLIM), None, slim_steps, 5e-3),
+    }
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #f11f765b
 @checked
@@ -794,8 +905,17 @@ def compare_pruning(
         pruner = Pruner(model, **plan) if plan else None
         name = f"{''.join(filter(str.isalnum, arm))}-{count}-{seed}.safetensors"
         score, spent = recover(
-            model, data, answers, count, lr, seed, pruner and (lambda step: pruner.update(step.n)),
-            Path(runs) / name if runs else None, f"{arm}, seed {seed}", dict(pruner=plan))
+            model,
+            data,
+            answers,
+            count,
+            lr,
+            seed,
+            pruner and (lambda step: pruner.update(step.n)),
+            Path(runs) / name if runs else None,
+            f"{arm}, seed {seed}",
+            dict(pruner=plan),
+        )
         nets.setdefault(arm, model)
         seconds.append(spent)
         return score
@@ -820,18 +940,32 @@ def make_pruned(
     before = accuracy(predict(teacher, data.floats(data.test_images)), data.test_labels)
     runs = cache_folder() / "runs" / name
     comparison, nets, seconds = compare_pruning(
-        teacher, data, steps=steps, slim_steps=slim_steps, runs=runs)
+        teacher, data, steps=steps, slim_steps=slim_steps, runs=runs
+    )
     scores = {arm: scores.tolist() for arm, scores in comparison.scores.items()}
     count = f"{len(data.train_images):,}"
-    card = dict(data=f"{data.name}, {count} training images with labels and the teacher's answers",
-                origin="vgg_supervised", seeds=list(comparison.seeds), seconds=round(seconds),
-                normalisation=dict(mean=data.mean, std=data.std))
-    about = dict(method="gradual magnitude pruning", steps=steps, slim_steps=slim_steps,
-                 metrics=dict(teacher=before, accuracy=scores))
-    slim = dict(method="channels cut, then recovery", steps=slim_steps,
-                metrics=dict(accuracy=scores["channels cut"]))
-    written = (save_weights(nets["90 % gradually"], name, card | about, folder),
-               save_weights(nets["channels cut"], slim_name, card | slim, folder))
+    card = dict(
+        data=f"{data.name}, {count} training images with labels and the teacher's answers",
+        origin="vgg_supervised",
+        seeds=list(comparison.seeds),
+        seconds=round(seconds),
+        normalisation=dict(mean=data.mean, std=data.std),
+    )
+    about = dict(
+        method="gradual magnitude pruning",
+        steps=steps,
+        slim_steps=slim_steps,
+        metrics=dict(teacher=before, accuracy=scores),
+    )
+    slim = dict(
+        method="channels cut, then recovery",
+        steps=slim_steps,
+        metrics=dict(accuracy=scores["channels cut"]),
+    )
+    written = (
+        save_weights(nets["90 % gradually"], name, card | about, folder),
+        save_weights(nets["channels cut"], slim_name, card | slim, folder),
+    )
     rmtree(runs)  # shipped: the next call trains anew
     return written
 
@@ -853,15 +987,32 @@ def make_weights(
     steps, x = epochs * len(data.train_images) // batch_size, data.floats(data.train_images)
     stream = lambda start: endless(x, data.train_labels, batch_size=batch_size, start=start)
     seen = fingerprint(data.train_images, data.train_labels, data.mean, data.std)
-    run = resumable(model, stream, classify, adamw(model, 5e-3, 0.05), steps=steps,
-                    schedule=one_cycle(steps), precision="auto", clip=1.0, title=name,
-                    recipe=dict(seed=0, data=seen), checkpoint=runs / "run.safetensors")
+    run = resumable(
+        model,
+        stream,
+        classify,
+        adamw(model, 5e-3, 0.05),
+        steps=steps,
+        schedule=one_cycle(steps),
+        precision="auto",
+        clip=1.0,
+        title=name,
+        recipe=dict(seed=0, data=seen),
+        checkpoint=runs / "run.safetensors",
+    )
     score = accuracy(predict(model, data.floats(data.test_images)), data.test_labels)
-    card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels",
-                method="supervised", epochs=epochs, batch_size=batch_size, steps=steps,
-                seconds=round(run.seconds), loss_first=float(run.losses[0]),
-                loss_last=float(run.losses[-50:].mean()), metrics=dict(accuracy=score),
-                normalisation=dict(mean=data.mean, std=data.std))
+    card = dict(
+        data=f"{data.name}, {len(data.train_images):,} training images with labels",
+        method="supervised",
+        epochs=epochs,
+        batch_size=batch_size,
+        steps=steps,
+        seconds=round(run.seconds),
+        loss_first=float(run.losses[0]),
+        loss_last=float(run.losses[-50:].mean()),
+        metrics=dict(accuracy=score),
+        normalisation=dict(mean=data.mean, std=data.std),
+    )
     path = save_weights(model, name, card, folder)
     rmtree(runs)
     return path

@@ -107,8 +107,10 @@ def _check_ends(low, high):
         raise TypeError(f"low is {got(low)} and high {got(high)}; expected real numbers")
     low, high = low.float(), high.float()
     if may_look(low) and not (low.isfinite() & high.isfinite() & (low <= high)).all():
-        raise ValueError(f"the values to write run from {float(low.min())} to {float(high.max())}; "
-                         "expected finite ends in float32, each low one at or below its high one")
+        raise ValueError(
+            f"the values to write run from {float(low.min())} to {float(high.max())}; "
+            "expected finite ends in float32, each low one at or below its high one"
+        )
     return low, high
 
 
@@ -181,6 +183,7 @@ def _short_scale(scale, dtype, stop, symmetric, zeros):
 class Quantized:
     """Integers with their rulers. `values` has the shape of the tensor; `scale` and `zero_point`
     hold one entry a row."""
+
     values: Tensor  # int8 if symmetric, uint8 if affine; the shape of the tensor
     scale: Tensor  # (rows,)
     zero_point: Tensor  # (rows,)
@@ -279,9 +282,11 @@ def calibrate(
     unit = (
         2.0 ** math.frexp(float(sample.abs().max()))[1]
     )  # a power of two changes no digit, and no square is infinite
+
     def loss(ruler):
         read = fake_quantize(sample, bits, symmetric=symmetric, scale=ruler[0], zero_point=ruler[1])
         return ((read - sample).double() / unit).float().square().sum()
+
     return min(rulers, key=loss)
 
 # %% ../../nbs/09_compression/03_quantization.ipynb #e0334776
@@ -369,8 +374,11 @@ def _copied(model):
 def _kept(model, skip):
     "The ids of all modules at and below the names to skip, whatever other names they have"
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    return {id(m) for name, m in model.named_modules(remove_duplicate=False)
-            if any(f"{name}.".startswith(f"{s}.") for s in skip)}
+    return {
+        id(m)
+        for name, m in model.named_modules(remove_duplicate=False)
+        if any(f"{name}.".startswith(f"{s}.") for s in skip)
+    }
 
 
 def _settle(layer):
@@ -495,8 +503,11 @@ def _own_way(layer, norm=None):
     classes"""
     if type(layer) in _LEAVES:
         return None
-    shape = (layer.in_features,) if isinstance(layer, nn.Linear) else (layer.in_channels, *(
-        2 * d * k for d, k in zip(layer.dilation, layer.kernel_size)))
+    shape = (
+        (layer.in_features,)
+        if isinstance(layer, nn.Linear)
+        else (layer.in_channels, *(2 * d * k for d, k in zip(layer.dilation, layer.kernel_size)))
+    )
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(layer.weight)
     both = nn.Sequential(layer, norm or nn.Identity())
     with evaluating(both):
@@ -518,7 +529,12 @@ def _attempt(model, batch, what):
     try:
         return model(batch)
     except (
-        RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        AssertionError,
     ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the model fails on {what}, {got(batch)}: {reason}") from error
@@ -781,8 +797,13 @@ class IntegerLayer(nn.Module):
         layer = plain_copy(layer)
         weight = quantize_tensor(layer.weight, bits, axis=0)
         input_scale, input_zero = _check_input_ruler(ruler, layer.weight, *self.ends)
-        for name, value in dict(weight=weight.values, scale=weight.scale, bias=layer.bias,
-                                input_scale=input_scale, input_zero=input_zero).items():
+        for name, value in dict(
+            weight=weight.values,
+            scale=weight.scale,
+            bias=layer.bias,
+            input_scale=input_scale,
+            input_zero=input_zero,
+        ).items():
             self.register_buffer(name, None if value is None else value.detach())
 
     def marks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # q as floats, scale, zero point
@@ -908,8 +929,10 @@ def quantize_static(
 def _inputs_of(parts, model, batches):
     "Layer -> all that passed into it"
     seen = {}
+
     def note(layer, args, kwargs):
         seen.setdefault(layer, []).append(next(chain(args, kwargs.values())).detach())
+
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in parts]
     try:
         with _looking(model):
@@ -965,4 +988,5 @@ def classify_rounded(
         logits = functional_call(model, rounded, (batch[0],))
         labels = check_labels(batch[1], classes=logits.shape[-1])
         return nn.functional.cross_entropy(logits.float(), labels), {}
+
     return objective

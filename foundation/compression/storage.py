@@ -122,7 +122,7 @@ def pack(
     `ValueError` for others."""
     check_whole(bits, "bits", 1, 8)
     numbers = _check_symbols(values, "values", 2**bits - 1)
-    digits = np.unpackbits(numbers.numpy().astype(np.uint8)[:, None], axis=1)[:, 8 - bits:]
+    digits = np.unpackbits(numbers.numpy().astype(np.uint8)[:, None], axis=1)[:, 8 - bits :]
     return torch.from_numpy(np.packbits(digits))
 
 
@@ -206,7 +206,7 @@ def huffman_decode(
     such code."""
     data, found, word = _check_bytes(payload, "payload").tobytes(), bytearray(), ""
     count, size = int.from_bytes(data[:4], "little"), (data[4] if len(data) > 4 else 0) + 1
-    digits = np.unpackbits(np.frombuffer(data[5 + size:], np.uint8))
+    digits = np.unpackbits(np.frombuffer(data[5 + size :], np.uint8))
     symbol_of = {
         word: s
         for s, word in code_words(torch.tensor([*data[5 : 5 + size]], dtype=torch.uint8)).items()
@@ -271,8 +271,8 @@ def _bits_of(numbers):
     if numbers in DTYPES:
         return DTYPES[numbers].itemsize * 8
     if (kind := numbers.rstrip("0123456789")) in ("int", "code") and numbers != kind:
-        integer_range(int(numbers[len(kind):][:9]))
-        return int(numbers[len(kind):])
+        integer_range(int(numbers[len(kind) :][:9]))
+        return int(numbers[len(kind) :])
     raise ValueError(
         f'format {numbers!r} is not known; expected "fp32", "fp16", "int2" to "int8", '
         '"code2" to "code8", or "sparse"'
@@ -378,7 +378,13 @@ def decode(
     try:
         return _joined(parts, torch.Size(shape), numbers, bits, group)
     except (
-        LookupError, TypeError, ValueError, AttributeError, RuntimeError, zlib.error, OverflowError
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        zlib.error,
+        OverflowError,
     ) as error:
         raise ValueError(
             f"the parts make no weight of shape {tuple(shape)} in {numbers}: {error}"
@@ -502,9 +508,7 @@ def _check_state(state):
     "Names and tensors; a sparse tensor as a dense one"
     for name, x in state.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
-            raise TypeError(
-                f"model holds {got(x)} under {got(name)}; expected names and tensors"
-            )
+            raise TypeError(f"model holds {got(x)} under {got(name)}; expected names and tensors")
     if "__metadata__" in state:
         raise ValueError(
             "model holds a tensor called '__metadata__'; expected a name that files do not keep"
@@ -555,15 +559,23 @@ def _read(path):
             notes = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (
-        SafetensorError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError,
-        RuntimeError, OSError
+        SafetensorError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+        OSError,
     ) as error:
         raise BadWeights(
             f"{path} is not a whole safetensors file ({error}); fetch or save it again"
         ) from None
     layout = notes.get("layout", "")
     if notes.keys() & {"layout", "crc32"} and notes.get("crc32") not in (
-            _checksum(tensors, layout), _checksum(tensors, layout, kinds=False)):
+        _checksum(tensors, layout),
+        _checksum(tensors, layout, kinds=False),
+    ):
         raise BadWeights(
             f"{path} was changed after it was written (its checksum differs); "
             "fetch or save it again"
@@ -615,6 +627,7 @@ def prune_gradually(
         if step.n % every == 0 and step.n <= end or step.n == end:
             masks.update(fair_masks(model, cubic_sparsity(step.n, 0, end, zeros)))
             apply_masks(model, masks)
+
     return each
 
 # %% ../../nbs/09_compression/04_storage.ipynb #11355ddc
@@ -647,6 +660,7 @@ def train_on(
         for images, *rest in endless(x, answers, y, batch_size=32, seed=seed, start=start):
             images = data.floats(images)
             yield images if order == torch.channels_last else in_order(images, order), *rest
+
     held = (
         dict(
             recipe or {},
@@ -860,8 +874,10 @@ def make_weights(
         small.load_state_dict(load_model(path))
         for arm, model in _arms(control, small, data, seed).items():
             scores.setdefault(arm, []).insert(0, test(model))
-    method = (f"{teacher}, {zeros:.1%} pruned gradually with itself as teacher, batch norm folded, "
-              "16 trained centres, Huffman")
+    method = (
+        f"{teacher}, {zeros:.1%} pruned gradually with itself as teacher, batch norm folded, "
+        "16 trained centres, Huffman"
+    )
     metrics = dict(test_images=len(data.test_labels), accuracy=scores, bytes=sizes)
     write_card(
         path,
@@ -889,5 +905,9 @@ def _arms(control, small, data, seed):
         :512
     ]
     rounded = quantize_static(control, data.floats(data.train_images[chosen]).split(128))
-    return {"fp32, trained on": control, "compressed": small, "static int8": rounded,
-            "4-bit weights": quantize_weights(control, 4, group=32)[0]}
+    return {
+        "fp32, trained on": control,
+        "compressed": small,
+        "static int8": rounded,
+        "4-bit weights": quantize_weights(control, 4, group=32)[0],
+    }

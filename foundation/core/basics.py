@@ -25,7 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_model, check_number, check_whole, checked, got, precise
+from foundation.core.checks import (
+    check_choice,
+    check_model,
+    check_number,
+    check_whole,
+    checked,
+    got,
+    precise,
+)
 
 # %% ../../nbs/00_core/01_basics.ipynb #7405951d
 @checked
@@ -42,21 +50,31 @@ def seed_everything(
 # %% ../../nbs/00_core/01_basics.ipynb #c1bd641e
 @checked
 def pick_device(
-    name: torch.device | str | None = None,  # "cuda", "cuda:1", "mps", "cpu"; None asks FOUNDATION_DEVICE, then takes the best
+    name: torch.device
+    | str
+    | None = None,  # "cuda", "cuda:1", "mps", "cpu"; None asks FOUNDATION_DEVICE, then takes the best
 ) -> torch.device:
     "The device to work on. Raises `ValueError` for a device that this machine does not have."
     name = str(name or os.environ.get("FOUNDATION_DEVICE") or "")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     have = [kind for kind, ok in there.items() if ok]
     if not name:
         return torch.device(have[0])
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is not known; expected one of {', '.join(there)}") from None
+        raise ValueError(
+            f"device {name!r} is not known; expected one of {', '.join(there)}"
+        ) from None
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type not in have or (device.index or 0) >= count:
-        raise ValueError(f"device {name!r} is not available on this machine; it has: {', '.join(have)}")
+        raise ValueError(
+            f"device {name!r} is not available on this machine; it has: {', '.join(have)}"
+        )
     return device
 
 # %% ../../nbs/00_core/01_basics.ipynb #e3566cf1
@@ -80,7 +98,12 @@ def cpu_flags() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return set()
-    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[-1].split()}
+    return {
+        flag
+        for line in lines
+        if line.startswith(("flags", "Features"))
+        for flag in line.split(":", 1)[-1].split()
+    }
 
 # %% ../../nbs/00_core/01_basics.ipynb #44254d89
 @checked
@@ -95,9 +118,16 @@ def count_parameters(
 @checked
 def count_nonzero(model: nn.Module) -> int:
     "Number of parameters that are not exactly zero; what a mask of `torch.nn.utils.prune` hides counts as zero."
-    masks = {id(getattr(m, f"{name[:-5]}_orig", None)): mask for m in model.modules()
-             for name, mask in m.named_buffers(recurse=False) if name.endswith("_mask")}
-    return sum(int(torch.count_nonzero(p * masks[id(p)] if id(p) in masks else p)) for p in model.parameters())
+    masks = {
+        id(getattr(m, f"{name[:-5]}_orig", None)): mask
+        for m in model.modules()
+        for name, mask in m.named_buffers(recurse=False)
+        if name.endswith("_mask")
+    }
+    return sum(
+        int(torch.count_nonzero(p * masks[id(p)] if id(p) in masks else p))
+        for p in model.parameters()
+    )
 
 # %% ../../nbs/00_core/01_basics.ipynb #a7d516b8
 @contextmanager
@@ -126,18 +156,27 @@ def count_macs(
     Each submodule keeps its mode. Raises `TypeError` without an input, `ValueError` for layers that PyTorch cannot count."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    inputs = [torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype != object else x for x in inputs]
+    inputs = [
+        torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype != object else x
+        for x in inputs
+    ]
     if not inputs or not isinstance(inputs[0], Tensor):
         wrong = got(inputs[0]) if inputs else "no input"
-        raise TypeError(f"count_macs got {wrong}; expected an example batch after the model, as the model takes it")
+        raise TypeError(
+            f"count_macs got {wrong}; expected an example batch after the model, as the model takes it"
+        )
     if blind := [m for m in model.modules() if isinstance(m, (nn.RNNBase, nn.Bilinear))]:
-        raise ValueError(f"model holds {got(blind[0])}, whose products PyTorch does not count; expected other layers")
+        raise ValueError(
+            f"model holds {got(blind[0])}, whose products PyTorch does not count; expected other layers"
+        )
     with evaluating(model), _plain_kernels(), FlopCounterMode(display=False) as counter:
         try:
             model(*inputs)
         except RuntimeError as error:
             shapes = ", ".join(map(got, inputs))
-            raise ValueError(f"the model does not take {shapes}: {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"the model does not take {shapes}: {str(error).splitlines()[0]}"
+            ) from error
     return counter.get_total_flops() // 2
 
 # %% ../../nbs/00_core/01_basics.ipynb #2cb4ac8b
@@ -189,7 +228,10 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         "Move the average one step towards `model`. Raises `ValueError`, and moves nothing, if it is another model."
         check_model(model)
-        weights, buffers = _pairs(self.model, model, "parameters"), _pairs(self.model, model, "buffers")
+        weights, buffers = (
+            _pairs(self.model, model, "parameters"),
+            _pairs(self.model, model, "buffers"),
+        )
         for mine, new in weights:
             mine.lerp_(new.detach().to(mine), 1 - self.decay)
         for mine, new in buffers:
@@ -201,7 +243,12 @@ def copy_model(model: nn.Module) -> nn.Module:
     """A copy that shares nothing with the model: layers under two names stay one, hooks come along.
 
     Takes models whose weights are computed too, as by `weight_norm` and by `torch.nn.utils.prune`, at which `deepcopy` stops."""
-    computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    computed = [
+        v
+        for m in model.modules()
+        for v in vars(m).values()
+        if isinstance(v, Tensor) and not v.is_leaf
+    ]
     return deepcopy(model, {id(v): v.detach().clone() for v in computed})
 
 
@@ -209,13 +256,19 @@ def _pairs(mine, new, kind):
     "Tensors of two models with the same name, each of mine once; the sentence, if names or shapes or ties differ"
     mine, new = (dict(getattr(m, f"named_{kind}")(remove_duplicate=False)) for m in (mine, new))
     if odd := sorted(mine.keys() ^ new.keys()):
-        raise ValueError(f"the two models differ in their {kind}, the first is {odd[0]!r}; expected the model that is followed")
+        raise ValueError(
+            f"the two models differ in their {kind}, the first is {odd[0]!r}; expected the model that is followed"
+        )
     found = {}
     for name, m in mine.items():
         if m.shape != new[name].shape:
-            raise ValueError(f"{name} has shape {tuple(new[name].shape)}; expected {tuple(m.shape)}, as in the average")
+            raise ValueError(
+                f"{name} has shape {tuple(new[name].shape)}; expected {tuple(m.shape)}, as in the average"
+            )
         if found.setdefault(id(m), (m, new[name]))[1] is not new[name]:
-            raise ValueError(f"{name} was tied to another of the {kind} and is no longer; expected the model that is followed")
+            raise ValueError(
+                f"{name} was tied to another of the {kind} and is no longer; expected the model that is followed"
+            )
     return list(found.values())
 
 # %% ../../nbs/00_core/01_basics.ipynb #dd8e7756
@@ -226,9 +279,11 @@ def memory_order(
     """Channels last, which convolutions like; the plain order for a float32 model that PyTorch could not train so.
 
     That is one with a 1 × 1 convolution with a stride that reads fewer than 8 channels (a transposed one: writes them)."""
+
     def narrow(m):
         channels = m.out_channels if m.transposed else m.in_channels
         return set(m.kernel_size) == {1} and max(m.stride) > 1 and channels < 8 * m.groups
+
     flat = (nn.Conv2d, nn.ConvTranspose2d)
     risky = any(isinstance(m, flat) and narrow(m) for m in model.modules())
     return torch.contiguous_format if risky else torch.channels_last
@@ -251,13 +306,14 @@ def in_order(
 @dataclass(frozen=True)
 class Timing:
     "Seconds for one call: median and quartiles over `repeats` calls."
+
     median: float
     low: float
     high: float
     repeats: int
 
     def __str__(self):
-        return f"{self.median*1e3:.3g} ms [{self.low*1e3:.3g}, {self.high*1e3:.3g}]"
+        return f"{self.median * 1e3:.3g} ms [{self.low * 1e3:.3g}, {self.high * 1e3:.3g}]"
 
 
 @checked
@@ -269,7 +325,9 @@ def measure(
 ) -> Timing:
     "Time `fn`: warm up, then the median and quartiles of `repeats` calls. Raises `TypeError`, `ValueError`."
     check_whole(repeats, "repeats", 1), check_whole(warmup, "warmup", 0)
-    sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(pick_device(device).type, lambda: None)
+    sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
+        pick_device(device).type, lambda: None
+    )
     for _ in range(warmup):
         fn()
     seconds = []
@@ -280,7 +338,9 @@ def measure(
         sync()
         seconds.append(time.perf_counter() - start)
     low, median, high = statistics.quantiles(seconds, n=4) if repeats > 1 else seconds * 3
-    return Timing(median, max(low, min(seconds)), min(high, max(seconds)), repeats)  # of two calls quartiles lie outside
+    return Timing(
+        median, max(low, min(seconds)), min(high, max(seconds)), repeats
+    )  # of two calls quartiles lie outside
 
 # %% ../../nbs/00_core/01_basics.ipynb #c7b51455
 @checked
@@ -345,7 +405,9 @@ def _target(path):
         raise ValueError(f"path is {str(path)!r}; expected one without the character 0")
     real = Path(os.path.realpath(path))
     if real.is_symlink():
-        raise OSError(f"{path} is a link that leads back to itself; expected a file, so delete the link")
+        raise OSError(
+            f"{path} is a link that leads back to itself; expected a file, so delete the link"
+        )
     try:
         mode = real.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -374,8 +436,16 @@ def _shortened(name):
 
 # %% ../../nbs/00_core/01_basics.ipynb #ed7cadbf
 SHAPES = dict(
-    b="batch", n="tokens", m="tokens attended to", d="width", h="heads", e="width per head", c="channels",
-    p="patch side", v="vocabulary", k="classes",
+    b="batch",
+    n="tokens",
+    m="tokens attended to",
+    d="width",
+    h="heads",
+    e="width per head",
+    c="channels",
+    p="patch side",
+    v="vocabulary",
+    k="classes",
 )
 
 
@@ -386,5 +456,7 @@ def legend(
     "What the letters in shapes mean, as one line. Raises `ValueError` for a letter without a meaning."
     unknown = set(letters) - set(SHAPES)
     if unknown:
-        raise ValueError(f"no meaning is fixed for {sorted(unknown)}; known letters: {''.join(SHAPES)}")
+        raise ValueError(
+            f"no meaning is fixed for {sorted(unknown)}; known letters: {''.join(SHAPES)}"
+        )
     return ", ".join(f"{letter} = {SHAPES[letter]}" for letter in letters)

@@ -65,7 +65,9 @@ def _kinds(returns):
     "`a Tensor`, or `a Tensor or a float`"
     options = returns if isinstance(returns, tuple) else (returns,)
     names = [kind.__name__ for kind in options]
-    return " or ".join(("an " if re.match("[aeiou]|nd", name, re.I) else "a ") + name for name in names)
+    return " or ".join(
+        ("an " if re.match("[aeiou]|nd", name, re.I) else "a ") + name for name in names
+    )
 
 
 def _kind(value):
@@ -99,9 +101,14 @@ def require_close(
     if not isinstance(got, (Tensor, Number)):
         raise Refused(claim, f"Got {_kind(got)}, expected {_kind(expected)}.")
     have, want = (torch.as_tensor(value).detach().cpu() for value in (got, expected))
-    have, want = (v.to(torch.complex128 if have.is_complex() or want.is_complex() else torch.float64) for v in (have, want))
+    have, want = (
+        v.to(torch.complex128 if have.is_complex() or want.is_complex() else torch.float64)
+        for v in (have, want)
+    )
     if have.shape != want.shape:
-        raise Refused(claim, f"Got the shape `{tuple(have.shape)}`, expected `{tuple(want.shape)}`.")
+        raise Refused(
+            claim, f"Got the shape `{tuple(have.shape)}`, expected `{tuple(want.shape)}`."
+        )
     agree = torch.isclose(have, want, rtol, atol, equal_nan=True)
     if not agree.all():
         raise Refused(claim, _code(_difference(have, want, agree)))
@@ -111,18 +118,26 @@ def require_close(
 def _difference(have, want, agree):
     "Both values in full when they are few, else the first place where they part"
     if have.numel() <= 12:
-        shown = [np.array2string(value.numpy(), precision=6, separator=", ") for value in (have, want)]
-        return "got       {}\nexpected  {}".format(*(text.replace("\n", "\n" + " " * 10) for text in shown))
+        shown = [
+            np.array2string(value.numpy(), precision=6, separator=", ") for value in (have, want)
+        ]
+        return "got       {}\nexpected  {}".format(
+            *(text.replace("\n", "\n" + " " * 10) for text in shown)
+        )
     place = tuple((~agree).nonzero()[0].tolist())
-    return (f"{int((~agree).sum())} of {have.numel()} values differ, the first at {list(place)}\n"
-            f"got       {have[place].item():.6g}\nexpected  {want[place].item():.6g}")
+    return (
+        f"{int((~agree).sum())} of {have.numel()} values differ, the first at {list(place)}\n"
+        f"got       {have[place].item():.6g}\nexpected  {want[place].item():.6g}"
+    )
 
 # %% ../../nbs/00_core/04_exercises.ipynb #e5fb2f46
 class _Unfinished(Exception):
     "The answer is still to be written"
 
 
-class _TooSlow(BaseException):  # not an Exception: the learner's own `except Exception` shall not catch it
+class _TooSlow(
+    BaseException
+):  # not an Exception: the learner's own `except Exception` shall not catch it
     "The answer took longer than its check allows"
 
 
@@ -138,11 +153,18 @@ def _watched(answer, returns):
         before = [_copy(value) for value in inputs]
         result = answer(*args, **kwargs)
         if result is None:
-            raise _Unfinished(f"`{name}` gives nothing back: is it still to be written, or is its `return` missing?")
+            raise _Unfinished(
+                f"`{name}` gives nothing back: is it still to be written, or is its `return` missing?"
+            )
         if not isinstance(result, returns):
-            raise Refused(f"`{name}` gives back {_kinds(returns)}", f"It gave back {_kind(result)}.")
+            raise Refused(
+                f"`{name}` gives back {_kinds(returns)}", f"It gave back {_kind(result)}."
+            )
         if not all(map(_same, before, inputs)):
-            raise Refused(f"`{name}` leaves its inputs as they are", "It changed one of them in place; work on a copy.")
+            raise Refused(
+                f"`{name}` leaves its inputs as they are",
+                "It changed one of them in place; work on a copy.",
+            )
         return result
 
     return watched
@@ -159,12 +181,19 @@ def _same(before, after):
     "Has a value been left alone?"
     if isinstance(before, (Tensor, np.ndarray)):
         return before.shape == after.shape and bool(((before == after) | (before != before)).all())
-    return not isinstance(before, list) or len(before) == len(after) and all(a is b for a, b in zip(before, after))
+    return (
+        not isinstance(before, list)
+        or len(before) == len(after)
+        and all(a is b for a, b in zip(before, after))
+    )
 
 # %% ../../nbs/00_core/04_exercises.ipynb #cfbd5597
 def _timed(seconds, call):
     "Call, and stop what takes too long, where the system has an alarm clock (on Windows: interrupt the kernel)"
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         return call()
     rings = 0
 
@@ -173,7 +202,9 @@ def _timed(seconds, call):
         rings += 1
         if frame is not None and frame.f_code is _timed.__code__:
             return  # the answer has ended, we are about to stop the clock
-        if rings == 5:  # the answer swallows what we raise: a storm of bells meets it outside its `try` as well
+        if (
+            rings == 5
+        ):  # the answer swallows what we raise: a storm of bells meets it outside its `try` as well
             signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
         raise _TooSlow
 
@@ -221,7 +252,9 @@ def _home(answer):
     code = getattr(inspect.unwrap(answer), "__code__", None)
     if code is None:  # a class or an object: the home of its methods
         methods = vars(answer if isinstance(answer, type) else type(answer)).values()
-        code = next((method.__code__ for method in methods if isinstance(method, FunctionType)), None)
+        code = next(
+            (method.__code__ for method in methods if isinstance(method, FunctionType)), None
+        )
     library = code is None or "site-packages" in code.co_filename
     return None if library else code.co_filename
 
@@ -229,14 +262,26 @@ def _home(answer):
 def _fault(error, answer, check):
     "State and reason for an error: the line of the learner's code, without the library's stack trace"
     home = _home(answer)
-    mine = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == home and f.name != check.__name__]
+    mine = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename == home and f.name != check.__name__
+    ]
     what = f"{type(error).__name__}: {error}"
     if not mine:
-        return "broken", f"The check could not work with your answer, {_kind(answer)}:\n\n{_code(what)}"
+        return (
+            "broken",
+            f"The check could not work with your answer, {_kind(answer)}:\n\n{_code(what)}",
+        )
     place = mine[-1]
     if isinstance(error, NotImplementedError) and "NotImplementedError" in (place.line or what):
-        return "unfinished", f"`{place.name}` still raises `NotImplementedError`: replace that line by your code."
-    return "broken", "Your code stopped with an error:\n\n" + _code(f"line {place.lineno}:  {place.line}\n{what}")
+        return (
+            "unfinished",
+            f"`{place.name}` still raises `NotImplementedError`: replace that line by your code.",
+        )
+    return "broken", "Your code stopped with an error:\n\n" + _code(
+        f"line {place.lineno}:  {place.line}\n{what}"
+    )
 
 # %% ../../nbs/00_core/04_exercises.ipynb #4af9147e
 @checked
@@ -253,9 +298,15 @@ def progress_file() -> Path:
         base = os.environ.get("XDG_DATA_HOME", "")
         base = base if os.path.isabs(base) else "~/.local/share"
     try:
-        return Path(chosen).expanduser() if chosen else Path(base).expanduser() / "foundation" / "progress.json"
+        return (
+            Path(chosen).expanduser()
+            if chosen
+            else Path(base).expanduser() / "foundation" / "progress.json"
+        )
     except RuntimeError:
-        raise FileNotFoundError(f"there is no home folder for {chosen or base}; set FOUNDATION_PROGRESS to a file") from None
+        raise FileNotFoundError(
+            f"there is no home folder for {chosen or base}; set FOUNDATION_PROGRESS to a file"
+        ) from None
 
 
 def _is_static():
@@ -267,7 +318,14 @@ def _load(path):
     "The entries, `lesson#title` to `tries` and `solved`; None if the file is not what this module writes"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        return entries if all("#" in key and _is_entry(entry["tries"], entry["solved"]) for key, entry in entries.items()) else None
+        return (
+            entries
+            if all(
+                "#" in key and _is_entry(entry["tries"], entry["solved"])
+                for key, entry in entries.items()
+            )
+            else None
+        )
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -305,9 +363,11 @@ def _locked(file):
     try:
         if sys.platform == "win32":
             import msvcrt
+
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
@@ -330,7 +390,9 @@ def _remember(lesson, title, solved):
             entry = entries.setdefault(f"{lesson}#{title}", dict(tries=0, solved=None))
             if entry["solved"]:
                 return note
-            entry |= dict(tries=entry["tries"] + 1, solved=date.today().isoformat() if solved else None)
+            entry |= dict(
+                tries=entry["tries"] + 1, solved=date.today().isoformat() if solved else None
+            )
             with atomic_write(path, "w") as file:
                 json.dump(entries, file, indent=1, ensure_ascii=False)
         return note
@@ -344,6 +406,7 @@ def _remember(lesson, title, solved):
 @dataclass
 class Verdict:
     "What a check found. True when the exercise is solved."
+
     state: str  # "solved", "refused" (a claim does not hold), "unfinished", or "broken" (an error or no end)
     reason: str  # Markdown
     held: list[str] = field(default_factory=list)  # claims that hold
@@ -370,12 +433,16 @@ def _folded(hints, number=1):
     return f"<details><summary>Hint {number}</summary>\n\n{inner}\n\n</details>"
 
 # %% ../../nbs/00_core/04_exercises.ipynb #0059b190
-_turn = threading.RLock()  # random numbers and what is printed belong to the process: checks in threads take turns
+_turn = (
+    threading.RLock()
+)  # random numbers and what is printed belong to the process: checks in threads take turns
 
 
 def _attempt(exercise, answer):
     "Run the check of `exercise` on an answer, whatever the answer does"
-    waited = _turn.acquire(timeout=2 * exercise.seconds)  # one that never ends, in a thread without a clock, holds it for ever
+    waited = _turn.acquire(
+        timeout=2 * exercise.seconds
+    )  # one that never ends, in a thread without a clock, holds it for ever
     try:
         return _judged(exercise, answer)
     finally:
@@ -390,14 +457,19 @@ def _judged(exercise, answer):
     try:
         with _same_luck(), redirect_stdout(printed):
             if answer is None or answer is ...:
-                raise _Unfinished("The cell above is still to be filled in: write your answer, run it, then run this cell.")
+                raise _Unfinished(
+                    "The cell above is still to be filled in: write your answer, run it, then run this cell."
+                )
             _timed(exercise.seconds, lambda: exercise.claims(_watched(answer, exercise.returns)))
     except Refused as no:
         state, reason = "refused", f"✗ {no.claim}\n\n{no.found}".strip()
     except _Unfinished as no:
         state, reason = "unfinished", str(no)
     except _TooSlow:
-        state, reason = "broken", f"Still running after {exercise.seconds:g} seconds: is there a loop that never ends?"
+        state, reason = (
+            "broken",
+            f"Still running after {exercise.seconds:g} seconds: is there a loop that never ends?",
+        )
     except (Exception, SystemExit) as error:
         state, reason = _fault(error, answer, exercise.claims)
     finally:
@@ -414,13 +486,23 @@ class Exercise:
         self,
         lesson: str,  # the notebook's path below nbs/, without ".ipynb"
         title: str,  # as in the Markdown call-out that sets the task
-        check: Callable[[Any], None],  # makes claims about an answer, with `require` and `require_close`
+        check: Callable[
+            [Any], None
+        ],  # makes claims about an answer, with `require` and `require_close`
         hints: Sequence,  # two or more, in Markdown, from a nudge to nearly there
-        returns: type | tuple | None = object,  # what an answer gives back; None: it may change its inputs instead
+        returns: type
+        | tuple
+        | None = object,  # what an answer gives back; None: it may change its inputs instead
         seconds: float = 20,  # an answer that takes longer is stopped
     ):
-        if isinstance(hints, str) or len(hints) < 2 or not all(isinstance(hint, str) for hint in hints):
-            raise ValueError(f"exercise {title!r} has hints={hints!r}; expected a list of two or more texts")
+        if (
+            isinstance(hints, str)
+            or len(hints) < 2
+            or not all(isinstance(hint, str) for hint in hints)
+        ):
+            raise ValueError(
+                f"exercise {title!r} has hints={hints!r}; expected a list of two or more texts"
+            )
         check_number(seconds, "seconds", above=0)
         self.lesson, self.title, self.claims, self.hints = lesson, title, check, tuple(hints)
         self.returns, self.seconds = returns, seconds
@@ -434,14 +516,17 @@ class Exercise:
 
     @checked
     def prove(
-        self, *,
+        self,
+        *,
         stub: Any,  # what the learner finds, by its name
         solution: Any,  # must be accepted
         wrong: Sequence,  # two or more plausible wrong answers: a claim must refuse each
     ) -> None:
         "Show that the check is worth its name. Raises `AssertionError` where it is not."
         if len(wrong) < 2:
-            raise AssertionError(f"{self.title}: {len(wrong)} wrong answers; a check is proved by two or more")
+            raise AssertionError(
+                f"{self.title}: {len(wrong)} wrong answers; a check is proved by two or more"
+            )
         trials = [("the solution", solution, ["solved"])]
         trials += [(f"wrong answer {i}", answer, ["refused"]) for i, answer in enumerate(wrong, 1)]
         if _is_static():  # elsewhere the stub may by now be a learner's good answer
@@ -455,7 +540,9 @@ class Exercise:
 
 # %% ../../nbs/00_core/04_exercises.ipynb #f858e70d
 CALLOUT = re.compile(
-    r"^> \*\*Exercise:\*\* (?P<title>.+?) · (?P<level>easy|medium|hard) · (?P<minutes>\d+) minutes$", re.M)
+    r"^> \*\*Exercise:\*\* (?P<title>.+?) · (?P<level>easy|medium|hard) · (?P<minutes>\d+) minutes$",
+    re.M,
+)
 
 
 def _lessons_folder():
@@ -466,8 +553,14 @@ def _lessons_folder():
         around = [here := Path.cwd(), *here.parents]
     except FileNotFoundError:  # the folder we are in was deleted
         around = []
-    places = [folder / sub for folder in (*around, Path(foundation.__file__).parents[1]) for sub in ("", "nbs")]
-    return next((folder for folder in places if (folder / "00_core/04_exercises.ipynb").exists()), None)
+    places = [
+        folder / sub
+        for folder in (*around, Path(foundation.__file__).parents[1])
+        for sub in ("", "nbs")
+    ]
+    return next(
+        (folder for folder in places if (folder / "00_core/04_exercises.ipynb").exists()), None
+    )
 
 
 @checked
@@ -476,7 +569,9 @@ def list_exercises(
 ) -> list[dict]:  # lesson, name, title, level, minutes, in reading order
     "All exercises that the notebooks below `folder` set, read from their call-outs."
     folder = Path(folder)
-    paths = [p.relative_to(folder) for p in folder.rglob("*.ipynb")] if os.path.isdir(folder) else []
+    paths = (
+        [p.relative_to(folder) for p in folder.rglob("*.ipynb")] if os.path.isdir(folder) else []
+    )
     paths = [p for p in paths if not any(part[0] in "._" for part in p.parts)]
     found = []
     for path in sorted(paths, key=lambda p: (len(p.parts) > 1, p.parts)):
@@ -507,6 +602,7 @@ def _link(path):
 @dataclass
 class Progress:
     "A table of exercises, solved or not."
+
     rows: list[dict]  # lesson, name, title, level, minutes, link, tries, solved
     note: str = ""  # what else the learner should know
 
@@ -514,7 +610,13 @@ class Progress:
         lines = ["| Lesson | Exercise | Level | Minutes | Solved |", "|---|---|---|---|---|"]
         for r in self.rows:
             lesson = f"[{r['name']}]({r['link']})" if r["link"] else r["name"]
-            solved = f"✓ {r['solved']}" if r["solved"] else f"tried {r['tries']} ×" if r["tries"] else "not yet"
+            solved = (
+                f"✓ {r['solved']}"
+                if r["solved"]
+                else f"tried {r['tries']} ×"
+                if r["tries"]
+                else "not yet"
+            )
             lines.append(f"| {lesson} | {r['title']} | {r['level']} | {r['minutes']} | {solved} |")
         total = f"{sum(bool(r['solved']) for r in self.rows)} of {len(self.rows)} solved."
         return "\n\n".join(filter(None, ["\n".join(lines), total, self.note]))
@@ -533,7 +635,10 @@ def progress(
         rows = list_exercises(folder)
     else:
         names = [key.partition("#") for key in sorted(entries)]
-        rows = [dict(lesson=place, name=place, title=title, level="", minutes="") for place, _, title in names]
+        rows = [
+            dict(lesson=place, name=place, title=title, level="", minutes="")
+            for place, _, title in names
+        ]
     for row in rows:
         row["link"] = _link(folder / f"{row['lesson']}.ipynb") if folder else ""
         row |= entries.get(f"{row['lesson']}#{row['title']}", dict(tries=0, solved=None))

@@ -21,7 +21,7 @@ import numpy as np
 from .checks import check_choice, check_number, check_whole, checked, got
 
 # %% ../../nbs/00_core/02_plots.ipynb #043caa89
-_CARD = "#ffffff"        # opaque, so that a picture is as legible on a dark page as on a light one
+_CARD = "#ffffff"  # opaque, so that a picture is as legible on a dark page as on a light one
 _INK = "#1a1a1a"
 _DPI, _SCALE = 144, 1.5  # 1.5 picture pixels for each pixel of the page: sharp letters, still small
 
@@ -29,27 +29,36 @@ _DPI, _SCALE = 144, 1.5  # 1.5 picture pixels for each pixel of the page: sharp 
 def _check_pixels(
     pixels,  # an array (h, w, 3) of bytes
 ) -> None:
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+    if (
+        not isinstance(pixels, np.ndarray)
+        or pixels.dtype != np.uint8
+        or pixels.ndim != 3
+        or pixels.shape[2] != 3
+        or not pixels.size
+    ):
         raise ValueError(f"pixels is {got(pixels)}; expected an array (h, w, 3) of bytes (uint8)")
 
 
 def _check_alt(
     alt: str,  # what the picture shows, in words
-) -> str:      # the same, without outer spaces
+) -> str:  # the same, without outer spaces
     "The words that stand for a picture; refuse to go on without them."
     if not isinstance(alt, str) or not alt.strip():
-        raise ValueError(f"alt is {alt!r}: say in one sentence what the picture shows, for readers who cannot see it")
+        raise ValueError(
+            f"alt is {alt!r}: say in one sentence what the picture shows, for readers who cannot see it"
+        )
     return " ".join(alt.split())
 
 
 @checked
 def encode(
-    pixels: np.ndarray,             # (h, w, 3) uint8
+    pixels: np.ndarray,  # (h, w, 3) uint8
     keep: np.ndarray | None = None,  # (h, w) bool, the other pixels become transparent
-    colours: int = 32,              # at most so many different colours
-) -> bytes:                         # a PNG file
+    colours: int = 32,  # at most so many different colours
+) -> bytes:  # a PNG file
     "A PNG with a palette of few colours: four to ten times smaller than one in full colour."
     from PIL import Image
+
     check_whole(colours, "colours", 1, 256 if keep is None else 255)
     _check_pixels(pixels)
     image = Image.fromarray(pixels).quantize(colours, dither=Image.Dither.NONE)
@@ -67,14 +76,19 @@ def encode(
 @dataclass(frozen=True, eq=False, repr=False)
 class Picture:
     "Pixels with alternative text; shows itself as the last value of a cell. Raises `ValueError` for an empty `alt`."
-    pixels: np.ndarray     # (h, w, 3) uint8
-    alt: str               # what a reader who cannot see it should know
+
+    pixels: np.ndarray  # (h, w, 3) uint8
+    alt: str  # what a reader who cannot see it should know
     scale: float = _SCALE  # picture pixels for one pixel of the page
-    colours: int = 32      # of the palette that its PNG gets
+    colours: int = 32  # of the palette that its PNG gets
 
     def __post_init__(self):
         object.__setattr__(self, "alt", _check_alt(self.alt))
-        _check_pixels(self.pixels), check_number(self.scale, "scale", above=0), check_whole(self.colours, "colours", 1, 256)
+        (
+            _check_pixels(self.pixels),
+            check_number(self.scale, "scale", above=0),
+            check_whole(self.colours, "colours", 1, 256),
+        )
 
     @cached_property
     def png(self) -> bytes:
@@ -106,11 +120,27 @@ class Picture:
 
 # %% ../../nbs/00_core/02_plots.ipynb #36fdecac
 _LOOK = {
-    "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 10, "figure.titlesize": 11, "legend.fontsize": 9,
-    "figure.facecolor": _CARD, "axes.facecolor": _CARD, "text.color": _INK, "axes.labelcolor": _INK,
-    "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": "#767676", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e3e3e3",
-    "grid.linewidth": .7, "lines.linewidth": 1.8, "lines.markersize": 5, "hatch.linewidth": .6,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "figure.titlesize": 11,
+    "legend.fontsize": 9,
+    "figure.facecolor": _CARD,
+    "axes.facecolor": _CARD,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.edgecolor": "#767676",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "hatch.linewidth": 0.6,
 }
 
 
@@ -127,6 +157,7 @@ def render(
 ) -> np.ndarray:  # (h, w, 3) uint8
     "The pixels of `figure`."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     figure.set_dpi(_DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -135,193 +166,273 @@ def render(
 # %% ../../nbs/00_core/02_plots.ipynb #b6e4aaba
 @checked
 def draw(
-    paint: Callable,                         # called with the axes (a list of them when panels > 1)
+    paint: Callable,  # called with the axes (a list of them when panels > 1)
     *,
-    alt: str,                                # what the picture shows, in words
-    title: str | None = None,                # above the picture
-    size: tuple = (6.6, 3.2),                # (width, height) in inches; the page shows 96 pixels for each
-    panels: int = 1,                         # axes side by side
-    colours: int = 32,                       # more for pictures with many shades
-    **labels,                                # any property of the axes: xlabel, ylabel, ylim, xscale...
+    alt: str,  # what the picture shows, in words
+    title: str | None = None,  # above the picture
+    size: tuple = (6.6, 3.2),  # (width, height) in inches; the page shows 96 pixels for each
+    panels: int = 1,  # axes side by side
+    colours: int = 32,  # more for pictures with many shades
+    **labels,  # any property of the axes: xlabel, ylabel, ylim, xscale...
 ) -> Picture:
     "A picture of whatever `paint` draws, in the look of the course. Raises `ValueError` for an empty `alt`, or a label that axes lack."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+
     _check_alt(alt), check_whole(panels, "panels", 1, 20), check_whole(colours, "colours", 1, 256)
-    if len(size) != 2: raise ValueError(f"size is {size}; expected (width, height) in inches")
-    size = [check_number(side, "a side in size", above=0, most=100, why="in inches") for side in size]
+    if len(size) != 2:
+        raise ValueError(f"size is {size}; expected (width, height) in inches")
+    size = [
+        check_number(side, "a side in size", above=0, most=100, why="in inches") for side in size
+    ]
     with rc_context(_LOOK):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
-        for ax in axes: _set(ax, **labels)
-        if title: figure.suptitle(_plain(title), x=.01, ha="left", fontweight="bold")
+        for ax in axes:
+            _set(ax, **labels)
+        if title:
+            figure.suptitle(_plain(title), x=0.01, ha="left", fontweight="bold")
         paint(axes[0] if panels == 1 else list(axes))
         return Picture(render(figure), alt, colours=colours)
 
 
 def _set(ax, **labels):
     "Properties of the axes; text is shown as it is."
-    try: ax.set(**{k: _plain(v) if isinstance(v, str) and "label" in k else v for k, v in labels.items() if v is not None})
+    try:
+        ax.set(
+            **{
+                k: _plain(v) if isinstance(v, str) and "label" in k else v
+                for k, v in labels.items()
+                if v is not None
+            }
+        )
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"the axes refuse {', '.join(labels)}: {error}") from None
 
 # %% ../../nbs/00_core/02_plots.ipynb #a9a9d4a8
 PALETTE = {
-    "blue": "#0072b2", "vermilion": "#d55e00", "green": "#009e73", "purple": "#cc79a7", "black": "#1a1a1a",
-    "violet": "#7d13ef", "brown": "#6a2e08",
+    "blue": "#0072b2",
+    "vermilion": "#d55e00",
+    "green": "#009e73",
+    "purple": "#cc79a7",
+    "black": "#1a1a1a",
+    "violet": "#7d13ef",
+    "brown": "#6a2e08",
 }
 
 # %% ../../nbs/00_core/02_plots.ipynb #beaa247b
-_DASHES = ["-", (0, (5, 1.5)), (0, (1.4, 1.1)), (0, (7, 1.5, 1.4, 1.5)), (0, (10, 2.5)), (0, (3, 1, 1, 1)), (0, (2, 3))]
+_DASHES = [
+    "-",
+    (0, (5, 1.5)),
+    (0, (1.4, 1.1)),
+    (0, (7, 1.5, 1.4, 1.5)),
+    (0, (10, 2.5)),
+    (0, (3, 1, 1, 1)),
+    (0, (2, 3)),
+]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h"]
 
 
 def _numbers(
-    values,              # a tensor, an array, lists of numbers
-    what: str,           # how to call them in a message
+    values,  # a tensor, an array, lists of numbers
+    what: str,  # how to call them in a message
     ndims: Sequence[int],  # the dimensions that are welcome
-) -> np.ndarray:         # float64, finite, not empty
+) -> np.ndarray:  # float64, finite, not empty
     "Check that `values` can be drawn."
-    try: array = np.asarray(_floats(values), dtype=np.float64)
+    try:
+        array = np.asarray(_floats(values), dtype=np.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError):
         raise ValueError(f"{what} must be numbers in rows of equal length") from None
     if array.ndim not in ndims:
-        raise ValueError(f"{what} has shape {array.shape}: expected {' or '.join(map(str, ndims))} dimension(s)")
-    if not array.size: raise ValueError(f"{what} is empty (shape {array.shape}): there is nothing to draw")
+        raise ValueError(
+            f"{what} has shape {array.shape}: expected {' or '.join(map(str, ndims))} dimension(s)"
+        )
+    if not array.size:
+        raise ValueError(f"{what} is empty (shape {array.shape}): there is nothing to draw")
     if bad := (~np.isfinite(array)).sum():
-        raise ValueError(f"{what} holds {bad} NaN or infinite value(s): drop or replace them before drawing")
+        raise ValueError(
+            f"{what} holds {bad} NaN or infinite value(s): drop or replace them before drawing"
+        )
     return array
 
 
 def _floats(
     values,  # a tensor, an array, or lists of such
-):           # the same as arrays; the error of NumPy for text and for complex numbers, which it would bend
+):  # the same as arrays; the error of NumPy for text and for complex numbers, which it would bend
     "Numbers on any device, of any type, with or without gradients."
-    if type(values) in (int, float): return values
-    if isinstance(values, (list, tuple)): return [_floats(v) for v in values]
+    if type(values) in (int, float):
+        return values
+    if isinstance(values, (list, tuple)):
+        return [_floats(v) for v in values]
     if hasattr(values, "detach"):
-        if values.is_complex(): raise TypeError
+        if values.is_complex():
+            raise TypeError
         return values.detach().cpu().double().numpy()
-    if isinstance(values, (str, bytes)) or np.iscomplexobj(values): raise TypeError
-    if getattr(values, "dtype", np.dtype(float)).kind in "US": raise TypeError
+    if isinstance(values, (str, bytes)) or np.iscomplexobj(values):
+        raise TypeError
+    if getattr(values, "dtype", np.dtype(float)).kind in "US":
+        raise TypeError
     return values
 
 
 def _named(
-    values,           # a mapping from name to values, or values alone
-    limit: int,       # how many names can be told apart
+    values,  # a mapping from name to values, or values alone
+    limit: int,  # how many names can be told apart
 ) -> dict:
     "Values with their names, as text."
     values = dict(values) if isinstance(values, Mapping) else {"": values}
-    if not values: raise ValueError("there is nothing to draw: hand in at least one name with its values")
+    if not values:
+        raise ValueError("there is nothing to draw: hand in at least one name with its values")
     if len(values) > limit:
-        raise ValueError(f"got {len(values)} series, at most {limit} can be told apart: draw fewer, or two pictures")
+        raise ValueError(
+            f"got {len(values)} series, at most {limit} can be told apart: draw fewer, or two pictures"
+        )
     if len({str(name) for name in values}) < len(values):
         raise ValueError(f"two names read alike: {', '.join(map(str, values))}")
     return {str(name): value for name, value in values.items()}
 
 
 def _texts(
-    names,      # a sequence of labels, or None
+    names,  # a sequence of labels, or None
     count: int,  # how many there must be
     what: str,  # how to call them in a message
 ) -> list[str] | None:
     "Labels as text, one for each thing."
-    if names is None: return None
+    if names is None:
+        return None
     found = names if isinstance(names, str) else list(itertools.islice(names, count + 1))
     if isinstance(names, str) or len(found) != count:
-        there = repr(names) if isinstance(names, str) else len(names) if hasattr(names, "__len__") else "another number"
+        there = (
+            repr(names)
+            if isinstance(names, str)
+            else len(names)
+            if hasattr(names, "__len__")
+            else "another number"
+        )
         raise ValueError(f"{what} must be {count} labels, one for each, but got {there}")
     return [_plain(name) for name in found]
 
 
 def _formatted(
-    form: str,   # such as "{:.3g}"
+    form: str,  # such as "{:.3g}"
     value: float,
 ) -> str:
     "A value as it is written; the sentence for a form that does not fit."
-    try: return _plain(form.format(value))
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"form is {form!r}; expected how to write one number, such as '{{:.2f}}' ({error})") from None
+    try:
+        return _plain(form.format(value))
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        raise ValueError(
+            f"form is {form!r}; expected how to write one number, such as '{{:.2f}}' ({error})"
+        ) from None
 
 # %% ../../nbs/00_core/02_plots.ipynb #76a65bde
 @checked
 def band(
-    values,                # (seeds, n), two or more seeds
+    values,  # (seeds, n), two or more seeds
     interval: str = "sd",  # "sd": mean ± standard deviation; "bootstrap": 95 % interval of the mean
 ) -> tuple[np.ndarray, np.ndarray]:  # low (n,), high (n,)
     "The interval that goes with the mean over seeds. Raises `ValueError` for an unknown kind of interval."
     check_choice(interval, "interval", ("sd", "bootstrap"))
     values = _numbers(values, "values", (2,))
-    if len(values) < 2: raise ValueError(f"values has shape {values.shape}: an interval needs two seeds or more")
+    if len(values) < 2:
+        raise ValueError(f"values has shape {values.shape}: an interval needs two seeds or more")
     if interval == "sd":
         mean, sd = values.mean(0), values.std(0, ddof=1)
         return mean - sd, mean + sd
     draws = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
-    return tuple(np.quantile(values[draws].mean(1), [.025, .975], axis=0))
+    return tuple(np.quantile(values[draws].mean(1), [0.025, 0.975], axis=0))
 
 # %% ../../nbs/00_core/02_plots.ipynb #8c827980
 @checked
 def plot_curves(
-    curves,                        # name -> (n,) or (seeds, n); or one such array alone
+    curves,  # name -> (n,) or (seeds, n); or one such array alone
     *,
-    alt: str,                      # what the picture shows, in words
-    x=None,                        # (n,), or name -> (n,) when curves differ; 0, 1, 2... by default
-    interval: str = "sd",          # band over seeds: "sd" or "bootstrap"
+    alt: str,  # what the picture shows, in words
+    x=None,  # (n,), or name -> (n,) when curves differ; 0, 1, 2... by default
+    interval: str = "sd",  # band over seeds: "sd" or "bootstrap"
     title: str | None = None,
     xlabel: str | None = None,
     ylabel: str | None = None,
-    **look,                        # size, and properties of the axes: xscale="log", ylim=(0, 1)...
+    **look,  # size, and properties of the axes: xscale="log", ylim=(0, 1)...
 ) -> Picture:
     "Lines, with a band over seeds. Raises `ValueError` for empty, infinite or ill-shaped values or an empty `alt`."
     check_choice(interval, "interval", ("sd", "bootstrap"))
-    series = [(name, *_curve(name, y, x, interval)) for name, y in _named(curves, len(PALETTE)).items()]
+    series = [
+        (name, *_curve(name, y, x, interval)) for name, y in _named(curves, len(PALETTE)).items()
+    ]
 
     def paint(ax):
-        for (name, at, mean, edges), colour, dash, marker in zip(series, PALETTE.values(), _DASHES, _MARKERS):
+        for (name, at, mean, edges), colour, dash, marker in zip(
+            series, PALETTE.values(), _DASHES, _MARKERS
+        ):
             every = max(1, len(mean) // 8) if len(mean) > 12 else 1
             ax.plot(at, mean, color=colour, linestyle=dash, marker=marker, markevery=every)
-            if edges: ax.fill_between(at, *edges, color=colour, alpha=.18, linewidth=0)
+            if edges:
+                ax.fill_between(at, *edges, color=colour, alpha=0.18, linewidth=0)
         if series[0][0]:
             names = [_plain(name) for name, *_ in series]
-            columns = min(4, 72 // (6 + max(map(len, names)))) or 1  # long names stand in fewer columns
-            ax.legend(ax.lines, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, handlelength=3.2)
+            columns = (
+                min(4, 72 // (6 + max(map(len, names)))) or 1
+            )  # long names stand in fewer columns
+            ax.legend(
+                ax.lines,
+                names,
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=columns,
+                frameon=False,
+                handlelength=3.2,
+            )
 
     return draw(paint, alt=alt, title=title, xlabel=xlabel, ylabel=ylabel, **look)
 
 # %% ../../nbs/00_core/02_plots.ipynb #0fd55819
 def _curve(
     name: str,  # of the curve
-    y,          # (n,) or (seeds, n)
-    x,          # (n,), name -> (n,), or None
+    y,  # (n,) or (seeds, n)
+    x,  # (n,), name -> (n,), or None
     interval: str,  # kind of band
-) -> tuple:     # x (n,), mean (n,), (low, high) or None
+) -> tuple:  # x (n,), mean (n,), (low, high) or None
     "One curve, checked, with its band."
     what = f"the curve {name!r}" if name else "the curve"
     y = np.atleast_2d(_numbers(y, what, (1, 2)))
     at = x.get(name) if isinstance(x, Mapping) else x
-    if isinstance(x, Mapping) and at is None: raise ValueError(f"x has no values for {what}: it has {list(x)}")
+    if isinstance(x, Mapping) and at is None:
+        raise ValueError(f"x has no values for {what}: it has {list(x)}")
     at = np.arange(y.shape[1]) if at is None else _numbers(at, f"x of {what}", (1,))
-    if len(at) != y.shape[1]: raise ValueError(f"x has {len(at)} values and {what} has {y.shape[1]}: they must agree")
+    if len(at) != y.shape[1]:
+        raise ValueError(f"x has {len(at)} values and {what} has {y.shape[1]}: they must agree")
     edges = band(y, interval) if len(y) > 1 else None
     return at, y.mean(0), edges
 
 # %% ../../nbs/00_core/02_plots.ipynb #9481d591
 @checked
 def plot_bars(
-    values,                     # name -> number, or name -> (seeds,)
+    values,  # name -> number, or name -> (seeds,)
     *,
-    alt: str,                   # what the picture shows, in words
-    intervals=None,             # name -> (low, high), or a sequence of such pairs
-    interval: str = "sd",       # over seeds, where no intervals are given: "sd" or "bootstrap"
+    alt: str,  # what the picture shows, in words
+    intervals=None,  # name -> (low, high), or a sequence of such pairs
+    interval: str = "sd",  # over seeds, where no intervals are given: "sd" or "bootstrap"
     title: str | None = None,
     xlabel: str | None = None,
-    form: str = "{:.3g}",       # how a value is written at the end of its row
-    **look,                     # size, and properties of the axes
+    form: str = "{:.3g}",  # how a value is written at the end of its row
+    **look,  # size, and properties of the axes
 ) -> Picture:
     "Lying bars from zero, with intervals. Raises `ValueError` for values that are empty, infinite or do not fit."
-    if not isinstance(values, Mapping): raise ValueError("values must map a name to each number: {'scratch': .71, ...}")
-    seeds = {name: np.atleast_1d(_numbers(v, f"the bar {name!r}", (0, 1))) for name, v in _named(values, 24).items()}
+    if not isinstance(values, Mapping):
+        raise ValueError("values must map a name to each number: {'scratch': .71, ...}")
+    seeds = {
+        name: np.atleast_1d(_numbers(v, f"the bar {name!r}", (0, 1)))
+        for name, v in _named(values, 24).items()
+    }
     check_choice(interval, "interval", ("sd", "bootstrap"))
     ends = {name: _formatted(form, runs.mean()) for name, runs in seeds.items()}
     edges = _edges(seeds, intervals, interval)
@@ -329,128 +440,164 @@ def plot_bars(
     def paint(ax):
         for row, (name, runs) in enumerate(seeds.items()):
             mean, (low, high) = runs.mean(), edges[name]
-            ax.barh(row, mean, height=.62, color="#8ab8d6", edgecolor=PALETTE["blue"])
-            if high > low: ax.plot([low, high], [row, row], color=_INK, marker="|", markersize=9, linewidth=1.4)
-            spread = np.linspace(-.16, .16, len(runs))
-            if len(runs) > 1: ax.plot(runs, row + spread, "o", color=_INK, markersize=3, alpha=.7)
+            ax.barh(row, mean, height=0.62, color="#8ab8d6", edgecolor=PALETTE["blue"])
+            if high > low:
+                ax.plot(
+                    [low, high], [row, row], color=_INK, marker="|", markersize=9, linewidth=1.4
+                )
+            spread = np.linspace(-0.16, 0.16, len(runs))
+            if len(runs) > 1:
+                ax.plot(runs, row + spread, "o", color=_INK, markersize=3, alpha=0.7)
             ax.text(1.01, row, ends[name], va="center", transform=ax.get_yaxis_transform())
         ax.set_yticks(range(len(seeds)), [_plain(name) for name in seeds])
-        ax.set_ylim(len(seeds) - .5, -.5)
+        ax.set_ylim(len(seeds) - 0.5, -0.5)
         ax.axvline(0, color="#767676", linewidth=1)
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
 
-    look.setdefault("size", (6.6, .9 + .36 * len(seeds)))
+    look.setdefault("size", (6.6, 0.9 + 0.36 * len(seeds)))
     return draw(paint, alt=alt, title=title, xlabel=xlabel, **look)
 
 # %% ../../nbs/00_core/02_plots.ipynb #49b300fe
 def _edges(
-    seeds: dict,    # name -> (seeds,)
-    intervals,      # name -> (low, high), a sequence of pairs, or None
+    seeds: dict,  # name -> (seeds,)
+    intervals,  # name -> (low, high), a sequence of pairs, or None
     interval: str,  # what to compute where none is given
-) -> dict:          # name -> (low, high)
+) -> dict:  # name -> (low, high)
     "The interval of each bar; low = high = mean where there is none."
     if intervals is None:
-        return {n: np.ravel(band(v[:, None], interval)) if len(v) > 1 else (v[0], v[0]) for n, v in seeds.items()}
+        return {
+            n: np.ravel(band(v[:, None], interval)) if len(v) > 1 else (v[0], v[0])
+            for n, v in seeds.items()
+        }
     if not isinstance(intervals, Mapping):
-        intervals = list(itertools.islice(intervals, len(seeds) + 1)) if hasattr(intervals, "__iter__") else []
-        if len(intervals) != len(seeds): raise ValueError(f"got {len(intervals)} intervals for {len(seeds)} bars")
+        intervals = (
+            list(itertools.islice(intervals, len(seeds) + 1))
+            if hasattr(intervals, "__iter__")
+            else []
+        )
+        if len(intervals) != len(seeds):
+            raise ValueError(f"got {len(intervals)} intervals for {len(seeds)} bars")
         intervals = dict(zip(seeds, intervals))
-    pairs = {str(n): _numbers(pair, f"the interval of {n!r}", (1,)) for n, pair in intervals.items()}
+    pairs = {
+        str(n): _numbers(pair, f"the interval of {n!r}", (1,)) for n, pair in intervals.items()
+    }
     if set(pairs) != set(seeds):
-        raise ValueError(f"intervals are for {sorted(pairs)} and bars for {sorted(seeds)}: the names must agree")
+        raise ValueError(
+            f"intervals are for {sorted(pairs)} and bars for {sorted(seeds)}: the names must agree"
+        )
     for name, pair in pairs.items():
         mean = seeds[name].mean()
         if len(pair) != 2 or not pair[0] <= mean <= pair[1]:
-            raise ValueError(f"the interval of {name!r} is {pair.tolist()}: expected (low, high) round its {mean:.4g}")
+            raise ValueError(
+                f"the interval of {name!r} is {pair.tolist()}: expected (low, high) round its {mean:.4g}"
+            )
     return pairs
 
 # %% ../../nbs/00_core/02_plots.ipynb #31d652b4
 @checked
 def plot_matrix(
-    matrix,                                      # (r, c)
+    matrix,  # (r, c)
     *,
-    alt: str,                                    # what the picture shows, in words
-    rows: Iterable | None = None,                # r labels
-    columns: Iterable | None = None,             # c labels
-    form: str | None = None,                     # how to write a value in its cell, "" for not at all
-    limits: Sequence | None = None,              # values of the palest and the darkest cell
+    alt: str,  # what the picture shows, in words
+    rows: Iterable | None = None,  # r labels
+    columns: Iterable | None = None,  # c labels
+    form: str | None = None,  # how to write a value in its cell, "" for not at all
+    limits: Sequence | None = None,  # values of the palest and the darkest cell
     title: str | None = None,
     xlabel: str | None = None,
     ylabel: str | None = None,
-    **look,                                      # size, and properties of the axes
+    **look,  # size, and properties of the axes
 ) -> Picture:
     "A matrix as coloured cells. Raises `ValueError` for another shape, for NaN or infinity, or labels that do not fit."
     matrix = _numbers(matrix, "the matrix", (2,))
     r, c = matrix.shape
     rows, columns = _texts(rows, r, "rows"), _texts(columns, c, "columns")
-    if form is None: form = "" if max(r, c) > 10 else "{:g}" if (matrix == matrix.round()).all() else "{:.2f}"
-    if form and matrix.size > 2500: raise ValueError(f"{matrix.size:,} cells are too many to write in: hand form=''")
-    texts = [_formatted(form, round(value, 6) + 0.) for value in matrix.ravel()] if form else []
+    if form is None:
+        form = "" if max(r, c) > 10 else "{:g}" if (matrix == matrix.round()).all() else "{:.2f}"
+    if form and matrix.size > 2500:
+        raise ValueError(f"{matrix.size:,} cells are too many to write in: hand form=''")
+    texts = [_formatted(form, round(value, 6) + 0.0) for value in matrix.ravel()] if form else []
     look.setdefault("size", _room(r, c, rows, columns))
 
     def paint(ax):
-        image = ax.imshow(matrix, aspect="auto", **_shades(matrix, limits))  # a fixed aspect would cut off long labels
+        image = ax.imshow(
+            matrix, aspect="auto", **_shades(matrix, limits)
+        )  # a fixed aspect would cut off long labels
         ax.grid(False)
-        for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(integer=True)
-        if not form: ax.figure.colorbar(image, ax=ax)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        if not form:
+            ax.figure.colorbar(image, ax=ax)
         leaning = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        if columns: ax.set_xticks(range(c), columns, **(leaning if max(map(len, columns)) > 4 else {}))
-        if rows: ax.set_yticks(range(r), rows)
+        if columns:
+            ax.set_xticks(range(c), columns, **(leaning if max(map(len, columns)) > 4 else {}))
+        if rows:
+            ax.set_yticks(range(r), rows)
         for text, ((i, j), value) in zip(texts, np.ndenumerate(matrix)):
-            ax.text(j, i, text, ha="center", va="center", fontsize=8, color=_on(image.to_rgba(value)))
+            ax.text(
+                j, i, text, ha="center", va="center", fontsize=8, color=_on(image.to_rgba(value))
+            )
 
     return draw(paint, alt=alt, title=title, colours=96, xlabel=xlabel, ylabel=ylabel, **look)
 
 # %% ../../nbs/00_core/02_plots.ipynb #09451c59
 def _shades(
     matrix: np.ndarray,  # (r, c)
-    limits,              # (palest, darkest) or None
-) -> dict:               # for imshow
+    limits,  # (palest, darkest) or None
+) -> dict:  # for imshow
     "White is zero; one sign goes to blue, two signs go to orange and violet."
     signed = matrix.min() < 0 < matrix.max()
-    top = np.abs(matrix).max() or 1.
+    top = np.abs(matrix).max() or 1.0
     if limits is not None:
         limits = _numbers(limits, "limits", (1,)).tolist()
-        if len(limits) != 2 or limits[0] >= limits[1]: raise ValueError(f"limits are {limits}; expected (low, high) with low < high")
+        if len(limits) != 2 or limits[0] >= limits[1]:
+            raise ValueError(f"limits are {limits}; expected (low, high) with low < high")
     low, high = limits or ((-top, top) if signed else (-top, 0) if matrix.min() < 0 else (0, top))
-    return {"cmap": "PuOr" if signed else "Blues_r" if high <= 0 else "Blues", "vmin": low, "vmax": high}
+    return {
+        "cmap": "PuOr" if signed else "Blues_r" if high <= 0 else "Blues",
+        "vmin": low,
+        "vmax": high,
+    }
 
 
 def _room(
-    r: int,                # rows
-    c: int,                # columns
-    rows, columns,         # labels or None
+    r: int,  # rows
+    c: int,  # columns
+    rows,
+    columns,  # labels or None
 ) -> tuple[float, float]:  # inches
     "A size with square cells and place for the labels."
-    cell = min(.46, 4.4 / max(r, c))
+    cell = min(0.46, 4.4 / max(r, c))
     beside, below = (max(map(len, labels or [""])) for labels in (rows, columns))
-    return max(2.4, 1.3 + cell * c + .08 * beside), max(1.8, 1.1 + cell * r + .05 * below)
+    return max(2.4, 1.3 + cell * c + 0.08 * beside), max(1.8, 1.1 + cell * r + 0.05 * below)
 
 
 def _on(
     colour,  # RGBA in [0, 1]
-) -> str:    # the ink that is legible on it
+) -> str:  # the ink that is legible on it
     "Dark letters on pale cells, white ones on dark cells."
-    return _INK if np.dot(colour[:3], [.3, .59, .11]) > .55 else "#ffffff"
+    return _INK if np.dot(colour[:3], [0.3, 0.59, 0.11]) > 0.55 else "#ffffff"
 
 # %% ../../nbs/00_core/02_plots.ipynb #f6b14fe7
 @checked
 def plot_points(
-    points,                           # (n, 2)
-    labels=None,                      # (n,) whole numbers or texts
+    points,  # (n, 2)
+    labels=None,  # (n,) whole numbers or texts
     *,
-    alt: str,                         # what the picture shows, in words
-    names: Iterable | None = None,    # the name of class 0, 1, 2...
-    limit: int = 1500,                # draw at most so many points, picked evenly
+    alt: str,  # what the picture shows, in words
+    names: Iterable | None = None,  # the name of class 0, 1, 2...
+    limit: int = 1500,  # draw at most so many points, picked evenly
     title: str | None = None,
-    **look,                           # size, and properties of the axes
+    **look,  # size, and properties of the axes
 ) -> Picture:
     "A cloud of points in two dimensions. Raises `ValueError` when shapes or labels do not fit."
     check_whole(limit, "limit", 1)
     points = _numbers(points, "points", (2,))
     if points.shape[1] != 2:
-        raise ValueError(f"points has shape {points.shape}: expected (n, 2), so project to two dimensions first")
+        raise ValueError(
+            f"points has shape {points.shape}: expected (n, 2), so project to two dimensions first"
+        )
     labels = _classes(labels, len(points), names)
     kept = np.unique(np.linspace(0, len(points) - 1, min(limit, len(points))).astype(int))
 
@@ -458,53 +605,82 @@ def plot_points(
         for place, name in sorted(set(labels)):
             own = points[[k for k in kept if labels[k][0] == place]]
             colour = list(PALETTE.values())[place % len(PALETTE)]
-            ax.scatter(*own.T, s=13, color=colour, marker=_MARKERS[place], alpha=.65, linewidths=0, label=name)
+            ax.scatter(
+                *own.T,
+                s=13,
+                color=colour,
+                marker=_MARKERS[place],
+                alpha=0.65,
+                linewidths=0,
+                label=name,
+            )
             if name and len(own):
-                ax.text(*np.median(own, 0), name, ha="center", va="center", fontweight="bold", path_effects=_halo())
+                ax.text(
+                    *np.median(own, 0),
+                    name,
+                    ha="center",
+                    va="center",
+                    fontweight="bold",
+                    path_effects=_halo(),
+                )
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-        if labels[0][1]: ax.figure.legend(loc="outside right upper", frameon=False, markerscale=1.6)
+        if labels[0][1]:
+            ax.figure.legend(loc="outside right upper", frameon=False, markerscale=1.6)
 
     look.setdefault("size", (6.6, 4.2))
     return draw(paint, alt=alt, title=title, **look)
 
 # %% ../../nbs/00_core/02_plots.ipynb #af502146
 def _classes(
-    labels,      # (n,) whole numbers or texts, or None
+    labels,  # (n,) whole numbers or texts, or None
     count: int,  # n
     names: Iterable | None,  # the name of class 0, 1, 2...
 ) -> list[tuple]:  # n pairs (order, text)
     "For each point the place of its class in the order, and its name."
-    if labels is None: return [(0, "")] * count
-    try: labels = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
-    except (TypeError, ValueError): raise ValueError("labels must be whole numbers or texts, one for each point") from None
+    if labels is None:
+        return [(0, "")] * count
+    try:
+        labels = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    except (TypeError, ValueError):
+        raise ValueError("labels must be whole numbers or texts, one for each point") from None
     if labels.shape != (count,):
-        raise ValueError(f"labels has shape {labels.shape}: expected ({count},), one for each point")
-    if labels.dtype.kind not in "biufUS": raise ValueError(f"labels is {got(labels)}; expected whole numbers or texts")
-    if labels.dtype.kind == "f" and not np.isfinite(labels).all(): raise ValueError("labels hold NaN or infinite values")
+        raise ValueError(
+            f"labels has shape {labels.shape}: expected ({count},), one for each point"
+        )
+    if labels.dtype.kind not in "biufUS":
+        raise ValueError(f"labels is {got(labels)}; expected whole numbers or texts")
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        raise ValueError("labels hold NaN or infinite values")
     labels, classes = labels.tolist(), np.unique(labels).tolist()
     if len(classes) > len(_MARKERS):
-        raise ValueError(f"got {len(classes)} classes, at most {len(_MARKERS)} can be told apart: choose some")
-    if names is None: return [(classes.index(l), _plain(l)) for l in labels]
+        raise ValueError(
+            f"got {len(classes)} classes, at most {len(_MARKERS)} can be told apart: choose some"
+        )
+    if names is None:
+        return [(classes.index(l), _plain(l)) for l in labels]
     names = list(itertools.islice(names, 10_000))
     if not all(isinstance(c, int) and 0 <= c < len(names) for c in classes):
-        raise ValueError(f"labels run from {classes[0]!r} to {classes[-1]!r}, but there are {len(names)} names")
+        raise ValueError(
+            f"labels run from {classes[0]!r} to {classes[-1]!r}, but there are {len(names)} names"
+        )
     return [(classes.index(l), _plain(names[l])) for l in labels]
 
 
 def _halo():
     "A white rim round letters, so that they can be read on points."
     from matplotlib.patheffects import withStroke
+
     return [withStroke(linewidth=3, foreground=_CARD)]
 
 # %% ../../nbs/00_core/02_plots.ipynb #79af535d
 @checked
 def show_images(
-    images,                                # (n, c, h, w) or (n, h, w); c is 1 or 3; bytes, floats or booleans
+    images,  # (n, c, h, w) or (n, h, w); c is 1 or 3; bytes, floats or booleans
     *,
-    alt: str,                              # what the pictures show, in words
-    titles: Iterable | None = None,        # n short texts, one above each image
-    columns: int = 8,                      # images in a row
+    alt: str,  # what the pictures show, in words
+    titles: Iterable | None = None,  # n short texts, one above each image
+    columns: int = 8,  # images in a row
     title: str | None = None,
 ) -> Picture:
     "A grid of images. Raises `ValueError` for another shape, for NaN or infinity, or titles that do not fit."
@@ -514,11 +690,13 @@ def show_images(
     zoom = max(1, min(960 // (columns * w), 280 // h))
     head, edge, gap = 26 if titles is not None else 0, 8, 10
     down, across, top = h * zoom + head + gap, max(w * zoom, 40) + gap, 40 if title else edge
-    corners = [(top + i // columns * down, edge + i % columns * across) for i in range(n)]  # (y, x) of title and image
+    corners = [
+        (top + i // columns * down, edge + i % columns * across) for i in range(n)
+    ]  # (y, x) of title and image
     texts = list(zip(corners, _texts(titles, n, "titles") or []))
     page = _page(top - (-n // columns) * down, 2 * edge - gap + columns * across, texts, title)
     for (y, x), tile in zip(corners, tiles.repeat(zoom, 1).repeat(zoom, 2)):
-        page[y + head:y + head + h * zoom, x:x + w * zoom] = tile
+        page[y + head : y + head + h * zoom, x : x + w * zoom] = tile
     return Picture(page, alt, colours=96)
 
 # %% ../../nbs/00_core/02_plots.ipynb #f9c85f01
@@ -527,28 +705,43 @@ def _tiles(
 ) -> np.ndarray:  # (n, h, w, 3) uint8
     "Images as bytes in three colours."
     count = len(images) if hasattr(images, "__len__") and getattr(images, "ndim", 1) else 0
-    if count > 256: raise ValueError(f"got {count} images, at most 256 fit: choose some, say images[:8]")
+    if count > 256:
+        raise ValueError(f"got {count} images, at most 256 fit: choose some, say images[:8]")
     array = _numbers(images, "images", (3, 4))
-    if array.ndim == 3: array = array[:, None]
+    if array.ndim == 3:
+        array = array[:, None]
     if array.shape[1] not in (1, 3):
-        raise ValueError(f"images has shape {array.shape}: expected (n, 1, h, w), (n, 3, h, w) or (n, h, w)")
+        raise ValueError(
+            f"images has shape {array.shape}: expected (n, 1, h, w), (n, 3, h, w) or (n, h, w)"
+        )
     whole = str(getattr(images, "dtype", "")).endswith("uint8")
-    low, high = (0, 255) if whole else (0, 1) if array.min() >= 0 and array.max() <= 1 else (array.min(), array.max())
+    low, high = (
+        (0, 255)
+        if whole
+        else (0, 1)
+        if array.min() >= 0 and array.max() <= 1
+        else (array.min(), array.max())
+    )
     grey = np.round((array - low) / ((high - low) or 1) * 255).astype(np.uint8)
     return np.broadcast_to(grey.transpose(0, 2, 3, 1), (*array.shape[:1], *array.shape[2:], 3))
 
 
 def _page(
-    height: int,         # picture pixels
+    height: int,  # picture pixels
     width: int,
-    texts: list,         # ((y, x), text) of each title
-    title: str | None,   # of the whole
-) -> np.ndarray:         # (height, width, 3) uint8
+    texts: list,  # ((y, x), text) of each title
+    title: str | None,  # of the whole
+) -> np.ndarray:  # (height, width, 3) uint8
     "A white page with all that is written on it."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+
     with rc_context(_LOOK):
         figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-        if title: figure.text(8 / width, 1 - 8 / height, _plain(title), va="top", fontsize=11, fontweight="bold")
-        for (y, x), text in texts: figure.text(x / width, 1 - (y + 4) / height, text, va="top", fontsize=8)
+        if title:
+            figure.text(
+                8 / width, 1 - 8 / height, _plain(title), va="top", fontsize=11, fontweight="bold"
+            )
+        for (y, x), text in texts:
+            figure.text(x / width, 1 - (y + 4) / height, text, va="top", fontsize=8)
         return render(figure)

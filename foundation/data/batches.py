@@ -176,8 +176,16 @@ def join(
     return Documents(torch.cat(rows), ends)
 
 # %% ../../nbs/02_data/05_batches.ipynb #c30cc76b
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
-          torch.uint16, torch.uint32, torch.uint64)  # PyTorch can do little with the last three
+_WHOLE = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)  # PyTorch can do little with the last three
 
 
 def _check_flat(x, name):
@@ -353,8 +361,11 @@ def store(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             raise
-        raise OSError(error.errno, f"{Path(path).name} does not fit on the disk; make room, and "
-                                   "store it again (what was there before is still there)") from None
+        raise OSError(
+            error.errno,
+            f"{Path(path).name} does not fit on the disk; make room, and "
+            "store it again (what was there before is still there)",
+        ) from None
     return Path(path)
 
 

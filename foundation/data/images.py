@@ -215,18 +215,29 @@ def load_images(
 # %% ../../nbs/02_data/01_images.ipynb #f31cebda
 def _fashion_mnist():
     files = fetch("fashion_mnist")
-    x, y, test_x, test_y = (read_idx(files[k]) for k in ("train_images", "train_labels", "test_images", "test_labels"))
-    return (x[:, None], y.astype(np.int64), test_x[:, None], test_y.astype(np.int64)), FASHION, where("fashion_mnist").place or "cache"
+    x, y, test_x, test_y = (
+        read_idx(files[k]) for k in ("train_images", "train_labels", "test_images", "test_labels")
+    )
+    return (
+        (x[:, None], y.astype(np.int64), test_x[:, None], test_y.astype(np.int64)),
+        FASHION,
+        where("fashion_mnist").place or "cache",
+    )
 
 
 def _digits():
     from sklearn.datasets import load_digits
+
     x, y = load_digits(return_X_y=True)
     x = (x.reshape(-1, 1, 8, 8) * (255 / 16)).round().astype(np.uint8).repeat(3, 2).repeat(3, 3)
     x = np.pad(x, ((0, 0), (0, 0), (2, 2), (2, 2)))
     order = np.random.default_rng(0).permutation(len(x))
     a, b = order[:1397], order[1397:]
-    return (x[a], y[a].astype(np.int64), x[b], y[b].astype(np.int64)), tuple("0123456789"), "scikit-learn"
+    return (
+        (x[a], y[a].astype(np.int64), x[b], y[b].astype(np.int64)),
+        tuple("0123456789"),
+        "scikit-learn",
+    )
 
 
 _loaders = dict(fashion_mnist=_fashion_mnist, digits=_digits)

@@ -32,6 +32,7 @@ adj.ppl""".split()  # in WordNet's own numbering
 @dataclass(frozen=True)
 class Gloss:
     "One meaning."
+
     words: tuple[str, ...]  # that have it
     field: str  # of meaning, one of `FIELDS`
     definition: str

@@ -54,7 +54,9 @@ def _pattern() -> re.Pattern:
         first, *rest = run
         spans[kind] += f"\\U{first:08x}-\\U{rest[-1] if rest else first:08x}"
     L, N, S = spans["L"], spans["N"], _SPACE
-    return re.compile(f"'(?:[sdmt]|ll|ve|re)| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+")
+    return re.compile(
+        f"'(?:[sdmt]|ll|ve|re)| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+"
+    )
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #a9e8fc73
 @checked
@@ -170,13 +172,34 @@ def _to_json(t) -> str:
     "The file format of `tokenizers`: model, special tokens, and byte level before and after"
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     names = [*t.special, *map(show_token, t.tokens)]
-    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                 fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab={name: n for n, name in enumerate(names)},
-                 merges=[[show_token(a), show_token(b)] for a, b in t.merges])
+    model = dict(
+        type="BPE",
+        dropout=None,
+        unk_token=None,
+        continuing_subword_prefix=None,
+        end_of_word_suffix=None,
+        fuse_unk=False,
+        byte_fallback=False,
+        ignore_merges=False,
+        vocab={name: n for n, name in enumerate(names)},
+        merges=[[show_token(a), show_token(b)] for a, b in t.merges],
+    )
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=n, content=name, **flags) for name, n in t.special.items()]
-    return json.dumps(dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
-                           pre_tokenizer=level, post_processor=None, decoder=level, model=model), ensure_ascii=False)
+    return json.dumps(
+        dict(
+            version="1.0",
+            truncation=None,
+            padding=None,
+            added_tokens=added,
+            normalizer=None,
+            pre_tokenizer=level,
+            post_processor=None,
+            decoder=level,
+            model=model,
+        ),
+        ensure_ascii=False,
+    )
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #9e8dc2db
 def _from_json(raw: bytes, name: str, make):

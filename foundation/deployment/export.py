@@ -25,8 +25,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..core.basics import atomic_write, cpu_flags, evaluating, measure
-from ..core.checks import (
-    check_callable, check_choice, check_number, check_sizes, check_whole, checked, got)
+from foundation.core.checks import (
+    check_callable,
+    check_choice,
+    check_number,
+    check_sizes,
+    check_whole,
+    checked,
+    got,
+)
 
 # %% ../../nbs/10_deployment/02_export.ipynb #23e2ef35
 def _need(name):
@@ -225,8 +232,16 @@ def export_onnx(
     content = BytesIO()
     with _quiet(), evaluating(model), _watching(model) as reads:
         try:
-            torch.onnx.export(model, inputs, content, dynamo=False, opset_version=opset,
-                              input_names=names, output_names=["output"], dynamic_axes=free)
+            torch.onnx.export(
+                model,
+                inputs,
+                content,
+                dynamo=False,
+                opset_version=opset,
+                input_names=names,
+                output_names=["output"],
+                dynamic_axes=free,
+            )
         except Exception as error:
             raise ValueError(
                 f"the model cannot be written as a graph: {_first_line(error)}"
@@ -466,8 +481,10 @@ def _integer_nodes(onnx, tensor, bits, axis):
         marks = nibbles[::2] | nibbles[1::2] << 4
     integers = onnx.helper.make_tensor(f"{name}:q", kind, tensor.dims, marks.tobytes(), raw=True)
     wide = name if tensor.data_type == onnx.TensorProto.FLOAT else f"{name}:w"
-    nodes = [onnx.helper.make_node("Cast", [f"{name}:q"], [f"{name}:f"], to=onnx.TensorProto.FLOAT),
-             onnx.helper.make_node("Mul", [f"{name}:f", f"{name}:s"], [wide])]
+    nodes = [
+        onnx.helper.make_node("Cast", [f"{name}:q"], [f"{name}:f"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Mul", [f"{name}:f", f"{name}:s"], [wide]),
+    ]
     if wide != name:  # scales in float32 whatever the weight is: half precision loses small ones
         nodes.append(onnx.helper.make_node("Cast", [wide], [name], to=tensor.data_type))
     return [integers, onnx.numpy_helper.from_array(scale, f"{name}:s")], nodes
@@ -496,7 +513,7 @@ def quantize_onnx(
         )
     graph = OnnxModel(source)
     if isinstance(fixed := graph.input.shape[0], int):  # a graph for one batch size
-        batch_size, calibration = fixed, calibration[:len(calibration) // fixed * fixed]
+        batch_size, calibration = fixed, calibration[: len(calibration) // fixed * fixed]
     graph(calibration[:batch_size])
     tools = _need("onnxruntime.quantization")
     prepare = _need("onnxruntime.quantization.shape_inference").quant_pre_process
@@ -523,6 +540,7 @@ def quantize_onnx(
 # %% ../../nbs/10_deployment/02_export.ipynb #b81337f1
 def _reader(tools, want, batches):
     "Batches in the form that ONNX Runtime's quantiser asks for"
+
     class Reader(tools.CalibrationDataReader):
         def __init__(self):
             self.batches = iter(batches)
@@ -567,8 +585,10 @@ def compare_latency(
                     seconds[name][0].append(_median(name, predict, small, calls[0], 5))
                     seconds[name][1].append(_median(name, predict, large, calls[1], int(turn == 0)))
     middle = statistics.median
-    return {name: {"latency_ms": middle(one) * 1e3, "images_per_second": len(large) / middle(many)}
-            for name, (one, many) in seconds.items()}
+    return {
+        name: {"latency_ms": middle(one) * 1e3, "images_per_second": len(large) / middle(many)}
+        for name, (one, many) in seconds.items()
+    }
 
 
 @checked

@@ -34,8 +34,10 @@ def _check_row(values, name: str = "values") -> Tensor:
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"{name} have shape {tuple(x.shape)}; expected one row, not empty")
     if not (x.abs() < 1e150).all():
-        raise ValueError(f"{name} hold NaN, infinity or numbers beyond 1e150: {x.tolist()[:10]}; "
-                         "expected finite numbers")
+        raise ValueError(
+            f"{name} hold NaN, infinity or numbers beyond 1e150: {x.tolist()[:10]}; "
+            "expected finite numbers"
+        )
     return x
 
 
@@ -83,6 +85,7 @@ def bootstrap_interval(
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #68db281c
 class Difference(NamedTuple):
     "The `mean` of a − b over the shared seeds, and the interval low to high."
+
     mean: float
     low: float
     high: float
@@ -98,6 +101,7 @@ _INTERVALS = {"t": t_interval, "bootstrap": bootstrap_interval}
 @dataclass(frozen=True, eq=False, repr=False)
 class _Scores:
     "Scores of several arms on the same seeds."
+
     scores: dict[str, Tensor]  # arm -> (n,) float64, in the order of `seeds`; the control is first
     seeds: tuple[int, ...]
     level: float = 0.95
@@ -193,8 +197,10 @@ def _check_pairs(scores, seeds) -> tuple[dict, tuple]:
     sizes = {arm: len(row) for arm, row in rows.items()}
     seeds = tuple(range(max(sizes.values())) if seeds is None else _check_wholes(seeds, "seeds"))
     if set(sizes.values()) != {len(seeds)}:
-        raise ValueError(f"got {sizes} scores; expected one of each arm for each of "
-                         f"{len(seeds)} seeds, so that they can be paired")
+        raise ValueError(
+            f"got {sizes} scores; expected one of each arm for each of "
+            f"{len(seeds)} seeds, so that they can be paired"
+        )
     return rows, seeds
 
 
@@ -206,18 +212,30 @@ def _tries(comparison, tries: int | None) -> int:
 def _shown(mean: float, low: float, high: float, sign: str = "") -> tuple[str, str]:
     "The mean and its interval in text, with as many places as the interval deserves: about two digits of its half."
     half = (high - low) / 2
-    form = f"{sign}.{min(6, max(0, 1 - math.floor(math.log10(half / 2))))}f" if 0 < half < math.inf else f"{sign}.4g"
+    form = (
+        f"{sign}.{min(6, max(0, 1 - math.floor(math.log10(half / 2))))}f"
+        if 0 < half < math.inf
+        else f"{sign}.4g"
+    )
     mean, low, high = (format(x, form).replace("-", "−") for x in (mean, low, high))
     return mean, f"{low} to {high}" if half < math.inf else "no interval"
 
 
 def _sentence(comparison, a: str, b: str, tries: int) -> str:
     "What may be said of a and b, and why."
-    gap, name, n = comparison.difference(a, b, tries), comparison.winner(a, b, tries), len(comparison.seeds)
+    gap, name, n = (
+        comparison.difference(a, b, tries),
+        comparison.winner(a, b, tries),
+        len(comparison.seeds),
+    )
     mean, span = _shown(*gap, sign="+")
     found = f"{a} − {b} = {mean}"
     if not math.isfinite(gap.low):
-        why = "one seed shows no spread" if n == 1 else "the seed changes neither score, so the runs are copies of one"
+        why = (
+            "one seed shows no spread"
+            if n == 1
+            else "the seed changes neither score, so the runs are copies of one"
+        )
         return f"No winner: {found}, but {why}."
     found += f" ({span}, {n} seeds{f', {tries} tries' if tries > 1 else ''})"
     return f"No winner: {found} holds zero." if name is None else f"{name} wins: {found}."
@@ -226,7 +244,9 @@ def _sentence(comparison, a: str, b: str, tries: int) -> str:
 def _table(comparison) -> list[list[str]]:
     "Cells: arm, mean with its interval, difference from the control with its interval, verdict; the first row is the head."
     control, percent = next(iter(comparison.scores)), f"{comparison.level * 100:g} %"
-    rows = [["arm", f"mean of {len(comparison.seeds)}", percent, f"minus {control}", percent, "verdict"]]
+    rows = [
+        ["arm", f"mean of {len(comparison.seeds)}", percent, f"minus {control}", percent, "verdict"]
+    ]
     for arm in comparison.scores:
         gap, name = comparison.difference(arm, control), comparison.winner(arm, control)
         word = "no winner" if name is None else "better" if name == arm else "worse"
@@ -244,7 +264,9 @@ def _text(rows: list[list[str]]) -> str:
 
 
 def _html(rows: list[list[str]]) -> str:
-    line = lambda tag, row: "".join(f'<{tag} style="{_CELL}">{html.escape(cell)}</{tag}>' for cell in row)
+    line = lambda tag, row: "".join(
+        f'<{tag} style="{_CELL}">{html.escape(cell)}</{tag}>' for cell in row
+    )
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows[1:])
     return f"<table><thead><tr>{line('th', rows[0])}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -252,25 +274,47 @@ def _html(rows: list[list[str]]) -> str:
 def _plot(comparison, alt: str, title: str | None) -> Picture:
     "Two panels: the scores, each seed's joined by a line, and the differences from the control."
     arms = list(comparison.scores)
-    gaps = {arm: (comparison[arm] - comparison[arms[0]], comparison.difference(arm, arms[0])[1:]) for arm in arms[1:]}
+    gaps = {
+        arm: (comparison[arm] - comparison[arms[0]], comparison.difference(arm, arms[0])[1:])
+        for arm in arms[1:]
+    }
 
     def paint(axes):
-        axes[0].plot(torch.stack([*comparison.scores.values()]).numpy(), range(len(arms)), color="#c8c8c8", linewidth=0.6)
+        axes[0].plot(
+            torch.stack([*comparison.scores.values()]).numpy(),
+            range(len(arms)),
+            color="#c8c8c8",
+            linewidth=0.6,
+        )
         for row, arm in enumerate(arms):
             _dots(axes[0], row, comparison[arm], comparison.interval(arm))
-            if row: _dots(axes[1], row, *gaps[arm])
+            if row:
+                _dots(axes[1], row, *gaps[arm])
         axes[1].axvline(0, color=PALETTE["vermilion"], linestyle="--", linewidth=1.2)
         for ax, label in zip(axes, ["score", f"minus {arms[0]}"]):
-            ax.set(xlabel=label, yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.5, -0.5))
+            ax.set(
+                xlabel=label,
+                yticks=range(len(arms)),
+                yticklabels=arms,
+                ylim=(len(arms) - 0.5, -0.5),
+            )
             ax.locator_params(axis="x", nbins=5)  # longer labels would touch
         axes[1].set_yticklabels([])
 
-    return draw(paint, alt=alt or f"Scores of {arms[0]}.", title=title, panels=2, size=(6.6, 1.1 + 0.42 * len(arms)))
+    return draw(
+        paint,
+        alt=alt or f"Scores of {arms[0]}.",
+        title=title,
+        panels=2,
+        size=(6.6, 1.1 + 0.42 * len(arms)),
+    )
 
 
 def _dots(ax, row: int, values: Tensor, edges: tuple[float, float]) -> None:
     "The values of one row, their mean, and its interval where there is one."
-    ax.plot(values.numpy(), [row] * len(values), "o", color=PALETTE["blue"], markersize=3.5, alpha=0.6)
+    ax.plot(
+        values.numpy(), [row] * len(values), "o", color=PALETTE["blue"], markersize=3.5, alpha=0.6
+    )
     if math.isfinite(edges[0]):
         ax.plot(edges, [row, row], color=PALETTE["black"], marker="|", markersize=11, linewidth=2)
     ax.plot(values.mean().item(), row, "D", color=PALETTE["black"], markersize=5)
@@ -314,8 +358,11 @@ def _run(name: str, arm: Callable[[int], float], seed: int, bar) -> float:
     "One run: a score that is a finite number, or `TypeError`, `ValueError`."
     score = arm(seed)
     score = score.detach().squeeze() if isinstance(score, Tensor) else score
-    score = check_number(score, f"the score of arm {name!r} for seed {seed}",
-                         why="is a return missing, or did the run diverge?")
+    score = check_number(
+        score,
+        f"the score of arm {name!r} for seed {seed}",
+        why="is a return missing, or did the run diverge?",
+    )
     bar.set_postfix_str(f"{name}, seed {seed}: {score:.4g}", refresh=False)
     bar.update()
     return score
@@ -350,8 +397,9 @@ def plot_label_curve(
     lines = {arm: torch.stack([s[arm] for s in scores], 1) for arm in scores[0]}
     labels = [f"{n:,}" for n in counts]
     ticks = dict(xscale=LogScale(None, subs=[]), xticks=counts, xticklabels=labels)
-    return plot_curves(lines, x=counts, alt=alt, title=title, xlabel="labelled examples",
-                       ylabel=ylabel, **ticks)
+    return plot_curves(
+        lines, x=counts, alt=alt, title=title, xlabel="labelled examples", ylabel=ylabel, **ticks
+    )
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #4c518d70
 def _check_curve(curve) -> list[int]:
@@ -360,6 +408,8 @@ def _check_curve(curve) -> list[int]:
         if not isinstance(c, Comparison):
             raise TypeError(f"the curve at {n} is {got(c)}; expected a Comparison for each count")
     if len({(*c.scores, len(c.seeds)) for c in curve.values()}) > 1:
-        raise ValueError("the arms or the number of seeds differ from count to count; "
-                         "expected the same: was a curve interrupted?")
+        raise ValueError(
+            "the arms or the number of seeds differ from count to count; "
+            "expected the same: was a curve interrupted?"
+        )
     return _check_wholes(list(curve), "counts", 1)

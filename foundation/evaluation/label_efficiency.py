@@ -25,7 +25,9 @@ from .scores import accuracy, predict
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #4ec73f10
 @checked
 def tuned(
-    run: Callable[[int, int, float, str], float],  # (labels, seed, setting, "dev" or "test") -> score
+    run: Callable[
+        [int, int, float, str], float
+    ],  # (labels, seed, setting, "dev" or "test") -> score
     settings: Sequence[float] | Tensor,  # to pick from; of equals, the first
     draw: int = 1000,  # seed of the draw on which is picked; no draw that counts
 ) -> Callable[[int, int], float]:  # (count, seed) -> test score: an arm of `label_curve`
@@ -34,21 +36,30 @@ def tuned(
     if not settings:
         raise ValueError("there are no settings to pick from; expected some, such as (0.1, 1.0)")
     score = lambda *asked: check_number(run(*asked, "dev"), f"the dev score of setting {asked[2]}")
+
     @cache
     def best(count):
         held_out = lambda setting: score(count, draw, setting)
         return max(settings, key=held_out) if len(settings) > 1 else settings[0]
+
     def arm(count, seed):
         if seed == draw:
-            raise ValueError(f"seed is {seed}, the draw on which the setting is picked; "
-                             "expected another, such as one of range(3)")
+            raise ValueError(
+                f"seed is {seed}, the draw on which the setting is picked; "
+                "expected another, such as one of range(3)"
+            )
         return run(count, seed, best(count), "test")
+
     return arm
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #bed4c34b
-CHOICES = {"pixels, probe": (0.1, 1.0), "random weights, probe": (0.1, 1.0),
-           "pretrained, probe": (0.1, 1.0),  # penalties
-           "from scratch": (1e-3, 3e-3), "fine-tuned": (3e-4, 1e-3)}  # learning rates
+CHOICES = {
+    "pixels, probe": (0.1, 1.0),
+    "random weights, probe": (0.1, 1.0),
+    "pretrained, probe": (0.1, 1.0),  # penalties
+    "from scratch": (1e-3, 3e-3),
+    "fine-tuned": (3e-4, 1e-3),
+}  # learning rates
 
 
 @checked
@@ -66,8 +77,10 @@ def label_efficiency(
     check_whole(steps, "steps", 1)
     unknown = set(choices) - set(CHOICES)
     if unknown or not choices:
-        raise ValueError(f"choices name {sorted(map(str, unknown)) or 'no arm'}; "
-                         f"expected some of {', '.join(map(repr, CHOICES))}")
+        raise ValueError(
+            f"choices name {sorted(map(str, unknown)) or 'no arm'}; "
+            f"expected some of {', '.join(map(repr, CHOICES))}"
+        )
     pool, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
     held_out = data.train_images[dev[:2000]], data.train_labels[dev[:2000]]
     parts = dict(dev=held_out, test=(data.test_images, data.test_labels))
@@ -80,10 +93,12 @@ def label_efficiency(
         "from scratch": _training(data, parts, steps, fresh),
         "fine-tuned": _training(data, parts, steps, fresh, encoder),
     }
+
     def arm(way, settings):
         draw = lambda count, seed: pool[few_labels(data.train_labels[pool], count, seed)]
         run = lambda count, seed, setting, part: way(draw(count, seed), seed, setting, part)
         return tuned(run, settings)
+
     arms = {name: arm(ways[name], settings) for name, settings in choices.items()}
     return label_curve(arms, counts, seeds)
 
@@ -91,15 +106,18 @@ def label_efficiency(
 def _probing(data, parts, encode):
     "A way: a linear probe on the pictures of `index`, scored on a part"
     seen = cache(lambda part: encode(parts[part][0]))
+
     def way(index, seed, l2, part):
         x, y = data.train_images[index], data.train_labels[index]
         return linear_probe(encode(x), y, seen(part), parts[part][1], l2)
+
     return way
 
 
 def _training(data, parts, steps, fresh, encoder=None):
     "A way: all weights trained on the pictures of `index`, scored on a part; an encoder's features deserve a fitted head"
     gentle = Augment(area=(0.6, 1.0), contrast=0.2, brightness=0.2, mean=data.mean, std=data.std)
+
     def way(index, seed, lr, part):
         torch.manual_seed(seed)
         x, y = data.train_images[index], data.train_labels[index]
@@ -107,6 +125,7 @@ def _training(data, parts, steps, fresh, encoder=None):
         batches = augmented(x, y, augment=gentle, batch_size=min(64, len(index)), seed=seed)
         fine_tune(model, batches, steps=steps, lr=lr, head_lr=lr)
         return accuracy(predict(model, parts[part][0], transform=data.floats), parts[part][1])
+
     return way
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #e0e3ae88
@@ -117,7 +136,9 @@ def judge(
     labels: int | None = 100,  # for the linear probe; None takes all
     seeds: int = 3,  # draws of the labels
     bank: int = 10_000,  # training pictures among which neighbours are sought
-    encode: Callable[[nn.Module, Tensor], Tensor] = encode_all,  # reads features, as `encode_stages`
+    encode: Callable[
+        [nn.Module, Tensor], Tensor
+    ] = encode_all,  # reads features, as `encode_stages`
 ) -> dict:  # {"knn": accuracy, "probe": [accuracy for each draw]}
     "kNN and linear-probe accuracy of frozen features on the test set."
     y, total = data.train_labels, len(data.train_labels)
@@ -156,19 +177,29 @@ def card_metrics(
     sets = data.train_images[:10_000], data.test_images
     pixels = [data.floats(images).flatten(1) for images in sets]
     torch.manual_seed(0)
-    controls = {"knn_random_weights": judge(fresh(), data, seeds=1)["knn"],
-                "knn_pixels": knn_accuracy(pixels[0], data.train_labels[:10_000], pixels[1],
-                                           data.test_labels)}
+    controls = {
+        "knn_random_weights": judge(fresh(), data, seeds=1)["knn"],
+        "knn_pixels": knn_accuracy(
+            pixels[0], data.train_labels[:10_000], pixels[1], data.test_labels
+        ),
+    }
     possible = [count for count in (50, 100, 1000) if count <= 0.9 * len(data.train_labels)]
     options = dict(counts=possible, steps=100) | options
     curve = label_efficiency(encoder, fresh, data, **options)
-    longer = dict(counts=possible[:2][-1:], steps=5 * options["steps"],
-                  choices={"from scratch": (patience,)})
+    longer = dict(
+        counts=possible[:2][-1:], steps=5 * options["steps"], choices={"from scratch": (patience,)}
+    )
     patient = label_efficiency(encoder, fresh, data, **options | longer)
     scratch = next(iter(patient.values()))["from scratch"].tolist()
-    return dict(knn=few["knn"], **controls, linear_probe_100_labels=few["probe"],
-                linear_probe_all_labels=every["probe"][0], **three_stages(encoder, data),
-                scratch_with_five_times_the_steps=scratch, label_efficiency=curve_scores(curve))
+    return dict(
+        knn=few["knn"],
+        **controls,
+        linear_probe_100_labels=few["probe"],
+        linear_probe_all_labels=every["probe"][0],
+        **three_stages(encoder, data),
+        scratch_with_five_times_the_steps=scratch,
+        label_efficiency=curve_scores(curve),
+    )
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #ec1318ff
 @checked
@@ -181,8 +212,9 @@ def three_stages(
         return {}
     few = judge(encoder, data, labels=100, seeds=5, encode=encode_stages)["probe"]
     every = judge(encoder, data, labels=None, seeds=1, encode=encode_stages)["probe"]
-    return dict(linear_probe_100_labels_three_stages=few,
-                linear_probe_all_labels_three_stages=every[0])
+    return dict(
+        linear_probe_100_labels_three_stages=few, linear_probe_all_labels_three_stages=every[0]
+    )
 
 
 @checked

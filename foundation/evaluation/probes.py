@@ -43,8 +43,10 @@ def encode_stages(
 ) -> Tensor:  # features (n, d1 + d2 + ...) float32, on the CPU, early stages first
     "Mean features of the last stages, side by side. `TypeError` without a sequential `body`."
     if not isinstance(getattr(model, "body", None), nn.Sequential):
-        raise TypeError(f"model is {got(model)} without a sequential `body`; "
-                        "expected a net of stages, or use encode_all")
+        raise TypeError(
+            f"model is {got(model)} without a sequential `body`; "
+            "expected a net of stages, or use encode_all"
+        )
     check_whole(stages, "stages", 1)
 
     def pooled(x: Tensor) -> Tensor:
@@ -73,8 +75,10 @@ def _check_set(features, labels, part: str = "") -> tuple[Tensor, Tensor, int]:
     labels = check_labels(labels, f"{part}labels", shape=(len(features),)).to(features.device)
     classes = int(labels.max()) + 1
     if classes > 2**16:
-        raise ValueError(f"{part}labels run to {classes - 1:,}; expected class numbers below "
-                         f"{2**16:,}, which torch.unique(labels, return_inverse=True)[1] makes")
+        raise ValueError(
+            f"{part}labels run to {classes - 1:,}; expected class numbers below "
+            f"{2**16:,}, which torch.unique(labels, return_inverse=True)[1] makes"
+        )
     return features, labels, classes
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #efe500c4
@@ -132,6 +136,7 @@ def _weights(near: Tensor, temperature: float) -> Tensor:  # (m, k), the nearest
 # %% ../../nbs/06_evaluation/02_probes.ipynb #b3dabe15
 class LinearProbe(NamedTuple):
     "A linear classifier on standardised features; `probe(features)` gives logits (n, k)."
+
     mean: Tensor  # (d,)
     scale: Tensor  # (d,)
     weight: Tensor  # (k, d)
@@ -158,8 +163,9 @@ def fit_linear(
     x = (features.double() - mean) / scale
     weight, bias = (x.new_zeros(s, requires_grad=True) for s in [(classes, x.shape[1]), (classes,)])
     load_optimizers()
-    opt = torch.optim.LBFGS([weight, bias], lr=1, max_iter=steps, tolerance_grad=1e-6,
-                            line_search_fn="strong_wolfe")
+    opt = torch.optim.LBFGS(
+        [weight, bias], lr=1, max_iter=steps, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         opt.zero_grad()
@@ -234,8 +240,11 @@ def fine_tune(
     head = list(model.head.parameters())
     rest = [p for p in model.parameters() if not any(p is h for h in head)]
     load_optimizers()
-    opt = torch.optim.AdamW([dict(params=head, lr=head_lr or 10 * lr), dict(params=rest, lr=lr)],
-                            weight_decay=weight_decay, fused=True)
+    opt = torch.optim.AdamW(
+        [dict(params=head, lr=head_lr or 10 * lr), dict(params=rest, lr=lr)],
+        weight_decay=weight_decay,
+        fused=True,
+    )
     plan = dict(steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0, precision="auto")
     for _ in train(model, batches, classify, opt, **plan):
         pass
@@ -254,8 +263,9 @@ def fit_head(
     labels = check_labels(labels, "labels", k, (len(images),))
     seen = len(torch.unique(labels))
     if seen != k:
-        raise ValueError(f"labels hold {seen} classes; the head has {k} outputs, "
-                         f"so expected all {k} among them")
+        raise ValueError(
+            f"labels hold {seen} classes; the head has {k} outputs, so expected all {k} among them"
+        )
     probe = fit_linear(encode_all(model, images), labels, l2)
     weight = probe.weight / probe.scale  # the probe's standardisation moves into the head
     with torch.no_grad():
@@ -268,17 +278,23 @@ def _check_head(model, plain: bool = False) -> nn.Module:
     "The model's head; `plain`: a linear layer whose weight is its own and can be written into"
     head = getattr(model, "head", None)
     if not isinstance(head, nn.Module) or next(head.parameters(), None) is None:
-        raise TypeError(f"model is {got(model)} without a `head` that learns; "
-                        "expected a last layer of this name")
+        raise TypeError(
+            f"model is {got(model)} without a `head` that learns; "
+            "expected a last layer of this name"
+        )
     if not plain:
         return head
     own = [name for name, p in head.named_parameters(recurse=False)]
     if not isinstance(head, nn.Linear) or sorted(own) != ["bias", "weight"]:
-        raise TypeError(f"the head is {got(head)} whose weight or bias is no plain parameter; "
-                        "expected nn.Linear with a bias, not parametrized, pruned or normalised")
+        raise TypeError(
+            f"the head is {got(head)} whose weight or bias is no plain parameter; "
+            "expected nn.Linear with a bias, not parametrized, pruned or normalised"
+        )
     for name, layer in model.named_modules():
         pairs = ((p, q) for p in layer.parameters(recurse=False) for q in head.parameters())
         if layer is not head and any(p is q for p, q in pairs):
-            raise ValueError(f"the head shares its weight with {name!r}; expected one of its own, "
-                             "or fitting it would change both")
+            raise ValueError(
+                f"the head shares its weight with {name!r}; expected one of its own, "
+                "or fitting it would change both"
+            )
     return head

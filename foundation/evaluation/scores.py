@@ -84,8 +84,10 @@ def _check_scores(logits, labels) -> tuple[Tensor, Tensor]:
     labels = check_labels(labels, "labels", logits.shape[1], (len(logits),)).to(logits.device)
     bad = int((~logits.detach().amax(1).isfinite()).sum())
     if bad:
-        raise ValueError(f"{bad:,} of {len(logits):,} rows of the logits hold NaN, infinity or only "
-                         "-inf; expected numbers: did the training diverge?")
+        raise ValueError(
+            f"{bad:,} of {len(logits):,} rows of the logits hold NaN, infinity or only "
+            "-inf; expected numbers: did the training diverge?"
+        )
     return logits, labels
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #03768e67
@@ -141,6 +143,7 @@ def macro_f1(
 # %% ../../nbs/06_evaluation/01_scores.ipynb #14615663
 class Reliability(NamedTuple):
     "Bins of equal width; empty ones hold NaN. `gap` is the expected calibration error, 0 to 1."
+
     confidence: Tensor  # (bins,) mean of the largest probability
     accuracy: Tensor  # (bins,) share that is right
     count: Tensor  # (bins,) rows

@@ -36,6 +36,7 @@ from ..training.schedules import warmup_cosine
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #8561415e
 class Task(NamedTuple):
     "Few labelled images to learn from and others to choose by, all of the training part: no test image is in here."
+
     images: Tensor  # (n, c, h, w) floats
     labels: Tensor  # (n,)
     dev_images: Tensor  # (m, c, h, w)
@@ -52,11 +53,20 @@ def few_label_task(
     "A seeded draw of two disjoint parts. Raises `ValueError` for an empty dev set, and what `few_labels` raises."
     check_sizes(labels=labels, dev=dev)
     rows = few_labels(data.train_labels, labels + dev, seed).split([labels, dev])
-    return Task(*(part for row in rows for part in (data.floats(data.train_images[row]), data.train_labels[row])))
+    return Task(
+        *(
+            part
+            for row in rows
+            for part in (data.floats(data.train_images[row]), data.train_labels[row])
+        )
+    )
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #b30342b1
-_OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, momentum=0.9, fused=True), adamw=partial(torch.optim.AdamW, fused=True),
-                   adafactor=torch.optim.Adafactor)
+_OPTIMIZERS = dict(
+    sgd=partial(torch.optim.SGD, momentum=0.9, fused=True),
+    adamw=partial(torch.optim.AdamW, fused=True),
+    adafactor=torch.optim.Adafactor,
+)
 
 
 @checked
@@ -75,8 +85,9 @@ def make_optimizer(
     head = list(last.parameters()) if isinstance(last, nn.Module) else []
     body = [p for p in model.parameters() if p not in set(head)]  # both in the order of the model
     if not head:
-        raise TypeError(f"{type(model).__name__} has no `head` with parameters; expected one as "
-                        "its last layer")
+        raise TypeError(
+            f"{type(model).__name__} has no `head` with parameters; expected one as its last layer"
+        )
     groups = [dict(params=body, lr=lr), dict(params=head, lr=lr * head_factor)]
     return _OPTIMIZERS[name](groups, **options)
 
@@ -97,7 +108,9 @@ def dev_scores(
     "Fine-tune, and give the dev accuracy on the way: `break` stops. Raises `TrainingDiverged`, `ValueError`."
     check_sizes(steps=steps, every=every or 1, batch_size=batch_size)
     if len(task.dev_labels) == 0:
-        raise ValueError("the dev set is empty, so nothing can be chosen by it; expected at least one image")
+        raise ValueError(
+            "the dev set is empty, so nothing can be chosen by it; expected at least one image"
+        )
     labels = check_classes(task.labels, model)
     dev_labels = check_labels(task.dev_labels, "dev_labels")
     check_rows(images=task.images, labels=labels)
@@ -106,8 +119,11 @@ def dev_scores(
     batches = endless(task.images, labels, batch_size=min(batch_size, len(labels)), seed=seed)
     options = dict(precision="auto", clip=1.0) | options
     run = train(model, batches, classify, opt, steps=steps, schedule=schedule, **options)
-    return (accuracy(predict(model, task.dev_images), dev_labels)
-            for step in run if step.n + 1 == steps or every and (step.n + 1) % every == 0)
+    return (
+        accuracy(predict(model, task.dev_images), dev_labels)
+        for step in run
+        if step.n + 1 == steps or every and (step.n + 1) % every == 0
+    )
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #d42411b0
 @contextmanager
@@ -130,6 +146,7 @@ def restored(model: nn.Module, opt: torch.optim.Optimizer) -> Iterator[None]:
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #fc333529
 class RangeTest(NamedTuple):
     "The loss at each rate of a range test; the rates are those of the optimizer's first group."
+
     rates: Tensor  # (n,) rising by a constant factor
     losses: Tensor  # (n,) each before the step with that rate
 
@@ -147,8 +164,10 @@ class RangeTest(NamedTuple):
         curve = self.losses if rule == "raw" else self.smooth
         lowest = int(curve.argmin())
         if lowest < 2 or curve[lowest] > 0.95 * curve[0]:
-            raise ValueError(f"the loss never fell clearly between {self.rates[0]:.1e} and {self.rates[-1]:.1e}; "
-                             "try other bounds, more steps, or look for an error in the data")
+            raise ValueError(
+                f"the loss never fell clearly between {self.rates[0]:.1e} and {self.rates[-1]:.1e}; "
+                "try other bounds, more steps, or look for an error in the data"
+            )
         if "minimum" in rule:
             return self.rates[lowest].item() / (10 if rule == "minimum/10" else 1)
         return self.rates[torch.gradient(curve[: lowest + 1])[0].argmin()].item()
@@ -161,6 +180,7 @@ class RangeTest(NamedTuple):
 
     def plot(self, *, alt: str, title: str | None = None) -> Picture:
         "Raw and smoothed loss over the rate, and the suggestion where there is one."
+
         def paint(ax):
             ax.plot(self.rates, self.losses, color="#bbbbbb", label="each batch")
             ax.plot(self.rates, self.smooth, color=PALETTE["blue"], label="smoothed")
@@ -168,8 +188,17 @@ class RangeTest(NamedTuple):
                 red = dict(color=PALETTE["vermilion"], linestyle="--")
                 ax.axvline(rate, label=f"suggestion {rate:.2g}", **red)
             ax.legend(frameon=False)
+
         top = 1.4 * self.losses[0].item()
-        return draw(paint, alt=alt, title=title, xscale="log", ylim=(0, top), xlabel="learning rate", ylabel="loss")
+        return draw(
+            paint,
+            alt=alt,
+            title=title,
+            xscale="log",
+            ylim=(0, top),
+            xlabel="learning rate",
+            ylabel="loss",
+        )
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #e47cab72
 @checked
@@ -192,23 +221,30 @@ def range_test(
     check_whole(steps, "steps", 20, why="with fewer the curve is too coarse to read")
     base, losses = float(opt.param_groups[0].get("initial_lr", opt.param_groups[0]["lr"])), []
     if not base > 0:
-        raise ValueError(f"the optimizer's first rate is {base}; expected one above 0, which fixes the ratios of the groups")
+        raise ValueError(
+            f"the optimizer's first rate is {base}; expected one above 0, which fixes the ratios of the groups"
+        )
     rates = torch.logspace(math.log10(lo), math.log10(hi), steps, dtype=torch.double)
     with restored(model, opt):
         try:
-            for step in train(model, batches, objective, opt, steps=steps, schedule=rates / base, **options):
+            for step in train(
+                model, batches, objective, opt, steps=steps, schedule=rates / base, **options
+            ):
                 losses.append(step.loss.double().item())
                 if losses[-1] > 2 * abs(losses[0]):
                     break
         except TrainingDiverged as error:
             if not losses:
-                raise ValueError(f"the loss is not finite at the first step already, with a rate of {lo:g}; "
-                                 "look for NaN in the data or the weights") from error
+                raise ValueError(
+                    f"the loss is not finite at the first step already, with a rate of {lo:g}; "
+                    "look for NaN in the data or the weights"
+                ) from error
     return RangeTest(rates[: len(losses)], torch.tensor(losses, dtype=torch.double))
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #89263b63
 class Sweep(NamedTuple):
     "Scores at each rate, on the same seeds; higher is better."
+
     rates: Tensor  # (n,) rising
     comparison: Comparison  # an arm for each rate
 
@@ -229,24 +265,46 @@ class Sweep(NamedTuple):
             return self.best
         x, y = self.rates[i - 1 : i + 2].log(), mean[i - 1 : i + 2]
         left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-        middle = (x[0] + x[1]) / 2  # where the slope is `left`; it falls evenly from there to `right`
-        return (middle + left / (left - right).clamp(min=1e-12) * (x[2] - x[0]) / 2).clamp(x[0], x[2]).exp().item()
+        middle = (
+            x[0] + x[1]
+        ) / 2  # where the slope is `left`; it falls evenly from there to `right`
+        return (
+            (middle + left / (left - right).clamp(min=1e-12) * (x[2] - x[0]) / 2)
+            .clamp(x[0], x[2])
+            .exp()
+            .item()
+        )
 
     @property
     def flat(self) -> list[float]:
         "Rates that these seeds cannot tell from the best: the interval of the paired difference holds zero."
         arms, best = list(self.comparison.scores), f"{self.best:g}"
-        return [float(arm) for arm in arms if arm == best or self.comparison.winner(best, arm, tries=1) is None]
+        return [
+            float(arm)
+            for arm in arms
+            if arm == best or self.comparison.winner(best, arm, tries=1) is None
+        ]
 
-    def plot(self, *, alt: str, suggestion: float | None = None, title: str | None = None) -> Picture:
+    def plot(
+        self, *, alt: str, suggestion: float | None = None, title: str | None = None
+    ) -> Picture:
         "Mean and single seeds over the rate."
+
         def paint(ax):
             ax.plot(self.rates, self.scores, "o", color="#8ab8d6", markersize=4)
             ax.plot(self.rates, self.scores.mean(1), color=PALETTE["blue"])
             if suggestion:
-                ax.axvline(suggestion, color=PALETTE["vermilion"], linestyle="--", label=f"suggestion {suggestion:.2g}")
+                ax.axvline(
+                    suggestion,
+                    color=PALETTE["vermilion"],
+                    linestyle="--",
+                    label=f"suggestion {suggestion:.2g}",
+                )
                 ax.legend(frameon=False)
-        return draw(paint, alt=alt, title=title, xscale="log", xlabel="learning rate", ylabel="dev accuracy")
+
+        return draw(
+            paint, alt=alt, title=title, xscale="log", xlabel="learning rate", ylabel="dev accuracy"
+        )
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #00301d88
 @checked
@@ -259,8 +317,9 @@ def sweep(
     "Run each rate with each seed. Raises `ValueError` for rates that are not rising from above 0, and what `compare` raises."
     rates = [check_number(rate, f"rates[{i}]", above=0) for i, rate in enumerate(rates)]
     if len(rates) < 2 or rates != sorted(rates) or len({f"{lr:g}" for lr in rates}) < len(rates):
-        raise ValueError(f"rates are {rates}; expected two or more, rising, each apart in six "
-                         "digits")
+        raise ValueError(
+            f"rates are {rates}; expected two or more, rising, each apart in six digits"
+        )
     rates = torch.tensor(rates, dtype=torch.double)
 
     def score(lr, seed):
@@ -270,7 +329,10 @@ def sweep(
             return diverged
         return value if math.isfinite(value) else diverged
 
-    return Sweep(rates, compare({f"{lr:g}": partial(score, lr) for lr in rates.tolist()}, seeds, progress=False))
+    return Sweep(
+        rates,
+        compare({f"{lr:g}": partial(score, lr) for lr in rates.tolist()}, seeds, progress=False),
+    )
 
 
 def _score(value) -> float:
@@ -283,6 +345,7 @@ def _score(value) -> float:
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #85d92666
 class Trial(NamedTuple):
     "One point of a search: what was tried, the dev scores on the way, and whether it was stopped early."
+
     params: dict[str, float]
     scores: tuple[float, ...]
     pruned: bool  # stopped below the median, or diverged
@@ -296,14 +359,20 @@ def best_trial(trials: Sequence[Trial]) -> Trial:
             raise TypeError(f"trials hold {got(trial)}; expected trials, as `search` gives them")
     finished = [trial for trial in trials if not trial.pruned and trial.scores]
     if not finished:
-        raise ValueError(f"none of {len(trials)} trials has finished; run more, or lower the upper bounds")
+        raise ValueError(
+            f"none of {len(trials)} trials has finished; run more, or lower the upper bounds"
+        )
     return max(finished, key=lambda trial: trial.scores[-1])
 
 
 @checked
 def search(
-    run: Callable[..., Iterable[float]],  # keywords of `space` -> dev scores on the way, higher is better
-    space: Mapping[str, tuple[float, float]],  # name -> bounds above 0; drawn evenly in the logarithm
+    run: Callable[
+        ..., Iterable[float]
+    ],  # keywords of `space` -> dev scores on the way, higher is better
+    space: Mapping[
+        str, tuple[float, float]
+    ],  # name -> bounds above 0; drawn evenly in the logarithm
     path: Path | str,  # of the journal: an existing one is gone on with
     *,
     trials: int = 12,  # finished ones in all, those of earlier calls included
@@ -322,7 +391,10 @@ def search(
     while len(done := _finished(study)) < trials:
         study.sampler = _sampler(startup, seed + 1_000_003 * len(done))
         _run_trial(study, run, space)
-    return [Trial(t.params, tuple(t.intermediate_values.values()), t.state.name == "PRUNED") for t in done[:trials]]
+    return [
+        Trial(t.params, tuple(t.intermediate_values.values()), t.state.name == "PRUNED")
+        for t in done[:trials]
+    ]
 
 # %% ../../nbs/08_finetuning/02_learning_rate.ipynb #7f3a5c4e
 def _run_trial(study, run, space):
@@ -335,8 +407,9 @@ def _run_trial(study, run, space):
     try:
         scores = run(**params)
         if not isinstance(scores, Iterable) or isinstance(scores, (str, bytes)):
-            raise TypeError(f"run gave {got(scores)}; expected dev scores on the way, as of "
-                            "`dev_scores`")
+            raise TypeError(
+                f"run gave {got(scores)}; expected dev scores on the way, as of `dev_scores`"
+            )
         for n, score in enumerate(map(_score, scores)):
             if not math.isfinite(score):
                 break
@@ -355,13 +428,17 @@ def _optuna():
     try:
         import optuna
     except ImportError:
-        raise ImportError("the search needs Optuna, which is not installed; run `pip install optuna`") from None
+        raise ImportError(
+            "the search needs Optuna, which is not installed; run `pip install optuna`"
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
 
 def _sampler(startup, seed):
-    return _optuna().samplers.TPESampler(n_startup_trials=startup, seed=seed % 2**32, constant_liar=False)
+    return _optuna().samplers.TPESampler(
+        n_startup_trials=startup, seed=seed % 2**32, constant_liar=False
+    )
 
 
 def _finished(study):
@@ -375,8 +452,9 @@ def _check_space(space) -> dict[str, tuple[float, float]]:
     found = {}
     for name, bounds in space.items():
         if not isinstance(name, str) or not hasattr(bounds, "__len__") or len(bounds) != 2:
-            raise TypeError(f"the space holds {name!r} -> {got(bounds)}; expected a name and 0 < "
-                            "lo < hi")
+            raise TypeError(
+                f"the space holds {name!r} -> {got(bounds)}; expected a name and 0 < lo < hi"
+            )
         lo = check_number(bounds[0], f"the lower bound of {name}", above=0)
         found[name] = lo, check_number(bounds[1], f"the upper bound of {name}", above=lo)
     if not found:
@@ -396,19 +474,28 @@ def _open_study(path, recipe):
         journal = JournalFileBackend(str(path), lock_obj=_lock(path))
         pruner = optuna.pruners.MedianPruner(n_startup_trials=recipe["startup"], n_warmup_steps=0)
         storage = optuna.storages.JournalStorage(journal)
-        study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True,
-                                    direction="maximize", pruner=pruner)
+        study = optuna.create_study(
+            storage=storage,
+            study_name="search",
+            load_if_exists=True,
+            direction="maximize",
+            pruner=pruner,
+        )
         there, trials = study.user_attrs.get("recipe"), study.get_trials(deepcopy=False)
         open_trials = [t.number for t in trials if t.state.name == "RUNNING"]
     except Exception as error:  # whatever a damaged entry leads Optuna to
         if type(error) is ValueError and str(error).startswith(path.name):
             raise
         reason = f"{type(error).__name__}: {str(error)[:80]}"
-        raise ValueError(f"{path.name} is no journal that can be used ({reason}); delete it to "
-                         "start anew, or name another file") from error
+        raise ValueError(
+            f"{path.name} is no journal that can be used ({reason}); delete it to "
+            "start anew, or name another file"
+        ) from error
     if there not in (None, recipe):
-        raise ValueError(f"{path.name} is the journal of another search: {there}; this one is "
-                         f"{recipe}, so name another file")
+        raise ValueError(
+            f"{path.name} is the journal of another search: {there}; this one is "
+            f"{recipe}, so name another file"
+        )
     study.set_user_attr("recipe", recipe)
     for number in open_trials:
         study.tell(number, state=optuna.trial.TrialState.FAIL)
@@ -420,8 +507,9 @@ def _as_json(recipe):
     try:
         return json.loads(json.dumps(recipe))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"recipe cannot be kept ({error}); expected numbers, texts, lists, as in "
-                        "JSON") from None
+        raise TypeError(
+            f"recipe cannot be kept ({error}); expected numbers, texts, lists, as in JSON"
+        ) from None
 
 
 def _mend_journal(path):
@@ -434,9 +522,11 @@ def _mend_journal(path):
         except (ValueError, TypeError, RecursionError):
             sound = False
         if not sound and (n < len(lines) or not whole and not begin.startswith(line[: len(begin)])):
-            raise ValueError(f"{path.name} is damaged in line {n:,} of {len(lines):,}, or no "
-                             "journal at all; get it from a copy, delete it to start anew, or name "
-                             "another file")
+            raise ValueError(
+                f"{path.name} is damaged in line {n:,} of {len(lines):,}, or no "
+                "journal at all; get it from a copy, delete it to start anew, or name "
+                "another file"
+            )
         whole += len(line) * sound
     if whole < path.stat().st_size:
         warnings.warn(f"the last line of {path.name} was cut short and is left out", stacklevel=4)

@@ -62,12 +62,16 @@ def read_image(
                 mode = "RGB" if channels == 3 else "L"
                 pixels = np.array(_eight_bits(ImageOps.exif_transpose(file), mode))
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {path.name}; look at the list of paths") from None
+        raise FileNotFoundError(
+            f"there is no image {path.name}; look at the list of paths"
+        ) from None
     except Exception as error:  # readers of formats raise whatever a damaged byte leads to
         said = str(error).replace(str(path), path.name)[:80]
         reason = f"{type(error).__name__}: {said}"
-        raise ValueError(f"{path.name} cannot be read as an image ({reason}); replace it, or leave "
-                         "it out of the list") from None
+        raise ValueError(
+            f"{path.name} cannot be read as an image ({reason}); replace it, or leave "
+            "it out of the list"
+        ) from None
     if odd:
         raise ValueError(f"{path.name} {odd}")
     return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
@@ -77,11 +81,14 @@ def _odd(file) -> str:
     "What keeps a file from being one picture of bytes, or nothing"
     if file.mode == "F" or file.mode == "I" and file.format not in ("PNG", "PPM"):
         kind = "floats" if file.mode == "F" else "whole numbers of 32 bits"
-        return (f"holds {kind}, and nothing says which is white; expected 8 or 16 bits, so scale it "
-                "to those first")
+        return (
+            f"holds {kind}, and nothing says which is white; expected 8 or 16 bits, so scale it "
+            "to those first"
+        )
     if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":  # MPO: a photo and its preview
-        return (f"holds {file.n_frames} pictures; expected one, so save that one in a file of its "
-                "own")
+        return (
+            f"holds {file.n_frames} pictures; expected one, so save that one in a file of its own"
+        )
     return ""
 
 
@@ -114,8 +121,10 @@ def number_labels(
     if len(place) < len(classes):
         raise ValueError(f"a class stands twice in {classes}; expected each name once")
     if strange := sorted(set(names) - set(place), key=str):
-        raise ValueError(f"{strange[:3]} are not among the {len(classes)} classes {classes[:5]}…; "
-                         "a model cannot answer what it has no output for")
+        raise ValueError(
+            f"{strange[:3]} are not among the {len(classes)} classes {classes[:5]}…; "
+            "a model cannot answer what it has no output for"
+        )
     return torch.tensor([place[name] for name in names], dtype=torch.int64), classes
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #48a3fb63
@@ -126,8 +135,10 @@ def _check_names(names, what):
     if not names:
         raise ValueError(f"{what} is empty or a single text; expected a list of names")
     if gone := sum(map(_missing, names)):
-        raise ValueError(f"{gone:,} of {len(names):,} {what} are missing (None, NaN or empty); "
-                         "leave these examples out, or give them a class of their own")
+        raise ValueError(
+            f"{gone:,} of {len(names):,} {what} are missing (None, NaN or empty); "
+            "leave these examples out, or give them a class of their own"
+        )
     kinds = sorted({type(name).__name__ for name in names})
     if len(kinds) > 1 or not hasattr(names[0], "__lt__"):
         raise TypeError(f"{what} are {' and '.join(kinds)}; expected one kind, such as str(name)")
@@ -156,9 +167,11 @@ def check_classes(
     labels = check_labels(labels, "labels", classes=check_whole(k, "classes", 1))
     if missing := sorted(set(range(k)) - set(labels.unique().tolist())):
         more = " …" if len(missing) > 5 else ""
-        raise ValueError(f"no training example has the labels {missing[:5]}{more}, so the model "
-                         "would learn never to give them; add examples, or use a head without "
-                         "these outputs")
+        raise ValueError(
+            f"no training example has the labels {missing[:5]}{more}, so the model "
+            "would learn never to give them; add examples, or use a head without "
+            "these outputs"
+        )
     return labels
 
 
@@ -168,8 +181,9 @@ def _outputs(model: nn.Module) -> int:
         modules = part.modules() if isinstance(part, nn.Module) else ()
         if linear := [m for m in modules if isinstance(m, nn.Linear)]:
             return linear[-1].out_features
-    raise ValueError(f"{type(model).__name__} has no linear layer; expected a head with an output "
-                     "a class")
+    raise ValueError(
+        f"{type(model).__name__} has no linear layer; expected a head with an output a class"
+    )
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #1a35d205
 def check_disjoint(
@@ -187,15 +201,18 @@ def check_disjoint(
             kinds.setdefault(kind, f"{name}[{i}]")
             if len(kinds) > 1:
                 (a, x), (b, y) = list(kinds.items())[:2]
-                raise ValueError(f"{x} is {a} and {y} is {b}, which hashes cannot compare; make "
-                                 "them alike")
+                raise ValueError(
+                    f"{x} is {a} and {y} is {b}, which hashes cannot compare; make them alike"
+                )
     names = list(found)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             if both := found[a].keys() & found[b].keys():
                 first = min(both, key=found[b].get)
-                raise ValueError(f"{a} and {b} share {len(both)} images, such as {a}[{found[a][first]}] = {b}[{found[b][first]}]; "
-                                 f"take them out of one of the two, or the score on {b} is too good")
+                raise ValueError(
+                    f"{a} and {b} share {len(both)} images, such as {a}[{found[a][first]}] = {b}[{found[b][first]}]; "
+                    f"take them out of one of the two, or the score on {b} is too good"
+                )
     return len({digest for part in found.values() for digest in part})
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #dbc8e0b2
@@ -204,8 +221,9 @@ def _images(part, name):
     images = getattr(part, "images", part)
     alone = isinstance(images, (str, bytes, Mapping)) or getattr(images, "ndim", 1) == 0
     if alone or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
-        raise TypeError(f"{name} is {got(part)}; expected a data set with images, or images, "
-                        "arrays or paths")
+        raise TypeError(
+            f"{name} is {got(part)}; expected a data set with images, or images, arrays or paths"
+        )
     return (images[i] for i in range(len(images)))
 
 
@@ -274,11 +292,14 @@ def _check_dataset(dataset) -> int:
     "How many examples there are, at least one"
     wanted = all(hasattr(dataset, name) for name in ("__len__", "__getitem__"))
     if isinstance(dataset, (str, bytes, Mapping)) or not wanted:
-        raise TypeError(f"dataset is {got(dataset)}; expected examples and their number, as in an "
-                        "`ImageDataset`")
+        raise TypeError(
+            f"dataset is {got(dataset)}; expected examples and their number, as in an "
+            "`ImageDataset`"
+        )
     if not len(dataset):
-        raise ValueError("the data set is empty, so there is nothing to measure; expected one "
-                         "example or more")
+        raise ValueError(
+            "the data set is empty, so there is nothing to measure; expected one example or more"
+        )
     return len(dataset)
 
 
@@ -286,14 +307,19 @@ def _stack(items: list[dict]) -> tuple[Tensor, Tensor]:  # (b, c, h, w), (b,)
     "A batch, or a sentence why its pictures do not go together"
     for item in items:
         if not isinstance(item, Mapping) or not {"image", "label"} <= item.keys():
-            raise TypeError(f"an item is {got(item)}; expected a dictionary with `image` and "
-                            "`label`")
+            raise TypeError(
+                f"an item is {got(item)}; expected a dictionary with `image` and `label`"
+            )
         if not isinstance(image := item["image"], Tensor) or not image.is_floating_point():
-            raise TypeError(f"an image is {got(image)}; expected a float tensor (c, h, w): give "
-                            "the data set a transform that makes one")
+            raise TypeError(
+                f"an image is {got(image)}; expected a float tensor (c, h, w): give "
+                "the data set a transform that makes one"
+            )
     images = [item["image"] for item in items]
     if len(shapes := {tuple(image.shape) for image in images}) > 1:
-        raise ValueError(f"images have the shapes {sorted(shapes)}; expected one size and number of channels: resize in the transform")
+        raise ValueError(
+            f"images have the shapes {sorted(shapes)}; expected one size and number of channels: resize in the transform"
+        )
     return torch.stack(images), check_labels([item["label"] for item in items])
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #623fc804
@@ -326,8 +352,9 @@ class Best:
         held = _held(self.model)
         kept = self.weights
         if odd := [name for name in kept | held if not _alike(kept.get(name), held.get(name))]:
-            raise ValueError(f"{odd[0]} is not what it was when the score came; expected the same "
-                             "model")
+            raise ValueError(
+                f"{odd[0]} is not what it was when the score came; expected the same model"
+            )
         with torch.no_grad():
             for name, value in held.items():
                 value.copy_(self.weights[name])
@@ -350,7 +377,9 @@ def replace_head(
 ) -> nn.Module:
     "A fresh linear head for other classes, random weights and no bias yet. Raises `TypeError`, `ValueError`."
     if not isinstance(old := getattr(model, "head", None), nn.Linear):
-        raise TypeError(f"{type(model).__name__} has no linear `head`; expected a model whose last layer is called so")
+        raise TypeError(
+            f"{type(model).__name__} has no linear `head`; expected a model whose last layer is called so"
+        )
     check_whole(classes, "classes", 2)
     like = next(old.parameters())
     head = nn.Linear(old.in_features, classes).to(like.device, like.dtype)
@@ -368,18 +397,24 @@ def layers(
     model: nn.Module,  # its children stand in the order of their work, the head last
 ) -> dict[str, list[nn.Parameter]]:  # from the input to the head; each parameter once
     "The parameters of a model, layer by layer: children, and the members of sequences and lists of modules."
-    parts = {"": list(model.parameters(recurse=False))}  # positions, class tokens: they enter with the input
+    parts = {
+        "": list(model.parameters(recurse=False))
+    }  # positions, class tokens: they enter with the input
     for name, child in model.named_children():
         row = isinstance(child, (nn.Sequential, nn.ModuleList))
         for key, member in child.named_children() if row else ():
             parts[f"{name}.{key}"] = list(member.parameters())
         parts[name] = list(child.parameters())  # all of it, or what a sequence has of its own
     seen = set()
-    parts = {name: [p for p in own if not (p in seen or seen.add(p))] for name, own in parts.items()}
+    parts = {
+        name: [p for p in own if not (p in seen or seen.add(p))] for name, own in parts.items()
+    }
     own = parts.pop("")
     parts = {name: found for name, found in parts.items() if found}
     if len(parts) < 2:
-        raise ValueError(f"{type(model).__name__} has {len(parts)} layers with parameters; expected a body and a head")
+        raise ValueError(
+            f"{type(model).__name__} has {len(parts)} layers with parameters; expected a body and a head"
+        )
     parts[next(iter(parts))] += own
     return parts
 
@@ -397,7 +432,9 @@ def layer_groups(
     head_lr = lr / decay if head_lr is None else check_number(head_lr, "head_lr", above=0)
     (name, head), *body = reversed(layers(model).items())
     groups = [dict(name=name, params=head, lr=head_lr)]
-    return groups + [dict(name=name, params=own, lr=lr * decay**depth) for depth, (name, own) in enumerate(body)]
+    return groups + [
+        dict(name=name, params=own, lr=lr * decay**depth) for depth, (name, own) in enumerate(body)
+    ]
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #38bdff6f
 @checked
@@ -507,15 +544,26 @@ def finetune(
         if gradual:
             thaw(model, 1)
         loss, schedule = partial(_classify, smoothing), warmup_cosine(steps, steps // 10)
-        return resumable(model, stream, loss, opt, steps=steps, precision="auto", clip=1.0,
-                         schedule=schedule, title=title, each=after).losses
+        return resumable(
+            model,
+            stream,
+            loss,
+            opt,
+            steps=steps,
+            precision="auto",
+            clip=1.0,
+            schedule=schedule,
+            title=title,
+            each=after,
+        ).losses
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #88a2edca
 def _check_run(model, images, labels, lr, head_lr, gradual) -> Tensor:
     "The labels as int64, if model, pictures, labels and rates go together"
     if not isinstance(getattr(model, "head", None), nn.Module):
-        raise TypeError(f"{type(model).__name__} has no `head`; expected a model whose last layer "
-                        "is called so")
+        raise TypeError(
+            f"{type(model).__name__} has no `head`; expected a model whose last layer is called so"
+        )
     check_images(images, "images", kind="bytes")
     labels = check_classes(labels, model)
     check_rows(images=images, labels=labels)
@@ -523,8 +571,9 @@ def _check_run(model, images, labels, lr, head_lr, gradual) -> Tensor:
     if head_lr is not None:
         check_number(head_lr, "head_lr", above=0)
     elif not lr:
-        raise ValueError("lr is 0 and head_lr is None; beside a frozen body the head needs a rate "
-                         "of its own")
+        raise ValueError(
+            "lr is 0 and head_lr is None; beside a frozen body the head needs a rate of its own"
+        )
     if gradual and not lr:
         raise ValueError("lr is 0, which freezes the body; gradual unfreezing needs a rate above 0")
     return labels
@@ -563,7 +612,10 @@ ARMS = {  # from a rate to options of `finetune`
     "gradual": lambda rate: dict(lr=rate, gradual=True),
     "head fitted first": lambda rate: dict(lr=rate, head_lr=rate),
 }
-RATES = {"from scratch": (3e-4, 1e-3, 3e-3), "head only": (1e-2, 3e-2, 1e-1)}  # to pick from; all others: 3e-4 to 1e-2
+RATES = {
+    "from scratch": (3e-4, 1e-3, 3e-3),
+    "head only": (1e-2, 3e-2, 1e-1),
+}  # to pick from; all others: 3e-4 to 1e-2
 
 
 @checked
@@ -587,7 +639,16 @@ def run_arm(
     if arm == "head fitted first":
         fit_head(model, data.floats(images), labels)
     augment = Augment(area=(0.6, 1.0), contrast=0.2, brightness=0.2, mean=data.mean, std=data.std)
-    finetune(model, images, labels, augment, steps=steps, batch_size=batch_size, seed=seed, **ARMS[arm](rate))
+    finetune(
+        model,
+        images,
+        labels,
+        augment,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        **ARMS[arm](rate),
+    )
     return model
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #faa365bb
@@ -596,7 +657,9 @@ def compare_arms(
     data: ImageSet,
     arms: Iterable[str] = tuple(ARMS),
     labels: int = 500,
-    seeds: Sequence[int] = range(5),  # each draws its labelled pictures, and the same ones for every arm
+    seeds: Sequence[int] = range(
+        5
+    ),  # each draws its labelled pictures, and the same ones for every arm
     rates: dict[str, Sequence[float]] = RATES,
     **options,  # of `run_arm`: steps, batch_size
 ) -> dict:  # rates: arm -> the one picked; scores: arm -> test accuracies
@@ -606,14 +669,21 @@ def compare_arms(
     x, y = data.train_images, data.train_labels
 
     def score(arm, rate, seed, images, answers):
-        model = run_arm(arm, data, pool[few_labels(y[pool], labels, seed)], rate, seed=seed, **options)
+        model = run_arm(
+            arm, data, pool[few_labels(y[pool], labels, seed)], rate, seed=seed, **options
+        )
         return accuracy(predict(model, images, transform=data.floats), answers)
 
     picked, scores = {}, {}
     for arm in arms:
-        on_dev = lambda rate: sum(score(arm, rate, seed, x[dev[:2000]], y[dev[:2000]]) for seed in (100, 101))
+        on_dev = lambda rate: sum(
+            score(arm, rate, seed, x[dev[:2000]], y[dev[:2000]]) for seed in (100, 101)
+        )
         picked[arm] = max(rates.get(arm, (3e-4, 1e-3, 3e-3, 1e-2)), key=on_dev)
-        scores[arm] = [round(score(arm, picked[arm], seed, data.test_images, data.test_labels), 4) for seed in seeds]
+        scores[arm] = [
+            round(score(arm, picked[arm], seed, data.test_images, data.test_labels), 4)
+            for seed in seeds
+        ]
     return dict(labels=labels, rates=picked, scores=scores)
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #b7d6c579
@@ -628,12 +698,25 @@ def tune_all(
 ) -> tuple[nn.Module, Tensor, float]:  # the model, its losses, seconds of training
     "All labels: the shipped encoder with a head fitted on 5,000 pictures, or a fresh net, then everything at one rate."
     torch.manual_seed(seed)
-    began, mirror = time.perf_counter(), Augment((1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std)
+    began, mirror = (
+        time.perf_counter(),
+        Augment((1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std),
+    )
     model = load_weights("resnet_simclr") if pretrained else ResNet()
     if pretrained:
         fit_head(model, data.floats(data.train_images[:5000]), data.train_labels[:5000])
-    losses = finetune(model, data.train_images, data.train_labels, mirror, steps=steps, lr=lr, head_lr=lr, batch_size=256,
-                      seed=seed, title=title)
+    losses = finetune(
+        model,
+        data.train_images,
+        data.train_labels,
+        mirror,
+        steps=steps,
+        lr=lr,
+        head_lr=lr,
+        batch_size=256,
+        seed=seed,
+        title=title,
+    )
     return model, losses, time.perf_counter() - began
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #37e70453
@@ -642,24 +725,46 @@ def make_weights(
     name: str = "resnet_fashion",
     folder: Path | str = WEIGHTS,  # where to write
     seeds: Sequence[int] = range(3),
-    rates: Sequence[float] = (1e-3, 3e-3),  # that each arm may pick from, after a third of the steps, on dev pictures
+    rates: Sequence[float] = (
+        1e-3,
+        3e-3,
+    ),  # that each arm may pick from, after a third of the steps, on dev pictures
     steps: int = 352,
     **options,  # of `compare_arms`
 ) -> Path:
     "Fine-tune the shipped encoder on all labels of Fashion-MNIST, and write weights and a card with every comparison."
     data, scores, picked, seconds = load_images(), {}, {}, {}
-    test = lambda model: round(accuracy(predict(model, data.test_images, transform=data.floats), data.test_labels), 4)
+    test = lambda model: round(
+        accuracy(predict(model, data.test_images, transform=data.floats), data.test_labels), 4
+    )
     for arm, pretrained in (("from scratch", False), ("pretrained", True)):
         picked[arm] = max(rates, key=lambda lr: _on_dev(data, pretrained, steps // 3, lr))
-        runs = [tune_all(data, pretrained, steps, picked[arm], seed, f"{arm}, seed {seed}") for seed in seeds]
-        scores[arm], seconds[arm] = [test(model) for model, *_ in runs], [round(took, 1) for *_, took in runs]
+        runs = [
+            tune_all(data, pretrained, steps, picked[arm], seed, f"{arm}, seed {seed}")
+            for seed in seeds
+        ]
+        scores[arm], seconds[arm] = (
+            [test(model) for model, *_ in runs],
+            [round(took, 1) for *_, took in runs],
+        )
     model, losses, _ = runs[0]  # the first seed's, not the best on the test set
     every = dict(steps=steps, batch_size=256, rates=picked, scores=scores, seconds=seconds)
-    photos = {arm: [round(tune_photos(data, arm, seed=seed), 4) for seed in range(5)] for arm in PHOTO_ARMS}
-    card = dict(data=f"{data.name}, {len(data.train_images):,} training images with labels", method="fine-tuned from resnet_simclr",
-                classes=data.classes, steps=steps, batch_size=256, seconds=seconds["pretrained"][0], loss_first=float(losses[0]),
-                loss_last=float(losses[-50:].mean()), metrics=dict(all_labels=every, few_labels=compare_arms(data, **options), photos=photos),
-                normalisation=dict(mean=data.mean, std=data.std))
+    photos = {
+        arm: [round(tune_photos(data, arm, seed=seed), 4) for seed in range(5)]
+        for arm in PHOTO_ARMS
+    }
+    card = dict(
+        data=f"{data.name}, {len(data.train_images):,} training images with labels",
+        method="fine-tuned from resnet_simclr",
+        classes=data.classes,
+        steps=steps,
+        batch_size=256,
+        seconds=seconds["pretrained"][0],
+        loss_first=float(losses[0]),
+        loss_last=float(losses[-50:].mean()),
+        metrics=dict(all_labels=every, few_labels=compare_arms(data, **options), photos=photos),
+        normalisation=dict(mean=data.mean, std=data.std),
+    )
     return save_weights(model, name, card, folder)
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #f31d4e59
@@ -668,12 +773,17 @@ def _on_dev(data, pretrained, steps, lr) -> float:
     rest, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
     part = replace(data, train_images=data.train_images[rest], train_labels=data.train_labels[rest])
     model, *_ = tune_all(part, pretrained, max(steps, 1), lr, seed=100)
-    return accuracy(predict(model, data.train_images[dev], transform=data.floats), data.train_labels[dev])
+    return accuracy(
+        predict(model, data.train_images[dev], transform=data.floats), data.train_labels[dev]
+    )
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #c83904ca
 PHOTO_ARMS = {  # rate of the body (0: it stays), its factor from layer to layer, care; the head learns at 0.001
-    "head only": (0.0, 1.0, True), "as printed": (1e-3, 1.0, False), "with care, same rate": (1e-3, 1.0, True),
-    "with care, falling rates": (1e-4, 0.8, True)}
+    "head only": (0.0, 1.0, True),
+    "as printed": (1e-3, 1.0, False),
+    "with care, same rate": (1e-3, 1.0, True),
+    "with care, falling rates": (1e-4, 0.8, True),
+}
 
 
 @checked
@@ -722,8 +832,10 @@ def load_vgg(
     url = models.get_model_weights(name).DEFAULT.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not file.is_file():
-        raise FileNotFoundError(f"VGG's ImageNet weights, {file.name}, are not on this machine; "
-                                f"run torchvision.models.{name}(weights='DEFAULT') once, online (500 MB)")
+        raise FileNotFoundError(
+            f"VGG's ImageNet weights, {file.name}, are not on this machine; "
+            f"run torchvision.models.{name}(weights='DEFAULT') once, online (500 MB)"
+        )
     model = models.get_model(name, weights=None, init_weights=False)
     model.load_state_dict(_checked_weights(file))
     model.classifier[-1] = nn.Linear(model.classifier[-1].in_features, classes)
@@ -739,12 +851,16 @@ def _checked_weights(file: Path) -> dict[str, Tensor]:
             digest.update(chunk)
         digest = digest.hexdigest()
         if want is None or not digest.startswith(want[1]):
-            raise BadWeights(f"{file.name} is not the file that its name speaks of (its hash "
-                             f"begins with {digest[:8]}); delete it and let torchvision fetch it "
-                             "anew")
+            raise BadWeights(
+                f"{file.name} is not the file that its name speaks of (its hash "
+                f"begins with {digest[:8]}); delete it and let torchvision fetch it "
+                "anew"
+            )
         f.seek(0)
         try:
             return torch.load(f, map_location="cpu", weights_only=True)  # tensors only, no code
         except Exception as error:  # whatever a pickle of something else leads to
-            raise BadWeights(f"{file.name} holds more than tensors ({type(error).__name__}); delete "
-                             "it and let torchvision fetch it anew") from None
+            raise BadWeights(
+                f"{file.name} holds more than tensors ({type(error).__name__}); delete "
+                "it and let torchvision fetch it anew"
+            ) from None

@@ -92,8 +92,10 @@ def _kind(base):
 
 def _check_merged(layer, merged):
     if layer.merged != merged:
-        raise ValueError(f"this layer is {'merged already' if layer.merged else 'not merged'}; "
-                         f"call {'unmerge' if layer.merged else 'merge'} first")
+        raise ValueError(
+            f"this layer is {'merged already' if layer.merged else 'not merged'}; "
+            f"call {'unmerge' if layer.merged else 'merge'} first"
+        )
 
 
 def _plus(W, layer, sign=1):
@@ -107,17 +109,21 @@ def _whole(layer):
     _check_merged(layer, False)
     base = layer.base
     if "weight" not in base._parameters or type(base).forward is not nn.Linear.forward:
-        raise ValueError("this layer computes its weight at each call (weight_norm, a "
-                         "parametrization, pruning, a forward of its own), so nothing can be "
-                         "merged into it; take that off first, with "
-                         "parametrize.remove_parametrizations or prune.remove")
+        raise ValueError(
+            "this layer computes its weight at each call (weight_norm, a "
+            "parametrization, pruning, a forward of its own), so nothing can be "
+            "merged into it; take that off first, with "
+            "parametrize.remove_parametrizations or prune.remove"
+        )
     whole = _plus(base.weight, layer)
     if not whole.isfinite().all():
         parts = dict(W=base.weight, A=layer.A, B=layer.B)
         bad = [name for name, p in parts.items() if not p.isfinite().all()]
         reason = " and ".join(bad) or f"a sum that {whole.dtype} cannot hold"
-        raise ValueError(f"merging would write NaN or infinite weights: they come from {reason}; "
-                         "nothing is merged")
+        raise ValueError(
+            f"merging would write NaN or infinite weights: they come from {reason}; "
+            "nothing is merged"
+        )
     return whole
 
 
@@ -153,8 +159,10 @@ def _load(self, state, prefix, *rest):
     if there != self.merged and (f"{prefix}A" in state or f"{prefix}base.weight" in state):
         words = ("merged", "not", "unmerge") if self.merged else ("not merged", "merged", "merge")
         is_, to_load, do = words
-        raise ValueError(f"{prefix.rstrip('.') or 'this LoRA'} is {is_}, the state to load is "
-                         f"{to_load}; {do} the model first")
+        raise ValueError(
+            f"{prefix.rstrip('.') or 'this LoRA'} is {is_}, the state to load is "
+            f"{to_load}; {do} the model first"
+        )
     nn.Module._load_from_state_dict(self, state, prefix, *rest)
 
 
@@ -168,11 +176,13 @@ def find_layers(
 ) -> list[str]:  # full names; a layer that stands under two names has both
     "Names of the layers that `targets` mean. Raises `ValueError` for one that no layer has, and for a model changed before."
     if isinstance(targets, str) or not len(targets):
-        raise ValueError(f"targets is {got(targets)}; expected a list of ends of names, as "
-                         "['attention.query']")
+        raise ValueError(
+            f"targets is {got(targets)}; expected a list of ends of names, as ['attention.query']"
+        )
     if done := [name for name, m in model.named_modules() if _wraps(m)]:
-        raise ValueError(f"the model has been changed at {done[0] or 'its top'} already; start "
-                         "from a copy")
+        raise ValueError(
+            f"the model has been changed at {done[0] or 'its top'} already; start from a copy"
+        )
     every = [name for name, _ in model.named_modules(remove_duplicate=False)]
     names, found = [name for name in every if name and ".parametrizations" not in name], []
     for target in targets:
@@ -196,8 +206,9 @@ def _replace(model, targets, kind: type, make: Callable, readers: tuple = ()) ->
     old = {name: model.get_submodule(name) for name in find_layers(model, targets)}
     for name, layer in old.items():
         if not isinstance(layer, kind):
-            raise TypeError(f"{name} is {got(layer)}; expected a layer of {got(kind)}, so name "
-                            "other targets")
+            raise TypeError(
+                f"{name} is {got(layer)}; expected a layer of {got(kind)}, so name other targets"
+            )
         _check_called(model, name, readers)
     learns, luck = [(p, p.requires_grad) for p in model.parameters()], torch.get_rng_state()
     try:
@@ -223,9 +234,11 @@ def _check_called(model, name, readers):
         above = model.get_submodule(".".join(parts[:i]))
         near = i == len(parts) - 1 and isinstance(above, readers)
         if near or isinstance(above, nn.MultiheadAttention):
-            raise ValueError(f"{name} is inside {got(above)}, which reads its weight without "
-                             "calling it, so that what is put beside it would be left out; name "
-                             "other targets")
+            raise ValueError(
+                f"{name} is inside {got(above)}, which reads its weight without "
+                "calling it, so that what is put beside it would be left out; name "
+                "other targets"
+            )
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #de6a551e
 LINEAR = ("attention.query", "attention.key", "attention.value", "attention.out", "mlp.0", "mlp.3")
@@ -331,7 +344,8 @@ class Prefix(nn.Module):
 def add_prefix(
     model: nn.Module,  # a `BERT` or `GPT`, changed in place and frozen, but for the prefixes
     length: int = 8,  # learnt keys and values in each block
-    words: Tensor | None = None,  # ids of `length` real tokens to begin with, (p,); None: small random numbers
+    words: Tensor
+    | None = None,  # ids of `length` real tokens to begin with, (p,); None: small random numbers
 ) -> nn.Module:
     "A prefix for each attention. Raises `ValueError` for a negative length, or words that are not as many."
     check_whole(length, "length", 0)
@@ -348,8 +362,10 @@ def add_prefix(
 def _held(model, words):
     "The keys and values (p, d) that each attention computes when the model reads real words"
     held, hooks = {}, []
+
     def listen(layer, inputs):
         held[layer] = [rearrange(t, "1 h p e -> p (h e)") for t in layer.project(inputs[0])[1:]]
+
     try:
         for layer in model.modules():
             if isinstance(layer, Attention):
@@ -374,7 +390,9 @@ def train_biases(model: nn.Module) -> nn.Module:
     own = lambda name: re.sub(r"(.*\.)?parametrizations\.(\w+)\..*|.*\.", r"\2", name)  # last
     biases = [p for name, p in model.named_parameters() if "bias" in own(name)]
     if not biases:
-        raise ValueError(f"this {type(model).__name__} has no parameter called bias; BitFit cannot train it")
+        raise ValueError(
+            f"this {type(model).__name__} has no parameter called bias; BitFit cannot train it"
+        )
     freeze(model)
     for p in biases:
         p.requires_grad_(True)
@@ -389,7 +407,9 @@ class Delta(nn.Module):
     for others."""
 
     @checked
-    def __init__(self, model: nn.Module, **config):  # what the next reader needs to rebuild the model
+    def __init__(
+        self, model: nn.Module, **config
+    ):  # what the next reader needs to rebuild the model
         super().__init__()
         self.model, self.config = model, config
 
@@ -401,8 +421,9 @@ class Delta(nn.Module):
     def load_state_dict(self, state, strict: bool = True):
         if strict and (odd := sorted(state.keys() ^ self.state_dict().keys())):
             place = "not in this model" if odd[0] in state else "not in the state"
-            raise ValueError(f"{odd[0]} is {place}; expected what a model changed and frozen in "
-                             "this way learns")
+            raise ValueError(
+                f"{odd[0]} is {place}; expected what a model changed and frozen in this way learns"
+            )
         return self.model.load_state_dict(state, strict=False)
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #7fe4e45e
@@ -441,6 +462,7 @@ class MeanClassifier(nn.Module):
 
 class NounTask(NamedTuple):
     "Definitions of nouns and their 25 fields."
+
     texts: tuple[str, ...]
     tokens: Tensor  # (n, 24), 0 = padding
     labels: Tensor  # (n,)
@@ -449,7 +471,9 @@ class NounTask(NamedTuple):
     valid: Tensor  # of other training texts, to pick settings on
     test: Tensor  # of held-out texts; both in the order of their length
 
-    def draw(self, seed: int, count: int = 500) -> Tensor:  # (count,) indices, as many of each class
+    def draw(
+        self, seed: int, count: int = 500
+    ) -> Tensor:  # (count,) indices, as many of each class
         return self.pool[few_labels(self.labels[self.pool], count, seed)]
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #1a490ca2
@@ -464,23 +488,39 @@ def noun_task(
     check_sizes(pool=pool, valid=valid, test=test)
     train_side, held = split_texts(glosses("noun"), 0.1)
     if pool + valid > len(train_side) or test > len(held):
-        raise ValueError(f"asked for {pool} + {valid} and {test} texts; there are {len(train_side):,} and {len(held):,}")
-    pick = lambda data, count: data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
+        raise ValueError(
+            f"asked for {pool} + {valid} and {test} texts; there are {len(train_side):,} and {len(held):,}"
+        )
+    pick = lambda data, count: data.take(
+        torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
+    )
     train_side, held = pick(train_side, pool + valid), pick(held, test)
     texts = train_side.texts + held.texts
-    rows = [row.ids[:23] + row.ids[-1:] if len(row.ids) > 24 else row.ids for row in _unpadded(tokenizer, texts)]
+    rows = [
+        row.ids[:23] + row.ids[-1:] if len(row.ids) > 24 else row.ids
+        for row in _unpadded(tokenizer, texts)
+    ]
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = (tokens != 0).sum(1)
     parts = torch.arange(len(texts)).split([pool, valid, test])
     sort = lambda part: part[lengths[part].argsort(stable=True)]
-    return NounTask(texts, tokens, torch.cat([train_side.labels, held.labels]), held.classes, parts[0], sort(parts[1]), sort(parts[2]))
+    return NounTask(
+        texts,
+        tokens,
+        torch.cat([train_side.labels, held.labels]),
+        held.classes,
+        parts[0],
+        sort(parts[1]),
+        sort(parts[2]),
+    )
 
 
 def _unpadded(tokenizer, texts):
     "Encodings without padding; the tokenizer that was handed in stays as it is"
     if not callable(getattr(tokenizer, "to_str", None)):
-        raise TypeError(f"tokenizer is {got(tokenizer)}; expected a tokenizers.Tokenizer, as of "
-                        "`load_minilm`")
+        raise TypeError(
+            f"tokenizer is {got(tokenizer)}; expected a tokenizers.Tokenizer, as of `load_minilm`"
+        )
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())
     tokenizer.no_padding()
     return tokenizer.encode_batch(list(texts))
@@ -512,8 +552,16 @@ def adapt(
         tokens = check_tokens(tokens, shape="(m, n)")
     check_rows(tokens=tokens, labels=labels)
     opt, batches = _adamw(model, lr, head_lr), _alike(tokens, labels, batch_size, seed)
-    for _ in train(model, batches, classify, opt, steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0,
-                   precision=precision):
+    for _ in train(
+        model,
+        batches,
+        classify,
+        opt,
+        steps=steps,
+        schedule=warmup_cosine(steps, steps // 10),
+        clip=1.0,
+        precision=precision,
+    ):
         pass
     return opt
 
@@ -541,14 +589,22 @@ METHODS = {  # what each does to a model before it is trained; words are ids of 
     "prefix": lambda model, words: add_prefix(model.encoder, 8),
     "adapters": lambda model, words: add_adapters(model.encoder, 16),
     "LoRA": lambda model, words: add_lora(model.encoder, 8),
-    "full": lambda model, words: unfreeze(model.encoder)}
+    "full": lambda model, words: unfreeze(model.encoder),
+}
 VARIANTS = {
     "prefix of real words": lambda model, words: add_prefix(model.encoder, len(words), words),
-    "LoRA, both random": lambda model, words: _both_random(add_lora(model.encoder, 8))}
-RATES = {"TF-IDF": (1.0, 10.0, 100.0, 1000.0),  # its C; learning rates from here on, of all but the head
-         "head only": (3e-3, 1e-2, 3e-2, 1e-1), "BitFit": (3e-4, 1e-3, 3e-3, 1e-2), "prefix": (3e-3, 1e-2, 3e-2, 1e-1),
-         "adapters": (3e-4, 1e-3, 3e-3, 1e-2), "LoRA": (3e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 3e-4),
-         "LoRA, both random": (1e-4, 3e-4, 1e-3)}
+    "LoRA, both random": lambda model, words: _both_random(add_lora(model.encoder, 8)),
+}
+RATES = {
+    "TF-IDF": (1.0, 10.0, 100.0, 1000.0),  # its C; learning rates from here on, of all but the head
+    "head only": (3e-3, 1e-2, 3e-2, 1e-1),
+    "BitFit": (3e-4, 1e-3, 3e-3, 1e-2),
+    "prefix": (3e-3, 1e-2, 3e-2, 1e-1),
+    "adapters": (3e-4, 1e-3, 3e-3, 1e-2),
+    "LoRA": (3e-4, 1e-3, 3e-3),
+    "full": (3e-5, 1e-4, 3e-4),
+    "LoRA, both random": (1e-4, 3e-4, 1e-3),
+}
 BEYOND = {"prefix": (0.3, 1.0)}  # looked at, not picked from
 
 
@@ -606,9 +662,16 @@ def _count_words(task, i, where, C):
     "TF-IDF and logistic regression; how rare a word is, is counted on all texts that labels are drawn from"
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    counts = TfidfVectorizer(sublinear_tf=True).fit([task.texts[j] for j in task.pool]).transform(task.texts)
+
+    counts = (
+        TfidfVectorizer(sublinear_tf=True)
+        .fit([task.texts[j] for j in task.pool])
+        .transform(task.texts)
+    )
     i, where, y = i.numpy(), where.numpy(), task.labels.numpy()
-    return LogisticRegression(C=C, max_iter=1000).fit(counts[i], y[i]).score(counts[where], y[where])
+    return (
+        LogisticRegression(C=C, max_iter=1000).fit(counts[i], y[i]).score(counts[where], y[where])
+    )
 
 # %% ../../nbs/08_finetuning/04_peft.ipynb #1d561194
 @checked
@@ -617,20 +680,28 @@ def step_costs(
     task: NounTask,
     methods: Sequence[str] = tuple(METHODS),
     rounds: int = 5,
-) -> dict[str, dict]:  # method -> parameters, share of the whole model, optimizer_bytes, step (1 = full)
+) -> dict[
+    str, dict
+]:  # method -> parameters, share of the whole model, optimizer_bytes, step (1 = full)
     "What one training step of each method costs: counted, and timed in turns on one batch of 20 texts."
     methods = [check_choice(method, "methods", METHODS | VARIANTS) for method in methods]
     check_sizes(rounds=rounds)
     i, ways, found = task.draw(0)[:20], {}, {}
     for method in dict.fromkeys(["full", *methods]):
         model = prepared(encoder, method, task)
-        inputs, k, n = (task.tokens[i], task.labels[i]), count_parameters(model, trainable=True), count_parameters(model)
+        inputs, k, n = (
+            (task.tokens[i], task.labels[i]),
+            count_parameters(model, trainable=True),
+            count_parameters(model),
+        )
         opt = _adamw(model, 1e-3, 1e-2)
         next(train(model, [inputs], classify, opt, steps=1, precision="auto"))
         found[method] = dict(parameters=k, share=k / n, optimizer_bytes=optimizer_bytes(opt))
         if method == "head only":  # its texts are read once, before training
             inputs, model = (encode_all(model, inputs[0]), inputs[1]), model.head
-        ways[method] = lambda model=model, inputs=inputs, opt=opt: next(train(model, [inputs], classify, opt, steps=1, precision="auto"))
+        ways[method] = lambda model=model, inputs=inputs, opt=opt: next(
+            train(model, [inputs], classify, opt, steps=1, precision="auto")
+        )
     speed = throughput(ways, 20, rounds=rounds, warmup=1)
     return {method: found[method] | dict(step=1 / speed.ratio(method)) for method in methods}
 
@@ -650,12 +721,17 @@ def make_adapter(
 
     (encoder, tokenizer), kept = load_minilm(), cache_folder() / "runs" / f"{name}.json"
     if 999 in seeds or not len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}; expected some without 999, the draw that rates "
-                         "are picked on")
+        raise ValueError(
+            f"seeds are {list(seeds)}; expected some without 999, the draw that rates are picked on"
+        )
     task = noun_task(tokenizer)
     recipe = fingerprint(task, encoder, list(METHODS), list(VARIANTS), RATES, BEYOND)
     scores = _kept_scores(kept, recipe)
-    bar = tqdm(total=sum(map(len, [*RATES.values(), *BEYOND.values()])) + len(seeds) * len(RATES | VARIANTS), desc=name)
+    bar = tqdm(
+        total=sum(map(len, [*RATES.values(), *BEYOND.values()]))
+        + len(seeds) * len(RATES | VARIANTS),
+        desc=name,
+    )
 
     def run(method, rate, seed, where):
         key = f"{method} {rate:g} {seed}"
@@ -666,8 +742,12 @@ def make_adapter(
         bar.update()
         return scores[key]
 
-    tuning = {m: {f"{r:g}": run(m, r, 999, task.valid) for r in rates} for m, rates in RATES.items()}
-    beyond = {m: {f"{r:g}": run(m, r, 999, task.valid) for r in rates} for m, rates in BEYOND.items()}
+    tuning = {
+        m: {f"{r:g}": run(m, r, 999, task.valid) for r in rates} for m, rates in RATES.items()
+    }
+    beyond = {
+        m: {f"{r:g}": run(m, r, 999, task.valid) for r in rates} for m, rates in BEYOND.items()
+    }
     best = {m: float(max(row, key=row.get)) for m, row in tuning.items()}
     best["prefix of real words"] = best["prefix"]
     accuracies = {m: [run(m, best[m], seed, task.test) for seed in seeds] for m in best}
@@ -675,9 +755,23 @@ def make_adapter(
     i, began = task.draw(seeds[0]), time.perf_counter()
     adapt(model, task.tokens[i], task.labels[i], lr=best["LoRA"], seed=seeds[0])
     seconds = round(time.perf_counter() - began, 1)
-    card = dict(data="500 WordNet noun glosses, 25 fields", method="LoRA and head on all-MiniLM-L6-v2", steps=100, batch_size=20,
-                seconds=seconds, classes=task.classes, labels_per_draw=500, test_texts=len(task.test), seeds=list(seeds), rates=best, tuning=tuning, beyond=beyond,
-                metrics=dict(accuracy=accuracies, shipped=accuracies["LoRA"][0], costs=step_costs(encoder, task)))
+    card = dict(
+        data="500 WordNet noun glosses, 25 fields",
+        method="LoRA and head on all-MiniLM-L6-v2",
+        steps=100,
+        batch_size=20,
+        seconds=seconds,
+        classes=task.classes,
+        labels_per_draw=500,
+        test_texts=len(task.test),
+        seeds=list(seeds),
+        rates=best,
+        tuning=tuning,
+        beyond=beyond,
+        metrics=dict(
+            accuracy=accuracies, shipped=accuracies["LoRA"][0], costs=step_costs(encoder, task)
+        ),
+    )
     path = save_weights(Delta(model, base="minilm", method="LoRA"), name, card, folder)
     kept.unlink(missing_ok=True)
     return path

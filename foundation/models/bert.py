@@ -37,14 +37,23 @@ class BERT(nn.Module):
         super().__init__()
         check_sizes(depth=depth)
         check_shares(dropout=dropout)
-        self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth,
-                           heads=heads, mlp_ratio=mlp_ratio, segments=segments, dropout=dropout,
-                           eps=eps)
+        self.config = dict(
+            vocab_size=vocab_size,
+            context=context,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+            segments=segments,
+            dropout=dropout,
+            eps=eps,
+        )
         self.dim = dim
         self.embedding = TokenEmbedding(vocab_size, dim, context, segments)
         self.norm, self.drop = nn.LayerNorm(dim, eps), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(dim, heads, mlp_ratio, dropout, norm_first=False, eps=eps) for _ in range(depth))
+            Block(dim, heads, mlp_ratio, dropout, norm_first=False, eps=eps) for _ in range(depth)
+        )
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim, eps))
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 

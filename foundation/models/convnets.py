@@ -148,8 +148,15 @@ class InvertedBlock(nn.Module):
         return self.body(x) + x if self.shortcut else self.body(x)
 
 # %% ../../nbs/04_models/01_convnets.ipynb #5c4e1785
-_LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
-          (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # blocks, kernel, stride, ratio, width
+_LITE0 = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)  # blocks, kernel, stride, ratio, width
 
 
 class EfficientNetLite(Backbone):

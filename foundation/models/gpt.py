@@ -40,8 +40,16 @@ class GPT(nn.Module):
         super().__init__()
         check_sizes(depth=depth)
         check_shares(dropout=dropout)
-        self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth,
-                           heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, eps=eps)
+        self.config = dict(
+            vocab_size=vocab_size,
+            context=context,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            eps=eps,
+        )
         self.dim = dim
         self.embedding = TokenEmbedding(vocab_size, dim, context)
         self.drop = nn.Dropout(dropout)

@@ -23,7 +23,15 @@ from torch.nn import functional as F
 
 import foundation
 from ..core.basics import atomic_write, evaluating
-from ..core.checks import check_choice, check_images, check_model, check_whole, checked, got, precise
+from foundation.core.checks import (
+    check_choice,
+    check_images,
+    check_model,
+    check_whole,
+    checked,
+    got,
+    precise,
+)
 from ..core.sources import SOURCES, fetch
 from .bert import BERT
 from .convnets import VGG, ConvNet, EfficientNetLite, ResNet
@@ -48,9 +56,16 @@ def save_weights(
 ) -> Path:
     "Write weights and card; each file appears whole or not at all. Raises `BadWeights` for weights that `dtype` cannot hold."
     check_choice(dtype, "dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
-    card = {"architecture": type(model).__name__, "config": _config(model), **card, "code_version": foundation.__version__}
+    card = {
+        "architecture": type(model).__name__,
+        "config": _config(model),
+        **card,
+        "code_version": foundation.__version__,
+    }
     _json(card, "card")
-    state = {k: _stored(v.detach().cpu(), dtype, f"{name}: {k}") for k, v in model.state_dict().items()}
+    state = {
+        k: _stored(v.detach().cpu(), dtype, f"{name}: {k}") for k, v in model.state_dict().items()
+    }
     path = Path(folder) / f"{name}.safetensors"
     with atomic_write(path) as file:
         file.write(save(state))
@@ -66,8 +81,14 @@ def write_card(
     "Write the card of a file. Raises `BadWeights` without the file, `TypeError` for what JSON cannot hold."
     path = Path(path)
     if not os.path.isfile(path):
-        raise BadWeights(f"there is no file {str(path)!r}; expected the weights first, then their card")
-    card = {**card, "hardware": card.get("hardware") or hardware(), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        raise BadWeights(
+            f"there is no file {str(path)!r}; expected the weights first, then their card"
+        )
+    card = {
+        **card,
+        "hardware": card.get("hardware") or hardware(),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
     card = json.loads(_json(card, "card"))
     card["card_sha256"] = _card_hash(card)
     with atomic_write(path.with_suffix(".json"), "w") as file:
@@ -83,7 +104,9 @@ def hardware() -> str:
 # %% ../../nbs/04_models/05_pretrained.ipynb #d9ae431b
 def _config(model):
     if not isinstance(config := getattr(model, "config", None), dict):
-        raise TypeError(f"model is {got(model)} without a `config`; expected a model that keeps its arguments in one")
+        raise TypeError(
+            f"model is {got(model)} without a `config`; expected a model that keeps its arguments in one"
+        )
     return config
 
 
@@ -91,11 +114,17 @@ def _stored(value, dtype, name):
     "A copy of a tensor as the file holds it; the sentence, if its numbers would be lost"
     if not value.is_floating_point():
         return value.contiguous().clone()
-    stored = value.to(dtype).contiguous().clone()  # a copy: tied weights stand under each of their names
+    stored = (
+        value.to(dtype).contiguous().clone()
+    )  # a copy: tied weights stand under each of their names
     if not stored.isfinite().all():
-        raise BadWeights(f"{name} has values that are not finite in {dtype}; train again or store as float32")
+        raise BadWeights(
+            f"{name} has values that are not finite in {dtype}; train again or store as float32"
+        )
     if value.any() and not stored.any():
-        raise BadWeights(f"{name} has values so small that all are zero in {dtype}; store as float32")
+        raise BadWeights(
+            f"{name} has values so small that all are zero in {dtype}; store as float32"
+        )
     return stored
 
 
@@ -104,7 +133,9 @@ def _json(value, name):
     try:
         return json.dumps(value, default=lambda v: v.tolist())
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise TypeError(f"{name} holds what JSON cannot ({error}); expected numbers, texts, lists and dicts") from None
+        raise TypeError(
+            f"{name} holds what JSON cannot ({error}); expected numbers, texts, lists and dicts"
+        ) from None
 
 
 def _card_hash(card):
@@ -127,18 +158,36 @@ def read_card(
         card = json.loads(path.read_text(encoding="utf-8"))
         found = _card_hash(card)
     except FileNotFoundError:
-        have = ", ".join(sorted(p.stem for p in Path(folder).glob("*.json") if not p.stem.endswith(".tokenizer"))) or "none"
-        raise BadWeights(f"there are no weights called {name!r}; there are: {have}. `make weights` makes them") from None
+        have = (
+            ", ".join(
+                sorted(
+                    p.stem for p in Path(folder).glob("*.json") if not p.stem.endswith(".tokenizer")
+                )
+            )
+            or "none"
+        )
+        raise BadWeights(
+            f"there are no weights called {name!r}; there are: {have}. `make weights` makes them"
+        ) from None
     except OSError as error:
-        raise BadWeights(f"the card {path} cannot be read ({error.strerror or error}); {again}") from None
+        raise BadWeights(
+            f"the card {path} cannot be read ({error.strerror or error}); {again}"
+        ) from None
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise BadWeights(f"the card {path.name} is damaged; {again}") from None
     kinds = dict(architecture=str, config=dict, sha256=str)
-    if card.get("card_sha256", found) != found or not all(isinstance(card.get(k), kind) for k, kind in kinds.items()):
-        raise BadWeights(f"the card {path.name} does not say what was written (its own hash differs); {again}")
+    if card.get("card_sha256", found) != found or not all(
+        isinstance(card.get(k), kind) for k, kind in kinds.items()
+    ):
+        raise BadWeights(
+            f"the card {path.name} does not say what was written (its own hash differs); {again}"
+        )
     if "card_sha256" not in card:
-        warnings.warn(f"the card {path.name} has no hash of its own, so nobody can tell whether it is whole; "
-                      "`write_card(path, card)` writes it anew with one", stacklevel=3)
+        warnings.warn(
+            f"the card {path.name} has no hash of its own, so nobody can tell whether it is whole; "
+            "`write_card(path, card)` writes it anew with one",
+            stacklevel=3,
+        )
     return card
 
 
@@ -149,11 +198,16 @@ def read_file(
 ) -> tuple[dict, bytes]:  # the card, and what is in the file beside it
     "A shipped file, whole and the one that its card describes. Raises `BadWeights` when the hash differs."
     card, base = read_card(name, folder), Path(folder) / name
-    path = next((path for kind in (".safetensors", ".bin") if (path := Path(f"{base}{kind}")).is_file()), Path(f"{base}.safetensors"))
+    path = next(
+        (path for kind in (".safetensors", ".bin") if (path := Path(f"{base}{kind}")).is_file()),
+        Path(f"{base}.safetensors"),
+    )
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != card["sha256"]:
-        raise BadWeights(f"{path.name} ({len(data):,} bytes) is not the file that its card describes (the hash differs); "
-                         "get it again (git checkout, or reinstall the package)")
+        raise BadWeights(
+            f"{path.name} ({len(data):,} bytes) is not the file that its card describes (the hash differs); "
+            "get it again (git checkout, or reinstall the package)"
+        )
     return card, data
 
 
@@ -175,15 +229,21 @@ def _tensors(data, name):
     "The tensors in the bytes of a safetensors file"
     try:
         return load(data)
-    except Exception as error:  # SafetensorError, and KeyError for number types that PyTorch does not know
+    except (
+        Exception
+    ) as error:  # SafetensorError, and KeyError for number types that PyTorch does not know
         raise BadWeights(f"{name} cannot be read ({type(error).__name__}: {error})") from None
 
 
 def _build(card, state, name, origin):
     "The model that a card describes; first without memory, so that a card cannot ask for more than its file holds"
-    known = {kind.__name__: kind for kind in (ResNet, ConvNet, VGG, ViT, BERT, GPT, EfficientNetLite)}
+    known = {
+        kind.__name__: kind for kind in (ResNet, ConvNet, VGG, ViT, BERT, GPT, EfficientNetLite)
+    }
     if card["architecture"] not in known:
-        raise BadWeights(f"the card names {card['architecture']!r}; this library builds: {', '.join(known)}")
+        raise BadWeights(
+            f"the card names {card['architecture']!r}; this library builds: {', '.join(known)}"
+        )
     try:
         for key, value in card["config"].items():
             values = value if isinstance(value, list) else [value]
@@ -195,7 +255,14 @@ def _build(card, state, name, origin):
         return known[card["architecture"]](**card["config"])
     except BadWeights:
         raise
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError, LookupError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ArithmeticError,
+        MemoryError,
+        LookupError,
+    ) as error:
         raise BadWeights(f"the card's {card['architecture']} cannot be built: {error}") from None
 
 
@@ -204,8 +271,10 @@ def _check_shapes(model, state, name, origin, spare=()):
     for key in sorted(mine.keys() | state.keys()):
         found, want = (tuple(s[key].shape) if key in s else None for s in (state, mine))
         if found != want and not (found is None and key.startswith(spare)):
-            raise BadWeights(f"{name} does not fit this {type(model).__name__}: {key} has shape {found} in the file and {want} in "
-                             f"the model; it was made for {origin}")
+            raise BadWeights(
+                f"{name} does not fit this {type(model).__name__}: {key} has shape {found} in the file and {want} in "
+                f"the model; it was made for {origin}"
+            )
 
 
 def _fill(model, state, name, origin, spare=()):
@@ -216,7 +285,9 @@ def _fill(model, state, name, origin, spare=()):
     for key in new:  # a weight under two names holds one set of numbers
         place = mine[key].data_ptr(), mine[key].shape
         if mine[key].numel() and not torch.equal(new[first.setdefault(place, key)], new[key]):
-            raise BadWeights(f"{name}: {first[place]} and {key} are one weight in the model and differ in the file")
+            raise BadWeights(
+                f"{name}: {first[place]} and {key} are one weight in the model and differ in the file"
+            )
     model.load_state_dict(new, strict=False)
     return model.eval()
 
@@ -226,17 +297,27 @@ def _converted(value, like, name):
     kinds = [(t.is_floating_point(), t.is_complex(), t.dtype == torch.bool) for t in (value, like)]
     new = value.to(like.dtype) if kinds[0] == kinds[1] else None
     if new is None or not like.is_floating_point() and not torch.equal(new.to(value.dtype), value):
-        raise BadWeights(f"{name} is {got(value)}; expected {str(like.dtype).removeprefix('torch.')}, as in the model")
+        raise BadWeights(
+            f"{name} is {got(value)}; expected {str(like.dtype).removeprefix('torch.')}, as in the model"
+        )
     if not new.isfinite().all():
         raise BadWeights(f"{name} holds NaN or infinite values; expected finite weights")
     return new
 
 # %% ../../nbs/04_models/05_pretrained.ipynb #eaa6e636
-_NAMES = [("embeddings.word_embeddings.", "embedding.token."), ("embeddings.position_embeddings.", "embedding.position."),
-          ("embeddings.token_type_embeddings.", "embedding.segment."), ("embeddings.LayerNorm.", "norm."),
-          ("encoder.layer.", "blocks."), ("attention.self.", "attention."), ("attention.output.dense.", "attention.out."),
-          ("attention.output.LayerNorm.", "norm1."), ("intermediate.dense.", "mlp.0."), ("output.dense.", "mlp.3."),
-          ("output.LayerNorm.", "norm2.")]
+_NAMES = [
+    ("embeddings.word_embeddings.", "embedding.token."),
+    ("embeddings.position_embeddings.", "embedding.position."),
+    ("embeddings.token_type_embeddings.", "embedding.segment."),
+    ("embeddings.LayerNorm.", "norm."),
+    ("encoder.layer.", "blocks."),
+    ("attention.self.", "attention."),
+    ("attention.output.dense.", "attention.out."),
+    ("attention.output.LayerNorm.", "norm1."),
+    ("intermediate.dense.", "mlp.0."),
+    ("output.dense.", "mlp.3."),
+    ("output.LayerNorm.", "norm2."),
+]
 
 
 @checked
@@ -251,7 +332,11 @@ def rename_bert(
         for theirs, ours in _NAMES:
             key = key.replace(theirs, ours)
         renamed[key] = value
-    return {k: v for k, v in renamed.items() if not k.startswith("pooler.") and k != "embeddings.position_ids"}
+    return {
+        k: v
+        for k, v in renamed.items()
+        if not k.startswith("pooler.") and k != "embeddings.position_ids"
+    }
 
 # %% ../../nbs/04_models/05_pretrained.ipynb #f4f010d2
 def load_minilm() -> tuple:  # the BERT, and its tokenizers.Tokenizer, which pads
@@ -289,13 +374,21 @@ def embed_texts(
     In eval mode and without gradients; the vectors may be trained on. Raises `TypeError`, `ValueError`."""
     check_model(model, "model", "encode"), check_whole(batch_size, "batch_size", 1)
     if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"texts is {got(texts)} of {len(texts)}; expected a list of at least one text")
+        raise ValueError(
+            f"texts is {got(texts)} of {len(texts)}; expected a list of at least one text"
+        )
     if not hasattr(tokenizer, "encode_batch"):
-        raise TypeError(f"tokenizer is {got(tokenizer)}; expected a tokenizers.Tokenizer, as `load_minilm` gives it")
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike in length: little padding
+        raise TypeError(
+            f"tokenizer is {got(tokenizer)}; expected a tokenizers.Tokenizer, as `load_minilm` gives it"
+        )
+    order = sorted(
+        range(len(texts)), key=lambda i: len(texts[i])
+    )  # alike in length: little padding
     with evaluating(model):
-        parts = [_mean_of_tokens(model, tokenizer, [texts[i] for i in order[i : i + batch_size]])
-                 for i in range(0, len(texts), batch_size)]
+        parts = [
+            _mean_of_tokens(model, tokenizer, [texts[i] for i in order[i : i + batch_size]])
+            for i in range(0, len(texts), batch_size)
+        ]
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 # %% ../../nbs/04_models/05_pretrained.ipynb #3ba8cf65
@@ -303,9 +396,14 @@ def _mean_of_tokens(model, tokenizer, texts):
     "(n, d): one batch of `embed_texts`"
     batch = tokenizer.encode_batch(texts)
     if len({len(entry.ids) for entry in batch}) > 1:
-        raise ValueError("tokenizer gives texts of different lengths; expected one that pads: tokenizer.enable_padding()")
+        raise ValueError(
+            "tokenizer gives texts of different lengths; expected one that pads: tokenizer.enable_padding()"
+        )
     device = next(model.parameters()).device
-    ids, mask = (torch.tensor([getattr(e, kind) for e in batch], device=device) for kind in ("ids", "attention_mask"))
+    ids, mask = (
+        torch.tensor([getattr(e, kind) for e in batch], device=device)
+        for kind in ("ids", "attention_mask")
+    )
     features = precise(model.encode(ids, mask.bool())).masked_fill(mask[..., None] == 0, 0)
     return F.normalize(features.sum(1), dim=-1)
 
@@ -314,12 +412,16 @@ def load_efficientnet_lite0() -> EfficientNetLite:
     """EfficientNet-lite0 with weights trained on ImageNet's 1,000 classes, in eval mode.
 
     Raises `DataUnavailable` when the weights are neither in the cache nor to be had."""
-    state = torch.load(io.BytesIO(_fetched("efficientnet_lite0", "weights")), weights_only=True)  # tensors only, no code
+    state = torch.load(
+        io.BytesIO(_fetched("efficientnet_lite0", "weights")), weights_only=True
+    )  # tensors only, no code
     model = EfficientNetLite()
     names = model.state_dict()  # its makers name layers otherwise, but keep them in the same order
     if len(names) != len(state):
         raise BadWeights(f"efficientnet_lite0 holds {len(state)} tensors; expected {len(names)}")
-    return _fill(model, dict(zip(names, state.values())), "efficientnet_lite0", "EfficientNetLite()")
+    return _fill(
+        model, dict(zip(names, state.values())), "efficientnet_lite0", "EfficientNetLite()"
+    )
 
 
 @checked
@@ -333,7 +435,9 @@ def imagenet_inputs(
     images = check_images(images, kind="bytes")
     check_whole(size, "size", 1)
     if images.shape[1] not in (1, 3):
-        raise ValueError(f"images have {images.shape[1]} channels; expected 1 (grey) or 3 (red, green, blue)")
+        raise ValueError(
+            f"images have {images.shape[1]} channels; expected 1 (grey) or 3 (red, green, blue)"
+        )
     h, w = images.shape[2:]
     side, top, left = min(h, w), (h - min(h, w)) // 2, (w - min(h, w)) // 2
     square = images[:, :, top : top + side, left : left + side].float()

@@ -38,9 +38,18 @@ class ViT(nn.Module):
         check_sizes(classes=classes, depth=depth)
         check_shares(dropout=dropout)
         check_choice(pool, "pool", ("mean", "class"))
-        self.config = dict(image_size=image_size, patch_size=patch_size, channels=channels,
-                           classes=classes, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
-                           dropout=dropout, pool=pool)
+        self.config = dict(
+            image_size=image_size,
+            patch_size=patch_size,
+            channels=channels,
+            classes=classes,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            pool=pool,
+        )
         self.dim = dim
         self.patches = PatchEmbedding(image_size, patch_size, channels, dim)
         self.first = nn.Parameter(torch.zeros(1, dim)) if pool == "class" else None

@@ -153,7 +153,8 @@ def adamw(
     return adam(weight, grad, state, lr, betas, eps, decay=decay)
 
 # %% ../../nbs/01_objectives/04_descent.ipynb #0f48a2f7
-def _rms(x): return x.square().mean().sqrt().item()
+def _rms(x):
+    return x.square().mean().sqrt().item()
 
 
 @checked
@@ -172,8 +173,11 @@ def adafactor(
     Computes in float32 at least. Raises TypeError or ValueError for shapes, dtypes or numbers that
     do not fit, or NaN. Shazeer & Stern 2018, algorithm 4, in PyTorch's reading."""
     full, outer = weight.ndim < 2, tuple(weight.shape[:-2])
-    shapes = dict(square=weight.shape) if full else dict(
-        rows=(*outer, weight.shape[-2], 1), columns=(*outer, 1, weight.shape[-1]))
+    shapes = (
+        dict(square=weight.shape)
+        if full
+        else dict(rows=(*outer, weight.shape[-2], 1), columns=(*outer, 1, weight.shape[-1]))
+    )
     numbers = dict(lr=lr, eps=eps, forget=forget, decay=decay)
     _check_update(weight, grad, state, dict(t=(), **shapes), **numbers)
     check_number(clip, "clip", above=0, why="1 is usual")

@@ -74,9 +74,11 @@ def match_views(
 ) -> Objective:
     "Objective: NT-Xent between the two halves of a batch of views."
     check_temperature(temperature)
+
     def objective(model, views):
         a, b = model(_check_pairs(views)).chunk(2)
         return nt_xent(a, b, temperature), {}
+
     return objective
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #6b9b33ca
@@ -85,8 +87,10 @@ def _check_pairs(views) -> Tensor:
     if not isinstance(views, Tensor):
         raise TypeError(f"views is {got(views)}; expected a tensor (2b, c, h, w)")
     if len(views) < 4 or len(views) % 2:
-        raise ValueError(f"got {len(views)} views; expected two of each picture and at least 2 "
-                         "pictures: with one there is nothing to pick from")
+        raise ValueError(
+            f"got {len(views)} views; expected two of each picture and at least 2 "
+            "pictures: with one there is nothing to pick from"
+        )
     return views
 
 
@@ -94,8 +98,10 @@ def _check_float32(model, name: str) -> torch.device:
     "The device of weights in float32: in half precision small steps would be lost"
     p = next((p for p in model.parameters() if p.is_floating_point()), None)
     if p is None or p.dtype != torch.float32:
-        raise ValueError(f"weights of the {name} are {got(p)}; expected float32, "
-                         "in which small steps are not lost")
+        raise ValueError(
+            f"weights of the {name} are {got(p)}; expected float32, "
+            "in which small steps are not lost"
+        )
     return p.device
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #4745e8d4
@@ -132,10 +138,21 @@ def pretrain(
     recipe = dict(batch_size=batch_size, temperature=temperature, seed=seed)
     if checkpoint:
         recipe |= dict(data=fingerprint(images), augment=fingerprint(augment))
-    return resumable(model, stream, judge, adamw(model, lr, weight_decay), steps=steps,
-                     schedule=warmup_cosine(steps, steps // 10), precision="auto",
-                     checkpoint=checkpoint, recipe=recipe, save_every=save_every, longer=longer,
-                     title=title, each=each)
+    return resumable(
+        model,
+        stream,
+        judge,
+        adamw(model, lr, weight_decay),
+        steps=steps,
+        schedule=warmup_cosine(steps, steps // 10),
+        precision="auto",
+        checkpoint=checkpoint,
+        recipe=recipe,
+        save_every=save_every,
+        longer=longer,
+        title=title,
+        each=each,
+    )
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #7b9c0a57
 def _check_plan(encoder, steps, batch_size, lr, weight_decay, objective) -> torch.device:
@@ -181,8 +198,10 @@ def _unit(z):
     z = check_floats(z, "z", "(n, d)").detach().double()
     if len(z) < 2 or not z.isfinite().all():
         bad = int((~z.isfinite()).any(1).sum())
-        raise ValueError(f"z holds {len(z)} rows, {bad} of them with NaN or infinity; "
-                         "expected two or more, of finite numbers")
+        raise ValueError(
+            f"z holds {len(z)} rows, {bad} of them with NaN or infinity; "
+            "expected two or more, of finite numbers"
+        )
     return normalize(z, dim=1, eps=1e-150)
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #183439fc
@@ -247,8 +266,10 @@ class MomentumContrast(nn.Module):
     def check_room(self, count: int) -> None:
         "Raises `ValueError` for more keys than places."
         if count > len(self.queue):
-            raise ValueError(f"got {count} keys for a queue of {len(self.queue)}; "
-                             "expected a queue of a batch or more")
+            raise ValueError(
+                f"got {count} keys for a queue of {len(self.queue)}; "
+                "expected a queue of a batch or more"
+            )
 
     def _apply(self, fn, recurse=True):  # what .to, .half and .bfloat16 call
         super()._apply(fn, recurse)
@@ -273,8 +294,10 @@ def _pairs(slow, fast) -> list[tuple[Tensor, Tensor]]:
     shapes = lambda named: {name: tuple(p.shape) for name, p in named.items()}
     if shapes(slow) != shapes(fast):
         odd = sorted(set(shapes(slow).items()) ^ set(shapes(fast).items()))[0][0]
-        raise ValueError(f"the model has changed since it was copied, first of all at {odd}; "
-                         "expected the same parameters: make the MomentumContrast anew")
+        raise ValueError(
+            f"the model has changed since it was copied, first of all at {odd}; "
+            "expected the same parameters: make the MomentumContrast anew"
+        )
     return [(p, fast[name].detach()) for name, p in slow.items()]
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #a60ed6a5
@@ -284,6 +307,7 @@ def match_queue(
 ) -> Objective:
     "Objective: each first view picks its partner's key among those of the batch and the queue."
     check_temperature(temperature)
+
     def objective(model, views):
         a, b = _check_pairs(views).chunk(2)
         check_model(model, "model", "follow keys scores enqueue check_room").check_room(len(b))
@@ -294,6 +318,7 @@ def match_queue(
         loss = info_nce((scores.masked_fill(empty, 0) / temperature).masked_fill(empty, -math.inf))
         model.enqueue(keys)
         return loss, {}
+
     return objective
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #fa0642b5
@@ -316,16 +341,25 @@ def make_weights(
     augment, per_epoch = Augment(mean=data.mean, std=data.std), len(data.train_images) // batch_size
     for i, stage in enumerate(stages):
         recipe = {k: v for k, v in stage.items() if k != "epochs"}
-        plan = dict(steps=stage["epochs"] * per_epoch, batch_size=batch_size, seed=i,
-                    checkpoint=cache_folder() / "runs" / f"{name}-{i}.safetensors")
+        plan = dict(
+            steps=stage["epochs"] * per_epoch,
+            batch_size=batch_size,
+            seed=i,
+            checkpoint=cache_folder() / "runs" / f"{name}-{i}.safetensors",
+        )
         title = f"{name}, stage {i + 1}"
         runs.append(pretrain(model, data.train_images, augment, title=title, **plan, **recipe))
     model.encoder.head.reset_parameters()
     card = dict(
-        data=f"{data.name}, {len(data.train_images):,} training images, no labels", method="SimCLR",
-        epochs=sum(stage["epochs"] for stage in stages), steps=sum(len(run.losses) for run in runs),
-        stages=list(stages), batch_size=batch_size, seconds=round(sum(run.seconds for run in runs)),
-        loss_first=float(runs[0].losses[0]), loss_last=float(runs[-1].losses[-50:].mean()),
+        data=f"{data.name}, {len(data.train_images):,} training images, no labels",
+        method="SimCLR",
+        epochs=sum(stage["epochs"] for stage in stages),
+        steps=sum(len(run.losses) for run in runs),
+        stages=list(stages),
+        batch_size=batch_size,
+        seconds=round(sum(run.seconds for run in runs)),
+        loss_first=float(runs[0].losses[0]),
+        loss_last=float(runs[-1].losses[-50:].mean()),
         metrics=card_metrics(model.encoder, lambda: ResNet().to(device), data),
         normalisation=dict(mean=data.mean, std=data.std),
     )

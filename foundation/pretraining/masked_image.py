@@ -69,11 +69,13 @@ def _check_patches(x, name: str, shape: str = "(b, n, d)") -> Tensor:
 def _check_places(places, name: str, b: int, n: int) -> Tensor:
     "Places (b, m) from 0 to n - 1 as int64; values are read on the CPU only, where a look is free"
     if not isinstance(places, Tensor) or places.is_floating_point() or places.dtype == torch.bool:
-        raise TypeError(f"{name} is {got(places)}; expected whole numbers (b, m), "
-                        "as random_masking gives them")
+        raise TypeError(
+            f"{name} is {got(places)}; expected whole numbers (b, m), as random_masking gives them"
+        )
     if places.ndim != 2 or len(places) != b or not places.shape[1]:
-        raise ValueError(f"{name} has shape {tuple(places.shape)}; expected ({b}, m): "
-                         "a row for each image")
+        raise ValueError(
+            f"{name} has shape {tuple(places.shape)}; expected ({b}, m): a row for each image"
+        )
     places = places.long()
     if may_look(places) and (places.min() < 0 or places.max() >= n):
         low, high = int(places.min()), int(places.max())
@@ -85,8 +87,10 @@ def _check_keep(keep, b: int, n: int) -> Tensor:
     "Different places in each row"
     keep = _check_places(keep, "keep", b, n)
     if keep.shape[1] > n or may_look(keep) and not keep.sort(1).values.diff(dim=1).all():
-        raise ValueError(f"keep holds places twice, or more than {n}; "
-                         f"expected different places from 0 to {n - 1} in each row")
+        raise ValueError(
+            f"keep holds places twice, or more than {n}; "
+            f"expected different places from 0 to {n - 1} in each row"
+        )
     return keep
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #87e393e4
@@ -104,8 +108,10 @@ def naive_fill(
         return seen.mean(1, keepdim=True).expand_as(patches)
     side = math.isqrt(n)
     if side**2 != n:
-        raise ValueError(f"got {n} patches of an image; expected a square number, "
-                         "so that each has a row and a column")
+        raise ValueError(
+            f"got {n} patches of an image; expected a square number, "
+            "so that each has a row and a column"
+        )
     at = torch.stack([torch.arange(n) // side, torch.arange(n) % side], 1)  # row and column, (n, 2)
     at = at.float().to(patches.device)
     return take(seen, torch.cdist(at[None], at[keep]).argmin(2))
@@ -154,8 +160,10 @@ def _kept(n: int, ratio: float) -> int:
     "How many of n patches stay"
     kept = round(n * (1 - check_number(ratio, "ratio", 0, 1)))
     if not 0 < kept < n:
-        raise ValueError(f"ratio is {ratio} of {n} patches; expected one that hides at least one "
-                         "and leaves at least one")
+        raise ValueError(
+            f"ratio is {ratio} of {n} patches; expected one that hides at least one "
+            "and leaves at least one"
+        )
     return kept
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #3da3f471
@@ -206,8 +214,10 @@ class MaskedAutoencoder(nn.Module):
         if not isinstance(encoder, ViT):
             raise TypeError(f"encoder is {got(encoder)}; expected a ViT: tokens can be left out")
         if encoder.config["pool"] != "mean":
-            raise ValueError(f"encoder pools by {encoder.config['pool']!r}; "
-                             "expected pool='mean', without a class token")
+            raise ValueError(
+                f"encoder pools by {encoder.config['pool']!r}; "
+                "expected pool='mean', without a class token"
+            )
         pixels = encoder.config["channels"] * encoder.config["patch_size"] ** 2
         self.encoder = encoder
         self.decoder = PatchDecoder(encoder.patches.count, encoder.dim, pixels, dim, depth, heads)
@@ -240,8 +250,10 @@ def patch_targets(
 def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:  # (b, n, 1) each
     "Mean and standard deviation of each patch; an even one keeps a deviation above 0"
     if not patches.is_floating_point():
-        raise TypeError(f"images are {got(patches)}; expected standardised floats, "
-                        "as ImageSet.floats gives them")
+        raise TypeError(
+            f"images are {got(patches)}; expected standardised floats, "
+            "as ImageSet.floats gives them"
+        )
     x = precise(patches)
     variance, mean = torch.var_mean(x, -1, keepdim=True, correction=min(1, x.shape[-1] - 1))
     return mean, (variance + 1e-6).sqrt()
@@ -261,11 +273,13 @@ def masked_patches(
 ) -> Objective:
     "Objective: the error on hidden patches, other ones in each step (5.1); the batch is images."
     check_number(ratio, "ratio", 0, 1)
+
     def objective(model, images):
         p = _patch_size(model)
         target = patch_targets(images, p) if normalise else patchify(images, p)
         keep = random_masking(*target.shape[:2], ratio, images.device)
         return hidden_error(model(images, keep), target, keep), {}
+
     return objective
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #cbdf58c2
@@ -298,16 +312,28 @@ def pretrain(
     torch.manual_seed(seed)
     images = images.to(device)
     load_optimizers()
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95),
-                            weight_decay=weight_decay, fused=True)
+    opt = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+    )
     recipe = dict(batch_size=batch_size, ratio=ratio, normalise=normalise, seed=seed)
     if checkpoint:
         recipe |= dict(data=fingerprint(images), augment=fingerprint(augment))
     stream = lambda start: (x for (x,) in augmented(images, **plan, start=start))
-    return resumable(model, stream, masked_patches(ratio, normalise), opt, steps=steps,
-                     schedule=warmup_cosine(steps, steps // 10), precision="auto",
-                     checkpoint=checkpoint, recipe=recipe, save_every=save_every, longer=longer,
-                     title=title, each=each)
+    return resumable(
+        model,
+        stream,
+        masked_patches(ratio, normalise),
+        opt,
+        steps=steps,
+        schedule=warmup_cosine(steps, steps // 10),
+        precision="auto",
+        checkpoint=checkpoint,
+        recipe=recipe,
+        save_every=save_every,
+        longer=longer,
+        title=title,
+        each=each,
+    )
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #55bef7b6
 def _check_plan(model, steps, lr, ratio, weight_decay) -> torch.device:
@@ -320,8 +346,10 @@ def _check_plan(model, steps, lr, ratio, weight_decay) -> torch.device:
     check_number(weight_decay, "weight_decay", 0)
     p = next(model.parameters())
     if p.dtype != torch.float32:
-        raise ValueError(f"weights of the model are {got(p)}; expected float32, "
-                         "in which small steps are not lost")
+        raise ValueError(
+            f"weights of the model are {got(p)}; expected float32, "
+            "in which small steps are not lost"
+        )
     return p.device
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #e8054ea0
@@ -364,9 +392,12 @@ def reconstruction(
     target = patch_targets(images, _patch_size(model)).detach()
     luck = torch.Generator().manual_seed(seed)
     keep = random_masking(*target.shape[:2], ratio, generator=luck).to(target.device)
-    guesses = {"model": _guess(model, images, keep), "nobody": torch.zeros_like(target),
-               "nearest visible patch": naive_fill(target, keep),
-               "mean of the visible": naive_fill(target, keep, nearest=False)}
+    guesses = {
+        "model": _guess(model, images, keep),
+        "nobody": torch.zeros_like(target),
+        "nearest visible patch": naive_fill(target, keep),
+        "mean of the visible": naive_fill(target, keep, nearest=False),
+    }
     return {name: hidden_error(guess, target, keep).item() for name, guess in guesses.items()}
 
 
@@ -389,8 +420,15 @@ def make_weights(
     seed_everything(0)
     model, batch_size = MaskedAutoencoder(ViT(dim=128, depth=6)).to(device), 256
     steps = epochs * (len(data.train_images) // batch_size)
-    run = pretrain(model, data.train_images, crops(data), steps=steps, batch_size=batch_size,
-                   checkpoint=cache_folder() / "runs" / f"{name}.safetensors", title=name)
+    run = pretrain(
+        model,
+        data.train_images,
+        crops(data),
+        steps=steps,
+        batch_size=batch_size,
+        checkpoint=cache_folder() / "runs" / f"{name}.safetensors",
+        title=name,
+    )
     card = _card(data, run, method="masked autoencoder", epochs=epochs, batch_size=batch_size)
     fresh = lambda: ViT(**model.encoder.config).to(device)
     asked = data.floats(data.test_images).to(device)
@@ -410,6 +448,7 @@ def compare_ratios(
 ) -> Comparison:  # accuracy of nearest neighbours
     "Small nets with random weights, pretrained at each ratio, and on plain pixels at 75 %."
     ratios = [check_number(r, "one of the ratios", 0, 1) for r in ratios]
+
     def arm(**how):
         def run(seed):
             seed_everything(seed)
@@ -418,7 +457,9 @@ def compare_ratios(
                 plan = dict(steps=steps, batch_size=64, lr=2e-3, seed=seed, title="")
                 pretrain(model, data.train_images, crops(data), **plan, **how)
             return judge(model.encoder, data, seeds=1, bank=5000)["knn"]
+
         return run
+
     arms = {f"{ratio:.0%} hidden": arm(ratio=ratio) for ratio in ratios}
     if len(arms) < len(ratios) or not arms:
         raise ValueError(f"ratios are {ratios}; expected some, and no two of the same per cent")
@@ -446,8 +487,12 @@ def _make_rival(method, data, epochs, device, folder) -> Path:
     seed_everything(0)
     name, encoder, batch_size = f"vit_{method}_short", ViT(dim=128, depth=6).to(device), 256
     images, steps = data.train_images, epochs * (len(data.train_images) // batch_size)
-    plan = dict(steps=steps, batch_size=batch_size, title=name,
-                checkpoint=cache_folder() / "runs" / f"{name}.safetensors")
+    plan = dict(
+        steps=steps,
+        batch_size=batch_size,
+        title=name,
+        checkpoint=cache_folder() / "runs" / f"{name}.safetensors",
+    )
     if method == "mae":
         run = pretrain(MaskedAutoencoder(encoder).to(device), images, crops(data), **plan)
     else:
@@ -456,14 +501,23 @@ def _make_rival(method, data, epochs, device, folder) -> Path:
     few = {n: judge(encoder, data, labels=n, seeds=5) for n in (50, 100, 1000)}
     fresh = lambda: ViT(**encoder.config).to(device)
     curve = curve_scores(label_efficiency(encoder, fresh, data, counts=(100,)))
-    metrics = dict(knn=few[100]["knn"], linear_probe={n: f["probe"] for n, f in few.items()},
-                   label_efficiency=curve)
+    metrics = dict(
+        knn=few[100]["knn"],
+        linear_probe={n: f["probe"] for n, f in few.items()},
+        label_efficiency=curve,
+    )
     card = _card(data, run, method=method, epochs=epochs, batch_size=batch_size, metrics=metrics)
     return save_weights(encoder, name, card, folder)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #580eda3c
 def _card(data, run, **more) -> dict:
     "What every card here says about data and run"
-    return dict(data=f"{data.name}, {len(data.train_images):,} training images, no labels", steps=len(run.losses),
-                seconds=round(run.seconds), loss_first=float(run.losses[0]), loss_last=float(run.losses[-50:].mean()),
-                normalisation=dict(mean=data.mean, std=data.std), **more)
+    return dict(
+        data=f"{data.name}, {len(data.train_images):,} training images, no labels",
+        steps=len(run.losses),
+        seconds=round(run.seconds),
+        loss_first=float(run.losses[0]),
+        loss_last=float(run.losses[-50:].mean()),
+        normalisation=dict(mean=data.mean, std=data.std),
+        **more,
+    )

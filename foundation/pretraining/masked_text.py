@@ -55,16 +55,22 @@ def mask_tokens(
     draw = lambda: torch.rand(tokens.shape, device=tokens.device, generator=generator)
     places = (draw() < ratio) & can_hide
     fate = draw()
-    words = torch.randint(first_word, vocab_size, tokens.shape, device=tokens.device,
-                          generator=generator)
+    words = torch.randint(
+        first_word, vocab_size, tokens.shape, device=tokens.device, generator=generator
+    )
     inputs = tokens.masked_fill(places & (fate < 0.8), mask_id)
     return torch.where(places & (fate >= 0.9), words, inputs), places
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #3bfe42ce
 def _check_ratio(ratio: float) -> None:
     "A share of hidden words that leaves something to guess, and something to guess from"
-    check_number(ratio, "ratio", above=0, below=1,
-                 why="at 0 nothing is asked, at 1 nothing is left to guess from")
+    check_number(
+        ratio,
+        "ratio",
+        above=0,
+        below=1,
+        why="at 0 nothing is asked, at 1 nothing is left to guess from",
+    )
 
 
 def _check_masking(tokens, can_hide, mask_id, vocab_size, first_word, ratio):
@@ -83,8 +89,10 @@ def _check_fit(model, tokenizer) -> nn.Module:
     if size is None:
         raise TypeError(f"model is {got(model)} without `vocab_size` in a config; expected a BERT")
     if size != tokenizer.vocab_size:
-        raise ValueError(f"the model knows {size:,} tokens and the tokenizer makes "
-                         f"{tokenizer.vocab_size:,}; expected the one it was trained with")
+        raise ValueError(
+            f"the model knows {size:,} tokens and the tokenizer makes "
+            f"{tokenizer.vocab_size:,}; expected the one it was trained with"
+        )
     return model
 
 
@@ -174,8 +182,10 @@ def masked_tokens(
 def _check_batch(batch):
     "The four parts of a batch"
     if not isinstance(batch, (tuple, list)) or len(batch) != 4:
-        raise TypeError(f"the batch is {got(batch)}; expected (inputs, mask, places, targets), "
-                        "as masked_stream gives them")
+        raise TypeError(
+            f"the batch is {got(batch)}; expected (inputs, mask, places, targets), "
+            "as masked_stream gives them"
+        )
     return batch
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #c2556262
@@ -213,10 +223,22 @@ def pretrain(
     recipe = dict(batch_size=batch_size, ratio=ratio, weight_decay=weight_decay, seed=seed)
     if checkpoint:
         recipe["data"] = fingerprint(documents.tokens, documents.ends, tokenizer.special)
-    return resumable(model, stream, masked_tokens, adamw(model, lr, weight_decay), steps=steps,
-                     schedule=warmup_cosine(steps, steps // 10), clip=1.0, precision=precision,
-                     checkpoint=checkpoint, recipe=recipe, save_every=save_every, longer=longer,
-                     title=title, each=each)
+    return resumable(
+        model,
+        stream,
+        masked_tokens,
+        adamw(model, lr, weight_decay),
+        steps=steps,
+        schedule=warmup_cosine(steps, steps // 10),
+        clip=1.0,
+        precision=precision,
+        checkpoint=checkpoint,
+        recipe=recipe,
+        save_every=save_every,
+        longer=longer,
+        title=title,
+        each=each,
+    )
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #a9bb441c
 @checked
@@ -255,8 +277,9 @@ def unigram_accuracy(
     "Share of words in `unseen` that are the commonest one of `documents`: a guess without reading."
     known, asked = (d.tokens[d.tokens >= len(tokenizer.special)] for d in (documents, unseen))
     if not len(known) or not len(asked):
-        raise ValueError(f"got {len(known)} words to count and {len(asked)} to guess; "
-                         "expected some of both")
+        raise ValueError(
+            f"got {len(known)} words to count and {len(asked)} to guess; expected some of both"
+        )
     return (asked == torch.bincount(known).argmax()).float().mean().item()
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #9e958360
@@ -324,6 +347,7 @@ class TextClassifier(nn.Module):
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #dc8863c4
 class GlossTask(NamedTuple):
     "Definitions of nouns and their 25 fields: to draw labels from, pick settings on, and test on."
+
     texts: tuple[str, ...]
     labels: Tensor  # (n,)
     pool: Tensor  # indices of training texts to draw labels from
@@ -349,13 +373,18 @@ def gloss_task(
     "The task behind the card's figures, the same everywhere. `ValueError` for too many texts."
     train, held = split_texts(glosses("noun"), 0.1)
     if min(pool, valid, test) < 1 or pool + valid > len(train) or test > len(held):
-        raise ValueError(f"pool, valid and test are {pool}, {valid} and {test}; expected 1 on, "
-                         f"{len(train):,} at most in the first two and {len(held):,} in the last")
+        raise ValueError(
+            f"pool, valid and test are {pool}, {valid} and {test}; expected 1 on, "
+            f"{len(train):,} at most in the first two and {len(held):,} in the last"
+        )
     luck = lambda: torch.Generator().manual_seed(0)
     pick = lambda data, count: data.take(torch.randperm(len(data), generator=luck())[:count])
     train, held = pick(train, pool + valid), pick(held, test)
-    return GlossTask(train.texts + held.texts, torch.cat([train.labels, held.labels]),
-                     *torch.arange(pool + valid + test).split([pool, valid, test]))
+    return GlossTask(
+        train.texts + held.texts,
+        torch.cat([train.labels, held.labels]),
+        *torch.arange(pool + valid + test).split([pool, valid, test]),
+    )
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #4ceefcbf
 PICKED_ON = 999  # seed of the draw on which settings are picked
@@ -368,9 +397,11 @@ def probe_arm(
 ) -> Callable[[int, int], float]:
     "A linear probe on frozen features."
     check_floats(features, "features", f"({len(task.texts)}, d)")
+
     def run(count, seed, l2, part):
         i, where = task.draw(count, seed), task.part(part)
         return linear_probe(features[i], task.labels[i], features[where], task.labels[where], l2)
+
     return tuned(run, (1e-2, 1e-1, 1.0), PICKED_ON)
 
 
@@ -380,6 +411,7 @@ def count_words(
 ):  # (n, words), sparse
     "TF-IDF (scikit-learn); how rare a word is, is counted on all texts that labels are drawn from."
     from sklearn.feature_extraction.text import TfidfVectorizer
+
     counter = TfidfVectorizer(sublinear_tf=True).fit([task.texts[i] for i in task.pool])
     return counter.transform(task.texts)
 
@@ -391,11 +423,14 @@ def counting_arm(
 ) -> Callable[[int, int], float]:
     "Logistic regression (scikit-learn) on counted words."
     from sklearn.linear_model import LogisticRegression
+
     _check_counts(counts, task)
+
     def run(count, seed, C, part):
         i, where, y = task.draw(count, seed).numpy(), task.part(part).numpy(), task.labels.numpy()
         fitted = LogisticRegression(C=C, max_iter=1000).fit(counts[i], y[i])
         return fitted.score(counts[where], y[where])
+
     return tuned(run, (1.0, 10.0, 100.0), PICKED_ON)
 
 
@@ -403,8 +438,9 @@ def _check_counts(counts, task):
     "A table with a row for each text"
     shape = getattr(counts, "shape", ())
     if len(shape) != 2 or shape[0] != len(task.texts):
-        raise ValueError(f"counts is {got(counts)} of shape {tuple(shape)}; "
-                         f"expected ({len(task.texts)}, words)")
+        raise ValueError(
+            f"counts is {got(counts)} of shape {tuple(shape)}; expected ({len(task.texts)}, words)"
+        )
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #4452b2d3
 @checked
@@ -416,6 +452,7 @@ def training_arm(
 ) -> Callable[[int, int], float]:
     "All weights trained by `fine_tune`."
     tokens = check_tokens(tokens, "tokens", shape=f"({len(task.texts)}, n)")
+
     def run(count, seed, lr, part):
         i, where = task.draw(count, seed), task.part(part)
         model = TextClassifier(make(seed), int(task.labels.max()) + 1)
@@ -425,6 +462,7 @@ def training_arm(
         batches = endless(tokens[i], task.labels[i], batch_size=16, seed=seed)
         fine_tune(model, batches, steps=max(100, 2 * count // 5), lr=lr, head_lr=lr)
         return accuracy(predict(model, tokens[where], batch_size=64), task.labels[where])
+
     return tuned(run, (2e-4, 6e-4) if fitted else (6e-4, 2e-3), PICKED_ON)
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #58320cc4
@@ -440,17 +478,24 @@ def judge(
     _check_fit(model, tokenizer)
     task = task or gloss_task()
     tokens, device = task.tokens(tokenizer), next(model.parameters()).device
+
     def fresh(seed):
         torch.manual_seed(seed)
         return BERT(**model.config).to(device)
+
     encode = lambda bert: encode_all(TextClassifier(bert, 1).to(device), tokens, batch_size=64)
-    features = {"random weights": encode(fresh(0)), "BERT": encode(model),
-                "MiniLM": embed_texts(*load_minilm(), list(task.texts)).cpu()}
+    features = {
+        "random weights": encode(fresh(0)),
+        "BERT": encode(model),
+        "MiniLM": embed_texts(*load_minilm(), list(task.texts)).cpu(),
+    }
     words = count_words(task)
     arms = {"TF-IDF": counting_arm(words, task)}
     arms |= {f"{name}, probe": probe_arm(x, task) for name, x in features.items()}
-    arms |= {"from scratch": training_arm(fresh, tokens, task, False),
-             "BERT, fine-tuned": training_arm(lambda _: deepcopy(model), tokens, task, True)}
+    arms |= {
+        "from scratch": training_arm(fresh, tokens, task, False),
+        "BERT, fine-tuned": training_arm(lambda _: deepcopy(model), tokens, task, True),
+    }
     curve, y = label_curve(arms, counts, seeds), task.labels
     features |= {"TF-IDF": torch.from_numpy(words.astype("float32").toarray())}
     vote = lambda x: knn_accuracy(x[task.pool], y[task.pool], x[task.test], y[task.test])
@@ -474,12 +519,21 @@ def make_weights(
     path = cache_folder() / "runs" / f"{name}.safetensors"
     run = pretrain(model, train, tokenizer, checkpoint=path, **plan)
     tokenizer.save(Path(folder) / f"{name}.tokenizer.json")
-    metrics = dict(masked_accuracy=masked_accuracy(model, test, tokenizer),
-                   unigram_accuracy=unigram_accuracy(train, test, tokenizer),
-                   **judge(model, tokenizer))
+    metrics = dict(
+        masked_accuracy=masked_accuracy(model, test, tokenizer),
+        unigram_accuracy=unigram_accuracy(train, test, tokenizer),
+        **judge(model, tokenizer),
+    )
     card = dict(
-        data=f"{len(train):,} WordNet glosses, no labels", method="masked words, 15 %",
-        epochs=epochs, steps=len(run.losses), batch_size=size, seconds=round(run.seconds),
-        loss_first=float(run.losses[0]), loss_last=float(run.losses[-50:].mean()),
-        losses=[round(float(part.mean()), 3) for part in run.losses.chunk(100)], metrics=metrics)
+        data=f"{len(train):,} WordNet glosses, no labels",
+        method="masked words, 15 %",
+        epochs=epochs,
+        steps=len(run.losses),
+        batch_size=size,
+        seconds=round(run.seconds),
+        loss_first=float(run.losses[0]),
+        loss_last=float(run.losses[-50:].mean()),
+        losses=[round(float(part.mean()), 3) for part in run.losses.chunk(100)],
+        metrics=metrics,
+    )
     return save_weights(model, name, card, folder)

@@ -76,75 +76,162 @@ PLAIN = Augment((1, 1), aspect=1, contrast=0, brightness=0)
 EXAMPLES = {
     "compression.distillation.match_teacher": lambda: (
         lambda teacher, temperature, hard, inputs: judge(
-            d.match_teacher(teacher, temperature, hard), tiny(), (inputs, whole(10, 3))),
-        dict(teacher=tiny(), temperature=2.0, hard=0.3, inputs=draw(3, 1, 8, 8))),
+            d.match_teacher(teacher, temperature, hard), tiny(), (inputs, whole(10, 3))
+        ),
+        dict(teacher=tiny(), temperature=2.0, hard=0.3, inputs=draw(3, 1, 8, 8)),
+    ),
     "compression.distillation.match_answers": lambda: (
         lambda temperature, hard, answers, labels: judge(
-            d.match_answers(temperature, hard), linear(), (draw(3, 8), answers, labels)),
-        dict(temperature=2.0, hard=0.3, answers=draw(3, 4), labels=whole(4, 3))),
-    "compression.distillation.distil": lambda: (d.distil, dict(
-        student=tiny(), images=pictures().train_images, answers=draw(32, 10),
-        augment=PLAIN, steps=1, lr=1e-3, temperature=2.0, labels=pictures().train_labels, hard=0.3,
-        batch_size=8, seed=0, title="", each=None)),
+            d.match_answers(temperature, hard), linear(), (draw(3, 8), answers, labels)
+        ),
+        dict(temperature=2.0, hard=0.3, answers=draw(3, 4), labels=whole(4, 3)),
+    ),
+    "compression.distillation.distil": lambda: (
+        d.distil,
+        dict(
+            student=tiny(),
+            images=pictures().train_images,
+            answers=draw(32, 10),
+            augment=PLAIN,
+            steps=1,
+            lr=1e-3,
+            temperature=2.0,
+            labels=pictures().train_labels,
+            hard=0.3,
+            batch_size=8,
+            seed=0,
+            title="",
+            each=None,
+        ),
+    ),
     "compression.distillation.tap": lambda: (
-        d.tap, dict(model=linear(), layer="0", inputs=draw(3, 8))),
+        d.tap,
+        dict(model=linear(), layer="0", inputs=draw(3, 8)),
+    ),
     "compression.distillation.Hinted": lambda: (
-        d.Hinted, dict(student=linear(), layer="0", regressor=nn.Identity())),
+        d.Hinted,
+        dict(student=linear(), layer="0", regressor=nn.Identity()),
+    ),
     "compression.distillation.match_hints": lambda: (
         lambda teacher, layer, inputs: judge(
-            d.match_hints(teacher, layer), d.Hinted(tiny(), "body.0", nn.Identity()), inputs),
-        dict(teacher=tiny(), layer="body.0", inputs=draw(3, 1, 8, 8))),
+            d.match_hints(teacher, layer), d.Hinted(tiny(), "body.0", nn.Identity()), inputs
+        ),
+        dict(teacher=tiny(), layer="body.0", inputs=draw(3, 1, 8, 8)),
+    ),
     "compression.distillation.keep_layers": lambda: (
-        d.keep_layers, dict(model=encoder(), layers=[0])),
+        d.keep_layers,
+        dict(model=encoder(), layers=[0]),
+    ),
     "compression.distillation.TextClassifier": lambda: (
-        d.TextClassifier, dict(encoder=encoder(), classes=3)),
+        d.TextClassifier,
+        dict(encoder=encoder(), classes=3),
+    ),
     "compression.distillation.train_text": lambda: (
-        d.train_text, (made(d.TextClassifier, encoder()), texts(), whole(2, 6)),
-        dict(objective=classify, steps=1, lr=1e-3, batch_size=2, seed=0)),
+        d.train_text,
+        (made(d.TextClassifier, encoder()), texts(), whole(2, 6)),
+        dict(objective=classify, steps=1, lr=1e-3, batch_size=2, seed=0),
+    ),
     "compression.distillation.answer_texts": lambda: (
-        d.answer_texts, dict(model=made(d.TextClassifier, encoder()), tokens=texts())),
+        d.answer_texts,
+        dict(model=made(d.TextClassifier, encoder()), tokens=texts()),
+    ),
     "compression.distillation.usual_texts": lambda: (d.usual_texts, dict(tokens=texts(), count=2)),
-    "compression.distillation.text_costs": lambda: (d.text_costs, dict(
-        models=dict(one=made(d.TextClassifier, encoder())), tokens=texts(2), rounds=1)),
+    "compression.distillation.text_costs": lambda: (
+        d.text_costs,
+        dict(models=dict(one=made(d.TextClassifier, encoder())), tokens=texts(2), rounds=1),
+    ),
     "compression.distillation.Stored": lambda: (
-        lambda model, **config: d.Stored(model, **config).state_dict(), dict(model=linear())),
+        lambda model, **config: d.Stored(model, **config).state_dict(),
+        dict(model=linear()),
+    ),
     "compression.distillation.load_student": lambda: (
-        d.load_student, dict(encoder=encoder(), name="small", folder=student_folder())),
+        d.load_student,
+        dict(encoder=encoder(), name="small", folder=student_folder()),
+    ),
     "compression.pruning.layer_weights": lambda: (
-        p.layer_weights, dict(model=linear(), skip=("2",))),
+        p.layer_weights,
+        dict(model=linear(), skip=("2",)),
+    ),
     "compression.pruning.keep_largest": lambda: (
-        p.keep_largest, dict(scores=draw(3, 4).abs(), sparsity=0.5)),
+        p.keep_largest,
+        dict(scores=draw(3, 4).abs(), sparsity=0.5),
+    ),
     "compression.pruning.magnitude_masks": lambda: (
-        p.magnitude_masks, dict(model=linear(), sparsity=0.5, scope="layer", skip=("2",))),
+        p.magnitude_masks,
+        dict(model=linear(), sparsity=0.5, scope="layer", skip=("2",)),
+    ),
     "compression.pruning.apply_masks": lambda: (
-        p.apply_masks, dict(model=linear(), masks={"0.weight": draw(8, 8) > 0})),
+        p.apply_masks,
+        dict(model=linear(), masks={"0.weight": draw(8, 8) > 0}),
+    ),
     "compression.pruning.sparsity": lambda: (p.sparsity, dict(model=linear(), skip=("2",))),
     "compression.pruning.cubic_sparsity": lambda: (
-        p.cubic_sparsity, dict(step=3, begin=0, end=10, final=0.9, initial=0.1)),
-    "compression.pruning.Pruner": lambda: (p.Pruner, dict(
-        model=linear(), final=0.9, begin=0, end=10, every=2, initial=0.1, scope="global", skip=())),
+        p.cubic_sparsity,
+        dict(step=3, begin=0, end=10, final=0.9, initial=0.1),
+    ),
+    "compression.pruning.Pruner": lambda: (
+        p.Pruner,
+        dict(
+            model=linear(),
+            final=0.9,
+            begin=0,
+            end=10,
+            every=2,
+            initial=0.1,
+            scope="global",
+            skip=(),
+        ),
+    ),
     "compression.pruning.Pruner.update": lambda: (
-        p.Pruner(linear(), 0.5, 0, 10).update, dict(step=20)),
+        p.Pruner(linear(), 0.5, 0, 10).update,
+        dict(step=20),
+    ),
     "compression.pruning.two_four_masks": lambda: (
-        p.two_four_masks, dict(model=linear(), skip=("2",))),
+        p.two_four_masks,
+        dict(model=linear(), skip=("2",)),
+    ),
     "compression.pruning.ChannelGroup": lambda: (
-        p.ChannelGroup, dict(size=4, writers=["a"], norms=[], readers=["b"], fixed=False)),
+        p.ChannelGroup,
+        dict(size=4, writers=["a"], norms=[], readers=["b"], fixed=False),
+    ),
     "compression.pruning.channel_groups": lambda: (p.channel_groups, dict(model=vgg())),
     "compression.pruning.channel_masks": lambda: (
-        p.channel_masks, dict(model=vgg(), sparsity=0.5, multiple=2)),
+        p.channel_masks,
+        dict(model=vgg(), sparsity=0.5, multiple=2),
+    ),
     "compression.pruning.mask_channels": lambda: (
-        p.mask_channels, dict(model=vgg(), masks={"body.0.0": torch.tensor([True, False] * 2)})),
+        p.mask_channels,
+        dict(model=vgg(), masks={"body.0.0": torch.tensor([True, False] * 2)}),
+    ),
     "compression.pruning.remove_channels": lambda: (
-        p.remove_channels, dict(model=vgg(), masks={"body.0.0": torch.tensor([True, False] * 2)})),
+        p.remove_channels,
+        dict(model=vgg(), masks={"body.0.0": torch.tensor([True, False] * 2)}),
+    ),
     "compression.pruning.slim_vgg": lambda: (p.slim_vgg, dict(teacher=vgg(), widths=(2, 3))),
     "compression.pruning.head_masks": lambda: (p.head_masks, dict(model=vit(), sparsity=0.5)),
-    "compression.pruning.remove_heads": lambda: (p.remove_heads, dict(
-        model=vit(), masks={"blocks.0.attention": torch.tensor([True, False])})),
-    "compression.pruning.recover": lambda: (p.recover, dict(
-        model=tiny(), data=pictures(), answers=draw(32, 10), steps=1, lr=1e-3,
-        seed=0, each=None, checkpoint=None, title="", recipe=None)),
+    "compression.pruning.remove_heads": lambda: (
+        p.remove_heads,
+        dict(model=vit(), masks={"blocks.0.attention": torch.tensor([True, False])}),
+    ),
+    "compression.pruning.recover": lambda: (
+        p.recover,
+        dict(
+            model=tiny(),
+            data=pictures(),
+            answers=draw(32, 10),
+            steps=1,
+            lr=1e-3,
+            seed=0,
+            each=None,
+            checkpoint=None,
+            title="",
+            recipe=None,
+        ),
+    ),
     "compression.pruning.pruning_arms": lambda: (
-        p.pruning_arms, dict(teacher=vgg(), steps=4, slim_steps=1)),
+        p.pruning_arms,
+        dict(teacher=vgg(), steps=4, slim_steps=1),
+    ),
 }
 SKIP = {
     "compression.distillation.LAYERS": "a constant",

@@ -30,7 +30,9 @@ def near_enough(double):
 
 
 def exercise():
-    return exercises.Exercise("demo", "Double", near_enough, ["one", "two"], returns=object, seconds=2.0)
+    return exercises.Exercise(
+        "demo", "Double", near_enough, ["one", "two"], returns=object, seconds=2.0
+    )
 
 
 def static(call):
@@ -43,13 +45,23 @@ def static(call):
         try:
             return call(*args, **options)
         finally:
-            os.environ.pop("FOUNDATION_STATIC") if before is None else os.environ.update(FOUNDATION_STATIC=before)
+            os.environ.pop("FOUNDATION_STATIC") if before is None else os.environ.update(
+                FOUNDATION_STATIC=before
+            )
 
     return inner
 
 
 def tiny(*places):
-    return sources.Source("tiny", "two words", "none", "a desk", 0.01, {"text": sources.File("a.txt", ("0" * 64,))}, places)
+    return sources.Source(
+        "tiny",
+        "two words",
+        "none",
+        "a desk",
+        0.01,
+        {"text": sources.File("a.txt", ("0" * 64,))},
+        places,
+    )
 
 
 def dials():
@@ -66,7 +78,10 @@ EXAMPLES = {
     "core.basics.pick_device": lambda: (basics.pick_device, dict(name="cpu")),
     "core.basics.supports_bf16": lambda: (basics.supports_bf16, dict(device="cpu")),
     "core.basics.cpu_flags": lambda: (basics.cpu_flags, {}),
-    "core.basics.count_parameters": lambda: (basics.count_parameters, dict(model=network(), trainable=False)),
+    "core.basics.count_parameters": lambda: (
+        basics.count_parameters,
+        dict(model=network(), trainable=False),
+    ),
     "core.basics.count_nonzero": lambda: (basics.count_nonzero, dict(model=network())),
     "core.basics.count_macs": lambda: (basics.count_macs, (network(), torch.ones(1, 1, 8, 8)), {}),
     "core.basics.evaluating": lambda: (basics.evaluating, dict(model=network())),
@@ -76,99 +91,257 @@ EXAMPLES = {
     "core.basics.EMA.update": lambda: (basics.EMA(network()).update, dict(model=network())),
     "core.basics.copy_model": lambda: (basics.copy_model, dict(model=network())),
     "core.basics.Timing": lambda: (basics.Timing, dict(median=0.2, low=0.1, high=0.3, repeats=3)),
-    "core.basics.measure": lambda: (basics.measure, dict(fn=list, repeats=2, warmup=1, device="cpu")),
+    "core.basics.measure": lambda: (
+        basics.measure,
+        dict(fn=list, repeats=2, warmup=1, device="cpu"),
+    ),
     "core.basics.atomic_write": lambda: (basics.atomic_write, dict(path=scratch("a"), mode="wb")),
     "core.basics.size_mb": lambda: (basics.size_mb, dict(path=scratch("a", b"123"))),
     "core.basics.sync_folder": lambda: (basics.sync_folder, dict(folder=scratch())),
     "core.basics.legend": lambda: (basics.legend, dict(letters="bn")),
     "core.basics.memory_order": lambda: (basics.memory_order, dict(model=network())),
-    "core.basics.in_order": lambda: (basics.in_order, dict(images=torch.ones(1, 1, 2, 2), order=torch.contiguous_format)),
+    "core.basics.in_order": lambda: (
+        basics.in_order,
+        dict(images=torch.ones(1, 1, 2, 2), order=torch.contiguous_format),
+    ),
     # checks
     "core.checks.got": lambda: (checks.got, dict(value=FLOATS)),
     "core.checks.check_whole": lambda: (checks.check_whole, dict(value=3, name="n")),
     "core.checks.check_number": lambda: (checks.check_number, dict(value=0.5, name="x")),
     "core.checks.check_sizes": lambda: (checks.check_sizes, dict(width=3)),
     "core.checks.check_shares": lambda: (checks.check_shares, dict(dropout=0.5)),
-    "core.checks.check_choice": lambda: (checks.check_choice, dict(value="a", name="kind", choices=["a", "b"])),
+    "core.checks.check_choice": lambda: (
+        checks.check_choice,
+        dict(value="a", name="kind", choices=["a", "b"]),
+    ),
     "core.checks.may_look": lambda: (checks.may_look, (FLOATS.clone(),), {}),
     "core.checks.precise": lambda: (checks.precise, (FLOATS.half(),), {}),
-    "core.checks.check_temperature": lambda: (checks.check_temperature, dict(temperature=0.5, most=2.0)),
+    "core.checks.check_temperature": lambda: (
+        checks.check_temperature,
+        dict(temperature=0.5, most=2.0),
+    ),
     "core.checks.check_type": lambda: (
-        checks.check_type, dict(x=FLOATS.clone(), name="x", module=torch.nn.Linear(2, 2))),
-    "core.checks.check_floats": lambda: (checks.check_floats, dict(x=FLOATS.clone(), name="x", shape="(b, d)", finite=True)),
-    "core.checks.check_labels": lambda: (checks.check_labels, dict(labels=torch.tensor([0, 1]), name="labels", classes=2)),
-    "core.checks.check_tokens": lambda: (checks.check_tokens, dict(tokens=torch.tensor([[0, 1]]), name="tokens", vocab_size=2)),
-    "core.checks.check_mask": lambda: (checks.check_mask, dict(mask=torch.tensor([True]), name="mask")),
-    "core.checks.check_images": lambda: (checks.check_images, dict(images=torch.ones(1, 1, 2, 2), name="images")),
-    "core.checks.check_model": lambda: (checks.check_model, dict(model=network(), name="model", needs="forward")),
-    "core.checks.check_callable": lambda: (checks.check_callable, dict(value=len, name="fn", takes="(x)")),
+        checks.check_type,
+        dict(x=FLOATS.clone(), name="x", module=torch.nn.Linear(2, 2)),
+    ),
+    "core.checks.check_floats": lambda: (
+        checks.check_floats,
+        dict(x=FLOATS.clone(), name="x", shape="(b, d)", finite=True),
+    ),
+    "core.checks.check_labels": lambda: (
+        checks.check_labels,
+        dict(labels=torch.tensor([0, 1]), name="labels", classes=2),
+    ),
+    "core.checks.check_tokens": lambda: (
+        checks.check_tokens,
+        dict(tokens=torch.tensor([[0, 1]]), name="tokens", vocab_size=2),
+    ),
+    "core.checks.check_mask": lambda: (
+        checks.check_mask,
+        dict(mask=torch.tensor([True]), name="mask"),
+    ),
+    "core.checks.check_images": lambda: (
+        checks.check_images,
+        dict(images=torch.ones(1, 1, 2, 2), name="images"),
+    ),
+    "core.checks.check_model": lambda: (
+        checks.check_model,
+        dict(model=network(), name="model", needs="forward"),
+    ),
+    "core.checks.check_callable": lambda: (
+        checks.check_callable,
+        dict(value=len, name="fn", takes="(x)"),
+    ),
     # plots
     "core.plots.encode": lambda: (plots.encode, dict(pixels=PIXELS, keep=None, colours=8)),
-    "core.plots.Picture": lambda: (plots.Picture, dict(pixels=PIXELS, alt=ALT, scale=1.5, colours=8)),
-    "core.plots.draw": lambda: (plots.draw, dict(
-        paint=lambda ax: None, alt=ALT, title="title", size=(2.0, 1.5), panels=1, colours=8, xlabel="step")),
-    "core.plots.band": lambda: (plots.band, dict(values=np.array([[1.0, 2], [3, 4]]), interval="sd")),
-    "core.plots.plot_curves": lambda: (plots.plot_curves, dict(
-        curves={"a": [1.0, 2.0], "b": [2.0, 1.0]}, alt=ALT, x=[0, 1], interval="sd", title="title", size=(2.0, 1.5))),
-    "core.plots.plot_bars": lambda: (plots.plot_bars, dict(
-        values={"a": 1.0, "b": 2.0}, alt=ALT, intervals=[(0.5, 1.5), (1, 3)], interval="sd", form="{:.2f}", size=(2.0, 1.5))),
-    "core.plots.plot_matrix": lambda: (plots.plot_matrix, dict(
-        matrix=FLOATS.clone(), alt=ALT, rows=["a", "b"], columns=["c", "d"], form="{:.1f}", limits=(0, 4), size=(2.0, 1.5))),
-    "core.plots.plot_points": lambda: (plots.plot_points, dict(
-        points=FLOATS.clone(), labels=[0, 1], alt=ALT, names=["a", "b"], limit=5, size=(2.0, 1.5))),
-    "core.plots.show_images": lambda: (plots.show_images, dict(
-        images=torch.rand(2, 1, 4, 4), alt=ALT, titles=["a", "b"], columns=2, title="title")),
+    "core.plots.Picture": lambda: (
+        plots.Picture,
+        dict(pixels=PIXELS, alt=ALT, scale=1.5, colours=8),
+    ),
+    "core.plots.draw": lambda: (
+        plots.draw,
+        dict(
+            paint=lambda ax: None,
+            alt=ALT,
+            title="title",
+            size=(2.0, 1.5),
+            panels=1,
+            colours=8,
+            xlabel="step",
+        ),
+    ),
+    "core.plots.band": lambda: (
+        plots.band,
+        dict(values=np.array([[1.0, 2], [3, 4]]), interval="sd"),
+    ),
+    "core.plots.plot_curves": lambda: (
+        plots.plot_curves,
+        dict(
+            curves={"a": [1.0, 2.0], "b": [2.0, 1.0]},
+            alt=ALT,
+            x=[0, 1],
+            interval="sd",
+            title="title",
+            size=(2.0, 1.5),
+        ),
+    ),
+    "core.plots.plot_bars": lambda: (
+        plots.plot_bars,
+        dict(
+            values={"a": 1.0, "b": 2.0},
+            alt=ALT,
+            intervals=[(0.5, 1.5), (1, 3)],
+            interval="sd",
+            form="{:.2f}",
+            size=(2.0, 1.5),
+        ),
+    ),
+    "core.plots.plot_matrix": lambda: (
+        plots.plot_matrix,
+        dict(
+            matrix=FLOATS.clone(),
+            alt=ALT,
+            rows=["a", "b"],
+            columns=["c", "d"],
+            form="{:.1f}",
+            limits=(0, 4),
+            size=(2.0, 1.5),
+        ),
+    ),
+    "core.plots.plot_points": lambda: (
+        plots.plot_points,
+        dict(
+            points=FLOATS.clone(),
+            labels=[0, 1],
+            alt=ALT,
+            names=["a", "b"],
+            limit=5,
+            size=(2.0, 1.5),
+        ),
+    ),
+    "core.plots.show_images": lambda: (
+        plots.show_images,
+        dict(images=torch.rand(2, 1, 4, 4), alt=ALT, titles=["a", "b"], columns=2, title="title"),
+    ),
     # widgets
-    "core.widgets.Dial": lambda: (widgets.Dial, dict(name="n", values=(1, 2), labels=("1", "2"), start=0)),
+    "core.widgets.Dial": lambda: (
+        widgets.Dial,
+        dict(name="n", values=(1, 2), labels=("1", "2"), start=0),
+    ),
     "core.widgets.make_dial": lambda: (widgets.make_dial, dict(name="n", spec=(1, 3), start=2)),
     "core.widgets.as_frame": lambda: (widgets.as_frame, dict(result="text", alt=ALT, at="n = 1")),
     "core.widgets.overlay": lambda: (widgets.overlay, dict(base=PIXELS, other=PIXELS // 2)),
     "core.widgets.padded": lambda: (widgets.padded, dict(pictures=[plots.Picture(PIXELS, ALT)])),
     "core.widgets.debounced": lambda: (widgets.debounced, dict(fn=list, seconds=0.1)),
-    "core.widgets.Explorer": lambda: (widgets.Explorer, dict(
-        fn=lambda n, up: f"{n}{up}", dials=dials(), title="title", alt=ALT, max_kb=60)),
+    "core.widgets.Explorer": lambda: (
+        widgets.Explorer,
+        dict(fn=lambda n, up: f"{n}{up}", dials=dials(), title="title", alt=ALT, max_kb=60),
+    ),
     "core.widgets.live": lambda: (widgets.live, {}),
-    "core.widgets.explore": lambda: (widgets.explore, dict(
-        fn=lambda n: str(n), title="title", alt=ALT, start={"n": 1}, limit=8, max_kb=60, n=[1, 2])),
+    "core.widgets.explore": lambda: (
+        widgets.explore,
+        dict(
+            fn=lambda n: str(n),
+            title="title",
+            alt=ALT,
+            start={"n": 1},
+            limit=8,
+            max_kb=60,
+            n=[1, 2],
+        ),
+    ),
     # exercises
     "core.exercises.Refused": lambda: (exercises.Refused, dict(claim="one is two", found="one")),
-    "core.exercises.require": lambda: (exercises.require, dict(condition=True, claim="it holds", got=1)),
-    "core.exercises.require_close": lambda: (exercises.require_close, dict(
-        got=FLOATS.clone(), expected=FLOATS.clone(), claim="they agree", rtol=1e-4, atol=1e-5)),
+    "core.exercises.require": lambda: (
+        exercises.require,
+        dict(condition=True, claim="it holds", got=1),
+    ),
+    "core.exercises.require_close": lambda: (
+        exercises.require_close,
+        dict(got=FLOATS.clone(), expected=FLOATS.clone(), claim="they agree", rtol=1e-4, atol=1e-5),
+    ),
     "core.exercises.progress_file": lambda: (exercises.progress_file, {}),
-    "core.exercises.Verdict": lambda: (exercises.Verdict, dict(state="solved", reason="", held=["it holds"], notes=[], hints=())),
-    "core.exercises.Exercise": lambda: (exercises.Exercise, dict(
-        lesson="demo", title="Double", check=near_enough, hints=["one", "two"], returns=object, seconds=2.0)),
-    "core.exercises.Exercise.check": lambda: (static(exercise().check), dict(answer=lambda x: 2 * x)),
-    "core.exercises.Exercise.prove": lambda: (static(exercise().prove), dict(
-        stub=None, solution=lambda x: 2 * x, wrong=[lambda x: x, lambda x: x * x])),
+    "core.exercises.Verdict": lambda: (
+        exercises.Verdict,
+        dict(state="solved", reason="", held=["it holds"], notes=[], hints=()),
+    ),
+    "core.exercises.Exercise": lambda: (
+        exercises.Exercise,
+        dict(
+            lesson="demo",
+            title="Double",
+            check=near_enough,
+            hints=["one", "two"],
+            returns=object,
+            seconds=2.0,
+        ),
+    ),
+    "core.exercises.Exercise.check": lambda: (
+        static(exercise().check),
+        dict(answer=lambda x: 2 * x),
+    ),
+    "core.exercises.Exercise.prove": lambda: (
+        static(exercise().prove),
+        dict(stub=None, solution=lambda x: 2 * x, wrong=[lambda x: x, lambda x: x * x]),
+    ),
     "core.exercises.list_exercises": lambda: (exercises.list_exercises, dict(folder=scratch())),
     "core.exercises.Progress": lambda: (exercises.Progress, dict(rows=[], note="")),
     "core.exercises.progress": lambda: (static(exercises.progress), dict(lesson="00_core/04")),
     # sources
     "core.sources.File": lambda: (sources.File, dict(name="a.txt", sha256=("0" * 64,))),
-    "core.sources.Place": lambda: (sources.Place, dict(label="a desk", get=lambda scratch: scratch, online=False)),
-    "core.sources.Source": lambda: (sources.Source, dict(
-        name="tiny", description="two words", licence="none", home="a desk", mb=0.01, files={}, places=())),
+    "core.sources.Place": lambda: (
+        sources.Place,
+        dict(label="a desk", get=lambda scratch: scratch, online=False),
+    ),
+    "core.sources.Source": lambda: (
+        sources.Source,
+        dict(
+            name="tiny",
+            description="two words",
+            licence="none",
+            home="a desk",
+            mb=0.01,
+            files={},
+            places=(),
+        ),
+    ),
     "core.sources.DataUnavailable": lambda: (sources.DataUnavailable, ("it cannot be had",), {}),
     "core.sources.cache_folder": lambda: (sources.cache_folder, {}),
     "core.sources.tilde": lambda: (sources.tilde, dict(path="/usr/share")),
-    "core.sources.intact": lambda: (sources.intact, dict(path=scratch("a", b"1"), file=sources.File("a", ("0" * 64,)))),
+    "core.sources.intact": lambda: (
+        sources.intact,
+        dict(path=scratch("a", b"1"), file=sources.File("a", ("0" * 64,))),
+    ),
     "core.sources.folder": lambda: (sources.folder, dict(path=scratch(), hint="mkdir")),
-    "core.sources.installed": lambda: (sources.installed, dict(package="sklearn", inside="datasets/data")),
+    "core.sources.installed": lambda: (
+        sources.installed,
+        dict(package="sklearn", inside="datasets/data"),
+    ),
     "core.sources.apt_archive": lambda: (sources.apt_archive, dict(package="wordnet-base")),
     "core.sources.wheel_archive": lambda: (sources.wheel_archive, dict(requirement="tiny==1.0")),
     "core.sources.pip_archive": lambda: (sources.pip_archive, dict(requirement="tiny==1.0")),
     "core.sources.npm_archive": lambda: (sources.npm_archive, dict(package="tiny@1.0.0")),
     "core.sources.web": lambda: (sources.web, ("https://example.org/a.txt",), {}),
-    "core.sources.alone": lambda: (sources.alone, dict(path=scratch("lock"), task="a task", patience=1.0)),
+    "core.sources.alone": lambda: (
+        sources.alone,
+        dict(path=scratch("lock"), task="a task", patience=1.0),
+    ),
     "core.sources.fetch": lambda: (sources.fetch, dict(source="digits", cache=None)),
-    "core.sources.Status": lambda: (sources.Status, dict(name="tiny", ready=True, note="", place="", folder=scratch())),
+    "core.sources.Status": lambda: (
+        sources.Status,
+        dict(name="tiny", ready=True, note="", place="", folder=scratch()),
+    ),
     "core.sources.where": lambda: (sources.where, dict(source=tiny(), cache=scratch())),
 }
 SKIP = {
-    "core.basics.SHAPES": "a constant", "core.plots.PALETTE": "a constant", "core.plots.render": "needs a figure of matplotlib, which `draw` makes", "core.exercises.CALLOUT": "a pattern",
-    "core.sources.SOURCES": "a constant", "core.checks.check_like": "a check inside others, of tensors that are tensors",
-    "core.checks.check_rows": "a check inside others", "core.checks.refuse_nan": "a check inside others, of tensors that are tensors",
-    "core.checks.checked": "a decorator", "core.checks.complaint": "calls what it is handed, which must fail",
+    "core.basics.SHAPES": "a constant",
+    "core.plots.PALETTE": "a constant",
+    "core.plots.render": "needs a figure of matplotlib, which `draw` makes",
+    "core.exercises.CALLOUT": "a pattern",
+    "core.sources.SOURCES": "a constant",
+    "core.checks.check_like": "a check inside others, of tensors that are tensors",
+    "core.checks.check_rows": "a check inside others",
+    "core.checks.refuse_nan": "a check inside others, of tensors that are tensors",
+    "core.checks.checked": "a decorator",
+    "core.checks.complaint": "calls what it is handed, which must fail",
 }

@@ -34,8 +34,10 @@ TEXT = dict(vocab_size=5, context=8)
 STAGES = ((1, 3, 1, 1, 8), (1, 3, 2, 2, 8))
 
 EXAMPLES = {
-    "models.bert.mean_tokens": lambda: (mean_tokens, dict(
-        x=torch.randn(3, 4, 5), mask=torch.arange(4) < torch.tensor([[4], [2], [0]]))),
+    "models.bert.mean_tokens": lambda: (
+        mean_tokens,
+        dict(x=torch.randn(3, 4, 5), mask=torch.arange(4) < torch.tensor([[4], [2], [0]])),
+    ),
     "models.convnets.Backbone": lambda: (
         Backbone,
         dict(body=torch.nn.Conv2d(1, 4, 3), dim=4, config=dict(classes=3, channels=1)),

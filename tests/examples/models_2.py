@@ -25,8 +25,17 @@ class Letters:
 
     def encode_batch(self, texts):
         n = max(map(len, texts)) or 1
-        return [type("Entry", (), dict(ids=[ord(c) % 27 for c in text] + [0] * (n - len(text)),
-                                       attention_mask=[1] * len(text) + [0] * (n - len(text)))) for text in texts]
+        return [
+            type(
+                "Entry",
+                (),
+                dict(
+                    ids=[ord(c) % 27 for c in text] + [0] * (n - len(text)),
+                    attention_mask=[1] * len(text) + [0] * (n - len(text)),
+                ),
+            )
+            for text in texts
+        ]
 
 
 def bert():
@@ -35,21 +44,43 @@ def bert():
 
 
 EXAMPLES = {
-    "models.pretrained.save_weights": lambda: (pretrained.save_weights, dict(
-        model=small(), name="it", card=dict(data="none", steps=0), folder=tempfile.mkdtemp(), dtype=torch.float32)),
-    "models.pretrained.write_card": lambda: (pretrained.write_card, dict(path=f"{shelf()}/it.safetensors", card=dict(steps=1))),
+    "models.pretrained.save_weights": lambda: (
+        pretrained.save_weights,
+        dict(
+            model=small(),
+            name="it",
+            card=dict(data="none", steps=0),
+            folder=tempfile.mkdtemp(),
+            dtype=torch.float32,
+        ),
+    ),
+    "models.pretrained.write_card": lambda: (
+        pretrained.write_card,
+        dict(path=f"{shelf()}/it.safetensors", card=dict(steps=1)),
+    ),
     "models.pretrained.hardware": lambda: (pretrained.hardware, {}),
     "models.pretrained.read_card": lambda: (pretrained.read_card, dict(name="it", folder=shelf())),
     "models.pretrained.read_file": lambda: (pretrained.read_file, dict(name="it", folder=shelf())),
-    "models.pretrained.load_weights": lambda: (pretrained.load_weights, dict(name="it", model=small(), folder=shelf())),
+    "models.pretrained.load_weights": lambda: (
+        pretrained.load_weights,
+        dict(name="it", model=small(), folder=shelf()),
+    ),
     "models.pretrained.BadWeights": lambda: (pretrained.BadWeights, ("they are damaged",), {}),
-    "models.pretrained.rename_bert": lambda: (pretrained.rename_bert, dict(state={"encoder.layer.0.output.dense.bias": torch.ones(2)})),
-    "models.pretrained.embed_texts": lambda: (pretrained.embed_texts, dict(
-        model=bert(), tokenizer=Letters(), texts=["cab", "a"], batch_size=2)),
-    "models.pretrained.imagenet_inputs": lambda: (pretrained.imagenet_inputs, dict(
-        images=torch.zeros(1, 3, 8, 9, dtype=torch.uint8), size=8)),
+    "models.pretrained.rename_bert": lambda: (
+        pretrained.rename_bert,
+        dict(state={"encoder.layer.0.output.dense.bias": torch.ones(2)}),
+    ),
+    "models.pretrained.embed_texts": lambda: (
+        pretrained.embed_texts,
+        dict(model=bert(), tokenizer=Letters(), texts=["cab", "a"], batch_size=2),
+    ),
+    "models.pretrained.imagenet_inputs": lambda: (
+        pretrained.imagenet_inputs,
+        dict(images=torch.zeros(1, 3, 8, 9, dtype=torch.uint8), size=8),
+    ),
 }
 SKIP = {
-    "models.pretrained.WEIGHTS": "a path", "models.pretrained.load_minilm": "takes nothing, and reads 91 MB",
+    "models.pretrained.WEIGHTS": "a path",
+    "models.pretrained.load_minilm": "takes nothing, and reads 91 MB",
     "models.pretrained.load_efficientnet_lite0": "takes nothing, and reads 19 MB",
 }

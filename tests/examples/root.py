@@ -9,7 +9,9 @@ from foundation.data.images import ImageSet
 
 
 def images(n):
-    pixels = torch.randint(256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    pixels = torch.randint(
+        256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)
+    )
     return pixels, torch.arange(n) % 2
 
 
@@ -19,35 +21,83 @@ def data():
 
 
 def row(name, runtime="PyTorch", accuracy=0.9, size=5000, latency=3.0):
-    return dict(name=name, runtime=runtime, accuracy=accuracy, interval=[0.8, 0.95], bytes=size, latency_ms=latency,
-                images_per_second=300.0, nonzero=100, macs=1000, parameters=100)
+    return dict(
+        name=name,
+        runtime=runtime,
+        accuracy=accuracy,
+        interval=[0.8, 0.95],
+        bytes=size,
+        latency_ms=latency,
+        images_per_second=300.0,
+        nonzero=100,
+        macs=1000,
+        parameters=100,
+    )
 
 
 def stages():
-    return [row("teacher"), row("student", size=100, latency=0.5), row("student, int8", size=50, latency=0.49)]
+    return [
+        row("teacher"),
+        row("student", size=100, latency=0.5),
+        row("student, int8", size=50, latency=0.49),
+    ]
 
 
 def metrics():
-    return dict(pretrain=dict(knn_before=0.6, knn_after=0.7, knn_shipped=0.8), finetune=dict(pretrained=[0.79], scratch=[0.7]),
-                distill=dict(student=[0.76], control=[0.7]), stages=stages())
+    return dict(
+        pretrain=dict(knn_before=0.6, knn_after=0.7, knn_shipped=0.8),
+        finetune=dict(pretrained=[0.79], scratch=[0.7]),
+        distill=dict(student=[0.76], control=[0.7]),
+        stages=stages(),
+    )
 
 
-TINY = replace(tour.SHORT, pretrain=1, looks=1, finetune=1, distil=1, teacher=1, student=1, recover=1, pictures=40, tests=20)
+TINY = replace(
+    tour.SHORT,
+    pretrain=1,
+    looks=1,
+    finetune=1,
+    distil=1,
+    teacher=1,
+    student=1,
+    recover=1,
+    pictures=40,
+    tests=20,
+)
 MINUTES, TYPE = "trains for seconds to minutes; its parts have examples of their own", "a record"
 
 EXAMPLES = {
-    "command.Finding": lambda: (command.Finding, dict(name="a", found="b", ok=True, remedy="", needed=False)),
-    "command.doctor": lambda: (command.doctor, dict(as_json=True, checks=[lambda: [command.Finding("a", "b")]])),
+    "command.Finding": lambda: (
+        command.Finding,
+        dict(name="a", found="b", ok=True, remedy="", needed=False),
+    ),
+    "command.doctor": lambda: (
+        command.doctor,
+        dict(as_json=True, checks=[lambda: [command.Finding("a", "b")]]),
+    ),
     "command.fetch_data": lambda: (command.fetch_data, dict(names=["digits"])),
     "tour.choose_plan": lambda: (tour.choose_plan, dict(short=True)),
-    "tour.Plan": lambda: (tour.Plan, dict(pretrain=4, looks=2, labels=10, seeds=(0, 1), rates=(0.1,), tests=10, checked=False)),
+    "tour.Plan": lambda: (
+        tour.Plan,
+        dict(pretrain=4, looks=2, labels=10, seeds=(0, 1), rates=(0.1,), tests=10, checked=False),
+    ),
     "tour.fresh_encoder": lambda: (tour.fresh_encoder, dict(data=data())),
     "tour.shipped_encoder": lambda: (tour.shipped_encoder, {}),
     "tour.fresh_student": lambda: (tour.fresh_student, dict(data=data())),
-    "tour.neighbours": lambda: (tour.neighbours, dict(encoder=tour.fresh_student(data()), data=data(), bank=30, tests=10)),
+    "tour.neighbours": lambda: (
+        tour.neighbours,
+        dict(encoder=tour.fresh_student(data()), data=data(), bank=30, tests=10),
+    ),
     "tour.gentle": lambda: (tour.gentle, dict(data=data())),
-    "tour.score": lambda: (tour.score, dict(
-        model=tour.fresh_student(data()), images=images(20)[0], labels=images(20)[1], data=data())),
+    "tour.score": lambda: (
+        tour.score,
+        dict(
+            model=tour.fresh_student(data()),
+            images=images(20)[0],
+            labels=images(20)[1],
+            data=data(),
+        ),
+    ),
     "tour.Table": lambda: (tour.Table, dict(heads=["a", "b"], rows=[["1", "2"]])),
     "tour.stage_table": lambda: (tour.stage_table, dict(stages=stages())),
     "tour.gains": lambda: (tour.gains, dict(stages=stages())),
@@ -55,12 +105,30 @@ EXAMPLES = {
     "tour.check_claims": lambda: (tour.check_claims, dict(metrics=metrics())),
 }
 SKIP = {
-    "command.CHECKS": "a constant", "command.check_software": "takes nothing", "command.check_hardware": "takes nothing",
-    "command.check_data": "takes nothing, and hashes all data", "command.check_weights": "hashes all weights",
-    "command.check_extras": "takes nothing", "command.tour": MINUTES, "command.list_data": "takes nothing, and hashes all data",
+    "command.CHECKS": "a constant",
+    "command.check_software": "takes nothing",
+    "command.check_hardware": "takes nothing",
+    "command.check_data": "takes nothing, and hashes all data",
+    "command.check_weights": "hashes all weights",
+    "command.check_extras": "takes nothing",
+    "command.tour": MINUTES,
+    "command.list_data": "takes nothing, and hashes all data",
     "command.main": "the command line, which tests/test_command.py tries as it is typed",
-    "tour.SHORT": "a constant", "tour.load_data": "reads all of Fashion-MNIST", "tour.Live": TYPE, "tour.Few": TYPE, "tour.Distilled": TYPE,
-    "tour.pretrain_live": MINUTES, "tour.embedding": "t-SNE takes seconds", "tour.few_label_model": MINUTES, "tour.learn_from_few": MINUTES,
-    "tour.pixel_scores": MINUTES, "tour.few_label_student": MINUTES, "tour.learn_from_teacher": MINUTES, "tour.train_for_use": MINUTES,
-    "tour.account": MINUTES, "tour.run": MINUTES, "tour.collect": "gathers the records of a run", "tour.report": "needs the records of a run",
+    "tour.SHORT": "a constant",
+    "tour.load_data": "reads all of Fashion-MNIST",
+    "tour.Live": TYPE,
+    "tour.Few": TYPE,
+    "tour.Distilled": TYPE,
+    "tour.pretrain_live": MINUTES,
+    "tour.embedding": "t-SNE takes seconds",
+    "tour.few_label_model": MINUTES,
+    "tour.learn_from_few": MINUTES,
+    "tour.pixel_scores": MINUTES,
+    "tour.few_label_student": MINUTES,
+    "tour.learn_from_teacher": MINUTES,
+    "tour.train_for_use": MINUTES,
+    "tour.account": MINUTES,
+    "tour.run": MINUTES,
+    "tour.collect": "gathers the records of a run",
+    "tour.report": "needs the records of a run",
 }
