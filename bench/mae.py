@@ -40,7 +40,10 @@ def mae(
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (4 * batch_size, 1, 28, 28), dtype=torch.uint8, generator=generator)
     augment = Augment(area=(0.5, 1.0), contrast=0, brightness=0, mean=0.3, std=0.35)
-    batches = lambda: (x for (x,) in augmented(images, augment=augment, batch_size=batch_size))
+
+    def batches():
+        return (x for (x,) in augmented(images, augment=augment, batch_size=batch_size))
+
     ours, objective = (
         MaskedAutoencoder(ViT(dim=dim, depth=depth), dim=64, depth=2, heads=4),
         masked_patches(0.75),
@@ -121,7 +124,10 @@ def their_loss(model, images):
 @contextmanager
 def without_class_token(model):
     "Inside the block no token looks at the first, in encoder and decoder: what is left is a model of patches alone."
-    hide = lambda module, args: (args[0], torch.arange(args[0].shape[1])[None, None, None] > 0)
+
+    def hide(module, args):
+        return (args[0], torch.arange(args[0].shape[1])[None, None, None] > 0)
+
     layers = [layer.attention for layer in (*model.vit.layers, *model.decoder.decoder_layers)]
     hooks = [layer.register_forward_pre_hook(hide) for layer in layers]
     try:

@@ -37,7 +37,10 @@ def masked_text(
     "Both read the same packed rows with the same words hidden; only ours spares the logits that no loss asks for."
     documents = made_up(vocab_size, 2 * batch_size * context)
     tokenizer = Sized(vocab_size)
-    batches = lambda: masked_stream(documents, tokenizer, context=context, batch_size=batch_size)
+
+    def batches():
+        return masked_stream(documents, tokenizer, context=context, batch_size=batch_size)
+
     ours = BERT(vocab_size, context, dim, depth, heads)
     theirs = their_bert(ours)
     batch = next(batches())

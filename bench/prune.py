@@ -27,7 +27,10 @@ def prune(
     ours, theirs = remove_channels(net, masks).eval(), their_cut(net, masks, x).eval()
     proof = equal_outputs(ours, theirs, x) | dict(parameters=(count(ours), count(theirs)))
     x = x.to(dtype)
-    run = lambda model: _many(model.to(dtype), x, calls)
+
+    def run(model):
+        return _many(model.to(dtype), x, calls)
+
     return Duel(
         unit="images/s",
         items=calls,

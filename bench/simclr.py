@@ -45,7 +45,10 @@ def simclr(
     augment = Augment(mean=0.3, std=0.35)
     model = ContrastiveModel(ResNet(widths=widths, depths=(1,) * len(widths)))
     model = model.to(memory_format=memory_order(model))
-    batches = lambda: two_views(images, augment, batch_size)
+
+    def batches():
+        return two_views(images, augment, batch_size)
+
     objective, their_loss = match_views(TEMPERATURE), contrast()
 
     def theirs(transform):
@@ -78,7 +81,10 @@ def simclr(
 
 def equal_losses(ours, objective, theirs, their_loss, views):
     "The same views through both."
-    first = lambda model: next(model.parameters())
+
+    def first(model):
+        return next(model.parameters())
+
     mine = outcome(objective(ours, views)[0], first(ours))
     other = outcome(their_loss(theirs, views.chunk(2)), first(theirs))
     return paired(mine, other)

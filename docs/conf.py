@@ -1,14 +1,13 @@
 "Sphinx's settings; all names come from settings.ini"
 
-import os
 import sys
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here))
 
-import vendor
-from nbdev.config import get_config
+import vendor  # noqa: E402
+from nbdev.config import get_config  # noqa: E402
 
 config = get_config(path=here.parent)
 project, author, version, copyright = config.title, config.author, config.version, config.copyright

@@ -108,6 +108,7 @@ def colab_cell(cfg):
         "#| hide",
         "# @title On Colab: install the library; elsewhere this cell does nothing",
         "import sys",
+        "",
         'if "google.colab" in sys.modules:',
         f"    %pip install -q {' '.join(map(quoted, rest))}",
         f"    %pip install -q --no-deps {quoted(url)}",

@@ -244,18 +244,25 @@ def few_label_model(
 def learn_from_few(data: ImageSet, plan: Plan) -> Few:
     "Pretrained against scratch against pixels: same labels, same steps, each with a learning rate of its own choice."
     pool, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
-    draw = lambda seed: pool[few_labels(data.train_labels[pool], plan.labels, seed)]
+
+    def draw(seed):
+        return pool[few_labels(data.train_labels[pool], plan.labels, seed)]
+
     draws, dev = [draw(seed) for seed in plan.seeds], dev[:1000]
-    on_dev = lambda model: score(model, data.train_images[dev], data.train_labels[dev], data)
+
+    def on_dev(model):
+        return score(model, data.train_images[dev], data.train_labels[dev], data)
+
     scores, rates, teachers = (
         {"pixels": pixel_scores(data, draws, draw(plan.trials[0]), dev)},
         {},
         [],
     )
     for arm, choice in (("from scratch", plan.rates), ("pretrained", plan.gentle_rates)):
-        run = lambda seed, rate: few_label_model(
-            data, plan, arm == "pretrained", draw(seed), rate, seed
-        )
+
+        def run(seed, rate):
+            return few_label_model(data, plan, arm == "pretrained", draw(seed), rate, seed)
+
         rates[arm] = max(
             choice, key=lambda rate: sum(on_dev(run(seed, rate)) for seed in plan.trials)
         )
@@ -280,7 +287,10 @@ def score(model: nn.Module, images: Tensor, labels: Tensor, data: ImageSet) -> f
 def pixel_scores(data: ImageSet, draws: list[Tensor], trial: Tensor, dev: Tensor) -> list[float]:
     "Logistic regression on pixels, its penalty picked on `dev` after a fit on `trial`."
     x, tests = (data.floats(part).flatten(1) for part in (data.train_images, data.test_images))
-    fit = lambda index, l2: fit_linear(x[index], data.train_labels[index], l2)
+
+    def fit(index, l2):
+        return fit_linear(x[index], data.train_labels[index], l2)
+
     l2 = max(
         (1e-2, 1e-1, 1.0), key=lambda l2: accuracy(fit(trial, l2)(x[dev]), data.train_labels[dev])
     )
@@ -337,12 +347,16 @@ def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Distilled:
     answers = [
         predict(teacher, x, precision=_fast(), transform=data.floats) for teacher in few.teachers
     ]
-    on_dev = lambda model: score(model, x[few.dev], data.train_labels[few.dev], data)
+
+    def on_dev(model):
+        return score(model, x[few.dev], data.train_labels[few.dev], data)
+
     scores, rates = {}, {}
     for arm, taught in (("no teacher", [None] * len(answers)), ("distilled", answers)):
-        run = lambda i, rate: few_label_student(
-            data, plan, few.draws[i], taught[i], rate, plan.seeds[i]
-        )
+
+        def run(i, rate):
+            return few_label_student(data, plan, few.draws[i], taught[i], rate, plan.seeds[i])
+
         tried = {rate: run(0, rate) for rate in plan.student_rates}
         rates[arm] = max(tried, key=lambda rate: on_dev(tried[rate]))
         students = [tried[rates[arm]], *(run(i, rates[arm]) for i in range(1, len(answers)))]
@@ -496,7 +510,9 @@ class Table:
         self.heads, self.rows = heads, rows
 
     def _repr_html_(self):
-        cells = lambda tag, row: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
+        def cells(tag, row):
+            return "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
+
         body = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
         return (
             f"<table><thead><tr>{cells('th', self.heads)}</tr></thead><tbody>{body}</tbody></table>"
@@ -513,9 +529,10 @@ class Table:
 @checked
 def stage_table(stages: list[dict]) -> Table:
     "The account as people read it."
-    percent = lambda s: "{:.1f} ({:.1f}–{:.1f})".format(
-        *(100 * v for v in (s["accuracy"], *s["interval"]))
-    )
+
+    def percent(s):
+        return "{:.1f} ({:.1f}–{:.1f})".format(*(100 * v for v in (s["accuracy"], *s["interval"])))
+
     _rows(stages, "nonzero", "macs", "images_per_second", "interval")
     rows = [
         [
@@ -664,7 +681,10 @@ def collect(data, plan, live, shipped, few, distilled, stages, seconds) -> dict:
 @checked
 def check_claims(metrics: dict) -> None:
     "The promises of the tour. Raises `AssertionError` that names the first one broken, `ValueError` where numbers are missing."
-    mean = lambda values: sum(values) / len(values)
+
+    def mean(values):
+        return sum(values) / len(values)
+
     try:
         knn, few, distilled = metrics["pretrain"], metrics["finetune"], metrics["distill"]
         pretrained, scratch = mean(few["pretrained"]), mean(few["scratch"])
@@ -703,9 +723,10 @@ td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) {{ text-align: 
 def report(data, plan, live, few, distilled, metrics) -> str:
     "The tour as one page that needs nothing else."
     eight = torch.stack([data.train_images[data.train_labels == k][0] for k in range(8)])
-    percent = lambda comparison: {
-        arm: [100 * v for v in comparison[arm].tolist()] for arm in comparison.scores
-    }
+
+    def percent(comparison):
+        return {arm: [100 * v for v in comparison[arm].tolist()] for arm in comparison.scores}
+
     knn = metrics["pretrain"]
     parts = [
         f"<p>{html.escape(repr(data))}; {metrics['seconds']:.0f} seconds.</p>",

@@ -1,6 +1,5 @@
 "Streams of batches: every token once, documents kept apart, any step entered at once; refusals."
 
-import json
 import os
 import warnings
 from collections import Counter
@@ -80,7 +79,10 @@ def test_draws_are_what_saved_runs_depend_on():
     assert [
         x.tolist() for (x,) in islice(endless(torch.arange(7), batch_size=3, seed=1, start=4), 3)
     ] == STREAM
-    noise = lambda x, generator: x + torch.randint(1000, x.shape, generator=generator)
+
+    def noise(x, generator):
+        return x + torch.randint(1000, x.shape, generator=generator)
+
     (views,) = next(
         augmented(
             torch.zeros(4, 1, 1, 1, dtype=torch.int64),
@@ -152,9 +154,12 @@ def test_padded_rows_come_once_with_what_belongs_to_them(rows, batch, pool, seed
 
 def test_pools_of_similar_length_pad_less():
     rows = [[1] * int(n) for n in np.random.default_rng(0).integers(1, 100, 512)]
-    share = lambda pool: torch.stack(
-        [m.float().mean() for _, m in islice(padded(rows, batch_size=16, pool=pool), 32)]
-    ).mean()
+
+    def share(pool):
+        return torch.stack(
+            [m.float().mean() for _, m in islice(padded(rows, batch_size=16, pool=pool), 32)]
+        ).mean()
+
     assert share(32) > 0.93 > 0.85 > share(4) > share(1) > 0.3 and share(1) < 0.6
 
 
@@ -209,10 +214,16 @@ def test_no_document_feels_another(rows, context, seed):
     y = x.clone()
     mine = owner[0] == owner[0, 0]
     y[0, 0, mine] += 1
-    feel = lambda v: F.scaled_dot_product_attention(v, v, v, attn_mask=same_document(owner))
+
+    def feel(v):
+        return F.scaled_dot_product_attention(v, v, v, attn_mask=same_document(owner))
+
     assert torch.equal(feel(x)[0, 0, ~mine], feel(y)[0, 0, ~mine]) and feel(x).isfinite().all()
     if not mine.all():
-        open_to_all = lambda v: F.scaled_dot_product_attention(v, v, v)
+
+        def open_to_all(v):
+            return F.scaled_dot_product_attention(v, v, v)
+
         assert not torch.equal(
             open_to_all(x)[0, 0, ~mine], open_to_all(y)[0, 0, ~mine]
         )  # without the mask they would
@@ -297,7 +308,10 @@ def test_documents_on_disk_are_the_documents_in_memory(tmp_path_factory, rows, l
 # Bad input ----------------------------------------
 
 x, documents, pictures = torch.arange(6), join([[1, 2], [3]]), torch.zeros(6, 1, 2, 2)
-same = lambda x, generator: x
+
+
+def same(x, generator):
+    return x
 
 
 @pytest.mark.parametrize(
@@ -724,7 +738,9 @@ def test_a_full_disk_leaves_the_old_documents(tmp_path):
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.array, torch.tensor])
 def test_numbers_of_numpy_are_plain_numbers(kind, tmp_path):
-    noise = lambda x, generator: x + torch.rand(x.shape, generator=generator)
+    def noise(x, generator):
+        return x + torch.rand(x.shape, generator=generator)
+
     streams = {
         "endless": lambda k: endless(torch.arange(9), batch_size=k(4), seed=k(200), start=k(3)),
         "augmented": lambda k: augmented(
@@ -840,7 +856,10 @@ def test_streams_stay_where_their_tensors_are():
         padded(made, torch.arange(3, device="cuda"), torch.arange(3), batch_size=2), 3
     ):
         assert [t.is_cuda for t in batch] == [True, True, True, False]
-    noise = lambda x, generator: x + torch.rand(x.shape, generator=generator, device=x.device)
+
+    def noise(x, generator):
+        return x + torch.rand(x.shape, generator=generator, device=x.device)
+
     assert next(augmented(torch.zeros(4, 1, 2, 2, device="cuda"), augment=noise, batch_size=2))[
         0
     ].is_cuda

@@ -226,13 +226,16 @@ def test_every_optimizer_goes_on_to_the_last_bit(tmp_path, kind, options, at):
 def test_all_random_states_come_back(tmp_path_factory, seed, draws):
     path, (net, opt) = tmp_path_factory.mktemp("c") / "run", fresh()
     seed_everything(seed)
-    draw = lambda: (
-        random.random(),
-        random.gauss(0, 1),
-        np.random.rand(),
-        np.random.randn(),
-        torch.randn(3).tolist(),
-    )
+
+    def draw():
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.randn(),
+            torch.randn(3).tolist(),
+        )
+
     for _ in range(draws):  # an odd number leaves a Gaussian in store
         random.gauss(0, 1), np.random.randn(), torch.randn(1)
     save_checkpoint(path, net, opt, 1)
@@ -363,10 +366,14 @@ def test_each_moment_goes_to_the_weight_of_its_name_whatever_the_order(
 ):
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).to(kept_in)
     y = torch.arange(40) % 8
-    make = lambda turned: same_weights(Two(turned, h=h).to(kept_in))
-    build = lambda net, back=False: getattr(torch.optim, kind)(
-        [*net.parameters()][:: -1 if back else 1], lr=0.01, **options
-    )
+
+    def make(turned):
+        return same_weights(Two(turned, h=h).to(kept_in))
+
+    def build(net, back=False):
+        return getattr(torch.optim, kind)(
+            [*net.parameters()][:: -1 if back else 1], lr=0.01, **options
+        )
 
     def run(net, opt, start, stop):
         batches = endless(x, y, batch_size=10, start=start)
@@ -614,7 +621,9 @@ def count_on(net, opt, start, stop):
 
 
 def test_buffers_outside_the_state_dict_go_on(tmp_path):
-    make = lambda: (net := Counts(), torch.optim.SGD(net.parameters(), lr=0.05))
+    def make():
+        return (net := Counts(), torch.optim.SGD(net.parameters(), lr=0.05))
+
     whole = count_on(*make(), 0, 6)
     net, opt = make()
     count_on(net, opt, 0, 3)
@@ -963,9 +972,16 @@ def long_run(
         )
         | options
     )
-    stream = lambda start: endless(
-        data, data[:, :3].argmax(1), batch_size=10, seed=0, start=start * options.get("accum", 1)
-    )
+
+    def stream(start):
+        return endless(
+            data,
+            data[:, :3].argmax(1),
+            batch_size=10,
+            seed=0,
+            start=start * options.get("accum", 1),
+        )
+
     run = None
     with suppress(Unplugged):
         run = resumable(
@@ -1123,18 +1139,23 @@ def test_going_on_longer_is_the_longer_run(tmp_path):
 def test_the_same_network_and_optimizer_may_be_handed_in_again(tmp_path):
     "As a cell that was interrupted and is run once more; the rate has moved along its schedule meanwhile"
     net, opt = fresh()
-    stream = lambda start: endless(DATA, DATA[:, :3].argmax(1), batch_size=10, start=start)
-    run = lambda stop=None: resumable(
-        net,
-        stream,
-        classify,
-        opt,
-        steps=12,
-        save_every=2,
-        checkpoint=tmp_path / "run",
-        schedule=torch.linspace(1, 0.1, 12),
-        each=stop and stop_at(stop),
-    )
+
+    def stream(start):
+        return endless(DATA, DATA[:, :3].argmax(1), batch_size=10, start=start)
+
+    def run(stop=None):
+        return resumable(
+            net,
+            stream,
+            classify,
+            opt,
+            steps=12,
+            save_every=2,
+            checkpoint=tmp_path / "run",
+            schedule=torch.linspace(1, 0.1, 12),
+            each=stop and stop_at(stop),
+        )
+
     for stop in (3, 8):
         with pytest.raises(Unplugged):
             run(stop)
@@ -1298,15 +1319,17 @@ def test_modes_come_back_and_the_file_is_free_after_a_stop(tmp_path, error):
     def stop(step):
         raise error
 
-    run = lambda each: resumable(
-        net,
-        lambda start: endless(DATA, DATA[:, :3].argmax(1), batch_size=10, start=start),
-        classify,
-        torch.optim.SGD(net.parameters(), lr=0.1),
-        steps=3,
-        checkpoint=tmp_path / "run",
-        each=each,
-    )
+    def run(each):
+        return resumable(
+            net,
+            lambda start: endless(DATA, DATA[:, :3].argmax(1), batch_size=10, start=start),
+            classify,
+            torch.optim.SGD(net.parameters(), lr=0.1),
+            steps=3,
+            checkpoint=tmp_path / "run",
+            each=each,
+        )
+
     with pytest.raises(error):
         run(stop)
     assert not net.training and not net[1].training and not list(tmp_path.iterdir())

@@ -150,7 +150,10 @@ def one_sided(model, views):
 def test_gradients_flow_through_both_views(views):
     assert all((size > 0).all() for size in gradients_of_views(match_views(), views))
     points = draw(0, 2, 6, 5).requires_grad_()
-    both = lambda loss: [g.abs().max() > 0 for g in torch.autograd.grad(loss, points)[0]]
+
+    def both(loss):
+        return [g.abs().max() > 0 for g in torch.autograd.grad(loss, points)[0]]
+
     assert all(both(nt_xent(*points, 0.2)))
     assert both(nt_xent(points[0], points[1].detach(), 0.2)) == [
         True,
@@ -272,9 +275,10 @@ def test_the_slow_copy_gets_no_gradient_and_is_not_trained(views):
 
 def test_batch_norm_statistics_of_the_copy_are_its_own(views):
     model = queued(momentum=0.5)
-    statistics = lambda: {
-        k: v.clone() for k, v in model.slow.state_dict().items() if "running" in k
-    }
+
+    def statistics():
+        return {k: v.clone() for k, v in model.slow.state_dict().items() if "running" in k}
+
     before = statistics()
     model.model(views + 3)  # the fast one sees something
     model.follow()
@@ -532,8 +536,8 @@ def test_a_refused_plan_touches_nothing(digits):
 
 
 def test_numpy_numbers_are_numbers(digits):
-    run = lambda one: (
-        pretrain(
+    def run(one):
+        return pretrain(
             fresh(),
             digits.train_images,
             Augment(),
@@ -542,7 +546,7 @@ def test_numpy_numbers_are_numbers(digits):
             seed=one(1),
             title="",
         ).losses
-    )
+
     assert_close(run(np.int64), run(int), rtol=0, atol=0)
 
 
@@ -581,15 +585,17 @@ def test_a_checkpoint_of_another_run_is_refused(digits, tmp_path, change):
 
 
 def test_a_finished_run_goes_on_longer_on_purpose(digits, tmp_path):
-    run = lambda **how: pretrain(
-        fresh(),
-        digits.train_images,
-        Augment(),
-        batch_size=8,
-        title="",
-        checkpoint=tmp_path / "run",
-        **how,
-    )
+    def run(**how):
+        return pretrain(
+            fresh(),
+            digits.train_images,
+            Augment(),
+            batch_size=8,
+            title="",
+            checkpoint=tmp_path / "run",
+            **how,
+        )
+
     run(steps=2)
     with pytest.raises(ValueError, match="longer=True"):
         run(steps=4)

@@ -103,19 +103,23 @@ def test_adam_ignores_the_scale_of_the_loss(seed, factor, lr):
 
 
 def test_the_border_of_gradient_descent():
-    walk = lambda lr: descend(
-        sgd, lambda w: 5 * w.square().sum(), torch.ones(3).double(), 600, lr=lr
-    )  # curvature 10
+    def walk(lr):
+        return descend(
+            sgd, lambda w: 5 * w.square().sum(), torch.ones(3).double(), 600, lr=lr
+        )  # curvature 10
+
     assert walk(0.199)[-1].abs().max() < 0.02 and walk(0.201)[-1].abs().max() > 5
     assert walk(0.1).shape == (601, 3) and not walk(0.1).requires_grad
 
 
 def test_the_memory_of_each_rule():
-    kept = lambda rule, **o: sum(
-        x.numel()
-        for x in rule(torch.ones(8, 16), torch.ones(8, 16), {}, **o)[1].values()
-        if torch.is_tensor(x)
-    )
+    def kept(rule, **o):
+        return sum(
+            x.numel()
+            for x in rule(torch.ones(8, 16), torch.ones(8, 16), {}, **o)[1].values()
+            if torch.is_tensor(x)
+        )
+
     assert [kept(sgd), kept(sgd, momentum=0.9), kept(adam), kept(adamw), kept(adafactor)] == [
         0,
         128,

@@ -136,7 +136,10 @@ def test_t_squared_keeps_the_size_of_the_gradient_and_a_loss_without_it_is_caugh
 def test_hot_answers_become_logit_matching():
     rng = torch.Generator().manual_seed(1)
     z, v = torch.randn(6, 10, generator=rng), torch.randn(6, 10, generator=rng)
-    centred = lambda x: x - x.mean(1, keepdim=True)
+
+    def centred(x):
+        return x - x.mean(1, keepdim=True)
+
     limit = (centred(z) - centred(v)) / 10 / 6
     far = [(size(distillation_loss, T) - limit).norm() / limit.norm() for T in (16.0, 32.0, 64.0)]
     assert far[2] < 0.02 and all(0.45 < b / a < 0.55 for a, b in zip(far, far[1:]))
@@ -514,7 +517,10 @@ def test_costs_are_counted_and_compared():
         found["6"]["one_speedup"] == found["6"]["batch_speedup"] == 1
         and found["3"]["batch_speedup"] > 0
     )
-    blocks = lambda m: sum(p.numel() for p in m.encoder.blocks.parameters())
+
+    def blocks(m):
+        return sum(p.numel() for p in m.encoder.blocks.parameters())
+
     assert found["6"]["parameters"] - found["3"]["parameters"] == blocks(whole) / 2
     assert found["3"]["macs"] - 32 == (found["6"]["macs"] - 32) / 2  # the head has 16 × 2
 

@@ -567,7 +567,7 @@ class Encoding(nn.Module):
 @given(rows, st.floats(0.5, 0.99), st.floats(-100, 100))
 def test_intervals_hold_the_mean_and_move_with_the_values(values, level, shift):
     x = torch.tensor(values, dtype=torch.double)
-    for make in (t_interval, lambda v, l: bootstrap_interval(v, l, resamples=200)):
+    for make in (t_interval, lambda v, level: bootstrap_interval(v, level, resamples=200)):
         low, high = make(x, level)
         assert low - 1e-6 <= x.mean() <= high + 1e-6 or make is not t_interval
         torch.testing.assert_close(
@@ -793,7 +793,9 @@ def test_coverage_is_what_the_level_says():
 
 
 def test_numbers_of_numpy_are_numbers():
-    run = lambda seed: torch.randn((), generator=torch.Generator().manual_seed(seed))
+    def run(seed):
+        return torch.randn((), generator=torch.Generator().manual_seed(seed))
+
     arms = {"a": run, "b": lambda seed: np.float32(seed)}
     right = compare(arms, range(3), progress=False, level=0.9)
     for seeds in (
@@ -878,7 +880,9 @@ def test_what_evaluation_cannot_use_is_named(call, says):
 
 
 def test_settings_may_be_an_array():
-    run = lambda count, seed, setting, part: setting
+    def run(count, seed, setting, part):
+        return setting
+
     assert (
         tuned(run, np.array([0.1, 0.3]))(5, 0) == 0.3
         and tuned(run, torch.tensor([1.0, 2.0]))(5, 0) == 2
@@ -917,7 +921,10 @@ def test_fine_tuning_moves_the_head_and_the_rest_at_their_own_rates(table):
         Headed(),
         probes.fine_tune(Headed(), [(x, y)], steps=1, lr=1e-4, head_lr=1e-2, weight_decay=0.0),
     )
-    moved = lambda part: (getattr(new, part).weight - getattr(old, part).weight).abs().max().item()
+
+    def moved(part):
+        return (getattr(new, part).weight - getattr(old, part).weight).abs().max().item()
+
     assert moved("body") == pytest.approx(
         1e-4, rel=0.05
     )  # Adam's first step is as long as the rate
@@ -943,7 +950,10 @@ def test_what_cannot_be_fine_tuned_is_refused(table, model, rates, error, says):
 
 def test_a_label_curve_asks_each_arm_for_each_count_and_seed():
     asked = []
-    arm = lambda count, seed: asked.append((count, seed)) or count + seed
+
+    def arm(count, seed):
+        return asked.append((count, seed)) or count + seed
+
     curve = label_curve(
         {"a": arm, "b": lambda count, seed: -count}, counts=(5, 10), seeds=(3, 4), progress=False
     )
@@ -1030,7 +1040,10 @@ def test_a_curve_of_probes_is_a_loop_over_draws_with_settings_picked_on_held_out
     curve = label_efficiency(
         ConvNet(), ConvNet, data, counts=(30,), seeds=range(3), choices={"pixels, probe": settings_}
     )
-    pixels = lambda images: data.floats(images).flatten(1)
+
+    def pixels(images):
+        return data.floats(images).flatten(1)
+
     pool, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
 
     def score(seed, l2, images, labels):

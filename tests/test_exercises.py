@@ -292,7 +292,7 @@ class TodoToo:
 
 
 def typo(x):
-    twice = x + x
+    twice = x + x  # noqa: F841
     return twize  # noqa: F821
 
 

@@ -489,7 +489,9 @@ def test_integers_in_the_graph_are_ours_and_four_bits_fill_half_the_bytes(graph,
     import onnx
     from foundation.compression.quantization import quantize_tensor
 
-    constants = lambda path: {t.name: t for t in onnx.load(path).graph.initializer}
+    def constants(path):
+        return {t.name: t for t in onnx.load(path).graph.initializer}
+
     floats = constants(graph)
     for bits in (8, 4):
         found = constants(quantize_onnx_weights(graph, tmp_path / "b.onnx", bits))

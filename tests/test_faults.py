@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from foundation.compression.storage import load_model, save_model
-from foundation.data.batches import join, mapped, open_documents, store, store_documents
+from foundation.data.batches import mapped, open_documents, store, store_documents
 from foundation.data.images import read_idx
 from foundation.data.tokenizer import Tokenizer
 from foundation.models.convnets import ConvNet

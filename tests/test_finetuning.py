@@ -237,7 +237,10 @@ def test_the_head_is_fast_and_the_stem_slow():
 
 def test_rates_in_the_wrong_order_are_caught(monkeypatch):
     model, right = small(), loop.layers
-    order = lambda parts: dict([*reversed(list(parts.items())[:-1]), list(parts.items())[-1]])
+
+    def order(parts):
+        return dict([*reversed(list(parts.items())[:-1]), list(parts.items())[-1]])
+
     monkeypatch.setattr(
         loop, "layers", lambda model: order(right(model))
     )  # the stem next to the head
@@ -746,14 +749,16 @@ def test_what_is_frozen_comes_back_also_after_ctrl_c(digits, stop, options):
         if step.n == 1 and stop:
             raise stop
 
-    tune = lambda: finetune(
-        model,
-        digits.train_images[i],
-        digits.train_labels[i],
-        Augment(),
-        each=halt,
-        **dict(steps=4, lr=1e-3) | options,
-    )
+    def tune():
+        return finetune(
+            model,
+            digits.train_images[i],
+            digits.train_labels[i],
+            Augment(),
+            each=halt,
+            **dict(steps=4, lr=1e-3) | options,
+        )
+
     if stop:
         with pytest.raises(stop):
             tune()
@@ -816,7 +821,9 @@ def test_each_norm_keeps_the_mode_that_it_has():
 
 
 def test_norms_without_weights_go_by_their_neighbours_and_instance_norms_have_statistics_too():
-    part = lambda norm: nn.Sequential(nn.Conv2d(1, 2, 1), norm)
+    def part(norm):
+        return nn.Sequential(nn.Conv2d(1, 2, 1), norm)
+
     model = nn.Sequential(
         part(nn.BatchNorm2d(2, affine=False)),
         nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, affine=False)),
@@ -886,13 +893,17 @@ def refusals(digits, tmp_path):
     torn = tmp_path / "torn.png"
     torn.write_bytes(b"\x89PNG\r\n\x1a\n")
     model, opt = small(), torch.optim.SGD(small().parameters())
-    epoch = lambda images, labels: train_epoch(
-        model, ImageDataset(images, labels, lambda i: i.float()), 4, opt
-    )
+
+    def epoch(images, labels):
+        return train_epoch(model, ImageDataset(images, labels, lambda i: i.float()), 4, opt)
+
     floats, i = torch.rand(10, 1, 8, 8), few_labels(digits.train_labels, 50, 0)
-    tune = lambda y=digits.train_labels[i], **options: finetune(
-        model, digits.train_images[i], y, Augment(), **dict(steps=1, lr=1e-3) | options
-    )
+
+    def tune(y=digits.train_labels[i], **options):
+        return finetune(
+            model, digits.train_images[i], y, Augment(), **dict(steps=1, lr=1e-3) | options
+        )
+
     return {
         "labels run from 1 to 10; expected 0 to 9": lambda: epoch(floats, torch.arange(1, 11)),
         "labels run from -1 to 8; expected 0": lambda: epoch(floats, torch.arange(-1, 9)),
@@ -990,7 +1001,10 @@ def test_the_recipe_writes_weights_and_a_card(digits, tmp_path, monkeypatch):
 def test_the_shipped_record_holds_what_the_lesson_promises():
     card = read_card("resnet_fashion")
     every, few, photos = (card["metrics"][key] for key in ("all_labels", "few_labels", "photos"))
-    mean = lambda values: sum(values) / len(values)
+
+    def mean(values):
+        return sum(values) / len(values)
+
     assert all(len(row) >= 3 for row in every["scores"].values())
     assert (
         min(every["scores"]["pretrained"]) >= 0.92

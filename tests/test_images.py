@@ -191,7 +191,10 @@ def test_a_crop_is_torchvisions(top, left, height, width, shape):
     centers = torch.tensor([[(2 * left + width) / w - 1, (2 * top + height) / h - 1]])
     ours = sample_boxes(image, centers, torch.tensor([[width / w, height / h]]), size=20)
     theirs = V.resized_crop(image, top, left, height, width, [20, 20], antialias=False)
-    edge = lambda length: -(-20 // (2 * length)) + 1
+
+    def edge(length):
+        return -(-20 // (2 * length)) + 1
+
     rows = slice(0 if top == 0 else edge(height), 20 if top + height == h else -edge(height))
     columns = slice(0 if left == 0 else edge(width), 20 if left + width == w else -edge(width))
     torch.testing.assert_close(
@@ -216,7 +219,10 @@ def test_a_white_picture_stays_white(shape):
 def boxes_of(augment, count=2000, shape=(12, 18), seed=0):
     "Centers, halves and mirrors that `augment` draws, from pictures whose pixels say their place"
     h, w = shape
-    place = lambda n: (torch.arange(n) + 0.5) / n
+
+    def place(n):
+        return (torch.arange(n) + 0.5) / n
+
     ramps = torch.stack([place(w).expand(h, w), place(h)[:, None].expand(h, w)])[None].expand(
         count, 2, h, w
     )
@@ -225,8 +231,13 @@ def boxes_of(augment, count=2000, shape=(12, 18), seed=0):
         2 * x[:, h // 2] - 1,
         2 * y[:, :, w // 2] - 1,
     )  # from -1 to 1: along a row, along a column
-    middle = lambda v: v[:, len(v[0]) // 2 - 1 : len(v[0]) // 2 + 1]
-    step = lambda v: (middle(v)[:, 1] - middle(v)[:, 0]) * v.shape[1] / 2
+
+    def middle(v):
+        return v[:, len(v[0]) // 2 - 1 : len(v[0]) // 2 + 1]
+
+    def step(v):
+        return (middle(v)[:, 1] - middle(v)[:, 0]) * v.shape[1] / 2
+
     return (
         torch.stack([middle(x).mean(1), middle(y).mean(1)], 1),
         torch.stack([step(x).abs(), step(y).abs()], 1),

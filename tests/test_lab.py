@@ -195,7 +195,10 @@ def test_tour_runs_and_its_dial_turns(lab, page):
 def test_exercise_is_refused_and_solved(lab, page):
     open_notebook(page, lab, "00_core/04_exercises.ipynb")
     run_all(page, lab, "00_core/04_exercises.ipynb", 180)
-    verdict = lambda: code_cell(page, "exercise.check(my_mean)").locator(".jp-OutputArea-output")
+
+    def verdict():
+        return code_cell(page, "exercise.check(my_mean)").locator(".jp-OutputArea-output")
+
     sync_api.expect(verdict()).to_contain_text("Not solved yet")
     wrong = "def my_mean(x, keep):\nreturn (x * keep).mean(-1)"
     right = (

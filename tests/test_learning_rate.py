@@ -93,7 +93,10 @@ def test_a_schedule_that_is_one_step_late_is_seen_by_the_law():
     from foundation.training import loop
 
     right = loop._set_rates
-    late = lambda opt, schedule, n: right(opt, schedule, max(0, n - 2))
+
+    def late(opt, schedule, n):
+        return right(opt, schedule, max(0, n - 2))
+
     with patch.object(loop, "_set_rates", late):
         rate, step = turn(Bowl(4.0))
     assert not 1 - 1e-9 <= rate * 4.0 / 2 <= step * (1 + 1e-9)
@@ -135,15 +138,18 @@ def test_model_optimizer_modes_gradients_and_luck_come_back(task, name):
         dev_scores(model, task, opt, steps=3, precision="fp32")
     )  # an optimizer with a memory, and gradients
     model.body[2].eval()
-    look = lambda: (
-        deepcopy(model.state_dict()),
-        deepcopy(opt.state_dict()),
-        [m.training for m in model.modules()],
-        [p.grad.clone() for p in model.parameters()],
-        torch.get_rng_state(),
-        random.getstate(),
-        np.random.get_state()[1],
-    )
+
+    def look():
+        return (
+            deepcopy(model.state_dict()),
+            deepcopy(opt.state_dict()),
+            [m.training for m in model.modules()],
+            [p.grad.clone() for p in model.parameters()],
+            torch.get_rng_state(),
+            random.getstate(),
+            np.random.get_state()[1],
+        )
+
     before = look()
     range_test(model, stream(task), classify, opt, lo=1e-5, hi=1e2, steps=40)
     torch.testing.assert_close(look()[1]["state"], before[1]["state"], rtol=0, atol=0)
@@ -168,7 +174,9 @@ def test_it_comes_back_after_an_error_too_and_a_test_that_keeps_its_weights_is_s
             raise RuntimeError("in the midst")
         return classify(model, batch)
 
-    same = lambda: all(torch.equal(v, model.state_dict()[k]) for k, v in start.items())
+    def same():
+        return all(torch.equal(v, model.state_dict()[k]) for k, v in start.items())
+
     with pytest.raises(RuntimeError, match="midst"):
         range_test(model, stream(task), breaks, opt)
     assert same() and not opt.state
@@ -277,7 +285,10 @@ def test_learned_and_dev_images_are_disjoint_and_seeded():
     data = image_set(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
     one, two, other = (few_label_task(data, 30, 40, seed) for seed in (0, 0, 1))
     assert all(map(torch.equal, one, two)) and not torch.equal(one.images, other.images)
-    rows = lambda images: {tuple(i.flatten().tolist()) for i in images}
+
+    def rows(images):
+        return {tuple(i.flatten().tolist()) for i in images}
+
     assert not rows(one.images) & rows(one.dev_images) and one.labels.bincount().tolist() == [
         10,
         10,

@@ -80,10 +80,13 @@ def faults(rule, ratio=0.15):
         tokens, tokens >= 5, **RULE, ratio=ratio, generator=torch.Generator().manual_seed(1)
     )
     n, asked, shown = 800_000, int(places.sum()), inputs[places]
-    far = lambda share, expected, n: (
-        abs(share - expected) > 5 * (expected * (1 - expected) / n) ** 0.5
-    )
-    share = lambda hit: hit.double().mean().item()
+
+    def far(share, expected, n):
+        return abs(share - expected) > 5 * (expected * (1 - expected) / n) ** 0.5
+
+    def share(hit):
+        return hit.double().mean().item()
+
     found = dict(
         asked=far(asked / n, ratio, n),
         masked=far(share(shown == 3), 0.8, asked),
@@ -135,7 +138,9 @@ def test_broken_rules_are_seen(broken, seen):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 12), st.floats(0.01, 0.99), st.integers(0, 10_000))
 def test_the_rule_equals_a_loop(b, n, ratio, seed):
-    luck = lambda: torch.Generator().manual_seed(seed)
+    def luck():
+        return torch.Generator().manual_seed(seed)
+
     tokens = torch.randint(0, 300, (b, n), generator=luck())
     inputs, places = mask_tokens(tokens, tokens >= 5, **RULE, ratio=ratio, generator=luck())
     rng = luck()
@@ -391,7 +396,10 @@ def test_the_commonest_word_is_what_a_loop_finds(tokenizer):
         encode_documents(["a a a b", "b a c"], tokenizer),
         encode_documents(["a b b", "c", "a"], tokenizer),
     )
-    words = lambda documents: [t for d in documents for t in d.tolist() if t >= 5]
+
+    def words(documents):
+        return [t for d in documents for t in d.tolist() if t >= 5]
+
     best = max(set(words(known)), key=words(known).count)
     expected = words(unseen).count(best) / len(words(unseen))
     assert (
@@ -648,7 +656,10 @@ def test_guesses_that_read_alike_are_all_told():
 @pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8])
 def test_tokens_of_every_whole_number_type(tokenizer, documents, kind):
     tokens = torch.randint(5, 200, (4, 12), generator=torch.Generator().manual_seed(0))
-    luck = lambda: torch.Generator().manual_seed(1)
+
+    def luck():
+        return torch.Generator().manual_seed(1)
+
     for a, b in zip(
         mask_tokens(tokens.to(kind), tokens >= 5, **RULE, generator=luck()),
         mask_tokens(tokens, tokens >= 5, **RULE, generator=luck()),
@@ -723,12 +734,15 @@ def test_the_loss_is_blind_to_words_that_are_not_hidden(tokenizer, documents):
 def test_a_checkpoint_of_another_run_is_refused(tokenizer, documents, tmp_path, change):
     other = [d.clone() for d in documents]
     other[-1][1] = 5 + (other[-1][1] - 4) % 200  # one word of the last text
-    run = lambda documents=documents, **how: pretrain(
-        small(tokenizer),
-        documents,
-        tokenizer,
-        **dict(steps=2, batch_size=8, checkpoint=tmp_path / "run", title="") | how,
-    )
+
+    def run(documents=documents, **how):
+        return pretrain(
+            small(tokenizer),
+            documents,
+            tokenizer,
+            **dict(steps=2, batch_size=8, checkpoint=tmp_path / "run", title="") | how,
+        )
+
     kept = run().losses
     assert torch.equal(run().losses, kept)
     with pytest.raises(ValueError, match="of another run"):
@@ -750,12 +764,18 @@ def test_no_text_to_be_classified_was_pretrained_on():
     everything = real_glosses("noun", "verb", "adjective", "adverb")
     trained, _ = split_texts(everything, 0.1)  # what gloss_corpus trains on
     seen, task = {_key(text) for text in trained.texts}, gloss_task()
-    overlap = lambda index: sum(_key(task.texts[i]) in seen for i in index.tolist())
+
+    def overlap(index):
+        return sum(_key(task.texts[i]) in seen for i in index.tolist())
+
     assert overlap(task.test) == 0 and len(task.test) == 1000
     assert overlap(task.pool) == len(
         task.pool
     )  # the check can fail: labels are drawn from texts that were trained on
-    texts = lambda index: {task.texts[i] for i in index.tolist()}
+
+    def texts(index):
+        return {task.texts[i] for i in index.tolist()}
+
     assert not texts(task.pool) & texts(task.valid) and not texts(task.valid) & texts(task.test)
     broken, _ = split_texts(
         everything, 0.1, seed=1

@@ -124,10 +124,12 @@ def shows(**data):
 def _swallowed(code):
     "Lines where `assert_close(...) and check` stands: the first gives back None, so the second never runs"
     code = re.sub(r"^(\s*)[%!](?!=).*$", r"\1pass", code, flags=re.M)
-    calls = lambda node: (
-        isinstance(node, ast.Call)
-        and ast.unparse(node.func).endswith(("assert_close", "test_eq", "test_close"))
-    )
+
+    def calls(node):
+        return isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("assert_close", "test_eq", "test_close")
+        )
+
     return [
         node.lineno
         for node in ast.walk(ast.parse(code))
@@ -255,7 +257,9 @@ def test_a_notebook_without_title_is_refused():
 
 
 def test_outputs_are_tidied_like_a_terminal():
-    stream = lambda text, name="stdout": dict(output_type="stream", name=name, text=text)
+    def stream(text, name="stdout"):
+        return dict(output_type="stream", name=name, text=text)
+
     bar = "\r 50%|█████     | 1/2 [00:01<00:01]\r100%|██████████| 2/2 [00:02<00:00]\n"
     out = notebooks.tidy(
         [

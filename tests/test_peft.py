@@ -207,7 +207,10 @@ def test_equal_to_the_library_peft():
             a, b = theirs.get_submodule(name), ours.get_submodule(name)
             a.lora_A["default"].weight.copy_(b.A), a.lora_B["default"].weight.copy_(b.B)
     assert_close(read(ours), read(theirs), rtol=0, atol=1e-6)
-    read_loss = lambda m: m.encode(IDS, IDS != 0).square().sum(0)[..., :9].sum()
+
+    def read_loss(m):
+        return m.encode(IDS, IDS != 0).square().sum(0)[..., :9].sum()
+
     read_loss(ours).backward(), read_loss(theirs).backward()
     name = "blocks.0.attention.query"
     assert_close(
@@ -740,7 +743,10 @@ def test_batches_are_of_the_size_asked_for_and_of_like_length(task):
     model.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=8, batch_size=10)
     assert {len(x) for x in seen} == {10}
-    spread = lambda x: (x != 0).sum(1).float().std()
+
+    def spread(x):
+        return (x != 0).sum(1).float().std()
+
     mixed = spread(task.tokens[task.pool])
     assert sum(map(spread, seen)) / len(seen) < 0.8 * mixed
 
@@ -822,7 +828,10 @@ def test_scores_of_an_interrupted_run_are_kept_for_the_same_run_alone(task, tmp_
         return 0.5
 
     (tmp_path / "out").mkdir()
-    make = lambda encoder, task=task: recipe(task, tmp_path, monkeypatch, encoder, spy)
+
+    def make(encoder, task=task):
+        return recipe(task, tmp_path, monkeypatch, encoder, spy)
+
     with pytest.raises(KeyboardInterrupt):
         make(bert())
     make(bert())

@@ -290,7 +290,7 @@ def test_a_cloud_shows_the_same_points_whatever_its_labels_are_made_of():
         torch.arange(30) % 3,
         (np.arange(30) % 3).tolist(),
     ]
-    assert len({plot_points(points, l, alt="a").png for l in labels}) == 1
+    assert len({plot_points(points, given, alt="a").png for given in labels}) == 1
     assert (
         plot_points(points, labels[0], names=np.array(["a", "b", "c"]), alt="a").png
         == plot_points(points, [*"abc"] * 10, alt="a").png

@@ -102,15 +102,17 @@ def test_channels_last_momentum_survives_a_stop(digits, tmp_path):
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(digits, tmp_path):
-    run = lambda steps: contrastive.pretrain(
-        small(),
-        digits.train_images[:64],
-        Augment(),
-        steps=steps,
-        batch_size=16,
-        checkpoint=tmp_path / "run",
-        title="",
-    )
+    def run(steps):
+        return contrastive.pretrain(
+            small(),
+            digits.train_images[:64],
+            Augment(),
+            steps=steps,
+            batch_size=16,
+            checkpoint=tmp_path / "run",
+            title="",
+        )
+
     run(2)
     with pytest.raises(ValueError, match="of another run"):
         run(4)

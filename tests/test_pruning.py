@@ -331,7 +331,10 @@ def test_the_heads_that_stay_are_those_that_write_most():
 
 def test_channel_counts_are_rounded_and_never_zero():
     net = VGG()
-    kept = lambda **how: [int(m.sum()) for m in channel_masks(net, **how).values()]
+
+    def kept(**how):
+        return [int(m.sum()) for m in channel_masks(net, **how).values()]
+
     assert kept(sparsity=0.7, multiple=8) == [8, 8, 16, 16, 40, 40] and set(
         kept(sparsity=0.999)
     ) == {1}
@@ -929,7 +932,9 @@ def test_a_pruned_place_never_wins_against_a_weight_that_happens_to_be_zero():
 def test_heads_with_weights_of_their_own_around_are_refused():
     from foundation.finetuning.peft import add_lora, add_prefix
 
-    make = lambda: BERT(50, 16, 32, 2, 4)
+    def make():
+        return BERT(50, 16, 32, 2, 4)
+
     tied = make()
     tied.blocks[1].attention.query.weight = tied.blocks[0].attention.query.weight
     for model in (add_prefix(make(), 2), add_lora(make(), 2, targets=["value"]), tied):
@@ -972,7 +977,9 @@ for channels in (1, 3):
 
 
 def test_the_order_in_memory_is_plain_where_fewer_than_eight_channels_meet_a_stride():
-    strided = lambda c, **how: nn.Sequential(nn.Conv2d(3, c, 3), nn.Conv2d(c, 16, 1, **how))
+    def strided(c, **how):
+        return nn.Sequential(nn.Conv2d(3, c, 3), nn.Conv2d(c, 16, 1, **how))
+
     for width in range(1, 8):
         assert memory_order(strided(width, stride=(1, 3))) == torch.contiguous_format
         assert memory_order(strided(width)) == torch.channels_last

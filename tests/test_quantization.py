@@ -298,7 +298,10 @@ def test_rulers_travel_with_the_weights():
 
 def test_int8_is_near_and_the_number_of_bits_counts():
     net, x = lived_in(), images(256)
-    gap = lambda model: (model(x) - net(x)).square().mean().sqrt().item()
+
+    def gap(model):
+        return (model(x) - net(x)).square().mean().sqrt().item()
+
     eight, six, four = (gap(quantize_static(net, x.split(64), bits)) for bits in (8, 6, 4))
     assert eight < six / 2 < four / 4 and eight < net(x).std() / 20
     assert gap(quantize_dynamic(net)) < net(x).std() / 20

@@ -228,11 +228,14 @@ def test_no_code_is_shorter_in_total():
         if 2.0**-a + 2.0**-b + 2.0**-c + 2.0**-d + 2.0**-e <= 1
         and 40 * a + 30 * b + 20 * c + 6 * d + 4 * e == int((code_lengths(counts) * counts).sum())
     )
-    total = lambda lengths: sum(x * y for x, y in zip(lengths, counts.tolist()))
+
+    def total(lengths):
+        return sum(x * y for x, y in zip(lengths, counts.tolist()))
+
     every = (
-        l
-        for l in __import__("itertools").product(range(1, 5), repeat=5)
-        if sum(2.0**-x for x in l) <= 1
+        lengths
+        for lengths in __import__("itertools").product(range(1, 5), repeat=5)
+        if sum(2.0**-x for x in lengths) <= 1
     )
     assert min(map(total, every)) == total(best)
 

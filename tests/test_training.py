@@ -136,15 +136,18 @@ def test_stopping_and_going_on_changes_nothing(stop):
     steps_of(whole, 30, schedule=torch.linspace(1, 0, 30))
     parts = net()
     opt = sgd(parts)
-    go = lambda start: train(
-        parts,
-        batches(start=start),
-        classify,
-        opt,
-        steps=30,
-        schedule=torch.linspace(1, 0, 30),
-        start=start,
-    )
+
+    def go(start):
+        return train(
+            parts,
+            batches(start=start),
+            classify,
+            opt,
+            steps=30,
+            schedule=torch.linspace(1, 0, 30),
+            start=start,
+        )
+
     for step in islice(go(0), stop):
         random_state = torch.get_rng_state()  # dropout's numbers: a checkpoint saves them too
     if stop:
@@ -220,7 +223,10 @@ def test_a_broken_loss_stops_before_the_weights_are_spoilt(bad):
 def test_an_infinite_gradient_behind_a_finite_loss_is_seen_when_it_is_clipped():
     model = net()
     start = weights(nn.ModuleList([model[0], model[4]]))
-    flat = lambda m, batch: (classify(m, batch)[0] + (0 * m[0].bias.sum()).sqrt(), {})
+
+    def flat(m, batch):
+        return (classify(m, batch)[0] + (0 * m[0].bias.sum()).sqrt(), {})
+
     with pytest.raises(TrainingDiverged, match="the gradient norm became nan at step 0"):
         steps_of(model, 5, flat, clip=1.0)
     assert torch.equal(start, weights(nn.ModuleList([model[0], model[4]])))
@@ -260,7 +266,10 @@ def test_fp16_scales_leaves_out_and_learns():
     assert not moved[0] and moved[-1] and scaler.get_scale() < 2.0**40
     plain = net(norm=False)
     steps_of(plain, 120, opt=adamw(plain, 0.01), clip=1.0)
-    loss = lambda m: F.cross_entropy(m.eval()(X), Y).item()
+
+    def loss(m):
+        return F.cross_entropy(m.eval()(X), Y).item()
+
     assert loss(model) < 0.7 * math.log(4) and abs(loss(model) - loss(plain)) < 0.25
 
 
@@ -299,7 +308,9 @@ def test_fp16_goes_on_exactly_with_a_saved_scaler():
 
 
 def test_fp16_that_no_scale_can_save_is_told():
-    flat = lambda m, batch: (classify(m, batch)[0] + (0 * m[0].bias.sum()).sqrt(), {})
+    def flat(m, batch):
+        return (classify(m, batch)[0] + (0 * m[0].bias.sum()).sqrt(), {})
+
     with pytest.raises(TrainingDiverged, match="no loss scale gives finite fp16 gradients"):
         steps_of(net(), 60, flat, precision="fp16")
 
@@ -553,7 +564,10 @@ def test_modes_come_back_when_a_run_is_stopped(error, where):
             each=stop if where == "each" else None,
         )
     assert [layer.training for layer in model.modules()] == before
-    diverge = lambda m, b: (classify(m, b)[0] * math.nan, {})
+
+    def diverge(m, b):
+        return (classify(m, b)[0] * math.nan, {})
+
     with pytest.raises(TrainingDiverged):
         steps_of(model, 3, diverge)
     assert [layer.training for layer in model.modules()] == before
@@ -1251,7 +1265,10 @@ def test_tensorboard_reads_what_was_written(tmp_path):
         for n in range(10):
             board(step(n, 1 / (n + 1)), accuracy=n / 10)
     events = EventAccumulator(str(tmp_path / "board")).Reload()
-    read = lambda name: [(e.step, e.value) for e in events.Scalars(name)]
+
+    def read(name):
+        return [(e.step, e.value) for e in events.Scalars(name)]
+
     assert_close(torch.tensor(read("loss")), torch.tensor([(n, 1 / (n + 1)) for n in range(10)]))
     assert_close(torch.tensor(read("accuracy")), torch.tensor([(n, n / 10) for n in range(10)]))
 

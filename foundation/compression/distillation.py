@@ -170,9 +170,12 @@ def distil(
         raise ValueError("student is not in float32, which keeps small steps; call student.float()")
     device = next(student.parameters()).device
     tensors = [t.to(device) for t in (images, answers, labels) if t is not None]
-    stream = lambda start: augmented(
-        *tensors, augment=augment, batch_size=min(batch_size, count), seed=seed, start=start
-    )
+
+    def stream(start):
+        return augmented(
+            *tensors, augment=augment, batch_size=min(batch_size, count), seed=seed, start=start
+        )
+
     run = resumable(
         student,
         stream,
@@ -204,7 +207,10 @@ def tap(
             f"there is no layer {layer!r}; there are, among others: "
             f"{', '.join(list(filter(None, modules))[:8])}"
         )
-    copy = lambda output: output.clone() if isinstance(output, Tensor) else output
+
+    def copy(output):
+        return output.clone() if isinstance(output, Tensor) else output
+
     hook = modules[layer].register_forward_hook(  # a copy: a ReLU behind may work in place
         lambda module, args, output: heard.append(copy(output))
     )
@@ -272,7 +278,10 @@ def keep_layers(
     """Layer drop: the same model with these blocks only; what blocks share stays shared.
 
     Raises `TypeError` without blocks, `ValueError` for layers it lacks."""
-    is_list = lambda m: isinstance(getattr(m, "blocks", None), nn.ModuleList)
+
+    def is_list(m):
+        return isinstance(getattr(m, "blocks", None), nn.ModuleList)
+
     stacks = {m.blocks for m in model.modules() if is_list(m)}
     if len(stacks) != 1:
         raise TypeError(
@@ -356,14 +365,22 @@ def sentiment_task(
             f"asked for {pool} + {valid} and {test} texts; "
             f"there are {len(seen):,} and {len(held):,}"
         )
-    luck = lambda: torch.Generator().manual_seed(0)
-    pick = lambda data, count: data.take(torch.randperm(len(data), generator=luck())[:count])
+
+    def luck():
+        return torch.Generator().manual_seed(0)
+
+    def pick(data, count):
+        return data.take(torch.randperm(len(data), generator=luck())[:count])
+
     seen, held = pick(seen, pool + valid), pick(held, test)
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # what was handed in stays as it is
     tokenizer.no_padding(), tokenizer.enable_truncation(longest)
     tokens, real = pad([row.ids for row in tokenizer.encode_batch([*seen.texts, *held.texts])])
     parts, lengths = torch.arange(len(tokens)).split([pool, valid, test]), real.sum(1)
-    sort = lambda part: part[lengths[part].argsort(stable=True)]
+
+    def sort(part):
+        return part[lengths[part].argsort(stable=True)]
+
     labels = torch.cat([seen.labels, held.labels])
     return SentimentTask(tokens, labels, parts[0], sort(parts[1]), sort(parts[2]))
 
@@ -389,12 +406,15 @@ def train_text(
     if options.get("checkpoint"):
         data = dict(seed=seed, data=fingerprint(tokens, *targets))
         options["recipe"] = (options.get("recipe") or {}) | data
-    stream = lambda start: (
-        (tokens, *rest)
-        for tokens, _, *rest in padded(
-            rows, *targets, batch_size=batch_size, seed=seed, start=start
+
+    def stream(start):
+        return (
+            (tokens, *rest)
+            for tokens, _, *rest in padded(
+                rows, *targets, batch_size=batch_size, seed=seed, start=start
+            )
         )
-    )
+
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in learnt.items() if name.startswith("head.")]
     body = [p for name, p in learnt.items() if not name.startswith("head.")]
@@ -546,7 +566,10 @@ def make_weights(
     lab = _Lab(task, encoder, Path(runs or cache_folder() / "runs") / name, plan)
     lab.expect(sum(map(len, rates.values())) + len(layers) + 4 * len(seeds), name)
     first, tuning, best = seeds[0], {}, lambda row: max(row, key=row.get)
-    score = lambda arm, lr, kept: lab.score(arm, first, lr, kept, task.valid)
+
+    def score(arm, lr, kept):
+        return lab.score(arm, first, lr, kept, task.valid)
+
     tuning["6 layers"] = {lr: score("6 layers", lr, None) for lr in rates["6 layers"]}
     lab.rate = best(tuning["6 layers"])
     tuning["layers"] = {kept: score("distilled", rates["distilled"][-1], kept) for kept in layers}

@@ -613,7 +613,10 @@ def channel_masks(
 # %% ../../nbs/09_compression/02_pruning.ipynb #9a93cfc3
 def _channel_scores(group, modules) -> Tensor:  # (c,)
     "How much each channel can pass on"
-    weight = lambda name: precise(modules[name].weight.detach())
+
+    def weight(name):
+        return precise(modules[name].weight.detach())
+
     norms = [weight(name).abs() for name in group.norms]
     scale = norms or [weight(name).flatten(1).norm(dim=1) for name in group.writers]
     reads = [weight(name).transpose(0, 1).reshape(group.size, -1) for name in group.readers]
@@ -840,7 +843,10 @@ def recover(
     # channels last, unless the cut has made a shortcut too narrow for it; the loop sees to the batches
     model.to(memory_format=memory_order(model))
     x, y = data.floats(data.train_images), data.train_labels
-    stream = lambda start: endless(x, answers, y, batch_size=32, seed=seed, start=start)
+
+    def stream(start):
+        return endless(x, answers, y, batch_size=32, seed=seed, start=start)
+
     run = resumable(
         model,
         stream,
@@ -985,7 +991,10 @@ def make_weights(
     seed_everything(0)
     model, batch_size = VGG(len(data.classes)).to(device), 128
     steps, x = epochs * len(data.train_images) // batch_size, data.floats(data.train_images)
-    stream = lambda start: endless(x, data.train_labels, batch_size=batch_size, start=start)
+
+    def stream(start):
+        return endless(x, data.train_labels, batch_size=batch_size, start=start)
+
     seen = fingerprint(data.train_images, data.train_labels, data.mean, data.std)
     run = resumable(
         model,

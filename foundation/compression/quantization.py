@@ -475,7 +475,10 @@ def _fold(layer, norm):
         nn.Parameter(x.to(layer.weight.dtype), layer.weight.requires_grad) for x in (weight, bias)
     )
     finite = layer.weight.isfinite().all() and layer.bias.isfinite().all()
-    near = lambda want: torch.allclose(_own_way(layer), want, 1e-3, 1e-3 * float(want.abs().max()))
+
+    def near(want):
+        return torch.allclose(_own_way(layer), want, 1e-3, 1e-3 * float(want.abs().max()))
+
     if not finite or want is not None and not near(want):
         layer.weight, layer.bias = before
         return (

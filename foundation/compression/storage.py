@@ -783,8 +783,13 @@ def compress(
     centres."""
     check_whole(size, "size", 2, 256)
     check_sizes(0, steps=steps, tune=tune)
-    at = lambda stage: f"{checkpoint}-{stage}.safetensors" if checkpoint else None
-    start = lambda model, **others: dict(others, start=fingerprint(model)) if checkpoint else None
+
+    def at(stage):
+        return f"{checkpoint}-{stage}.safetensors" if checkpoint else None
+
+    def start(model, **others):
+        return dict(others, start=fingerprint(model)) if checkpoint else None
+
     pruned = copy.deepcopy(dense).to(memory_format=memory_order(dense))
     train_on(
         pruned,
@@ -839,15 +844,20 @@ def make_weights(
         data.train_images[:-5000],
         transform=data.floats,
     )
-    test = lambda model: round(
-        accuracy(
-            predict(
-                model.to(memory_format=torch.channels_last), data.test_images, transform=data.floats
+
+    def test(model):
+        return round(
+            accuracy(
+                predict(
+                    model.to(memory_format=torch.channels_last),
+                    data.test_images,
+                    transform=data.floats,
+                ),
+                data.test_labels,
             ),
-            data.test_labels,
-        ),
-        4,
-    )
+            4,
+        )
+
     scores, sizes, runs = (
         {"fp32": test(dense)},
         {"fp32": save_model(dense, path).stat().st_size, "compressed": []},

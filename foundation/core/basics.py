@@ -357,7 +357,10 @@ def atomic_write(
     path, kept = _target(path)
     _make_folders(path.parent)
     draft = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(4)}.tmp")
-    opener = lambda p, flags: os.open(p, flags, 0o666 if kept is None else kept)
+
+    def opener(p, flags):
+        return os.open(p, flags, 0o666 if kept is None else kept)
+
     text = {} if mode == "wb" else dict(encoding="utf-8", newline="\n")
     try:
         with open(draft, mode.replace("w", "x"), opener=opener, **text) as file:

@@ -658,13 +658,13 @@ def _classes(
             f"got {len(classes)} classes, at most {len(_MARKERS)} can be told apart: choose some"
         )
     if names is None:
-        return [(classes.index(l), _plain(l)) for l in labels]
+        return [(classes.index(c), _plain(c)) for c in labels]
     names = list(itertools.islice(names, 10_000))
     if not all(isinstance(c, int) and 0 <= c < len(names) for c in classes):
         raise ValueError(
             f"labels run from {classes[0]!r} to {classes[-1]!r}, but there are {len(names)} names"
         )
-    return [(classes.index(l), _plain(names[l])) for l in labels]
+    return [(classes.index(c), _plain(names[c])) for c in labels]
 
 
 def _halo():

@@ -138,7 +138,10 @@ class TextSet:
     def take(self, indices: Sequence[int] | Tensor) -> "TextSet":
         "The set of the texts with these indices. Raises `TypeError`, `ValueError`, `IndexError`."
         indices = _check_indices(indices, len(self))
-        pick = lambda values: tuple(values[i] for i in indices.tolist())
+
+        def pick(values):
+            return tuple(values[i] for i in indices.tolist())
+
         return TextSet(
             self.name,
             pick(self.texts),

@@ -105,7 +105,10 @@ def find_merges(
     pairs, where = Counter(), defaultdict(set)  # how often, and in which words
     for i, row in enumerate(rows):
         _count(row, i, times[i], pairs, where)
-    entry = lambda p: (-pairs[p], number[p[0]], number[p[1]], p)  # of equals, the older first
+
+    def entry(p):
+        return (-pairs[p], number[p[0]], number[p[1]], p)  # of equals, the older first
+
     heap = [entry(pair) for pair in pairs]
     heapify(heap)
     while heap and len(number) < size:

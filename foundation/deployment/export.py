@@ -193,7 +193,10 @@ def _as_input(x, want):
             f"{want.name} is {want.type} in the graph; expected one of {', '.join(_KINDS)}, "
             "which NumPy knows too"
         )
-    sort = lambda dtype: (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)
+
+    def sort(dtype):
+        return (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)
+
     if sort(x.dtype) != sort(kind):
         raise TypeError(
             f"{want.name} is {got(x)}; the graph expects {str(kind).removeprefix('torch.')}"
@@ -572,18 +575,20 @@ def compare_latency(
             f"example is {got(example)}, for {len(predicts)} candidates; "
             "expected at least one of each"
         )
-    for name, predict in predicts.items():
-        check_callable(predict, f"predicts[{name!r}]", "(batch)")
+    for name, candidate in predicts.items():
+        check_callable(candidate, f"predicts[{name!r}]", "(batch)")
     small, large = (
         torch.cat([example] * -(-size // len(example)))[:size] for size in (first, second)
     )
     seconds = {name: ([], []) for name in predicts}
     with _torch_threads(threads), torch.inference_mode():
         for turn in range(rounds):
-            for name, predict in predicts.items():
-                with evaluating(predict) if isinstance(predict, nn.Module) else nullcontext():
-                    seconds[name][0].append(_median(name, predict, small, calls[0], 5))
-                    seconds[name][1].append(_median(name, predict, large, calls[1], int(turn == 0)))
+            for name, candidate in predicts.items():
+                with evaluating(candidate) if isinstance(candidate, nn.Module) else nullcontext():
+                    seconds[name][0].append(_median(name, candidate, small, calls[0], 5))
+                    seconds[name][1].append(
+                        _median(name, candidate, large, calls[1], int(turn == 0))
+                    )
     middle = statistics.median
     return {
         name: {"latency_ms": middle(one) * 1e3, "images_per_second": len(large) / middle(many)}

@@ -264,9 +264,9 @@ def _text(rows: list[list[str]]) -> str:
 
 
 def _html(rows: list[list[str]]) -> str:
-    line = lambda tag, row: "".join(
-        f'<{tag} style="{_CELL}">{html.escape(cell)}</{tag}>' for cell in row
-    )
+    def line(tag, row):
+        return "".join(f'<{tag} style="{_CELL}">{html.escape(cell)}</{tag}>' for cell in row)
+
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows[1:])
     return f"<table><thead><tr>{line('th', rows[0])}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -377,8 +377,13 @@ def label_curve(
 ) -> dict[int, Comparison]:
     "One comparison for each count of labels. Raises what `compare` raises, before the first run."
     counts, seeds = _check_wholes(counts, "counts", 1), _check_wholes(seeds, "seeds")
-    fix = lambda arm, n: partial(arm, n) if callable(arm) else arm
-    with_count = lambda n: {name: fix(arm, n) for name, arm in arms.items()}
+
+    def fix(arm, n):
+        return partial(arm, n) if callable(arm) else arm
+
+    def with_count(n):
+        return {name: fix(arm, n) for name, arm in arms.items()}
+
     return {n: compare(with_count(n), seeds, **options) for n in counts}
 
 

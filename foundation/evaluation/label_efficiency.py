@@ -35,11 +35,15 @@ def tuned(
     settings = settings.tolist() if isinstance(settings, Tensor) else list(settings)
     if not settings:
         raise ValueError("there are no settings to pick from; expected some, such as (0.1, 1.0)")
-    score = lambda *asked: check_number(run(*asked, "dev"), f"the dev score of setting {asked[2]}")
+
+    def score(*asked):
+        return check_number(run(*asked, "dev"), f"the dev score of setting {asked[2]}")
 
     @cache
     def best(count):
-        held_out = lambda setting: score(count, draw, setting)
+        def held_out(setting):
+            return score(count, draw, setting)
+
         return max(settings, key=held_out) if len(settings) > 1 else settings[0]
 
     def arm(count, seed):
@@ -84,7 +88,10 @@ def label_efficiency(
     pool, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
     held_out = data.train_images[dev[:2000]], data.train_labels[dev[:2000]]
     parts = dict(dev=held_out, test=(data.test_images, data.test_labels))
-    features = lambda model: lambda images: encode_all(model, images, transform=data.floats)
+
+    def features(model):
+        return lambda images: encode_all(model, images, transform=data.floats)
+
     torch.manual_seed(0)
     ways = {
         "pixels, probe": _probing(data, parts, lambda images: data.floats(images).flatten(1)),
@@ -95,8 +102,12 @@ def label_efficiency(
     }
 
     def arm(way, settings):
-        draw = lambda count, seed: pool[few_labels(data.train_labels[pool], count, seed)]
-        run = lambda count, seed, setting, part: way(draw(count, seed), seed, setting, part)
+        def draw(count, seed):
+            return pool[few_labels(data.train_labels[pool], count, seed)]
+
+        def run(count, seed, setting, part):
+            return way(draw(count, seed), seed, setting, part)
+
         return tuned(run, settings)
 
     arms = {name: arm(ways[name], settings) for name, settings in choices.items()}
@@ -148,7 +159,10 @@ def judge(
     chosen = [few_labels(y, labels, s) for s in range(seeds)] if labels else [torch.arange(total)]
     need = torch.unique(torch.cat([torch.arange(bank), *chosen]))
     place = torch.full((total,), -1).index_put((need,), torch.arange(len(need)))
-    read = lambda images: _check_rows(encode(encoder, data.floats(images)), len(images))
+
+    def read(images):
+        return _check_rows(encode(encoder, data.floats(images)), len(images))
+
     train, test = read(data.train_images[need]), read(data.test_images)
     knn = knn_accuracy(train[place[:bank]], y[:bank], test, data.test_labels)
     l2 = min(1.0, 100 / labels) if labels else 1e-4

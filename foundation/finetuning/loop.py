@@ -530,7 +530,9 @@ def finetune(
     device, count = next(model.parameters()).device, len(layers(model))
     images, labels = images.to(device), labels.to(device)
     plan = dict(augment=augment, batch_size=min(batch_size, len(labels)), seed=seed)
-    stream = lambda start: augmented(images, labels, start=start, **plan)
+
+    def stream(start):
+        return augmented(images, labels, start=start, **plan)
 
     def after(step):
         if gradual:
@@ -676,9 +678,10 @@ def compare_arms(
 
     picked, scores = {}, {}
     for arm in arms:
-        on_dev = lambda rate: sum(
-            score(arm, rate, seed, x[dev[:2000]], y[dev[:2000]]) for seed in (100, 101)
-        )
+
+        def on_dev(rate):
+            return sum(score(arm, rate, seed, x[dev[:2000]], y[dev[:2000]]) for seed in (100, 101))
+
         picked[arm] = max(rates.get(arm, (3e-4, 1e-3, 3e-3, 1e-2)), key=on_dev)
         scores[arm] = [
             round(score(arm, picked[arm], seed, data.test_images, data.test_labels), 4)
@@ -734,9 +737,12 @@ def make_weights(
 ) -> Path:
     "Fine-tune the shipped encoder on all labels of Fashion-MNIST, and write weights and a card with every comparison."
     data, scores, picked, seconds = load_images(), {}, {}, {}
-    test = lambda model: round(
-        accuracy(predict(model, data.test_images, transform=data.floats), data.test_labels), 4
-    )
+
+    def test(model):
+        return round(
+            accuracy(predict(model, data.test_images, transform=data.floats), data.test_labels), 4
+        )
+
     for arm, pretrained in (("from scratch", False), ("pretrained", True)):
         picked[arm] = max(rates, key=lambda lr: _on_dev(data, pretrained, steps // 3, lr))
         runs = [

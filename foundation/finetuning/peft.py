@@ -353,9 +353,16 @@ def add_prefix(
     if words is not None and (length or words.numel()):
         words = check_tokens(words, "words", shape=f"({length},)")
         held = _held(check_model(model, "model", "encode"), words)
-    place = lambda layer: next(layer.query.parameters()).device
-    draw = lambda layer: 0.02 * torch.randn(2, length, layer.dim, device=place(layer))
-    make = lambda layer: Prefix(layer, *held.get(layer, draw(layer)))
+
+    def place(layer):
+        return next(layer.query.parameters()).device
+
+    def draw(layer):
+        return 0.02 * torch.randn(2, length, layer.dim, device=place(layer))
+
+    def make(layer):
+        return Prefix(layer, *held.get(layer, draw(layer)))
+
     return _replace(model, ["attention"], Attention, make)
 
 
@@ -387,7 +394,10 @@ def _check_places(keys, values, dim):
 @checked
 def train_biases(model: nn.Module) -> nn.Module:
     "BitFit (Ben Zaken et al. 2021): freeze all but the biases. Raises `ValueError` when there are none."
-    own = lambda name: re.sub(r"(.*\.)?parametrizations\.(\w+)\..*|.*\.", r"\2", name)  # last
+
+    def own(name):
+        return re.sub(r"(.*\.)?parametrizations\.(\w+)\..*|.*\.", r"\2", name)  # last
+
     biases = [p for name, p in model.named_parameters() if "bias" in own(name)]
     if not biases:
         raise ValueError(
@@ -491,9 +501,12 @@ def noun_task(
         raise ValueError(
             f"asked for {pool} + {valid} and {test} texts; there are {len(train_side):,} and {len(held):,}"
         )
-    pick = lambda data, count: data.take(
-        torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
-    )
+
+    def pick(data, count):
+        return data.take(
+            torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
+        )
+
     train_side, held = pick(train_side, pool + valid), pick(held, test)
     texts = train_side.texts + held.texts
     rows = [
@@ -503,7 +516,10 @@ def noun_task(
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = (tokens != 0).sum(1)
     parts = torch.arange(len(texts)).split([pool, valid, test])
-    sort = lambda part: part[lengths[part].argsort(stable=True)]
+
+    def sort(part):
+        return part[lengths[part].argsort(stable=True)]
+
     return NounTask(
         texts,
         tokens,

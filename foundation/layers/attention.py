@@ -140,10 +140,15 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = layers
 
     def project(self, x, context=None):  # (b, h, n, e), (b, h, m, e), (b, h, m, e)
-        fit = lambda t, name: check_type(check_floats(t, name, f"(b, n, {self.dim})"), name, self)
+        def fit(t, name):
+            return check_type(check_floats(t, name, f"(b, n, {self.dim})"), name, self)
+
         x = fit(x, "x")
         context = x if context is None else fit(context, "context")
-        split = lambda t: rearrange(t, "b n (h e) -> b h n e", h=self.heads)
+
+        def split(t):
+            return rearrange(t, "b n (h e) -> b h n e", h=self.heads)
+
         return split(self.query(x)), split(self.key(context)), split(self.value(context))
 
     @checked

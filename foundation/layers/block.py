@@ -62,8 +62,12 @@ class Block(nn.Module):
         causal: bool = False,  # hide the future
         cache: KeyValueCache | None = None,  # this block's own
     ) -> Tensor:
-        look = lambda t: self.drop(self.attention(t, mask=mask, causal=causal, cache=cache))
-        think = lambda t: self.drop(self.mlp(t))
+        def look(t):
+            return self.drop(self.attention(t, mask=mask, causal=causal, cache=cache))
+
+        def think(t):
+            return self.drop(self.mlp(t))
+
         if self.norm_first:
             x = x + look(self.norm1(x))
             return x + think(self.norm2(x))

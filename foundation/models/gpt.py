@@ -53,7 +53,10 @@ class GPT(nn.Module):
         self.dim = dim
         self.embedding = TokenEmbedding(vocab_size, dim, context)
         self.drop = nn.Dropout(dropout)
-        block = lambda: Block(dim, heads, mlp_ratio, dropout, eps=eps)
+
+        def block():
+            return Block(dim, heads, mlp_ratio, dropout, eps=eps)
+
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps)
         _start_small(self)

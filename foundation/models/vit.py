@@ -56,7 +56,10 @@ class ViT(nn.Module):
         n = self.patches.count + (pool == "class")
         self.position = nn.Parameter(0.02 * torch.randn(n, dim))
         self.drop = nn.Dropout(dropout)
-        block = lambda: Block(dim, heads, mlp_ratio, dropout, eps=1e-6)
+
+        def block():
+            return Block(dim, heads, mlp_ratio, dropout, eps=1e-6)
+
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, classes)

@@ -9,7 +9,7 @@ __all__ = ['sgd', 'descend', 'adam', 'adamw', 'adafactor', 'Descent']
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 from ..core.checks import check_callable, check_floats, check_like, check_number
 from ..core.checks import check_whole, checked, got, precise, refuse_nan
 
@@ -183,7 +183,10 @@ def adafactor(
     check_number(clip, "clip", above=0, why="1 is usual")
     w, g, t = precise(weight), precise(grad), state.get("t", 0) + 1
     tiny = torch.finfo(w.dtype).eps
-    blend = lambda name, new: state.get(name, 0) + t**-forget * (new - state.get(name, 0))
+
+    def blend(name, new):
+        return state.get(name, 0) + t**-forget * (new - state.get(name, 0))
+
     if full:
         square = blend("square", g.square())
         kept = dict(square=square)
@@ -230,7 +233,10 @@ class Descent(torch.optim.Optimizer):
     def _steps(self, group, grad_of):
         "Parameter, new weight and new notes for each that has a gradient"
         options = {name: group[name] for name in self.names}
-        step = lambda p, grad: self.rule(p.detach(), grad, self.state.get(p, {}), **options)
+
+        def step(p, grad):
+            return self.rule(p.detach(), grad, self.state.get(p, {}), **options)
+
         found = ((p, grad_of(p)) for p in group["params"])
         with torch.no_grad():
             return [(p, *step(p, grad)) for p, grad in found if grad is not None]

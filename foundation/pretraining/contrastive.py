@@ -134,7 +134,10 @@ def pretrain(
     torch.manual_seed(seed)
     model = encoder if hasattr(encoder, "encoder") else ContrastiveModel(encoder)
     model, images = model.to(device, memory_format=memory_order(model)), images.to(device)
-    stream = lambda start: two_views(images, augment, batch_size, seed, start)
+
+    def stream(start):
+        return two_views(images, augment, batch_size, seed, start)
+
     recipe = dict(batch_size=batch_size, temperature=temperature, seed=seed)
     if checkpoint:
         recipe |= dict(data=fingerprint(images), augment=fingerprint(augment))
@@ -291,7 +294,10 @@ def _directions(z: Tensor) -> Tensor:
 def _pairs(slow, fast) -> list[tuple[Tensor, Tensor]]:
     "Parameters of the same name, of the copy and of its model"
     slow, fast = (dict(m.named_parameters()) for m in (slow, fast))
-    shapes = lambda named: {name: tuple(p.shape) for name, p in named.items()}
+
+    def shapes(named):
+        return {name: tuple(p.shape) for name, p in named.items()}
+
     if shapes(slow) != shapes(fast):
         odd = sorted(set(shapes(slow).items()) ^ set(shapes(fast).items()))[0][0]
         raise ValueError(

@@ -318,7 +318,10 @@ def pretrain(
     recipe = dict(batch_size=batch_size, ratio=ratio, normalise=normalise, seed=seed)
     if checkpoint:
         recipe |= dict(data=fingerprint(images), augment=fingerprint(augment))
-    stream = lambda start: (x for (x,) in augmented(images, **plan, start=start))
+
+    def stream(start):
+        return (x for (x,) in augmented(images, **plan, start=start))
+
     return resumable(
         model,
         stream,
@@ -430,7 +433,10 @@ def make_weights(
         title=name,
     )
     card = _card(data, run, method="masked autoencoder", epochs=epochs, batch_size=batch_size)
-    fresh = lambda: ViT(**model.encoder.config).to(device)
+
+    def fresh():
+        return ViT(**model.encoder.config).to(device)
+
     asked = data.floats(data.test_images).to(device)
     painted = dict(reconstruction=reconstruction(model.eval(), asked))
     save_weights(model.decoder, f"{name}_decoder", card | dict(metrics=painted), folder)
@@ -499,7 +505,10 @@ def _make_rival(method, data, epochs, device, folder) -> Path:
         views = Augment(mean=data.mean, std=data.std)
         run = pretrain_by_contrast(ContrastiveModel(encoder), images, views, lr=1e-3, **plan)
     few = {n: judge(encoder, data, labels=n, seeds=5) for n in (50, 100, 1000)}
-    fresh = lambda: ViT(**encoder.config).to(device)
+
+    def fresh():
+        return ViT(**encoder.config).to(device)
+
     curve = curve_scores(label_efficiency(encoder, fresh, data, counts=(100,)))
     metrics = dict(
         knn=few[100]["knn"],

@@ -52,7 +52,10 @@ def mask_tokens(
     Raises ValueError or TypeError for a ratio of 0, 1 or beyond, and for tensors that do not fit.
     Devlin et al. 2018, section 3.1."""
     tokens, can_hide = _check_masking(tokens, can_hide, mask_id, vocab_size, first_word, ratio)
-    draw = lambda: torch.rand(tokens.shape, device=tokens.device, generator=generator)
+
+    def draw():
+        return torch.rand(tokens.shape, device=tokens.device, generator=generator)
+
     places = (draw() < ratio) & can_hide
     fate = draw()
     words = torch.randint(
@@ -137,7 +140,10 @@ def masked_stream(
     _check_ratio(ratio)
     mask_id, value = _mark(tokenizer, "[MASK]"), _mark(tokenizer, "[PAD]")
     plan = dict(context=context, batch_size=batch_size, value=value, seed=seed)
-    stream = lambda step: packed(documents, **plan, start=step)
+
+    def stream(step):
+        return packed(documents, **plan, start=step)
+
     first = len(tokenizer.special)  # special tokens come first, words after them
     rule = dict(mask_id=mask_id, vocab_size=tokenizer.vocab_size, first_word=first, ratio=ratio)
     return _masked(_with_words(stream, stream(start), first, start), rule, seed, start)
@@ -215,7 +221,10 @@ def pretrain(
     context = _check_fit(model, tokenizer).config["context"]
     check_whole(steps, "steps", 1)
     plan = dict(context=context, batch_size=batch_size, ratio=ratio, seed=seed)
-    stream = lambda start: masked_stream(documents, tokenizer, **plan, start=start)
+
+    def stream(start):
+        return masked_stream(documents, tokenizer, **plan, start=start)
+
     stream(0)  # refuses what cannot be, before anything is touched
     check_number(lr, "lr", above=0)
     check_number(weight_decay, "weight_decay", 0)
@@ -377,8 +386,13 @@ def gloss_task(
             f"pool, valid and test are {pool}, {valid} and {test}; expected 1 on, "
             f"{len(train):,} at most in the first two and {len(held):,} in the last"
         )
-    luck = lambda: torch.Generator().manual_seed(0)
-    pick = lambda data, count: data.take(torch.randperm(len(data), generator=luck())[:count])
+
+    def luck():
+        return torch.Generator().manual_seed(0)
+
+    def pick(data, count):
+        return data.take(torch.randperm(len(data), generator=luck())[:count])
+
     train, held = pick(train, pool + valid), pick(held, test)
     return GlossTask(
         train.texts + held.texts,
@@ -483,7 +497,9 @@ def judge(
         torch.manual_seed(seed)
         return BERT(**model.config).to(device)
 
-    encode = lambda bert: encode_all(TextClassifier(bert, 1).to(device), tokens, batch_size=64)
+    def encode(bert):
+        return encode_all(TextClassifier(bert, 1).to(device), tokens, batch_size=64)
+
     features = {
         "random weights": encode(fresh(0)),
         "BERT": encode(model),
@@ -498,7 +514,10 @@ def judge(
     }
     curve, y = label_curve(arms, counts, seeds), task.labels
     features |= {"TF-IDF": torch.from_numpy(words.astype("float32").toarray())}
-    vote = lambda x: knn_accuracy(x[task.pool], y[task.pool], x[task.test], y[task.test])
+
+    def vote(x):
+        return knn_accuracy(x[task.pool], y[task.pool], x[task.test], y[task.test])
+
     listed = {n: {arm: s.tolist() for arm, s in c.scores.items()} for n, c in curve.items()}
     return dict(knn={name: vote(x) for name, x in features.items()}, curve=listed)
 

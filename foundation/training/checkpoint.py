@@ -442,7 +442,10 @@ def _check_weights(model, opt, step):
 def _check_fit(name, state, model, opt):
     "Refuse what was saved of another model or optimizer, before anything is changed"
     (tensors, about), (live, shared) = state, _state(model, opt)
-    look = lambda v: f"{tuple(v.shape)} {v.dtype}"
+
+    def look(v):
+        return f"{tuple(v.shape)} {v.dtype}"
+
     there = {
         k.removeprefix("model."): look(v) for k, v in tensors.items() if k.startswith("model.")
     }
@@ -463,7 +466,10 @@ def _check_fit(name, state, model, opt):
         sorted(map(sorted, saved)) != sorted(map(sorted, names))
         or about["optimizer"] != type(opt).__name__
     ):
-        place = lambda groups: {k: g for g, group in enumerate(groups) for k in group}
+
+        def place(groups):
+            return {k: g for g, group in enumerate(groups) for k in group}
+
         moved = [
             k for k, g in place(names).items() if place(saved).get(k) != g and kinds[0] == kinds[1]
         ]
@@ -913,7 +919,10 @@ def resumable(
             notes.get("seconds", 0.0),
             time.perf_counter(),
         )
-        seconds = lambda: before + time.perf_counter() - began
+
+        def seconds():
+            return before + time.perf_counter() - began
+
         with progress(steps, title, start) as bar:
             for step in train(model, batches, objective, opt, steps=steps, start=start, **options):
                 losses.append(step.loss)
@@ -1053,7 +1062,10 @@ def _check_plan(name, notes, plan, longer, fit):
     )
     if not differs or longer and more:
         return
-    said = lambda v: text if len(text := json.dumps(v)) < 50 else text[:40] + " …"
+
+    def said(v):
+        return text if len(text := json.dumps(v)) < 50 else text[:40] + " …"
+
     what = "; ".join(
         f"{k} was {said(saved.get(k))} and is {said(plan.get(k))} here" for k in differs[:4]
     )
