@@ -18,9 +18,11 @@ setup(
     keywords=c["keywords"],
     license="Apache-2.0",
     license_files=["LICENSE"],
-    long_description=Path("README.md").read_text(encoding="utf-8")
-    if Path("README.md").exists()
-    else c["description"],
+    long_description=(
+        Path("README.md").read_text(encoding="utf-8")
+        if Path("README.md").exists()
+        else c["description"]
+    ),
     long_description_content_type="text/markdown",
     packages=find_packages(include=[c["lib_path"], c["lib_path"] + ".*"]),
     package_data={c["lib_path"]: ["weights/*"]},

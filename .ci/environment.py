@@ -113,8 +113,8 @@ def free_gb(path):
 def check_space(need):
     if free_gb(ROOT) < need:
         raise Trouble(
-            "The environment needs about %d GB, but only %.1f GB are free in %s: make room and run make again"
-            % (need, free_gb(ROOT), ROOT)
+            "The environment needs about %d GB, but only %.1f GB are free in %s: make room and run"
+            " make again" % (need, free_gb(ROOT), ROOT)
         )
 
 
@@ -166,8 +166,8 @@ def pip(*args):
         )
     if UNREACHABLE.search(text):
         raise Trouble(
-            "pip cannot reach its package registry: check the network or the proxy and run make again; "
-            "what is there is kept"
+            "pip cannot reach its package registry: check the network or the proxy and run make"
+            " again; what is there is kept"
         )
     raise Trouble(
         "pip could not install the requirements of settings.ini; its own words stand above"
@@ -184,8 +184,10 @@ def set_up():
         python, number = find_python(oldest, NEWEST)
         if os.path.lexists(VENV):
             say("The environment in .venv is broken or has been moved: making it anew")
-            shutil.rmtree(VENV) if os.path.isdir(VENV) and not os.path.islink(VENV) else os.remove(
-                VENV
+            (
+                shutil.rmtree(VENV)
+                if os.path.isdir(VENV) and not os.path.islink(VENV)
+                else os.remove(VENV)
             )
         check_space(SPACE)
         say(

@@ -1,6 +1,7 @@
 """The same result from the same weights, then the same work in turns.
 
-A row of the benchmark is a function that builds a `Duel`; `measure` turns it into what results.json holds."""
+A row of the benchmark is a function that builds a `Duel`; `measure` turns it into what results.json holds.
+"""
 
 import importlib
 import math

@@ -58,8 +58,11 @@ def mae(
             "transformers": several(plain_steps(theirs, batches(), their_loss, precision), steps)
         },
         proof=equal_losses(ours, objective, theirs, next(batches())),
-        note="equal are weights, pictures and hidden patches; for this proof alone an attention mask keeps the peer's "
-        "patches from looking at its class token, which ours does not have. It is timed as it comes, with token",
+        note=(
+            "equal are weights, pictures and hidden patches; for this proof alone an attention mask"
+            " keeps the peer's patches from looking at its class token, which ours does not have."
+            " It is timed as it comes, with token"
+        ),
     )
 
 

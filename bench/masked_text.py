@@ -55,8 +55,11 @@ def masked_text(
         ours=several(our_steps(ours, batches(), masked_tokens, precision)),
         peers={"transformers": several(plain_steps(theirs, batches(), their_loss, precision))},
         proof=proof,
-        note="same weights, batches, hidden words and attention mask on both sides; SDPA, no dropout, fused AdamW; "
-        "made-up documents, because a step takes as long whatever the words are",
+        note=(
+            "same weights, batches, hidden words and attention mask on both sides; SDPA, no"
+            " dropout, fused AdamW; made-up documents, because a step takes as long whatever the"
+            " words are"
+        ),
     )
 
 

@@ -38,8 +38,11 @@ def prune(
         peers={"torch-pruning": run(theirs), "uncut": run(net)},
         proof=proof,
         limit=None,
-        note="both cut the same channels, and what they leave is the same network: against torch-pruning a "
-        "ratio of 1 is right. The network before the cut runs beside them; its rate shows what cutting has won",
+        note=(
+            "both cut the same channels, and what they leave is the same network: against"
+            " torch-pruning a ratio of 1 is right. The network before the cut runs beside them; its"
+            " rate shows what cutting has won"
+        ),
     )
 
 

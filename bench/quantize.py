@@ -25,9 +25,12 @@ def quantize(images: int = 256, widths: tuple[int, ...] = (32, 64, 128)) -> Duel
         ours=lambda: quantize_static(net, [x]),
         peers={"torch.ao": lambda: by_torch_ao(net, x), "torchao": lambda: by_torchao(net, x)},
         proof=same_rulers(quantize_static(net, [x]), by_torch_ao(net, x)),
-        note="images calibrated, from the float network to the converted one. torch.ao has the same observers, so the rulers of "
-        "inputs and weights are equal; torchao exports a graph first and brings its x86 recipe. What comes out is not the "
-        "same: theirs runs on int8 kernels, ours shows the arithmetic in floats and is slower than fp32 at inference",
+        note=(
+            "images calibrated, from the float network to the converted one. torch.ao has the same"
+            " observers, so the rulers of inputs and weights are equal; torchao exports a graph"
+            " first and brings its x86 recipe. What comes out is not the same: theirs runs on int8"
+            " kernels, ours shows the arithmetic in floats and is slower than fp32 at inference"
+        ),
     )
 
 

@@ -72,10 +72,12 @@ def simclr(
         peers={
             f"lightly, {name}": theirs(transform) for name, transform in transforms(augment).items()
         },
-        note="equal are backbone, projector and weights, and the loss of the same views; when timed each side draws "
-        "its own, so that those losses differ. 'our views': lightly asked for the same kinds and ranges; "
-        "'its views': as its example has them, with blur and more jitter. The DataLoader rests while others run; "
-        "made-up pictures",
+        note=(
+            "equal are backbone, projector and weights, and the loss of the same views; when timed"
+            " each side draws its own, so that those losses differ. 'our views': lightly asked for"
+            " the same kinds and ranges; 'its views': as its example has them, with blur and more"
+            " jitter. The DataLoader rests while others run; made-up pictures"
+        ),
     )
 
 

@@ -43,10 +43,14 @@ def student(
             "PyTorch": _in_every_step(teacher, deepcopy(pupil), x, batch_size, passes),
             "torch.ao int8 teacher": _in_every_step(small, deepcopy(pupil), x, batch_size, passes),
         },
-        note="three passes over the same pictures, without augmentation; ours counts the teacher's one look at each. Equal: student, "
-        "AdamW, batches, number of steps, loss and gradient against the plain loop in PyTorch. With its teacher quantised by "
-        "torch.ao the answers differ a little; it shows what a faster teacher in the loop buys. With an augmentation that gives "
-        "each pass new views, answers computed once are those of the plain picture: then this saving is not to be had",
+        note=(
+            "three passes over the same pictures, without augmentation; ours counts the teacher's"
+            " one look at each. Equal: student, AdamW, batches, number of steps, loss and gradient"
+            " against the plain loop in PyTorch. With its teacher quantised by torch.ao the answers"
+            " differ a little; it shows what a faster teacher in the loop buys. With an"
+            " augmentation that gives each pass new views, answers computed once are those of the"
+            " plain picture: then this saving is not to be had"
+        ),
     )
 
 

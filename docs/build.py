@@ -42,7 +42,8 @@ def main():
     args = parser.parse_args()
     if importlib.util.find_spec("sphinx") is None:
         sys.exit(
-            "The site needs Sphinx 9, which needs Python 3.11 or newer: remove .venv, then make docs PYTHON=python3.12"
+            "The site needs Sphinx 9, which needs Python 3.11 or newer: remove .venv, then make"
+            " docs PYTHON=python3.12"
         )
     vendor.main()
     status = build(args.out)

@@ -332,9 +332,10 @@ def redirects(app, error):
         place, target = Path(app.outdir) / page, Path(notebook).with_suffix(".html").name
         if target != place.name:
             place.write_text(
-                f'<!doctype html><meta charset="utf-8"><title>moved</title>'
-                f'<meta http-equiv="refresh" content="0; url={target}">'
-                f'<script>location.replace("{target}" + location.hash)</script><a href="{target}">moved</a>\n'
+                '<!doctype html><meta charset="utf-8"><title>moved</title><meta'
+                ' http-equiv="refresh" content="0;'
+                f' url={target}"><script>location.replace("{target}" + location.hash)</script><a'
+                f' href="{target}">moved</a>\n'
             )
 
 

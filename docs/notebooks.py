@@ -127,7 +127,8 @@ def quoted(requirement):
     "One word for a `%pip` line, which a shell reads"
     if not re.fullmatch(r"[\w.\[\],<>=!~;' +/@:-]+", requirement):
         raise ValueError(
-            f"{requirement!r} in settings.ini cannot stand in a line for pip; expected a requirement"
+            f"{requirement!r} in settings.ini cannot stand in a line for pip; expected a"
+            " requirement"
         )
     return requirement if re.fullmatch(r"[\w.=/@:+-]+", requirement) else f'"{requirement}"'
 
@@ -376,7 +377,8 @@ def problems(nb):
         found.append("the first cell must be '# Title', an empty line, '> promise'")
     elif re.sub(r"^# .*\n\n> .*$", "", BADGE.sub("", head), count=1, flags=re.M).strip():
         found.append(
-            "the first cell must hold nothing but the title, the promise and the badge: the site does not show the rest"
+            "the first cell must hold nothing but the title, the promise and the badge: the site"
+            " does not show the rest"
         )
     if any("nbdev_export()" in source(c) for c in code_cells(nb)):
         found.append(

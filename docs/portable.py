@@ -1,6 +1,7 @@
 """Helpers of the site: `show_doc` with parameter tables, and portable Markdown made into Quarto's own.
 
-Only the site needs them (`renderer` and `procs` in settings.ini), so they are no part of the library."""
+Only the site needs them (`renderer` and `procs` in settings.ini), so they are no part of the library.
+"""
 
 import html
 import re
@@ -33,7 +34,10 @@ def _row(name, doc):
     returns = name == "return"
     default = _code(repr(doc["default"])) if not returns and _given(doc.get("default")) else ""
     words = (doc.get("docment") or "").replace("\n", " ").replace("|", "&#124;")
-    return f"| {'**returns**' if returns else _code(name)} | {_type(doc.get('anno'))} | {default} | {words} |"
+    return (
+        f"| {'**returns**' if returns else _code(name)} | {_type(doc.get('anno'))} | {default} |"
+        f" {words} |"
+    )
 
 
 def parameters(symbol):
@@ -98,7 +102,8 @@ class ShowDocs(exec_show_docs):
             self.k.cell(cell)
             if self.k.exc:
                 raise ValueError(
-                    f"{self.nb.path_}: {cell.source} failed; is the package what the notebooks export?"
+                    f"{self.nb.path_}: {cell.source} failed; is the package what the notebooks"
+                    " export?"
                 ) from self.k.exc
             for output in cell.outputs:
                 if "text/markdown" in output.get("data", {}):

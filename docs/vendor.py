@@ -96,7 +96,8 @@ def main():
         fetch()
     except (OSError, KeyError, StopIteration, subprocess.TimeoutExpired, tarfile.TarError) as error:
         print(
-            f"npm could not fetch MathJax and Mermaid ({error}): the site will take them from a CDN",
+            f"npm could not fetch MathJax and Mermaid ({error}): the site will take them from"
+            " a CDN",
             file=sys.stderr,
         )
 

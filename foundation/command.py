@@ -262,7 +262,8 @@ def list_data() -> int:
     print(f"Data in {tilde(cache_folder())}:")
     for name, source in SOURCES.items():
         print(
-            f"  {name:18} {source.mb:5g} MB  {where(name).note:16}  {source.description} · {source.licence}"
+            f"  {name:18} {source.mb:5g} MB  {where(name).note:16}  {source.description} ·"
+            f" {source.licence}"
         )
     return 0
 

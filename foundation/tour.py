@@ -95,8 +95,10 @@ class Plan:
                     f"{name} is {getattr(self, name)!r}; expected a tuple of at least one"
                 )
             for value in getattr(self, name):
-                check_number(value, f"one of {name}", 0) if "rates" in name else check_whole(
-                    value, f"one of {name}", 0
+                (
+                    check_number(value, f"one of {name}", 0)
+                    if "rates" in name
+                    else check_whole(value, f"one of {name}", 0)
                 )
 
 
@@ -608,14 +610,16 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out).free) < 100e6:  # better now than after five minutes
         raise ValueError(
-            f"{free / 1e6:.0f} MB are free for {out}, expected at least 100; make room or choose another folder"
+            f"{free / 1e6:.0f} MB are free for {out}, expected at least 100; make room or choose"
+            " another folder"
         )
     data = load_data(plan)
     say(f"{data}")
     say("1/5 pretraining without labels")
     live, shipped = pretrain_live(data, plan), neighbours(shipped_encoder(), data)
     say(
-        f"    nearest neighbours: {live.knn[0]:.1%} at random, {live.knn[plan.pretrain]:.1%} after {plan.pretrain} steps, {shipped:.1%} shipped"
+        f"    nearest neighbours: {live.knn[0]:.1%} at random, {live.knn[plan.pretrain]:.1%} after"
+        f" {plan.pretrain} steps, {shipped:.1%} shipped"
     )
     say(f"2/5 fine-tuning with {plan.labels} labels")
     few = learn_from_few(data, plan)
@@ -749,7 +753,10 @@ def report(data, plan, live, few, distilled, metrics) -> str:
                 "shipped weights": 100 * knn["knn_shipped"],
             },
             xlabel="nearest-neighbour accuracy, %",
-            alt="Nearest-neighbour accuracy at random, after the live steps and with shipped weights",
+            alt=(
+                "Nearest-neighbour accuracy at random, after the live steps and with shipped"
+                " weights"
+            ),
         ).html(),
         f"<h2>2. Fine-tuning with {plan.labels} labels</h2>",
         plot_bars(

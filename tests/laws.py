@@ -1,5 +1,6 @@
 """What must hold for every public function, whatever it does, and the tools to try it: `outcome` calls and judges,
-`same` compares two results, `hostile` makes values that somebody could mistake for the right one."""
+`same` compares two results, `hostile` makes values that somebody could mistake for the right one.
+"""
 
 import contextlib
 import dataclasses

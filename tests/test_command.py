@@ -44,7 +44,10 @@ def test_version_is_quick_and_imports_no_torch():
         after.children_user + after.children_system - before.children_user - before.children_system
         < 0.5
     )
-    code = "import sys; from foundation.command import main; main(['--version']); print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys; from foundation.command import main; main(['--version']); print([m for m in"
+        " ('torch', 'numpy') if m in sys.modules])"
+    )
     assert subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True
     ).stdout.endswith("[]\n")
@@ -159,10 +162,10 @@ def test_ctrl_c_says_what_is_kept(monkeypatch, capsys):
 
 def test_without_a_home_and_a_temporary_folder_the_doctor_says_so():
     code = (
-        "import sys, pathlib, tempfile; from foundation.command import main\n"
-        "def nobody(*_): raise RuntimeError('Could not determine home directory.')\n"
-        "def none(): raise FileNotFoundError('No usable temporary directory found')\n"
-        "pathlib.Path.expanduser = pathlib.Path.home = nobody; tempfile.gettempdir = none\nsys.exit(main(sys.argv[1:]))"
+        "import sys, pathlib, tempfile; from foundation.command import main\ndef nobody(*_): raise"
+        " RuntimeError('Could not determine home directory.')\ndef none(): raise"
+        " FileNotFoundError('No usable temporary directory found')\npathlib.Path.expanduser ="
+        " pathlib.Path.home = nobody; tempfile.gettempdir = none\nsys.exit(main(sys.argv[1:]))"
     )
     variables = {
         k: v
@@ -241,7 +244,10 @@ def test_tour_gets_its_options(monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="no such pipes there")
 def test_a_closed_pipe_is_no_error():
-    line = f'{sys.executable} -c \'from foundation.command import main; raise SystemExit(main(["data", "list"]))\' | true'
+    line = (
+        f'{sys.executable} -c \'from foundation.command import main; raise SystemExit(main(["data",'
+        ' "list"]))\' | true'
+    )
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True
     )

@@ -123,7 +123,8 @@ def faults(nb, lesson):
                 CALLOUT.findall(cell.text)
             ):
                 found.append(
-                    f"cell {i}: a call-out is not '> **Exercise:** Title · easy|medium|hard · N minutes'"
+                    f"cell {i}: a call-out is not '> **Exercise:** Title · easy|medium|hard · N"
+                    " minutes'"
                 )
     titles = set()
     for i, name, given in made(cells):
@@ -473,11 +474,12 @@ def swallows_deep(x):
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarm clock there")
 def test_an_answer_that_swallows_the_alarm_is_stopped():
     code = (
-        "import signal, sys; sys.path.insert(0, sys.argv[1]); import test_exercises as t\n"
-        "before = signal.getsignal(signal.SIGALRM)\n"
-        "for answer in (t.swallows, t.swallows_in_calls, t.swallows_deep, lambda x: 2 * x):\n"
-        "    print(repr(t.exercise(seconds=0.2).check(answer)).split('\\n')[-1], flush=True)\n"
-        "assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)"
+        "import signal, sys; sys.path.insert(0, sys.argv[1]); import test_exercises as t\nbefore ="
+        " signal.getsignal(signal.SIGALRM)\nfor answer in (t.swallows, t.swallows_in_calls,"
+        " t.swallows_deep, lambda x: 2 * x):\n   "
+        " print(repr(t.exercise(seconds=0.2).check(answer)).split('\\n')[-1], flush=True)\nassert"
+        " signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) =="
+        " (0, 0)"
     )
     job = subprocess.Popen(
         [sys.executable, "-c", code, str(Path(__file__).parent)],
@@ -761,7 +763,10 @@ def test_a_full_disk_keeps_the_old_entries(learner, monkeypatch):
 
 
 def test_two_notebooks_at_once_lose_nothing(learner):
-    code = "from foundation.core.exercises import _remember\nfor i in range(10): assert not _remember('a', {0!r}, False), 'a note'"
+    code = (
+        "from foundation.core.exercises import _remember\nfor i in range(10): assert not"
+        " _remember('a', {0!r}, False), 'a note'"
+    )
     both = [
         subprocess.Popen([sys.executable, "-c", code.format(f"t{k}")], cwd=ROOT) for k in range(2)
     ]

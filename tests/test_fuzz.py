@@ -1,6 +1,7 @@
 """Random arguments of the kind one could mistake for the right one: a right value or a sentence, nothing by accident.
 
-FOUNDATION_FAULTS=1 tries 1,000 for each public function instead of a few, and prints what slipped."""
+FOUNDATION_FAULTS=1 tries 1,000 for each public function instead of a few, and prints what slipped.
+"""
 
 import os
 import random
@@ -36,7 +37,8 @@ def test_hostile_arguments_get_a_right_value_or_a_sentence(folder, tmp_path, mon
                 first = where[0] if where else None
                 value = (options if isinstance(first, str) else args)[first] if where else None
                 slips[kind].append(
-                    f"{name}({', '.join(map(str, where))} = {repr(value)[:60]}): {type(result).__name__}: {str(result)[:90]}"
+                    f"{name}({', '.join(map(str, where))} = {repr(value)[:60]}):"
+                    f" {type(result).__name__}: {str(result)[:90]}"
                 )
     total = sum(counts.values())
     print(f"\n{folder}: {dict(counts)} of {total}")

@@ -26,7 +26,8 @@ ARGS = (
 
 if not CHROME:
     pytest.skip(
-        "no chromium on this machine; install it with the system's package client to run the browser tests",
+        "no chromium on this machine; install it with the system's package client to run the"
+        " browser tests",
         allow_module_level=True,
     )
 sync_api = pytest.importorskip(

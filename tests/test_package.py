@@ -123,7 +123,10 @@ def test_what_does_not_import_is_caught(tmp_path):
 
 
 def test_the_bare_import_is_light(tmp_path):
-    code = "import sys, time; t = time.perf_counter(); import foundation; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    code = (
+        "import sys, time; t = time.perf_counter(); import foundation; print(time.perf_counter() -"
+        " t, 'torch' in sys.modules)"
+    )
     runs = [run(code, cwd=tmp_path).stdout.split() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in runs) < 0.2  # beyond what torch takes
     assert runs[0][1] == "False"
@@ -181,8 +184,9 @@ def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
 def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import foundation, foundation.core.basics, pathlib; here = pathlib.Path(foundation.__file__).parent; "
-        "print(here, foundation.__version__, len(list(here.glob('weights/*.safetensors'))))"
+        "import foundation, foundation.core.basics, pathlib; here ="
+        " pathlib.Path(foundation.__file__).parent; print(here, foundation.__version__,"
+        " len(list(here.glob('weights/*.safetensors'))))"
     )
     place, version, weights = run(
         code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")

@@ -37,7 +37,8 @@ def fake_python(folder, name, version, good=True):
     path = folder / name
     folder.mkdir(exist_ok=True)
     path.write_text(
-        f'#!/bin/sh\ncase "$2" in *version_info*) echo {version};; *ensurepip*) {"true" if good else "false"};; esac\n'
+        f'#!/bin/sh\ncase "$2" in *version_info*) echo {version};; *ensurepip*)'
+        f" {'true' if good else 'false'};; esac\n"
     )
     path.chmod(0o755)
     return path
@@ -121,11 +122,17 @@ def test_a_full_disk_is_told_before_anything_is_made(env, monkeypatch):
     "said, words",
     [
         (
-            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            (
+                "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on"
+                " device"
+            ),
             "disk is full",
         ),
         (
-            "WARNING: Retrying: Failed to establish a new connection: [Errno -2] Name or service not known",
+            (
+                "WARNING: Retrying: Failed to establish a new connection: [Errno -2] Name or"
+                " service not known"
+            ),
             "cannot reach",
         ),
         (

@@ -41,7 +41,10 @@ def test_pictures_of_the_readme_become_files_with_their_alt_text():
     import readme
 
     pictures = {}
-    html = '<div><img alt="a curve" width="3" src="data:image/png;base64,aGVsbG8="></div><script>alert(1)</script>'
+    html = (
+        '<div><img alt="a curve" width="3"'
+        ' src="data:image/png;base64,aGVsbG8="></div><script>alert(1)</script>'
+    )
     shown = readme.shown(
         dict(output_type="display_data", data={"text/html": [html]}), pictures, "images"
     )
@@ -62,7 +65,10 @@ def test_call_outs_become_those_of_quarto():
 
     cell = SimpleNamespace(
         cell_type="markdown",
-        source="> **Key idea:** one\n> two\n\n> **Note:** three\n\n> plain\n\n```mermaid\nA\n```\n[x](a.ipynb#Big)",
+        source=(
+            "> **Key idea:** one\n> two\n\n> **Note:** three\n\n>"
+            " plain\n\n```mermaid\nA\n```\n[x](a.ipynb#Big)"
+        ),
     )
     portable.to_quarto(cell)
     assert (
@@ -94,7 +100,10 @@ def test_the_table_of_parameters_survives_a_pipe():
 def test_each_definition_gets_its_own_heading():
     import nb2myst
 
-    source = "import x\n\ndef a():\n    return 1\n\nY = 2\n\n@patch\ndef b(self:A):\n    return 2\n\nZ = 3\n"
+    source = (
+        "import x\n\ndef a():\n    return 1\n\nY = 2\n\n@patch\ndef b(self:A):\n    return 2\n\nZ"
+        " = 3\n"
+    )
     parts = nb2myst.pieces(source, {"a", "A.b"})
     assert [name for name, _ in parts] == ["a", "A.b"]
     assert (
@@ -274,7 +283,10 @@ def test_nbdev_can_prepare_the_notebooks_for_quarto(tmp_path):
         place = tmp_path / path.relative_to(ROOT)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
-    code = "import nbdev.serve, nbdev.quarto; nbdev.quarto.refresh_quarto_yml(); print(nbdev.serve.proc_nbs(n_workers=0))"
+    code = (
+        "import nbdev.serve, nbdev.quarto; nbdev.quarto.refresh_quarto_yml();"
+        " print(nbdev.serve.proc_nbs(n_workers=0))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -349,10 +349,11 @@ def test_a_killed_process_leaves_no_lock_and_its_scraps_are_cleared(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent another way there")
 def test_an_interrupted_fetch_ends_its_tool_and_clears_up(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from foundation.core.sources import *; from foundation.core import sources\n"
-        'def get(scratch):\n    sources._run(sys.executable, \'-c\', \'import os, time; open("pid", "w").write(str(os.getpid())); '
-        "time.sleep(60)', cwd=scratch)\n"
-        f"fetch(Source('tiny', '', '', '', .1, {{'a': File('a', ('0',))}}, (Place('slow', get),)), Path({str(tmp_path)!r}))"
+        "import sys; from pathlib import Path; from foundation.core.sources import *; from"
+        " foundation.core import sources\ndef get(scratch):\n    sources._run(sys.executable,"
+        " '-c', 'import os, time; open(\"pid\", \"w\").write(str(os.getpid())); time.sleep(60)',"
+        " cwd=scratch)\nfetch(Source('tiny', '', '', '', .1, {'a': File('a', ('0',))},"
+        f" (Place('slow', get),)), Path({str(tmp_path)!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     tools = []
@@ -388,7 +389,9 @@ def test_a_tool_that_fails_gives_its_own_reason(tmp_path):
 
 RUN = "import pathlib; pathlib.Path({mark!r}).write_text('ran')\n"
 IN_TREE = {
-    "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "back"\nbackend-path = ["."]\n',
+    "pyproject.toml": (
+        '[build-system]\nrequires = []\nbuild-backend = "back"\nbackend-path = ["."]\n'
+    ),
     "back.py": RUN,
     "back/__init__.py": RUN,
 }
@@ -400,7 +403,9 @@ ATTACKS = {
     "both": IN_TREE | {"setup.py": RUN},
     "declared setuptools": {
         "setup.py": RUN,
-        "pyproject.toml": '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n',
+        "pyproject.toml": (
+            '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        ),
     },
 }
 
@@ -698,7 +703,10 @@ def test_a_named_folder_that_leads_nowhere_is_one_sentence(monkeypatch):
     for call in (cache_folder, lambda: fetch(tiny()), lambda: where(tiny())):
         with pytest.raises(
             DataUnavailable,
-            match="FOUNDATION_DATA is '~nobody_of_this_name/x', which leads nowhere; expected a full path",
+            match=(
+                "FOUNDATION_DATA is '~nobody_of_this_name/x', which leads nowhere; expected a full"
+                " path"
+            ),
         ):
             call()
 
@@ -725,7 +733,10 @@ def test_a_spare_folder_that_others_can_write_to_is_neither_read_nor_written(
             monkeypatch.setattr(sources, "_spare_folder", lambda: homeless)
     with pytest.raises(
         DataUnavailable,
-        match=f"Nothing can be written to .*{homeless.name}.*does not belong to you alone: set FOUNDATION_DATA",
+        match=(
+            f"Nothing can be written to .*{homeless.name}.*does not belong to you alone: set"
+            " FOUNDATION_DATA"
+        ),
     ):
         fetch(tiny(shelf(tmp_path)))
     if made != "a file":
@@ -937,7 +948,10 @@ def test_digits_are_always_there(monkeypatch):
 
 
 def test_importing_sources_is_light():
-    code = "import sys, foundation.core.sources; print([m for m in ('torch', 'numpy', 'sklearn', 'tqdm') if m in sys.modules])"
+    code = (
+        "import sys, foundation.core.sources; print([m for m in ('torch', 'numpy', 'sklearn',"
+        " 'tqdm') if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
         == "[]\n"

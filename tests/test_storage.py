@@ -758,9 +758,11 @@ def test_numbers_of_every_kind_are_packed_alike():
         unpack(want, torch.tensor(2), np.int16(3)), torch.tensor([3, 0, 2])
     )
     assert pack(torch.tensor([True, False]), 1).tolist() == [128]
-    assert code_lengths(torch.tensor([200, 100, 50], dtype=torch.uint8)).tolist() == [1, 2, 2], (
-        "sums beyond the type"
-    )
+    assert code_lengths(torch.tensor([200, 100, 50], dtype=torch.uint8)).tolist() == [
+        1,
+        2,
+        2,
+    ], "sums beyond the type"
 
 
 # Shared, tied and computed weights -----------------------------------------------------------------------------------
@@ -785,8 +787,11 @@ def test_fair_masks_are_those_of_the_formula():
     net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 40))
     score = {
         (n, i): (
-            w.flatten()[i] ** 2 / sum(v**2 for v in w.flatten() if abs(v) >= abs(w.flatten()[i]))
-        ).item()
+            (
+                w.flatten()[i] ** 2
+                / sum(v**2 for v in w.flatten() if abs(v) >= abs(w.flatten()[i]))
+            ).item()
+        )
         for n, w in layer_weights(net).items()
         for i in range(w.numel())
     }

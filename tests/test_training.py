@@ -786,9 +786,12 @@ def test_warmup_rises_in_even_steps_to_one_and_the_cosine_falls_to_its_end(steps
     warmup = data.draw(st.integers(0, steps))
     f = warmup_cosine(steps, warmup, end).double()
     slowly = [
-        (t + 1) / warmup
-        if t < warmup
-        else end + (1 - end) * (1 + math.cos(math.pi * (t - warmup) / max(steps - warmup, 1))) / 2
+        (
+            (t + 1) / warmup
+            if t < warmup
+            else end
+            + (1 - end) * (1 + math.cos(math.pi * (t - warmup) / max(steps - warmup, 1))) / 2
+        )
         for t in range(steps)
     ]
     assert_close(f, torch.tensor(slowly, dtype=torch.double), rtol=1e-6, atol=1e-7)

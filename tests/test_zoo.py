@@ -214,9 +214,11 @@ def test_a_checkpoint_brings_everything_back(name, tmp_path):
 
     def step():
         opt.zero_grad()
-        model(x).float().square().mean().backward() if any(
-            p.requires_grad for p in model.parameters()
-        ) else None
+        (
+            model(x).float().square().mean().backward()
+            if any(p.requires_grad for p in model.parameters())
+            else None
+        )
         opt.step()
 
     step()

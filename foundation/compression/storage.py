@@ -138,8 +138,8 @@ def unpack(
     data = _check_bytes(packed, "packed")
     if len(data) != -(-count * bits // 8):
         raise ValueError(
-            f"packed has {len(data):,} bytes; expected {-(-count * bits // 8):,} for {count:,} numbers "
-            f"of {bits} bits"
+            f"packed has {len(data):,} bytes; expected {-(-count * bits // 8):,} for {count:,}"
+            f" numbers of {bits} bits"
         )
     digits = np.unpackbits(data, count=count * bits).reshape(count, bits)
     return torch.from_numpy(np.packbits(digits, axis=1).reshape(-1) >> (8 - bits))

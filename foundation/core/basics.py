@@ -50,9 +50,9 @@ def seed_everything(
 # %% ../../nbs/00_core/01_basics.ipynb #c1bd641e
 @checked
 def pick_device(
-    name: torch.device
-    | str
-    | None = None,  # "cuda", "cuda:1", "mps", "cpu"; None asks FOUNDATION_DEVICE, then takes the best
+    name: (
+        torch.device | str | None
+    ) = None,  # "cuda", "cuda:1", "mps", "cpu"; None asks FOUNDATION_DEVICE, then takes the best
 ) -> torch.device:
     "The device to work on. Raises `ValueError` for a device that this machine does not have."
     name = str(name or os.environ.get("FOUNDATION_DEVICE") or "")
@@ -153,7 +153,8 @@ def count_macs(
 ) -> int:
     """Multiply-accumulates of one forward pass: convolutions, matrix products, attention (half of PyTorch's FLOP count).
 
-    Each submodule keeps its mode. Raises `TypeError` without an input, `ValueError` for layers that PyTorch cannot count."""
+    Each submodule keeps its mode. Raises `TypeError` without an input, `ValueError` for layers that PyTorch cannot count.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs = [
@@ -163,11 +164,13 @@ def count_macs(
     if not inputs or not isinstance(inputs[0], Tensor):
         wrong = got(inputs[0]) if inputs else "no input"
         raise TypeError(
-            f"count_macs got {wrong}; expected an example batch after the model, as the model takes it"
+            f"count_macs got {wrong}; expected an example batch after the model, as the model"
+            " takes it"
         )
     if blind := [m for m in model.modules() if isinstance(m, (nn.RNNBase, nn.Bilinear))]:
         raise ValueError(
-            f"model holds {got(blind[0])}, whose products PyTorch does not count; expected other layers"
+            f"model holds {got(blind[0])}, whose products PyTorch does not count; expected other"
+            " layers"
         )
     with evaluating(model), _plain_kernels(), FlopCounterMode(display=False) as counter:
         try:
@@ -242,7 +245,8 @@ class EMA:
 def copy_model(model: nn.Module) -> nn.Module:
     """A copy that shares nothing with the model: layers under two names stay one, hooks come along.
 
-    Takes models whose weights are computed too, as by `weight_norm` and by `torch.nn.utils.prune`, at which `deepcopy` stops."""
+    Takes models whose weights are computed too, as by `weight_norm` and by `torch.nn.utils.prune`, at which `deepcopy` stops.
+    """
     computed = [
         v
         for m in model.modules()
@@ -257,17 +261,20 @@ def _pairs(mine, new, kind):
     mine, new = (dict(getattr(m, f"named_{kind}")(remove_duplicate=False)) for m in (mine, new))
     if odd := sorted(mine.keys() ^ new.keys()):
         raise ValueError(
-            f"the two models differ in their {kind}, the first is {odd[0]!r}; expected the model that is followed"
+            f"the two models differ in their {kind}, the first is {odd[0]!r}; expected the model"
+            " that is followed"
         )
     found = {}
     for name, m in mine.items():
         if m.shape != new[name].shape:
             raise ValueError(
-                f"{name} has shape {tuple(new[name].shape)}; expected {tuple(m.shape)}, as in the average"
+                f"{name} has shape {tuple(new[name].shape)}; expected {tuple(m.shape)}, as in the"
+                " average"
             )
         if found.setdefault(id(m), (m, new[name]))[1] is not new[name]:
             raise ValueError(
-                f"{name} was tied to another of the {kind} and is no longer; expected the model that is followed"
+                f"{name} was tied to another of the {kind} and is no longer; expected the model"
+                " that is followed"
             )
     return list(found.values())
 
@@ -278,7 +285,8 @@ def memory_order(
 ) -> torch.memory_format:  # for `model.to(memory_format=...)`, and with `in_order` for its pictures
     """Channels last, which convolutions like; the plain order for a float32 model that PyTorch could not train so.
 
-    That is one with a 1 × 1 convolution with a stride that reads fewer than 8 channels (a transposed one: writes them)."""
+    That is one with a 1 × 1 convolution with a stride that reads fewer than 8 channels (a transposed one: writes them).
+    """
 
     def narrow(m):
         channels = m.out_channels if m.transposed else m.in_channels
@@ -352,7 +360,8 @@ def atomic_write(
     """A file to write into, which takes its place at `path` only if the block ends without an error.
 
     Then content and name are on the disk: a power cut leaves the old file or the new one. A file that was there hands
-    its mode on. Raises `OSError` when a folder or a device is in the way, before anything is written."""
+    its mode on. Raises `OSError` when a folder or a device is in the way, before anything is written.
+    """
     check_choice(mode, "mode", ("wb", "w"))
     path, kept = _target(path)
     _make_folders(path.parent)

@@ -154,7 +154,8 @@ def _watched(answer, returns):
         result = answer(*args, **kwargs)
         if result is None:
             raise _Unfinished(
-                f"`{name}` gives nothing back: is it still to be written, or is its `return` missing?"
+                f"`{name}` gives nothing back: is it still to be written, or is its `return`"
+                " missing?"
             )
         if not isinstance(result, returns):
             raise Refused(
@@ -385,7 +386,10 @@ def _remember(lesson, title, solved):
         with _alone(path):
             entries = _load(path)
             if entries is None:
-                note = f"The progress file was damaged. It lies now beside the new one, as `{_moved_aside(path).name}`."
+                note = (
+                    "The progress file was damaged. It lies now beside the new one, as"
+                    f" `{_moved_aside(path).name}`."
+                )
                 entries = {}
             entry = entries.setdefault(f"{lesson}#{title}", dict(tries=0, solved=None))
             if entry["solved"]:
@@ -458,7 +462,8 @@ def _judged(exercise, answer):
         with _same_luck(), redirect_stdout(printed):
             if answer is None or answer is ...:
                 raise _Unfinished(
-                    "The cell above is still to be filled in: write your answer, run it, then run this cell."
+                    "The cell above is still to be filled in: write your answer, run it, then run"
+                    " this cell."
                 )
             _timed(exercise.seconds, lambda: exercise.claims(_watched(answer, exercise.returns)))
     except Refused as no:
@@ -490,9 +495,9 @@ class Exercise:
             [Any], None
         ],  # makes claims about an answer, with `require` and `require_close`
         hints: Sequence,  # two or more, in Markdown, from a nudge to nearly there
-        returns: type
-        | tuple
-        | None = object,  # what an answer gives back; None: it may change its inputs instead
+        returns: (
+            type | tuple | None
+        ) = object,  # what an answer gives back; None: it may change its inputs instead
         seconds: float = 20,  # an answer that takes longer is stopped
     ):
         if (
@@ -540,7 +545,8 @@ class Exercise:
 
 # %% ../../nbs/00_core/04_exercises.ipynb #f858e70d
 CALLOUT = re.compile(
-    r"^> \*\*Exercise:\*\* (?P<title>.+?) · (?P<level>easy|medium|hard) · (?P<minutes>\d+) minutes$",
+    r"^> \*\*Exercise:\*\* (?P<title>.+?) · (?P<level>easy|medium|hard) · (?P<minutes>\d+)"
+    r" minutes$",
     re.M,
 )
 
@@ -657,5 +663,8 @@ def _my_entries():
         entries = _load(path)
     except OSError as error:
         return {}, f"The progress file cannot be read: `{path}` ({error.strerror or error})."
-    damaged = f"The progress file is damaged: `{path}`. The next check puts it aside and begins a new one."
+    damaged = (
+        f"The progress file is damaged: `{path}`. The next check puts it aside and begins a new"
+        " one."
+    )
     return ({}, damaged) if entries is None else (entries, "")

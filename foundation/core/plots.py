@@ -45,7 +45,8 @@ def _check_alt(
     "The words that stand for a picture; refuse to go on without them."
     if not isinstance(alt, str) or not alt.strip():
         raise ValueError(
-            f"alt is {alt!r}: say in one sentence what the picture shows, for readers who cannot see it"
+            f"alt is {alt!r}: say in one sentence what the picture shows, for readers who cannot"
+            " see it"
         )
     return " ".join(alt.split())
 
@@ -105,7 +106,10 @@ class Picture:
     def html(self) -> str:
         "An `img` element that holds everything in itself."
         style = f"max-width:100%;height:auto;padding:0;border-radius:4px;background:{_CARD}"
-        return f'<img alt="{html.escape(self.alt)}" width="{self.width}" style="{style}" src="{self.uri}">'
+        return (
+            f'<img alt="{html.escape(self.alt)}" width="{self.width}" style="{style}"'
+            f' src="{self.uri}">'
+        )
 
     def save(self, path: str | Path) -> Path:
         "Write the PNG to `path`."
@@ -285,7 +289,8 @@ def _named(
         raise ValueError("there is nothing to draw: hand in at least one name with its values")
     if len(values) > limit:
         raise ValueError(
-            f"got {len(values)} series, at most {limit} can be told apart: draw fewer, or two pictures"
+            f"got {len(values)} series, at most {limit} can be told apart: draw fewer, or two"
+            " pictures"
         )
     if len({str(name) for name in values}) < len(values):
         raise ValueError(f"two names read alike: {', '.join(map(str, values))}")
@@ -490,7 +495,8 @@ def _edges(
         mean = seeds[name].mean()
         if len(pair) != 2 or not pair[0] <= mean <= pair[1]:
             raise ValueError(
-                f"the interval of {name!r} is {pair.tolist()}: expected (low, high) round its {mean:.4g}"
+                f"the interval of {name!r} is {pair.tolist()}: expected (low, high) round its"
+                f" {mean:.4g}"
             )
     return pairs
 

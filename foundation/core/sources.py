@@ -100,7 +100,8 @@ _PATH = (str, os.PathLike)
 def cache_folder() -> Path:
     """The folder that keeps the data: `FOUNDATION_DATA`, or `foundation` in the user's cache folder of this system.
 
-    For a user without a home folder it is a folder for temporary files. Raises `DataUnavailable` where there is none."""
+    For a user without a home folder it is a folder for temporary files. Raises `DataUnavailable` where there is none.
+    """
     if chosen := os.environ.get("FOUNDATION_DATA"):
         try:
             return Path(chosen).expanduser().absolute()
@@ -229,8 +230,8 @@ def _writable_cache(cache, source):
         f", and {spare} does not belong to you alone" if spare and os.path.lexists(spare) else ""
     )
     raise DataUnavailable(
-        f"Nothing can be written to {tilde(best / source.name if best.is_dir() else best)}{others}: "
-        "set FOUNDATION_DATA to a folder that you may write to."
+        f"Nothing can be written to {tilde(best / source.name if best.is_dir() else best)}{others}:"
+        " set FOUNDATION_DATA to a folder that you may write to."
     )
 
 # %% ../../nbs/00_core/05_sources.ipynb #64cff256
@@ -413,7 +414,8 @@ def _run(*command, cwd, **env):
         log.seek(0)
         if process.returncode:
             raise OSError(
-                f"{Path(program).name} failed: {_complaint(log.read(1 << 20).decode(errors='replace'))}"
+                f"{Path(program).name} failed:"
+                f" {_complaint(log.read(1 << 20).decode(errors='replace'))}"
             )
 
 
@@ -676,14 +678,15 @@ def alone(
 ) -> Iterator[Callable[[], bool]]:  # tells whether the lock file is still there
     """Run the block while no other process or thread runs one with the same `path`.
 
-    Raises `DataUnavailable` when the other one holds it longer, or the file is another user's alone."""
+    Raises `DataUnavailable` when the other one holds it longer, or the file is another user's alone.
+    """
     path, start, told = Path(path), time.monotonic(), False
     with _open_lock(path) as file:  # closing it gives the lock back
         while not _try_lock(file):
             if time.monotonic() - start > patience:
                 raise DataUnavailable(
                     f"Another process has held {tilde(path)} for {patience:.0f} s: "
-                    f"end it, then try again."
+                    "end it, then try again."
                 )
             if not told and time.monotonic() - start > 1:
                 _say(f"Another process is busy with {task or path.name}; waiting for it.")
@@ -795,7 +798,8 @@ _GLOSSES = Source(
 # %% ../../nbs/00_core/05_sources.ipynb #dcda4bcb
 _REVIEWS = Source(
     "reviews",
-    "Snippets with the mean of people's ratings, −4…4: 10,605 film, 3,708 product, 5,190 news, 4,200 tweets",
+    "Snippets with the mean of people's ratings, −4…4: 10,605 film, 3,708 product, 5,190 news,"
+    " 4,200 tweets",
     "MIT",
     "https://github.com/cjhutto/vaderSentiment",
     4,
@@ -829,7 +833,8 @@ _REVIEWS = Source(
 _HUB = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2"
 _MINILM = Source(
     "minilm",
-    "Weights of all-MiniLM-L6-v2: a BERT of 22.7 M parameters that turns a sentence into 384 numbers",
+    "Weights of all-MiniLM-L6-v2: a BERT of 22.7 M parameters that turns a sentence into 384"
+    " numbers",
     "Apache-2.0",
     _HUB,
     91,
@@ -885,7 +890,8 @@ def fetch(
 ) -> dict[str, Path]:  # what a lesson calls it -> a file whose content has been checked
     """The files of a data set, from the cache or from the first place that has them.
 
-    Raises `DataUnavailable`, whose message lists every place, why it failed, and the way by hand."""
+    Raises `DataUnavailable`, whose message lists every place, why it failed, and the way by hand.
+    """
     source = _named(source)
     for base in _caches(cache):
         if not _faulty(source, base):
@@ -899,8 +905,9 @@ def fetch(
         if error.errno not in _FULL:
             raise
         raise DataUnavailable(
-            f"The disk is full: {source.name} needs about {_need(source):.0f} MB for a moment "
-            f"in {tilde(_best_and_spare(cache)[0])}. Make room there, or set FOUNDATION_DATA to a folder on another disk."
+            f"The disk is full: {source.name} needs about {_need(source):.0f} MB for a moment in"
+            f" {tilde(_best_and_spare(cache)[0])}. Make room there, or set FOUNDATION_DATA to a"
+            " folder on another disk."
         ) from None
     raise DataUnavailable(
         f"{tilde(base)} was removed again and again while {source.name} was fetched; try again."
@@ -1008,10 +1015,19 @@ def _message(source, home, failures):
     names = ", ".join(file.name for file in source.files.values())
     return "\n".join(
         [
-            f"The data set {source.name!r} ({source.description}) could not be had. Tried, in this order:",
+            (
+                f"The data set {source.name!r} ({source.description}) could not be had. Tried, in"
+                " this order:"
+            ),
             *(f"  {i}. {failure}" for i, failure in enumerate(failures, 1)),
-            f"By hand: get {names} (or the same with .gz, or the archive that holds them) from {source.home},",
-            f"put it into {tilde(home)}, and call again. Another folder for the data: set FOUNDATION_DATA.",
+            (
+                f"By hand: get {names} (or the same with .gz, or the archive that holds them) from"
+                f" {source.home},"
+            ),
+            (
+                f"put it into {tilde(home)}, and call again. Another folder for the data: set"
+                " FOUNDATION_DATA."
+            ),
         ]
     )
 

@@ -77,14 +77,16 @@ def _spread(
         or (step is not None and step <= 0)
     ):
         raise ValueError(
-            f"the dial {name!r} is {spec}: expected (low, high[, step]) with low < high and step > 0"
+            f"the dial {name!r} is {spec}: expected (low, high[, step]) with low < high and"
+            " step > 0"
         )
     if whole:
         step = step or 1
     count = 9 if step is None else (high - low) // step + 1 if whole else (high - low) / step + 1
     if count > _MOST:
         raise ValueError(
-            f"the dial {name!r} is {spec}, more than {_MOST:,} values: give (low, high, step) with a larger step"
+            f"the dial {name!r} is {spec}, more than {_MOST:,} values: give (low, high, step) with"
+            " a larger step"
         )
     if whole:
         return list(range(low, high + 1, step))
@@ -129,7 +131,8 @@ def make_dial(
         spec = _spread(name, spec)
     if isinstance(spec, (str, bytes, Number)) or not hasattr(spec, "__iter__"):
         raise ValueError(
-            f"the dial {name!r} is {got(spec)}: expected a list of values, (low, high), True or False"
+            f"the dial {name!r} is {got(spec)}: expected a list of values, (low, high), True or"
+            " False"
         )
     found = list(itertools.islice(spec.items() if isinstance(spec, Mapping) else spec, _MOST + 1))
     if len(found) > _MOST:
@@ -390,7 +393,10 @@ class Explorer:
             frame = self.frame(*places)
         except RuntimeError as error:
             text = html.escape(f"{error}. Move a dial to go on.")
-            return f'<p role="alert" style="border-left:4px solid #d55e00;padding-left:.6em">{text}</p>'
+            return (
+                '<p role="alert" style="border-left:4px solid'
+                f' #d55e00;padding-left:.6em">{text}</p>'
+            )
         return frame.html() if isinstance(frame, Picture) else frame
 
     @cached_property
@@ -401,8 +407,9 @@ class Explorer:
         page = _page(self.title, self.dials, frames, ways.index(tuple(d.start for d in self.dials)))
         if (size := len(page.encode()) / 1000) > self.max_kb:
             raise ValueError(
-                f"{len(frames)} frames take {size:.0f} kB, at most {self.max_kb} are allowed: give a dial "
-                "fewer values, keep the axes fixed (xlim, ylim), draw smaller (size), or raise max_kb"
+                f"{len(frames)} frames take {size:.0f} kB, at most {self.max_kb} are allowed: give"
+                " a dial fewer values, keep the axes fixed (xlim, ylim), draw smaller (size), or"
+                " raise max_kb"
             )
         return page
 
@@ -498,7 +505,8 @@ def explore(
     if ways > limit:
         product = " × ".join(str(len(d.values)) for d in made)
         raise ValueError(
-            f"{product} = {ways} combinations are more than {limit}: give fewer values, or raise limit"
+            f"{product} = {ways} combinations are more than {limit}: give fewer values, or raise"
+            " limit"
         )
     if not live():
         explorer.page  # so that a function that fails stops a test here

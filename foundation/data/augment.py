@@ -40,7 +40,7 @@ def sample_boxes(
     for name, box in dict(centers=centers, halves=halves).items():
         check_floats(box, name, "(b, 2)", finite=True)
         check_like(box, name, (len(images), 2), images, "images")
-    (h, w) = images.shape[2:] if size is None else [check_whole(size, "size", 1, 2**14)] * 2
+    h, w = images.shape[2:] if size is None else [check_whole(size, "size", 1, 2**14)] * 2
     matrix = torch.cat([torch.diag_embed(halves), centers[:, :, None]], 2).to(precise(images))
     grid = F.affine_grid(matrix, [len(images), 1, h, w], align_corners=False)
     boxes = F.grid_sample(precise(images), grid, padding_mode="border", align_corners=False)

@@ -43,7 +43,9 @@ def show_token(
     return "".join(_LETTERS[byte] for byte in token)
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #5078a15b
-_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # white space, as Unicode has it
+_SPACE = (  # white space, as Unicode has it
+    r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+)
 
 
 @cache

@@ -159,14 +159,15 @@ class RangeTest(NamedTuple):
 
     def suggest(self, rule: str = "steepest") -> float:
         """A rate. "steepest": where the smoothed loss falls fastest; "minimum", "minimum/10" of the smoothed
-        loss; "raw": the steepest fall without smoothing. Raises `ValueError` for other rules, and where no fall is seen."""
+        loss; "raw": the steepest fall without smoothing. Raises `ValueError` for other rules, and where no fall is seen.
+        """
         check_choice(rule, "rule", ("steepest", "minimum", "minimum/10", "raw"))
         curve = self.losses if rule == "raw" else self.smooth
         lowest = int(curve.argmin())
         if lowest < 2 or curve[lowest] > 0.95 * curve[0]:
             raise ValueError(
-                f"the loss never fell clearly between {self.rates[0]:.1e} and {self.rates[-1]:.1e}; "
-                "try other bounds, more steps, or look for an error in the data"
+                f"the loss never fell clearly between {self.rates[0]:.1e} and {self.rates[-1]:.1e};"
+                " try other bounds, more steps, or look for an error in the data"
             )
         if "minimum" in rule:
             return self.rates[lowest].item() / (10 if rule == "minimum/10" else 1)
@@ -222,7 +223,8 @@ def range_test(
     base, losses = float(opt.param_groups[0].get("initial_lr", opt.param_groups[0]["lr"])), []
     if not base > 0:
         raise ValueError(
-            f"the optimizer's first rate is {base}; expected one above 0, which fixes the ratios of the groups"
+            f"the optimizer's first rate is {base}; expected one above 0, which fixes the ratios of"
+            " the groups"
         )
     rates = torch.logspace(math.log10(lo), math.log10(hi), steps, dtype=torch.double)
     with restored(model, opt):

@@ -210,8 +210,9 @@ def check_disjoint(
             if both := found[a].keys() & found[b].keys():
                 first = min(both, key=found[b].get)
                 raise ValueError(
-                    f"{a} and {b} share {len(both)} images, such as {a}[{found[a][first]}] = {b}[{found[b][first]}]; "
-                    f"take them out of one of the two, or the score on {b} is too good"
+                    f"{a} and {b} share {len(both)} images, such as {a}[{found[a][first]}] ="
+                    f" {b}[{found[b][first]}]; take them out of one of the two, or the score on {b}"
+                    " is too good"
                 )
     return len({digest for part in found.values() for digest in part})
 
@@ -318,7 +319,8 @@ def _stack(items: list[dict]) -> tuple[Tensor, Tensor]:  # (b, c, h, w), (b,)
     images = [item["image"] for item in items]
     if len(shapes := {tuple(image.shape) for image in images}) > 1:
         raise ValueError(
-            f"images have the shapes {sorted(shapes)}; expected one size and number of channels: resize in the transform"
+            f"images have the shapes {sorted(shapes)}; expected one size and number of channels:"
+            " resize in the transform"
         )
     return torch.stack(images), check_labels([item["label"] for item in items])
 
@@ -378,7 +380,8 @@ def replace_head(
     "A fresh linear head for other classes, random weights and no bias yet. Raises `TypeError`, `ValueError`."
     if not isinstance(old := getattr(model, "head", None), nn.Linear):
         raise TypeError(
-            f"{type(model).__name__} has no linear `head`; expected a model whose last layer is called so"
+            f"{type(model).__name__} has no linear `head`; expected a model whose last layer is"
+            " called so"
         )
     check_whole(classes, "classes", 2)
     like = next(old.parameters())
@@ -413,7 +416,8 @@ def layers(
     parts = {name: found for name, found in parts.items() if found}
     if len(parts) < 2:
         raise ValueError(
-            f"{type(model).__name__} has {len(parts)} layers with parameters; expected a body and a head"
+            f"{type(model).__name__} has {len(parts)} layers with parameters; expected a body and a"
+            " head"
         )
     parts[next(iter(parts))] += own
     return parts

@@ -344,8 +344,9 @@ class Prefix(nn.Module):
 def add_prefix(
     model: nn.Module,  # a `BERT` or `GPT`, changed in place and frozen, but for the prefixes
     length: int = 8,  # learnt keys and values in each block
-    words: Tensor
-    | None = None,  # ids of `length` real tokens to begin with, (p,); None: small random numbers
+    words: (
+        Tensor | None
+    ) = None,  # ids of `length` real tokens to begin with, (p,); None: small random numbers
 ) -> nn.Module:
     "A prefix for each attention. Raises `ValueError` for a negative length, or words that are not as many."
     check_whole(length, "length", 0)
@@ -499,7 +500,8 @@ def noun_task(
     train_side, held = split_texts(glosses("noun"), 0.1)
     if pool + valid > len(train_side) or test > len(held):
         raise ValueError(
-            f"asked for {pool} + {valid} and {test} texts; there are {len(train_side):,} and {len(held):,}"
+            f"asked for {pool} + {valid} and {test} texts; there are {len(train_side):,} and"
+            f" {len(held):,}"
         )
 
     def pick(data, count):

@@ -99,13 +99,17 @@ def write_card(
 def hardware() -> str:
     "The machine in a few words: system, processor, cores, GPU."
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+    return (
+        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads{gpu}, torch"
+        f" {torch.__version__}"
+    )
 
 # %% ../../nbs/04_models/05_pretrained.ipynb #d9ae431b
 def _config(model):
     if not isinstance(config := getattr(model, "config", None), dict):
         raise TypeError(
-            f"model is {got(model)} without a `config`; expected a model that keeps its arguments in one"
+            f"model is {got(model)} without a `config`; expected a model that keeps its arguments"
+            " in one"
         )
     return config
 
@@ -151,7 +155,8 @@ def read_card(
 ) -> dict:
     """The card of shipped weights. Raises `BadWeights` when there is none, or when it does not say what was written.
 
-    A card from before cards had a hash of their own is taken, with a warning: nobody can tell whether it is whole."""
+    A card from before cards had a hash of their own is taken, with a warning: nobody can tell whether it is whole.
+    """
     path = Path(folder) / f"{name}.json"
     again = "get it again (git checkout, or reinstall the package)"
     try:
@@ -205,8 +210,8 @@ def read_file(
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != card["sha256"]:
         raise BadWeights(
-            f"{path.name} ({len(data):,} bytes) is not the file that its card describes (the hash differs); "
-            "get it again (git checkout, or reinstall the package)"
+            f"{path.name} ({len(data):,} bytes) is not the file that its card describes (the hash"
+            " differs); get it again (git checkout, or reinstall the package)"
         )
     return card, data
 
@@ -272,8 +277,8 @@ def _check_shapes(model, state, name, origin, spare=()):
         found, want = (tuple(s[key].shape) if key in s else None for s in (state, mine))
         if found != want and not (found is None and key.startswith(spare)):
             raise BadWeights(
-                f"{name} does not fit this {type(model).__name__}: {key} has shape {found} in the file and {want} in "
-                f"the model; it was made for {origin}"
+                f"{name} does not fit this {type(model).__name__}: {key} has shape {found} in the"
+                f" file and {want} in the model; it was made for {origin}"
             )
 
 
@@ -286,7 +291,8 @@ def _fill(model, state, name, origin, spare=()):
         place = mine[key].data_ptr(), mine[key].shape
         if mine[key].numel() and not torch.equal(new[first.setdefault(place, key)], new[key]):
             raise BadWeights(
-                f"{name}: {first[place]} and {key} are one weight in the model and differ in the file"
+                f"{name}: {first[place]} and {key} are one weight in the model and differ in the"
+                " file"
             )
     model.load_state_dict(new, strict=False)
     return model.eval()
@@ -298,7 +304,8 @@ def _converted(value, like, name):
     new = value.to(like.dtype) if kinds[0] == kinds[1] else None
     if new is None or not like.is_floating_point() and not torch.equal(new.to(value.dtype), value):
         raise BadWeights(
-            f"{name} is {got(value)}; expected {str(like.dtype).removeprefix('torch.')}, as in the model"
+            f"{name} is {got(value)}; expected {str(like.dtype).removeprefix('torch.')}, as in the"
+            " model"
         )
     if not new.isfinite().all():
         raise BadWeights(f"{name} holds NaN or infinite values; expected finite weights")
@@ -371,7 +378,8 @@ def embed_texts(
 ) -> Tensor:  # (n, d), each of length 1, so that a product of two is their cosine
     """A vector for each text: the mean of its tokens, padding left out (Reimers & Gurevych 2019).
 
-    In eval mode and without gradients; the vectors may be trained on. Raises `TypeError`, `ValueError`."""
+    In eval mode and without gradients; the vectors may be trained on. Raises `TypeError`, `ValueError`.
+    """
     check_model(model, "model", "encode"), check_whole(batch_size, "batch_size", 1)
     if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
         raise ValueError(
@@ -379,7 +387,8 @@ def embed_texts(
         )
     if not hasattr(tokenizer, "encode_batch"):
         raise TypeError(
-            f"tokenizer is {got(tokenizer)}; expected a tokenizers.Tokenizer, as `load_minilm` gives it"
+            f"tokenizer is {got(tokenizer)}; expected a tokenizers.Tokenizer, as `load_minilm`"
+            " gives it"
         )
     order = sorted(
         range(len(texts)), key=lambda i: len(texts[i])
@@ -397,7 +406,8 @@ def _mean_of_tokens(model, tokenizer, texts):
     batch = tokenizer.encode_batch(texts)
     if len({len(entry.ids) for entry in batch}) > 1:
         raise ValueError(
-            "tokenizer gives texts of different lengths; expected one that pads: tokenizer.enable_padding()"
+            "tokenizer gives texts of different lengths; expected one that pads:"
+            " tokenizer.enable_padding()"
         )
     device = next(model.parameters()).device
     ids, mask = (

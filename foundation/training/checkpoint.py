@@ -290,7 +290,7 @@ def _alone(path, patience=0.0):
         if time.monotonic() >= end:
             raise BadCheckpoint(
                 f"another process trains into {path.name}; wait for it or end it, or name "
-                f"another file"
+                "another file"
             )
         time.sleep(0.05)
     try:
@@ -428,7 +428,7 @@ def _check_weights(model, opt, step):
     for name, p in outside:
         raise ValueError(
             f"the optimizer trains parameter {name}, shape {tuple(p.shape)}; a checkpoint finds "
-            f"each by its "
+            "each by its "
             "name in the model, so make it a part of that"
         )
     for name, p in model.named_parameters():
@@ -476,7 +476,7 @@ def _check_fit(name, state, model, opt):
         which = f" ({moved[0]} is in another group)" if moved else ""
         raise BadCheckpoint(
             f"{name} is of another optimizer: {kinds[0]} there, {kinds[1]} here{which}; make it "
-            f"as it was made then"
+            "as it was made then"
         )
     _check_moments(name, state, opt, names)
     _check_luck(name, state)
@@ -672,7 +672,7 @@ def _tell(x) -> tuple:  # its kind in words, then parts; or bytes as a memoryvie
     except Exception:  # each class has reasons of its own
         raise TypeError(
             f"{got(x)} cannot be told from another one; expected the data that it gives, or its "
-            f"settings"
+            "settings"
         ) from None
     if isinstance(taken, str):
         return f"object {taken}", cls
@@ -694,8 +694,10 @@ def _tell(x) -> tuple:  # its kind in words, then parts; or bytes as a memoryvie
 def _(x):
     own = () if type(x) in (str, int, float, complex, bool) or isinstance(x, Path) else (type(x),)
     return (
-        f"{'path' if isinstance(x, Path) else type(x).__name__} "
-        f"{x if isinstance(x, (str, Path)) else repr(x)}",
+        (
+            f"{'path' if isinstance(x, Path) else type(x).__name__} "
+            f"{x if isinstance(x, (str, Path)) else repr(x)}"
+        ),
         *own,
     )
 
@@ -886,9 +888,9 @@ def resumable(
     opt: torch.optim.Optimizer,
     *,
     steps: int,
-    checkpoint: Path
-    | str
-    | None = None,  # where to save and from where to go on; None saves nothing
+    checkpoint: (
+        Path | str | None
+    ) = None,  # where to save and from where to go on; None saves nothing
     recipe: dict | None = None,  # what else the result depends on: seed, a fingerprint of all data
     save_every: int = 200,
     longer: bool = False,  # go on with more steps than were planned when the checkpoint was made
@@ -1034,7 +1036,7 @@ def _begun(stream, start):
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise TypeError(
             f"stream gave {got(batches)}; expected batches to go through, from the step that it "
-            f"is handed"
+            "is handed"
         )
     return iter(batches)
 
@@ -1048,7 +1050,7 @@ def _check_plan(name, notes, plan, longer, fit):
     if not isinstance(saved, dict):
         raise BadCheckpoint(
             f"{name} was saved without a recipe; go on from it with `load_checkpoint`, or name "
-            f"another file"
+            "another file"
         )
     differs = [
         k for k in {**saved, **plan} if not (k in saved and k in plan and same(saved[k], plan[k]))

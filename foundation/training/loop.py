@@ -63,16 +63,17 @@ def train(
     opt: torch.optim.Optimizer,
     *,
     steps: int,
-    schedule: Sequence[float]
-    | Tensor
-    | None = None,  # factor on each group's lr, one for each step
+    schedule: (
+        Sequence[float] | Tensor | None
+    ) = None,  # factor on each group's lr, one for each step
     accum: int = 1,  # batches whose gradients are averaged into one step
     clip: Real | None = None,  # largest gradient norm; infinity measures it only
     precision: str = "fp32",  # or "bf16", "fp16"; "auto": bf16 where the hardware multiplies it
     start: int = 0,  # first step: a resumed run passes the number of steps it has done
     check_every: int = 50,  # steps between looks at the loss on a GPU, where a look costs a wait
-    scaler: torch.amp.GradScaler
-    | None = None,  # of your own, for "fp16": to save it, or to begin elsewhere
+    scaler: (
+        torch.amp.GradScaler | None
+    ) = None,  # of your own, for "fp16": to save it, or to begin elsewhere
 ) -> Iterator[Step]:
     """Train, one `Step` at a time: `break` stops the run, `start` goes on with it.
 
@@ -134,7 +135,7 @@ def _check_plan(model, objective, opt, steps, schedule, accum, clip, start, chec
     if needed:
         raise ValueError(
             f"{type(opt).__name__}.step needs a {needed[0].name}, so that it can compute the "
-            f"loss several times "
+            "loss several times "
             "in one step; `train` computes it once: write the loop yourself, or use another "
             "optimizer"
         )
@@ -146,7 +147,7 @@ def _check_schedule(schedule, steps, opt):
     if len(schedule) < steps:
         raise ValueError(
             f"the schedule has {len(schedule)} factors for {steps} steps; expected one for each "
-            f"step"
+            "step"
         )
     factors = torch.as_tensor(schedule)[:steps]
     if factors.ndim != 1 or factors.is_complex() or not (factors.isfinite() & (factors >= 0)).all():
@@ -181,9 +182,9 @@ def _half(precision, device, scaler, opt):
         if precision == "fp32"
         else partial(torch.autocast, device.type, kinds[precision])
     )
-    return cast, torch.amp.GradScaler(
-        device.type, enabled=precision == "fp16"
-    ) if scaler is None else scaler
+    return cast, (
+        torch.amp.GradScaler(device.type, enabled=precision == "fp16") if scaler is None else scaler
+    )
 
 # %% ../../nbs/05_training/01_loop.ipynb #888623d8
 @checked
@@ -258,7 +259,7 @@ def _judged(result):
     ):
         raise TypeError(
             f"the objective gave back {type(result).__name__}; expected a pair: loss, dictionary "
-            f"of extras"
+            "of extras"
         )
     if result[0].numel() != 1 or not result[0].requires_grad:
         raise ValueError(
@@ -345,7 +346,7 @@ def _advice(n, every, loss, norm, opt):
     lrs = ", ".join(f"{group['lr']:.3g}" for group in opt.param_groups)
     return (
         f"the {name} became {float(value):.3g} {when} (lr {lrs}). Try a lower lr, a warmup, "
-        f"clip=1.0 or "
+        "clip=1.0 or "
         "precision='fp32', and look for NaN in the data"
     )
 
@@ -406,9 +407,9 @@ def fit(
     steps: int,
     lr: float = 1e-3,
     weight_decay: float = 0.01,  # on matrices and filters, not on biases and norms
-    schedule: Sequence[float]
-    | Tensor
-    | None = None,  # factor on lr for each step, see the lesson on schedules
+    schedule: (
+        Sequence[float] | Tensor | None
+    ) = None,  # factor on lr for each step, see the lesson on schedules
     clip: Real | None = 1.0,
     precision: str = "auto",
     title: str = "training",  # before the bar; "" shows none

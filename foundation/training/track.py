@@ -175,7 +175,7 @@ def read_log(
     if torn and len(torn) == len(rows):
         raise ValueError(
             f"{path.name} is no log: its first line is {lines[0][:40]!r}; expected JSON lines, "
-            f"as `Log` writes them"
+            "as `Log` writes them"
         )
     if torn:
         which = (
@@ -204,7 +204,7 @@ def _content(path):
         )
         raise ValueError(
             f"{path.name[:40]} cannot be read as a log: {what}; expected a file of JSON lines, "
-            f"as `Log` writes them"
+            "as `Log` writes them"
         ) from None
 
 
@@ -231,7 +231,7 @@ def curve(
     ]:
         raise TypeError(
             f"rows hold {got(wrong[0])}; expected dictionaries with the number n of a step, as "
-            f"`read_log` gives them"
+            "`read_log` gives them"
         )
     own = [(row["n"], float(row[name])) for row in rows if isinstance(row.get(name), (int, float))]
     if not own:

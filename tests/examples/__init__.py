@@ -1,7 +1,8 @@
 """One sound call for each public name of the package, a module for each folder of foundation/: what the laws and the fuzz start from.
 
 A module has EXAMPLES, name -> a function that makes `(callable, keywords)` or `(callable, arguments, keywords)` anew,
-and SKIP, name -> why it cannot be called here. Names are written without `foundation.`: "objectives.contrast.nt_xent"."""
+and SKIP, name -> why it cannot be called here. Names are written without `foundation.`: "objectives.contrast.nt_xent".
+"""
 
 import importlib
 import pkgutil

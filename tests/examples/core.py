@@ -45,8 +45,10 @@ def static(call):
         try:
             return call(*args, **options)
         finally:
-            os.environ.pop("FOUNDATION_STATIC") if before is None else os.environ.update(
-                FOUNDATION_STATIC=before
+            (
+                os.environ.pop("FOUNDATION_STATIC")
+                if before is None
+                else os.environ.update(FOUNDATION_STATIC=before)
             )
 
     return inner
