@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 from . import __version__
-from .core.sources import SOURCES, DataUnavailable, cache_folder, fetch, tilde, where
+from .data.sources import DataUnavailable, SOURCES, cache_folder, fetch, short_path, where
 
 # %% ../nbs/01_command.ipynb #6cd7404f
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def check_hardware() -> Iterator[Finding]:
         disk = shutil.disk_usage(folder).free / 1e9
         yield Finding(
             "disk",
-            f"{disk:.1f} GB free for {tilde(cache_folder())}",
+            f"{disk:.1f} GB free for {short_path(cache_folder())}",
             disk >= 0.5,
             "make room, or set FOUNDATION_DATA to a folder on another disk",
             needed=True,
@@ -259,7 +259,7 @@ def tour(
 
 def list_data() -> int:
     "Print how each data set stands."
-    print(f"Data in {tilde(cache_folder())}:")
+    print(f"Data in {short_path(cache_folder())}:")
     for name, source in SOURCES.items():
         print(
             f"  {name:18} {source.mb:5g} MB  {where(name).note:16}  {source.description} ·"
@@ -278,7 +278,7 @@ def fetch_data(
     for name in SOURCES if "all" in names else dict.fromkeys(names):
         try:
             fetch(name)
-            print(f"{name} is ready in {tilde(where(name).folder)}.")
+            print(f"{name} is ready in {short_path(where(name).folder)}.")
         except OSError as error:  # DataUnavailable above all
             print(
                 error if isinstance(error, DataUnavailable) else f"{name}: {_one_line(error)}",

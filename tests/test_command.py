@@ -12,7 +12,7 @@ import pytest
 
 from foundation import command
 from foundation.command import Finding, check_software, check_weights, doctor, main
-from foundation.core.sources import SOURCES
+from foundation.data.sources import SOURCES
 
 
 def typed(*arguments, **variables):
@@ -190,7 +190,7 @@ def test_without_a_home_and_a_temporary_folder_the_doctor_says_so():
 
 
 def test_a_set_that_fails_in_another_way_keeps_no_other_back(monkeypatch, capsys):
-    from foundation.core import sources
+    from foundation.data import sources
 
     really = sources.fetch
 

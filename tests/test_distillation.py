@@ -31,7 +31,7 @@ from foundation.compression.distillation import (
     usual_texts,
 )
 from foundation.core.basics import count_macs, count_parameters
-from foundation.core.sources import DataUnavailable, fetch
+from foundation.data.sources import DataUnavailable, fetch
 from foundation.data.augment import Augment
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet

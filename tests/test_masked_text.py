@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import foundation.pretraining.masked_text as masked_text
 from foundation.core.checks import complaint
-from foundation.core.sources import DataUnavailable
+from foundation.data.sources import DataUnavailable
 from foundation.data.batches import join, packed, same_document
 from foundation.data.text import _key, glosses, split_texts
 from foundation.data.tokenizer import Tokenizer, train_bpe

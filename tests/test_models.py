@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from foundation.core.basics import count_macs, count_parameters
-from foundation.core.sources import DataUnavailable, fetch
+from foundation.data.sources import DataUnavailable, fetch
 from foundation.models.bert import BERT
 from foundation.models.convnets import (
     VGG,
@@ -752,7 +752,7 @@ def test_a_wheel_is_a_place(tmp_path, monkeypatch):
     import io
     import zipfile
 
-    from foundation.core.sources import File, Source, wheel_archive
+    from foundation.data.sources import File, Source, wheel_archive
 
     inner = io.BytesIO()
     with zipfile.ZipFile(inner, "w") as box:

@@ -44,7 +44,7 @@ from foundation.compression.pruning import (
 )
 from foundation.compression.quantization import quantize_weights
 from foundation.core.basics import copy_model, in_order, memory_order
-from foundation.core.sources import DataUnavailable
+from foundation.data.sources import DataUnavailable
 from foundation.data.batches import endless
 from foundation.data.images import load_images
 from foundation.evaluation.scores import accuracy, predict

@@ -1,4 +1,4 @@
-"What a notebook cannot say about foundation.core.sources: killed processes, full disks, closed folders, no network."
+"What a notebook cannot say about foundation.data.sources: killed processes, full disks, closed folders, no network."
 
 import errno
 import gzip
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from foundation.core import sources
-from foundation.core.sources import (
-    SOURCES,
+from foundation.data import sources
+from foundation.data.sources import (
     DataUnavailable,
     File,
     Place,
+    SOURCES,
     Source,
     cache_folder,
     fetch,
@@ -292,7 +292,7 @@ def test_cache_folder_of_each_system(monkeypatch, platform, variables, tail):
 SCRIPT = """
 import hashlib, sys, time
 from pathlib import Path
-from foundation.core.sources import File, Place, Source, fetch
+from foundation.data.sources import File, Place, Source, fetch
 cache, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 text = b"one small line\\n"
 def get(scratch):
@@ -349,8 +349,8 @@ def test_a_killed_process_leaves_no_lock_and_its_scraps_are_cleared(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent another way there")
 def test_an_interrupted_fetch_ends_its_tool_and_clears_up(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from foundation.core.sources import *; from"
-        " foundation.core import sources\ndef get(scratch):\n    sources._run(sys.executable,"
+        "import sys; from pathlib import Path; from foundation.data.sources import *; from"
+        " foundation.data import sources\ndef get(scratch):\n    sources._run(sys.executable,"
         " '-c', 'import os, time; open(\"pid\", \"w\").write(str(os.getpid())); time.sleep(60)',"
         " cwd=scratch)\nfetch(Source('tiny', '', '', '', .1, {'a': File('a', ('0',))},"
         f" (Place('slow', get),)), Path({str(tmp_path)!r}))"
@@ -765,8 +765,8 @@ SHARED = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from foundation.core import sources
-from foundation.core.sources import *
+from foundation.data import sources
+from foundation.data.sources import *
 import hashlib, json, tempfile
 text = b"one small line\\n"
 os.setgid(4711); os.setuid(4711)
@@ -894,7 +894,7 @@ def test_patience_ends_in_a_sentence(tmp_path):
         lambda: fetch(["digits"]),
         lambda: fetch("digits", 3),
         lambda: where(None),
-        lambda: sources.tilde(None),
+        lambda: sources.short_path(None),
         lambda: folder(3),
         lambda: web(),
         lambda: web(3),
@@ -905,7 +905,7 @@ def test_patience_ends_in_a_sentence(tmp_path):
         lambda: Source("a", "", "", "", "big", {}, ()),
         lambda: Source("a", "", "", "", 1, {"x": "y"}, ()),
         lambda: Source("a", "", "", "", 1, {}, (3,)),
-        lambda: sources.intact(3, File("a", ())),
+        lambda: sources.matches_hash(3, File("a", ())),
         lambda: sources.pip_archive(7),
     ],
 )
@@ -949,7 +949,7 @@ def test_digits_are_always_there(monkeypatch):
 
 def test_importing_sources_is_light():
     code = (
-        "import sys, foundation.core.sources; print([m for m in ('torch', 'numpy', 'sklearn',"
+        "import sys, foundation.data.sources; print([m for m in ('torch', 'numpy', 'sklearn',"
         " 'tqdm') if m in sys.modules])"
     )
     assert (

@@ -41,7 +41,7 @@ from foundation.core.checks import (
     got,
     precise,
 )
-from ..core.sources import cache_folder
+from ..data.sources import cache_folder
 from ..data.batches import augmented, pad, padded
 from ..data.images import few_labels
 from ..data.text import reviews, split_texts

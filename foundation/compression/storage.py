@@ -47,7 +47,7 @@ from foundation.core.checks import (
     got,
     precise,
 )
-from ..core.sources import cache_folder
+from ..data.sources import cache_folder
 from ..data.batches import endless
 from ..data.images import ImageSet, load_images
 from ..evaluation.scores import accuracy, predict

@@ -30,7 +30,7 @@ from foundation.core.checks import (
     checked,
     got,
 )
-from ..core.sources import DataUnavailable, fetch, where
+from .sources import DataUnavailable, fetch, where
 
 # %% ../../nbs/02_data/01_images.ipynb #8bbc156f
 @dataclass(frozen=True)

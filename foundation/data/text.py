@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_choice, check_labels, check_number, checked, got
-from ..core.sources import SOURCES, fetch
+from .sources import SOURCES, fetch
 
 # %% ../../nbs/02_data/02_text.ipynb #02832e91
 FIELDS = """adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition

@@ -27,7 +27,7 @@ from ..core.basics import atomic_write, count_parameters, evaluating, freeze, un
 from ..core.checks import check_choice, check_floats, check_labels, check_model
 from ..core.checks import check_number, check_rows, check_sizes, check_tokens, check_whole
 from ..core.checks import checked, got, precise
-from ..core.sources import cache_folder
+from ..data.sources import cache_folder
 from ..data.images import few_labels
 from ..data.text import glosses, split_texts
 from ..evaluation.probes import encode_all

@@ -32,7 +32,7 @@ from foundation.core.checks import (
     got,
     precise,
 )
-from ..core.sources import SOURCES, fetch
+from ..data.sources import SOURCES, fetch
 from .bert import BERT
 from .convnets import VGG, ConvNet, EfficientNetLite, ResNet
 from .gpt import GPT

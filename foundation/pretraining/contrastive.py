@@ -19,7 +19,7 @@ from ..core.basics import copy_model, freeze, memory_order, pick_device, seed_ev
 from ..core.checks import check_floats, check_like, check_model, check_number
 from ..core.checks import check_shares, check_sizes, check_whole, checked, got, precise
 from ..core.checks import refuse_nan
-from ..core.sources import cache_folder
+from ..data.sources import cache_folder
 from ..data.augment import Augment
 from ..data.batches import augmented
 from ..data.images import load_images

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.basics import pick_device, seed_everything
 from ..core.checks import check_floats, check_like, check_number, check_sizes, check_whole
 from ..core.checks import checked, got, may_look, precise, refuse_nan
-from ..core.sources import cache_folder
+from ..data.sources import cache_folder
 from ..data.augment import Augment
 from ..data.batches import augmented
 from ..data.images import ImageSet, load_images

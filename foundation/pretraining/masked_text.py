@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core.basics import evaluating, pick_device, seed_everything
 from ..core.checks import check_choice, check_floats, check_labels, check_mask, check_model
 from ..core.checks import check_number, check_tokens, check_whole, checked, got, precise
-from ..core.sources import cache_folder
+from ..data.sources import cache_folder
 from ..data.batches import Documents, endless, join, packed, pad, same_document
 from ..data.images import few_labels
 from ..data.text import glosses, split_texts

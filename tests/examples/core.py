@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from foundation.core import basics, checks, exercises, plots, sources, widgets
+from foundation.core import basics, checks, exercises, plots, widgets
 
 
 def scratch(name="", content=None):
@@ -52,18 +52,6 @@ def static(call):
             )
 
     return inner
-
-
-def tiny(*places):
-    return sources.Source(
-        "tiny",
-        "two words",
-        "none",
-        "a desk",
-        0.01,
-        {"text": sources.File("a.txt", ("0" * 64,))},
-        places,
-    )
 
 
 def dials():
@@ -289,58 +277,12 @@ EXAMPLES = {
     "core.exercises.list_exercises": lambda: (exercises.list_exercises, dict(folder=scratch())),
     "core.exercises.Progress": lambda: (exercises.Progress, dict(rows=[], note="")),
     "core.exercises.progress": lambda: (static(exercises.progress), dict(lesson="00_core/04")),
-    # sources
-    "core.sources.File": lambda: (sources.File, dict(name="a.txt", sha256=("0" * 64,))),
-    "core.sources.Place": lambda: (
-        sources.Place,
-        dict(label="a desk", get=lambda scratch: scratch, online=False),
-    ),
-    "core.sources.Source": lambda: (
-        sources.Source,
-        dict(
-            name="tiny",
-            description="two words",
-            licence="none",
-            home="a desk",
-            mb=0.01,
-            files={},
-            places=(),
-        ),
-    ),
-    "core.sources.DataUnavailable": lambda: (sources.DataUnavailable, ("it cannot be had",), {}),
-    "core.sources.cache_folder": lambda: (sources.cache_folder, {}),
-    "core.sources.tilde": lambda: (sources.tilde, dict(path="/usr/share")),
-    "core.sources.intact": lambda: (
-        sources.intact,
-        dict(path=scratch("a", b"1"), file=sources.File("a", ("0" * 64,))),
-    ),
-    "core.sources.folder": lambda: (sources.folder, dict(path=scratch(), hint="mkdir")),
-    "core.sources.installed": lambda: (
-        sources.installed,
-        dict(package="sklearn", inside="datasets/data"),
-    ),
-    "core.sources.apt_archive": lambda: (sources.apt_archive, dict(package="wordnet-base")),
-    "core.sources.wheel_archive": lambda: (sources.wheel_archive, dict(requirement="tiny==1.0")),
-    "core.sources.pip_archive": lambda: (sources.pip_archive, dict(requirement="tiny==1.0")),
-    "core.sources.npm_archive": lambda: (sources.npm_archive, dict(package="tiny@1.0.0")),
-    "core.sources.web": lambda: (sources.web, ("https://example.org/a.txt",), {}),
-    "core.sources.alone": lambda: (
-        sources.alone,
-        dict(path=scratch("lock"), task="a task", patience=1.0),
-    ),
-    "core.sources.fetch": lambda: (sources.fetch, dict(source="digits", cache=None)),
-    "core.sources.Status": lambda: (
-        sources.Status,
-        dict(name="tiny", ready=True, note="", place="", folder=scratch()),
-    ),
-    "core.sources.where": lambda: (sources.where, dict(source=tiny(), cache=scratch())),
 }
 SKIP = {
     "core.basics.SHAPES": "a constant",
     "core.plots.PALETTE": "a constant",
     "core.plots.render": "needs a figure of matplotlib, which `draw` makes",
     "core.exercises.CALLOUT": "a pattern",
-    "core.sources.SOURCES": "a constant",
     "core.checks.check_like": "a check inside others, of tensors that are tensors",
     "core.checks.check_rows": "a check inside others",
     "core.checks.refuse_nan": "a check inside others, of tensors that are tensors",
