@@ -9,7 +9,7 @@ help: ## this list
 
 setup: ## the environment in .venv, made anew only when the requirements change
 	@for p in $(PYTHON) python3 python python2 python3.13 python3.12 python3.11 python3.10; do \
-	  if "$$p" -c "" 2>/dev/null; then exec "$$p" .ci/environment.py; fi; done; \
+	  if "$$p" -c "" 2>/dev/null; then exec "$$p" tools/environment.py; fi; done; \
 	echo "No Python was found: install Python 3.10 to 3.13 and run make again." >&2; exit 1
 
 lab: setup ## the lessons in JupyterLab (as root, the usual container: make lab ARGS=--allow-root)
@@ -21,29 +21,29 @@ tour: setup ## the whole life of a foundation model in five minutes: runs/tour/t
 	$(BIN)/foundation tour
 
 test: setup ## the export is fresh, every notebook runs, pytest passes
-	$(BIN)/python docs/notebooks.py export --check
-	$(BIN)/python .ci/lessons.py
+	$(BIN)/python tools/notebooks.py export --check
+	$(BIN)/python tools/lessons.py
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 FOUNDATION_SHORT=1 $(BIN)/python -m pytest
 
 test-faults: setup ## the long forms: 1,000 odd calls of each function, kills, damaged files, the package broken on purpose (hours)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 FOUNDATION_SHORT=1 FOUNDATION_FAULTS=1 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py tests/test_laws.py tests/test_zoo.py
 
 export: setup ## write foundation/ from the notebooks
-	$(BIN)/python docs/notebooks.py export
+	$(BIN)/python tools/notebooks.py export
 
 stamp: setup ## badges, Colab cells and sidebar from settings.ini, README.md from nbs/index.ipynb
-	$(BIN)/python docs/notebooks.py stamp
-	$(BIN)/python docs/readme.py
+	$(BIN)/python tools/notebooks.py stamp
+	$(BIN)/python tools/readme.py
 
 run: setup ## execute stale notebooks in place, so that their outputs are true
-	$(BIN)/python docs/notebooks.py run --stale
+	$(BIN)/python tools/notebooks.py run --stale
 
 docs: setup ## the site in _site/ and README.md, from the notebooks as they stand
-	$(BIN)/python docs/readme.py
-	$(BIN)/python docs/build.py
+	$(BIN)/python tools/readme.py
+	$(BIN)/python tools/build.py
 
 quarto: setup ## the site through nbdev_docs, for those who have Quarto
-	PYTHONPATH=docs $(BIN)/nbdev_docs
+	PYTHONPATH=tools $(BIN)/nbdev_docs
 
 weights: setup ## train the shipped weights again, one after the other (hours on two cores; goes on where it was stopped)
 	$(BIN)/python -c "from foundation.pretraining.masked_text import make_weights; make_weights()"

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
-sys.path.insert(0, str(here))
+sys.path.insert(0, str(here.parent / "tools"))
 
 import vendor  # noqa: E402
 from nbdev.config import get_config  # noqa: E402
@@ -16,7 +16,8 @@ exclude_patterns = ["_*", "**/.*", "**/_*", "*.yml", "**.ipynb_checkpoints"]
 source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 templates_path = []
 
-# Notebooks: outputs are in the files; HTML comes before pictures, live widgets are left to JupyterLab
+# Notebooks: outputs are in the files; HTML comes before pictures, live widgets are left to
+# JupyterLab
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_render_markdown_format = "myst"

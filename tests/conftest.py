@@ -1,4 +1,5 @@
-"Hypothesis draws the same examples on every run, so that the tests pass or fail by the code alone; FOUNDATION_EXPLORE=1 draws new ones"
+"""Hypothesis draws the same examples on every run, so that the tests pass or fail by the code
+alone; FOUNDATION_EXPLORE=1 draws new ones"""
 
 import os
 

@@ -1,4 +1,5 @@
-"The floors of the package: a module imports only from a lower floor, or from an earlier lesson of its own folder"
+"""The floors of the package: a module imports only from a lower floor,
+or from an earlier lesson of its own folder"""
 
 import ast
 import re
@@ -95,7 +96,8 @@ def test_floors_hold():
 
 
 def make(folder, **files):
-    "A synthetic package; `a__b` stands for the module a.b, each exported from the notebook named in its first line"
+    """A synthetic package; `a__b` stands for the module a.b,
+    each exported from the notebook named in its first line"""
     package = folder / "foundation"
     for name, text in files.items():
         path = package / (name.replace("__", "/") + ".py")

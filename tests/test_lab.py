@@ -1,4 +1,5 @@
-"A learner's hands: JupyterLab in a headless browser, with a dial turned and an exercise solved by typing"
+"""A learner's hands: JupyterLab in a headless browser,
+with a dial turned and an exercise solved by typing"""
 
 import json
 import os
@@ -114,7 +115,8 @@ def open_notebook(page, lab, path):
 
 
 def run_all(page, lab, path, seconds):
-    "Run every cell in a fresh kernel and save; fails on an error, or when cells are left after so many seconds"
+    """Run every cell in a fresh kernel and save; fails on an error,
+    or when cells are left after so many seconds"""
     file, deadline, waiting = lab.root / "nbs" / path, time.time() + seconds, ["everything"]
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()

@@ -1,4 +1,5 @@
-"The notebooks as files: executed as they stand, stamped, small, with nobody's paths, each in its place"
+"""The notebooks as files: executed as they stand, stamped, small,
+with nobody's paths, each in its place"""
 
 import ast
 import json
@@ -89,7 +90,7 @@ def test_links_between_notebooks_lead_somewhere():
     assert dead == []
 
 
-# The checks themselves ------------------------------------------------------------------------------------------------
+# The checks themselves ----------------------------------------------------------------------------
 
 
 def notebook(*code, outputs=()):
@@ -122,7 +123,8 @@ def shows(**data):
 
 
 def _swallowed(code):
-    "Lines where `assert_close(...) and check` stands: the first gives back None, so the second never runs"
+    """Lines where `assert_close(...) and check` stands:
+    the first gives back None, so the second never runs"""
     code = re.sub(r"^(\s*)[%!](?!=).*$", r"\1pass", code, flags=re.M)
 
     def calls(node):
@@ -345,7 +347,7 @@ def test_a_failing_notebook_is_told_and_left_alone(project, capsys):
 
 def test_unknown_paths_are_refused():
     done = subprocess.run(
-        [sys.executable, ROOT / "docs/notebooks.py", "run", "nowhere.ipynb"],
+        [sys.executable, ROOT / "tools/notebooks.py", "run", "nowhere.ipynb"],
         capture_output=True,
         text=True,
     )

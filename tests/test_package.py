@@ -1,4 +1,5 @@
-"The package stands on its own: each module imports alone, with the core dependencies, also from a wheel"
+"""The package stands on its own: each module imports alone,
+with the core dependencies, also from a wheel"""
 
 import email
 import json
@@ -34,7 +35,8 @@ FRONT_ENDS = {
     "ghapi",
 }  # ipywidgets is a dependency, but only the widgets' functions import it
 
-# One process imports torch, then forks for each module: as good as fresh, without torch's seconds for each
+# One process imports torch, then forks for each module: as good as fresh, without torch's seconds
+# for each
 FORKS = """
 import json, os, sys, traceback, importlib
 importlib.import_module(sys.argv[2])
@@ -90,7 +92,8 @@ def closure(names):
 
 
 def strangers():
-    "Top-level names of installed packages that the core dependencies do not bring, and the front ends"
+    """Top-level names of installed packages that the core
+    dependencies do not bring, and the front ends"""
     core = closure([r for r in metadata.requires("foundation") if "extra ==" not in r])
     return {
         name

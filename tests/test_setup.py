@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / ".ci/environment.py"
+SCRIPT = ROOT / "tools/environment.py"
 
 
 @pytest.fixture
@@ -91,11 +91,11 @@ def test_an_old_python_can_run_the_script_and_is_refused_in_one_sentence(tmp_pat
         for v in ("2.7", "3.6", "3.8")
         for p in Path.home().glob(f".pyenv/versions/{v}.*/bin/python")
     ][:1] or [sys.executable]
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(SCRIPT, tmp_path / ".ci")
+    (tmp_path / "tools").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "tools")
     shutil.copy(ROOT / "settings.ini", tmp_path)
     done = subprocess.run(
-        [old[0], tmp_path / ".ci" / SCRIPT.name],
+        [old[0], tmp_path / "tools" / SCRIPT.name],
         capture_output=True,
         text=True,
         env=dict(

@@ -21,7 +21,7 @@ needs_sphinx = pytest.mark.skipif(
 )
 
 
-# README.md ------------------------------------------------------------------------------------------------------------
+# README.md ----------------------------------------------------------------------------------------
 
 
 def test_readme_is_up_to_date():
@@ -57,7 +57,7 @@ def test_pictures_of_the_readme_become_files_with_their_alt_text():
     )
 
 
-# Portable Markdown ----------------------------------------------------------------------------------------------------
+# Portable Markdown --------------------------------------------------------------------------------
 
 
 def test_call_outs_become_those_of_quarto():
@@ -113,7 +113,7 @@ def test_each_definition_gets_its_own_heading():
     )
 
 
-# Scripts from elsewhere -----------------------------------------------------------------------------------------------
+# Scripts from elsewhere ---------------------------------------------------------------------------
 
 
 def test_scripts_have_a_stamp_and_a_fallback(tmp_path, monkeypatch, capsys):
@@ -142,7 +142,7 @@ def test_scripts_have_a_stamp_and_a_fallback(tmp_path, monkeypatch, capsys):
     assert not vendor.ready()
 
 
-# The site -------------------------------------------------------------------------------------------------------------
+# The site -----------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
@@ -273,7 +273,7 @@ def test_names_lead_to_their_source(pages):
         ), link
 
 
-# Quarto ---------------------------------------------------------------------------------------------------------------
+# Quarto -------------------------------------------------------------------------------------------
 
 
 def test_nbdev_can_prepare_the_notebooks_for_quarto(tmp_path):
@@ -293,7 +293,7 @@ def test_nbdev_can_prepare_the_notebooks_for_quarto(tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "docs")},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tools")},
     )
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "_proc" / lesson.relative_to(ROOT / "nbs")).read_text()

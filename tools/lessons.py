@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
 
 
 def test(path):
@@ -56,6 +55,7 @@ def main(workers=2):
 
 
 if __name__ == "__main__":
-    import lessons  # a running notebook takes the name __main__, so the workers need this module's own
+    # a running notebook takes the name __main__, so the workers need this module's own
+    import lessons
 
     sys.exit(lessons.main())

@@ -1,6 +1,6 @@
-"""Helpers of the site: `show_doc` with parameter tables, and portable Markdown made into Quarto's own.
+"""Helpers of the site: `show_doc` with parameter tables, portable Markdown made into Quarto's own.
 
-Only the site needs them (`renderer` and `procs` in settings.ini), so they are no part of the library.
+Only the site needs them (`renderer` and `procs` in settings.ini): they are no part of the library.
 """
 
 import html
@@ -12,7 +12,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.processors import exec_show_docs
 
-# `show_doc` -----------------------------------------------------------------------------------------------------------
+# `show_doc` ---------------------------------------------------------------------------------------
 
 
 def _given(o):
@@ -66,7 +66,8 @@ def source_link(name, symbol):
 
 
 class TableRenderer(MarkdownRenderer):
-    "`show_doc` with a link to the source that looks well in every front end, and the table of parameters"
+    """`show_doc` with a link to the source that looks well in every front end,
+    and the table of parameters"""
 
     def _repr_markdown_(self):
         source = source_link(self.fn, self.sym)
@@ -86,7 +87,8 @@ class TableRenderer(MarkdownRenderer):
 
 
 class ShowDocs(exec_show_docs):
-    "Runs the `show_doc` cells against the exported module; nbdev's own runs the lesson's imports and definitions again"
+    """Runs the `show_doc` cells against the exported module;
+    nbdev's own runs the lesson's imports and definitions again"""
 
     def begin(self):
         super().begin()
@@ -94,7 +96,7 @@ class ShowDocs(exec_show_docs):
         source = (config.nbs_path / self.nb.path_).read_text(encoding="utf-8")
         module = re.search(r"#\| *default_exp +([\w.]+)", source)
         if self.nb.has_docs_ and module:
-            self.k.run_cell(f"from {config.lib_name}.{module[1]} import *")
+            self.k.run_cell(f"from {config.lib_path.name}.{module[1]} import *")
         self.links = NbdevLookup()
 
     def __call__(self, cell):
@@ -115,7 +117,7 @@ class ShowDocs(exec_show_docs):
         "No widget state: saved pages hold static widgets"
 
 
-# Portable Markdown ----------------------------------------------------------------------------------------------------
+# Portable Markdown --------------------------------------------------------------------------------
 
 KINDS = {"note", "tip", "important", "warning", "caution"}
 CALLOUT = re.compile(
@@ -125,7 +127,8 @@ CALLOUT = re.compile(
 
 
 def callouts(text, made):
-    "Block quotes that begin with `**Note:**` and the like become what `made(kind, title, body)` returns"
+    """Block quotes that begin with `**Note:**` and the like become what `made(kind,
+    title, body)` returns"""
 
     def replace(m):
         kind = m[1].lower()

@@ -1,4 +1,5 @@
-"A Sphinx extension: each notebook goes through nbdev's own processors, then Quarto's idioms become MyST's"
+"""A Sphinx extension: each notebook goes through nbdev's own processors,
+then Quarto's idioms become MyST's"""
 
 import ast
 import html
@@ -49,7 +50,7 @@ def site_pages():
     return {_nbpath2html(p).as_posix(): p.as_posix() for p in paths}
 
 
-# Cells ----------------------------------------------------------------------------------------------------------------
+# Cells --------------------------------------------------------------------------------------------
 
 
 def code_cell(cell):
@@ -104,7 +105,8 @@ def documentation(cell):
 
 
 def pieces(source, names):
-    "`source` cut before each definition in `names`, as (name, text); what stands between goes with what follows"
+    """`source` cut before each definition in `names`, as (name, text);
+    what stands between goes with what follows"""
     lines, cuts = source.splitlines(True), []
     for tree in ast.parse(source).body:
         if (
@@ -118,8 +120,9 @@ def pieces(source, names):
 
 
 def tell_exports(cells, module):
-    """Each definition of an `exports` cell gets its heading above and its parameters below; nbdev heaps them together.
-    What the lesson does not show is told at the end of the page, so that the story goes on"""
+    """Each definition of an `exports` cell gets its heading above and its parameters below; nbdev
+    heaps them together. What the lesson does not show is told at the end of the page, so that the
+    story goes on"""
     docs = {
         m[1]: c
         for c in cells
@@ -174,7 +177,8 @@ def headings(notebook):
 
 
 def markdown_cell(cell, page, pages, base):
-    "Mermaid, call-outs, and links to pages of the published site, which become links between notebooks"
+    """Mermaid, call-outs, and links to pages of the published site,
+    which become links between notebooks"""
 
     def link(m):
         if not (notebook := pages.get(m[1])):
@@ -211,7 +215,7 @@ def convert(text, page):
     nb["path_"] = page
     SphinxFilter()(nb)
     nb.metadata.pop("widgets", None)
-    nb.cells = tell_exports(nb.cells, f"{config.lib_name}.{module_name(raw)}")
+    nb.cells = tell_exports(nb.cells, f"{config.lib_path.name}.{module_name(raw)}")
     for cell in nb.cells:
         if cell.get("id") in map_ids:
             cell.cell_type, cell.source = "markdown", cards()
@@ -240,7 +244,7 @@ def raise_headings(cells):
             cell.source = re.sub(r"^###+ ", "## ", cell.source, flags=re.M)
 
 
-# The map --------------------------------------------------------------------------------------------------------------
+# The map ------------------------------------------------------------------------------------------
 
 
 def chapters():
@@ -291,7 +295,7 @@ def toctrees():
     return "\n".join(made)
 
 
-# Sphinx ---------------------------------------------------------------------------------------------------------------
+# Sphinx -------------------------------------------------------------------------------------------
 
 
 def source_read(app, docname, source):

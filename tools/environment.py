@@ -1,7 +1,8 @@
 """Set up .venv for this project.
 
-It is left alone while nothing has changed, goes on after an interruption, and is made anew when it is broken, has been
-moved, or has an unfit Python. Any Python from 2.7 on may run this file: it looks for a fit one itself.
+It is left alone while nothing has changed, goes on after an interruption, and is made anew when it
+is broken, has been moved, or has an unfit Python. Any Python from 2.7 on may run this file: it
+looks for a fit one itself.
 """
 
 from __future__ import print_function
@@ -137,7 +138,8 @@ def site_packages():
 
 
 def forget_unfinished():
-    "pip writes INSTALLER last: a package without it was cut short, so pip shall install it once more"
+    """pip writes INSTALLER last: a package without it was cut short,
+    so pip shall install it once more"""
     for place in site_packages():
         for info in glob.glob(os.path.join(place, "*.dist-info")):
             if not os.path.exists(os.path.join(info, "INSTALLER")):

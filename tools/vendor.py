@@ -1,4 +1,5 @@
-"Fetch the scripts that the site needs to work offline, through npm; without npm or network a CDN gives them"
+"""Fetch the scripts that the site needs to work offline, through npm;
+without npm or network a CDN gives them"""
 
 import base64
 import hashlib
@@ -10,9 +11,10 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-PLACE = Path(__file__).resolve().parent / "_static" / "vendor"
+PLACE = Path(__file__).resolve().parents[1] / "docs" / "_static" / "vendor"
 STAMP = PLACE / "versions.json"
-SCRIPTS = {  # file -> package, version, path in it, sha384 of the content: npm and the CDN serve the same bytes
+# file -> package, version, path in it, sha384 of the content: npm and the CDN serve the same bytes
+SCRIPTS = {
     "tex-svg.js": (
         "mathjax",
         "3.2.2",

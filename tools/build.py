@@ -1,4 +1,5 @@
-"""Build the site in _site/ from the notebooks as they stand; a warning is an error. `--out` puts it elsewhere."""
+"""Build the site in _site/ from the notebooks as they stand;
+a warning is an error. `--out` puts it elsewhere."""
 
 import argparse
 import importlib.util
