@@ -1,6 +1,6 @@
-"""What must hold for every public function, whatever it does, and the tools to try it: `outcome` calls and judges,
-`same` compares two results, `hostile` makes values that somebody could mistake for the right one.
-"""
+"""What must hold for every public function, whatever it does, and the tools to try it: `outcome`
+calls and judges, `same` compares two results, `hostile` makes values that somebody could mistake
+for the right one."""
 
 import contextlib
 import dataclasses
@@ -73,8 +73,9 @@ def seed():
 
 
 def outcome(function, args, options, seconds=10):
-    """("right", result), or what happened instead: "refused" (our sentence), "bare" (a TypeError or ValueError of Python
-    or torch), "raw" (any other error), "hang"; the second entry is then the error."""
+    """("right", result), or what happened instead: "refused" (our sentence), "bare" (a TypeError or
+    ValueError of Python or torch), "raw" (any other error), "hang"; the second entry is then the
+    error."""
     seed()
     quiet = io.StringIO()
     try:
@@ -98,7 +99,8 @@ def outcome(function, args, options, seconds=10):
 
 
 def same(a, b, rtol=1e-5, atol=1e-6):
-    "Do two results agree, whatever they are made of? Numbers agree across dtypes; objects that cannot be looked into by type"
+    """Do two results agree, whatever they are made of? Numbers agree across dtypes;
+    objects that cannot be looked into by type"""
     if isinstance(a, (Tensor, np.ndarray, np.generic)) or isinstance(
         b, (Tensor, np.ndarray, np.generic)
     ):
@@ -165,7 +167,7 @@ def tensors_in(x):
         yield torch.tensor(x)
 
 
-# Values that somebody could mistake for the right one -----------------------------------------------------------------
+# Values that somebody could mistake for the right one ---------------------------------------------
 
 
 def hostile(value, rng):
@@ -402,7 +404,8 @@ _TENSORS = [
 
 
 def spoiled(function, args, options, rng):
-    "The same call with one argument, or now and then two, made hostile; which ones, for the message"
+    """The same call with one argument, or now and then two,
+    made hostile; which ones, for the message"""
     args, options = list(args), dict(options)
     places = [("", i) for i in range(len(args))] + [("k", k) for k in options]
     chosen = (

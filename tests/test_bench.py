@@ -1,4 +1,5 @@
-"The benchmark without its clock: equal weights give equal numbers, ratios are what they say, and results appear whole"
+"""The benchmark without its clock: equal weights give equal numbers,
+ratios are what they say, and results appear whole"""
 
 import json
 import math
@@ -63,7 +64,7 @@ def fake(ours=lambda: None, proof=(1.0, 1.0), peers=("theirs",), limit=2.0):
     )
 
 
-# Equal weights, equal numbers -----------------------------------------------------------------------------------------
+# Equal weights, equal numbers ---------------------------------------------------------------------
 
 
 def test_masked_text_is_equal_and_stays_equal_while_both_train(transformers):
@@ -192,7 +193,7 @@ def test_outcome_sees_the_gradient():
     assert outcome(weight.square().sum(), weight) == (25.0, 10.0)
 
 
-# Ratios and results ---------------------------------------------------------------------------------------------------
+# Ratios and results -------------------------------------------------------------------------------
 
 
 def test_the_ratio_is_the_median_of_the_rounds_over_the_best_peer(monkeypatch):

@@ -327,7 +327,7 @@ def test_a_compiled_function_is_recorded_whole():
     )
 
 
-# The family keeps house --------------------------------------------------------------------------------------------------
+# The family keeps house ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"The console command as it is typed: real processes, exit codes, one sentence when something is wrong."
+"""The console command as it is typed: real processes, exit codes,
+one sentence when something is wrong."""
 
 import json
 import os
@@ -259,7 +260,7 @@ def test_a_plain_terminal_is_no_error():
     assert done.returncode == 0 and "Fashion-MNIST" in done.stdout and not done.stderr
 
 
-# The doctor -------------------------------------------------------------------------------------------------------------
+# The doctor ---------------------------------------------------------------------------------------
 
 
 def test_doctor_tells_machines():

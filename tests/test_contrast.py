@@ -1,4 +1,5 @@
-"Contrast: laws that a broken version loses, half precision, and bad input; the rest stands in its lesson and in test_objectives"
+"""Contrast: laws that a broken version loses, half precision, and bad input;
+the rest stands in its lesson and in test_objectives"""
 
 import math
 
@@ -127,7 +128,7 @@ def test_bad_input_is_refused_in_one_sentence(call, kind, word):
     assert word in str(error.value) and len(str(error.value)) < 250
 
 
-# Edges ----------------------------------------------------------------------------------------------------------------
+# Edges --------------------------------------------------------------------------------------------
 
 MEASURES = {
     "nt_xent": lambda a, b: nt_xent(a, b, 0.2),

@@ -162,7 +162,8 @@ def test_gradients_flow_through_both_views(views):
 
 
 def test_a_detached_view_changes_what_is_learnt(views):
-    "Batch norm is common to both views, so pixels of a detached view may still get a gradient; the parameters' differs."
+    """Batch norm is common to both views, so pixels of a detached view may still get a gradient;
+    the parameters' differs."""
     grads = []
     for objective in (match_views(), one_sided):
         model = fresh()

@@ -1,4 +1,5 @@
-"Rules of descent against PyTorch's optimizers on inputs that hypothesis draws; laws; and bad input, one sentence each"
+"""Rules of descent against PyTorch's optimizers on inputs that hypothesis draws;
+laws; and bad input, one sentence each"""
 
 import io
 import math

@@ -1,4 +1,5 @@
-"Distillation: the gradient, the law of T², teachers that are left alone, hints, dropped layers, and the recipe stopped and resumed"
+"""Distillation: the gradient, the law of T², teachers that are left alone, hints, dropped layers,
+and the recipe stopped and resumed"""
 
 import json
 from copy import deepcopy
@@ -84,7 +85,7 @@ class Given(nn.Module):
         return self.logits
 
 
-# Soft answers ---------------------------------------------------------------------------------------------------------
+# Soft answers -------------------------------------------------------------------------------------
 
 
 def softmax_by_loop(row, T):
@@ -174,7 +175,8 @@ def test_the_teacher_is_left_alone(wrap):
 
 
 def sound(make):
-    "Zero for the teacher, not for others, the same twice, nothing learnt by the teacher, and a size that T does not change"
+    """Zero for the teacher, not for others, the same twice, nothing learnt by the teacher,
+    and a size that T does not change"""
     teacher, student, x = pair()
     objective = make(teacher.train(), 2.0)
     loss = objective(student, x)[0]
@@ -277,7 +279,7 @@ def test_distil_learns_and_repeats():
     assert torch.equal(*runs) and seen == list(range(30)) and losses[-5:].mean() < losses[:5].mean()
 
 
-# Hints ----------------------------------------------------------------------------------------------------------------
+# Hints --------------------------------------------------------------------------------------------
 
 
 def test_hints_are_mean_squares_and_only_the_student_learns():
@@ -356,7 +358,7 @@ def test_hints_refuse(call, words):
         call()
 
 
-# Dropped layers -------------------------------------------------------------------------------------------------------
+# Dropped layers -----------------------------------------------------------------------------------
 
 STACKS = {
     "bert": (lambda: encoder(), lambda: torch.randint(1, 4096, (2, 7))),
@@ -415,7 +417,7 @@ def test_models_without_one_stack_are_refused(model):
         keep_layers(model, (0,))
 
 
-# Text -----------------------------------------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------
 
 
 def tokens(count=24, longest=9):
@@ -532,7 +534,7 @@ def test_usual_texts_are_of_about_median_length():
     assert found.shape == (5,) and (found - lengths.median()).abs().max() <= 1
 
 
-# Edges ----------------------------------------------------------------------------------------------------------------
+# Edges --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -852,7 +854,7 @@ def test_the_shipped_student_scores_what_its_card_says():
     assert abs(found - promised) < 3 * (promised * (1 - promised) / len(some)) ** 0.5
 
 
-# The recipe -----------------------------------------------------------------------------------------------------------
+# The recipe ---------------------------------------------------------------------------------------
 
 TINY = dict(
     seeds=range(2),

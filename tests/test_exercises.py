@@ -1,4 +1,5 @@
-"""Every exercise of the course is whole, and the check behind it copes with whatever a learner hands in."""
+"""Every exercise of the course is whole,
+and the check behind it copes with whatever a learner hands in."""
 
 import ast
 import copy
@@ -38,7 +39,7 @@ LESSONS = [
 ]
 
 
-# Each exercise in each notebook has all its parts ----------------------------------------------------------------------
+# Each exercise in each notebook has all its parts -------------------------------------------------
 
 
 class Cell:
@@ -242,7 +243,7 @@ def test_every_exercise_is_listed():
         )
 
 
-# What a learner may hand in --------------------------------------------------------------------------------------------
+# What a learner may hand in -----------------------------------------------------------------------
 
 
 def check_double(double):
@@ -434,7 +435,7 @@ def test_a_solved_stub_does_not_stop_a_learner(learner):
     assert not learner.exists()
 
 
-# What ends though it would not, and what stays apart -------------------------------------------------------------------
+# What ends though it would not, and what stays apart ----------------------------------------------
 
 
 def swallows(x):
@@ -703,7 +704,7 @@ def test_another_kind_of_argument_is_a_sentence():
             call()
 
 
-# The progress file -----------------------------------------------------------------------------------------------------
+# The progress file --------------------------------------------------------------------------------
 
 
 def entry(path):

@@ -211,7 +211,7 @@ def test_missing_runtime_says_how_to_get_it(graph, monkeypatch):
         OnnxModel(graph)
 
 
-# What a graph would repeat -------------------------------------------------------------------------------------------
+# What a graph would repeat ------------------------------------------------------------------------
 
 
 class Does(nn.Module):
@@ -351,7 +351,7 @@ def test_models_without_a_graph_are_told_in_one_sentence(tmp_path, make, words):
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-# Kinds of input ------------------------------------------------------------------------------------------------------
+# Kinds of input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def damaged(graph, folder):
     return folder / "cut.onnx"
 
 
-# Integers, and the clock ---------------------------------------------------------------------------------------------
+# Integers, and the clock --------------------------------------------------------------------------
 
 
 def test_integers_in_the_graph_are_ours_and_four_bits_fill_half_the_bytes(graph, tmp_path):

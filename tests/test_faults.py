@@ -1,7 +1,9 @@
-"""Bad luck by the dozen: processes killed at random moments, files damaged at random places, modules broken on purpose.
+"""Bad luck by the dozen: processes killed at random moments, files damaged at random places,
+modules broken on purpose.
 
-A few of each in `make test`; `make test-faults` (FOUNDATION_FAULTS=1) kills 20 times in each kind of run, damages each kind of
-file 100 times, and breaks the package in all the ways that `tests/breaks.json` lists."""
+A few of each in `make test`; `make test-faults` (FOUNDATION_FAULTS=1) kills 20 times in each
+kind of run, damages each kind of file 100 times, and breaks the package in all the ways that
+`tests/breaks.json` lists."""
 
 import json
 import os
@@ -62,20 +64,23 @@ def pairs(path):
     return net
 
 def masks(path):
-    net = masked_image.MaskedAutoencoder(ViT(image_size=16, patch_size=4, channels=1, classes=3, dim=16, depth=1, heads=2))
+    vit = ViT(image_size=16, patch_size=4, channels=1, classes=3, dim=16, depth=1, heads=2)
+    net = masked_image.MaskedAutoencoder(vit)
     masked_image.pretrain(net, images, Augment(), batch_size=8, checkpoint=path, **keep)
     return net
 
 def words(path):
     tokenizer = Tokenizer([])
-    rows = [tokenizer.encode(text) for text in ["a small cat sat", "the old dog ran", "one owl"] * 8]
+    texts = ["a small cat sat", "the old dog ran", "one owl"] * 8
+    rows = [tokenizer.encode(text) for text in texts]
     net = BERT(tokenizer.vocab_size, 16, 24, 1, 2, segments=0)
     masked_text.pretrain(net, join(rows), tokenizer, batch_size=4, checkpoint=path, **keep)
     return net
 
 def recovered(path):
     net = ConvNet(classes=3, widths=(8, 8))
-    data = ImageSet(images, labels, images[:9], labels[:9], ("a", "b", "c"), "toy", "here", 0.5, 0.3)
+    held_out = images[:9], labels[:9]
+    data = ImageSet(images, labels, *held_out, ("a", "b", "c"), "toy", "here", 0.5, 0.3)
     recover(net, data, torch.nn.functional.one_hot(labels, 3).float(), 12, checkpoint=path)
     return net
 
@@ -115,13 +120,15 @@ while done < kills:
         status = child(place, rng.uniform(0.02, whole))
         if status == 0:
             break
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM, f"a resumed run failed: {status}"
+        alarmed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+        assert alarmed, f"a resumed run failed: {status}"
         done += 1
         if done % 7 == 0:
             assert child(place) == 0, "a resumed run failed"
             break
     assert (place / "digest").read_text() == want, f"try {tries}: other weights after {done} kills"
-    litter = [p.name for p in place.iterdir() if p.name not in ("run", "run.old", "digest") and not p.name.endswith(".lock")]
+    names = {p.name for p in place.iterdir() if p.suffix != ".lock"}
+    litter = sorted(names - {"run", "run.old", "digest"})
     assert not litter or kind == "x", f"left behind: {litter}"
 print("killed", done)
 """

@@ -1,4 +1,5 @@
-"Fine-tuning beyond what its lesson shows: modes, frozen layers, groups, early stopping, leaks, bad input."
+"""Fine-tuning beyond what its lesson shows: modes, frozen layers,
+groups, early stopping, leaks, bad input."""
 
 import copy
 import hashlib

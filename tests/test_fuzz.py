@@ -1,6 +1,8 @@
-"""Random arguments of the kind one could mistake for the right one: a right value or a sentence, nothing by accident.
+"""Random arguments of the kind one could mistake for the right one: a right value or a sentence,
+nothing by accident.
 
-FOUNDATION_FAULTS=1 tries 1,000 for each public function instead of a few, and prints what slipped.
+FOUNDATION_FAULTS=1 tries 1,000 for each public function instead of a few, and prints what
+slipped.
 """
 
 import os

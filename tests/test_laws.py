@@ -1,6 +1,6 @@
-"""Laws that hold for every public function: NumPy and small whole numbers give what plain ones give, half precision is
-near float32, edges give a value or a sentence, gradients are finite where values are, and nobody changes what was handed in.
-"""
+"""Laws that hold for every public function: NumPy and small whole numbers give what plain ones
+give, half precision is near float32, edges give a value or a sentence, gradients are finite
+where values are, and nobody changes what was handed in."""
 
 import copy
 import importlib
@@ -97,7 +97,8 @@ def number(v):
 
 
 def agrees(name, changes, pick, close=(1e-5, 1e-6)):
-    "Every argument that is picked is changed alone, in each way: the result stays, or a sentence refuses it"
+    """Every argument that is picked is changed alone, in each way:
+    the result stays, or a sentence refuses it"""
     kind, whole = run(name)
     assert kind == "right", f"the example of {name} fails: {type(whole).__name__}: {whole}"
     places = [k for k, v in (dict(enumerate(make(name)[1])) | make(name)[2]).items() if pick(v)]
@@ -147,7 +148,8 @@ def test_small_whole_numbers(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision(name):
-    "All floats rounded to half precision: near what float32 makes of the same rounded numbers, or a sentence"
+    """All floats rounded to half precision:
+    near what float32 makes of the same rounded numbers, or a sentence"""
     for half in (torch.bfloat16, torch.float16):
         kind, result = run(name, lambda v: v.detach().to(half), floats)
         exact, wanted = run(name, lambda v: v.detach().to(half).float(), floats)
@@ -158,7 +160,8 @@ def test_half_precision(name):
             )
 
 
-# A forward pass hands NaN on, as every network does: a look would stall a GPU; `predict` and `train` say it
+# A forward pass hands NaN on, as every network does: a look would stall a GPU; `predict` and
+# `train` say it
 EDGES = {"0": 0.0, "-0": -0.0, "1e4": 1e4, "1e-8": 1e-8, "inf": torch.inf, "-inf": -torch.inf}
 
 
@@ -211,7 +214,8 @@ def test_edges(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name):
-    "Where a value is finite, so is each gradient: zeros, excluded entries, equal rows, a huge number"
+    """Where a value is finite, so is each gradient: zeros,
+    excluded entries, equal rows, a huge number"""
     if name in NO_GRADIENT:
         return
 
@@ -269,7 +273,8 @@ def test_gradients(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_handed_in_stays_as_it_was(name):
-    "Tensors, lists and dictionaries; and the global random generators of NumPy and Python stay where they are"
+    """Tensors, lists and dictionaries; and the global random generators
+    of NumPy and Python stay where they are"""
     function, args, options = make(name)
     options = dict(enumerate(args)) | options
     before = {

@@ -1,4 +1,5 @@
-"Layers against loops, PyTorch and transformers, on inputs that hypothesis draws; laws; and bad input, one sentence each"
+"""Layers against loops, PyTorch and transformers, on inputs that hypothesis draws;
+laws; and bad input, one sentence each"""
 
 import io
 import math
@@ -41,7 +42,7 @@ def draw(seed, *shape, scale=1.0):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# Embedding ------------------------------------------------------------------------------------------------------------
+# Embedding ----------------------------------------------------------------------------------------
 
 
 @few
@@ -95,7 +96,7 @@ def test_sinusoidal_is_the_papers_formula(n, half):
         assert gram.diagonal(shift).std(correction=0) < 1e-4 * d
 
 
-# Attention ------------------------------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 
 
 @few
@@ -241,7 +242,7 @@ def test_attention_is_counted_whatever_kernel_runs_it():
     )  # four projections, scores, mixing
 
 
-# Block ----------------------------------------------------------------------------------------------------------------
+# Block --------------------------------------------------------------------------------------------
 
 
 @few
@@ -338,7 +339,7 @@ def test_traced_and_exported_blocks_take_other_sizes():
     assert_close(torch.tensor(session.run(None, {"x": x.numpy()})[0]), block(x), **near)
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 x, q, ids = torch.zeros(2, 3, 8), torch.zeros(1, 2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
 held = KeyValueCache()
@@ -511,7 +512,7 @@ def test_a_cache_that_refuses_is_left_as_it_was():
     assert len(cache) == 3
 
 
-# Edges ----------------------------------------------------------------------------------------------------------------
+# Edges --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -605,7 +606,8 @@ def test_ids_of_any_whole_number_type(dtype):
 
 
 def test_a_table_is_read_through_its_layer():
-    "Pruning and weight_norm make the weight anew at each call of the layer; who reads it directly gets an old one"
+    """Pruning and weight_norm make the weight anew at each call of the layer;
+    who reads it directly gets an old one"""
     from torch.nn.utils import parametrizations, prune
 
     ids = torch.tensor([[1, 2, 3]])

@@ -1,4 +1,5 @@
-"What the lesson on the learning rate cannot say: laws, restoring, leaks, resumed searches, and bad input."
+"""What the lesson on the learning rate cannot say: laws, restoring,
+leaks, resumed searches, and bad input."""
 
 import builtins
 import math

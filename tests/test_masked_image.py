@@ -68,7 +68,8 @@ def test_places_are_different_and_as_many_as_promised(b, n, ratio, seed):
 
 
 def test_the_order_of_the_noise_and_back():
-    "As the paper has it: shuffle, cut, fill up, unshuffle; the decoder writes to the places at once."
+    """As the paper has it: shuffle, cut, fill up, unshuffle;
+    the decoder writes to the places at once."""
     noise, x = torch.rand(4, 9), torch.randn(4, 9, 5)
     order = noise.argsort(1)
     restore = order.argsort(1)

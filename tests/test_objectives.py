@@ -1,4 +1,5 @@
-"Objectives against loops, PyTorch and lightly, on inputs that hypothesis draws; and bad input, one sentence each"
+"""Objectives against loops, PyTorch and lightly, on inputs that hypothesis draws;
+and bad input, one sentence each"""
 
 import math
 
@@ -357,7 +358,8 @@ def test_arithmetic_hands_nan_on_and_numpy_numbers_are_temperatures():
 
 
 def test_nan_passes_while_training():
-    "The loop stops on a NaN loss and tells step and learning rate, so the losses let it through there"
+    """The loop stops on a NaN loss and tells step and learning rate,
+    so the losses let it through there"""
     z = NAN.clone().requires_grad_()
     for loss in (
         cross_entropy(z, Y),
@@ -368,7 +370,7 @@ def test_nan_passes_while_training():
         assert loss.isnan()
 
 
-# Edges ----------------------------------------------------------------------------------------------------------------
+# Edges --------------------------------------------------------------------------------------------
 
 NO, SURE = -math.inf, [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]
 

@@ -1,4 +1,5 @@
-"Parameter-efficient fine-tuning: identities, what may move, merging, the library peft, broken variants, bad input"
+"""Parameter-efficient fine-tuning: identities, what may move, merging,
+the library peft, broken variants, bad input"""
 
 from copy import deepcopy
 

@@ -169,7 +169,7 @@ def test_draw_panels_and_save(tmp_path):
     assert re.search(rf'width="{picture.width}"', picture.html())
 
 
-# Names that somebody wrote ----------------------------------------------------------------------------------------------
+# Names that somebody wrote ------------------------------------------------------------------------
 
 ODD = [
     "$$",

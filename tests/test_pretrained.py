@@ -1,4 +1,5 @@
-"What a notebook cannot say about foundation.models.pretrained: damaged and hostile cards and files, shared weights, other number types."
+"""What a notebook cannot say about foundation.models.pretrained: damaged and hostile cards and
+files, shared weights, other number types."""
 
 import hashlib
 import json
@@ -61,7 +62,7 @@ def told(call, *args, **options):
     return str(caught.value)
 
 
-# Cards ----------------------------------------------------------------------------------------------------------------
+# Cards --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,7 +202,7 @@ def test_a_card_holds_what_json_can_and_nothing_is_written_otherwise(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"it.json", "it.safetensors"}
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def replaced(shelf, name="head.bias", value=None, data=None):
@@ -361,7 +362,7 @@ def test_another_kind_of_argument_is_a_sentence(tmp_path, call, words):
     assert "\n" not in str(caught.value)
 
 
-# Fetched weights ------------------------------------------------------------------------------------------------------
+# Fetched weights ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -401,7 +402,7 @@ def test_even_with_the_right_hash_a_pickle_runs_nothing(tmp_path, monkeypatch):
     assert not mark.exists()
 
 
-# Vectors of texts -----------------------------------------------------------------------------------------------------
+# Vectors of texts ---------------------------------------------------------------------------------
 
 
 class Letters:

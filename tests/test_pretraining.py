@@ -76,7 +76,8 @@ def test_a_stopped_recipe_goes_on_to_the_same_weights(digits, tmp_path, monkeypa
 
 
 def test_channels_last_momentum_survives_a_stop(digits, tmp_path):
-    "Momentum saved in one memory layout and read back in another is silently shuffled by a fused optimizer."
+    """Momentum saved in one memory layout and read back in another is
+    silently shuffled by a fused optimizer."""
     augment, images = Augment(), digits.train_images[:256]
 
     def run(path=None, stop=None):
@@ -261,7 +262,8 @@ def test_the_cards_keep_what_was_promised():
 
 
 def test_what_was_not_reached_is_on_the_card_as_it_is():
-    "80 % from 100 labels, and 90 % from one stage: the lesson says so, and no card may say otherwise unnoticed."
+    """80 % from 100 labels, and 90 % from one stage: the lesson says so,
+    and no card may say otherwise unnoticed."""
     scores = read_card("resnet_simclr")["metrics"]
     assert (
         0.77 < mean(scores["linear_probe_100_labels"]) < 0.80

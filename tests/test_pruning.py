@@ -1,4 +1,5 @@
-"Pruning: laws, parity with PyTorch and torch-pruning, cut nets equal silent nets, ONNX, and bad input"
+"""Pruning: laws, parity with PyTorch and torch-pruning,
+cut nets equal silent nets, ONNX, and bad input"""
 
 import os
 import subprocess
@@ -87,7 +88,7 @@ NETS = {
 }
 
 
-# Single weights -------------------------------------------------------------------------------------------------------
+# Single weights -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -246,7 +247,7 @@ def test_two_four_kernels_need_their_gpu():
     assert_close(to_two_four(net)(x), want, rtol=1e-2, atol=1e-2)
 
 
-# Channels -------------------------------------------------------------------------------------------------------------
+# Channels -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
@@ -458,7 +459,7 @@ def test_slim_is_several_times_faster_in_onnx_runtime(tmp_path):
     )  # 5 and more on a quiet machine
 
 
-# Heads ----------------------------------------------------------------------------------------------------------------
+# Heads --------------------------------------------------------------------------------------------
 
 
 def silenced(model, masks):
@@ -492,7 +493,7 @@ def test_removed_heads_equal_zeroed_heads(make, x, share):
     small(x).sum().backward()
 
 
-# The recipe and what it shipped ---------------------------------------------------------------------------------------
+# The recipe and what it shipped -------------------------------------------------------------------
 
 
 def test_a_slim_vgg_is_the_cut_one_under_a_name_that_a_card_can_hold():
@@ -583,7 +584,7 @@ def test_the_cards_hold_what_was_promised():
     assert load_weights("vgg_slim").config["widths"] == list(SLIM)
 
 
-# Unknown ground ---------------------------------------------------------------------------------------------------------
+# Unknown ground -----------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -767,7 +768,7 @@ def test_cutting_leaves_frozen_layers_frozen():
     ]
 
 
-# Computed, tied and shared weights --------------------------------------------------------------------------------------
+# Computed, tied and shared weights ----------------------------------------------------------------
 
 
 def old_norm(layer):
@@ -946,7 +947,7 @@ def test_heads_with_weights_of_their_own_around_are_refused():
                 call(model)
 
 
-# Order in memory --------------------------------------------------------------------------------------------------------
+# Order in memory ----------------------------------------------------------------------------------
 
 AVX2 = dict(
     os.environ, ONEDNN_MAX_CPU_ISA="AVX2", OMP_NUM_THREADS="1"
@@ -1011,7 +1012,7 @@ def test_recovering_a_narrow_resnet_lives_where_channels_last_kills_the_process(
         pytest.skip("this PyTorch or processor does not have the fault, so nothing was proved")
 
 
-# What a run must fit ----------------------------------------------------------------------------------------------------
+# What a run must fit ------------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_read_again_and_another_seed_teacher_data_or_start_is_refused(tmp_path):
@@ -1097,7 +1098,7 @@ def test_recovering_refuses(call):
         call(data, torch.zeros(len(data.train_labels), 10))
 
 
-# Numbers on cards -------------------------------------------------------------------------------------------------------
+# Numbers on cards ---------------------------------------------------------------------------------
 
 SHIPPED = {
     "vgg_supervised": lambda card: card["metrics"]["accuracy"],

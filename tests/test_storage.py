@@ -1,4 +1,5 @@
-"Storage: what is stored comes back bit for bit, codes are as short as promised, and damage is noticed"
+"""Storage: what is stored comes back bit for bit,
+codes are as short as promised, and damage is noticed"""
 
 import copy
 import dataclasses
@@ -188,7 +189,7 @@ def test_storage_refuses_and_leaves_no_file(tmp_path, call):
     assert not os.listdir(tmp_path)
 
 
-# Codes ---------------------------------------------------------------------------------------------------------------
+# Codes --------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=80, deadline=None)
@@ -331,7 +332,7 @@ def test_codes_refuse_in_one_sentence(call, words):
     assert "\n" not in str(caught.value)
 
 
-# Trained codebooks ---------------------------------------------------------------------------------------------------
+# Trained codebooks --------------------------------------------------------------------------------
 
 
 def test_sharing_rounds_to_the_nearest_centre_and_settling_undoes_only_the_form():
@@ -432,7 +433,7 @@ def test_the_chain_gives_few_values_and_goes_on_where_it_was_stopped(tmp_path):
             compress(model, images, teacher, **options)
 
 
-# The shipped file ----------------------------------------------------------------------------------------------------
+# The shipped file ---------------------------------------------------------------------------------
 
 
 def test_the_card_keeps_what_the_lessons_promise():
@@ -467,7 +468,7 @@ def test_the_compressed_vgg_is_thirty_times_smaller_and_loads(tmp_path):
     ) <= 17
 
 
-# The edges of numbers and files --------------------------------------------------------------------------------------
+# The edges of numbers and files -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1e-35, 1e-9, 1e-6, 1e6, 1e30, 3e38])
@@ -765,7 +766,7 @@ def test_numbers_of_every_kind_are_packed_alike():
     ], "sums beyond the type"
 
 
-# Shared, tied and computed weights -----------------------------------------------------------------------------------
+# Shared, tied and computed weights ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])

@@ -1,4 +1,5 @@
-"Byte-level BPE: any Unicode round-trips, equal to the library tokenizers, bad input in one sentence"
+"""Byte-level BPE: any Unicode round-trips, equal to the library tokenizers,
+bad input in one sentence"""
 
 import json
 import pickle

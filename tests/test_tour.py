@@ -32,8 +32,8 @@ SCRIPT = """import sys
 from dataclasses import replace
 import foundation.tour as tour
 from foundation.command import main
-tour.choose_plan = lambda short: replace(tour.SHORT, pretrain=2, looks=1, finetune=2, distil={distil}, teacher=2, student=2, recover=6,
-                                         pictures=600, tests=200)
+steps = dict(pretrain=2, looks=1, finetune=2, distil={distil}, teacher=2, student=2, recover=6)
+tour.choose_plan = lambda short: replace(tour.SHORT, **steps, pictures=600, tests=200)
 {first}
 sys.exit(main(["tour", "--out", sys.argv[1]]))"""
 

@@ -1,5 +1,5 @@
-"""Transformations of models on networks of every kind: the function that a law promises, or one sentence and a model
-that stands as it stood."""
+"""Transformations of models on networks of every kind: the function that a law promises,
+or one sentence and a model that stands as it stood."""
 
 import copy
 import warnings

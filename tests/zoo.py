@@ -1,7 +1,9 @@
-"""Small networks of the kinds on which transformations of models go wrong: name -> (model in eval mode, example input).
+"""Small networks of the kinds on which transformations of models go wrong: name -> (model in eval
+mode, example input).
 
-Tied and twice-used layers, shared parameters, weights that are computed (weight_norm, parametrizations, masks of
-torch.nn.utils.prune), norms that several share, graphs with constants and broadcasts, half precision, hidden buffers.
+Tied and twice-used layers, shared parameters, weights that are computed (weight_norm,
+parametrizations, masks of torch.nn.utils.prune), norms that several share, graphs with constants
+and broadcasts, half precision, hidden buffers.
 """
 
 import torch

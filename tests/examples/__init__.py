@@ -1,7 +1,9 @@
-"""One sound call for each public name of the package, a module for each folder of foundation/: what the laws and the fuzz start from.
+"""One sound call for each public name of the package, a module for each folder of foundation/: what
+the laws and the fuzz start from.
 
-A module has EXAMPLES, name -> a function that makes `(callable, keywords)` or `(callable, arguments, keywords)` anew,
-and SKIP, name -> why it cannot be called here. Names are written without `foundation.`: "objectives.contrast.nt_xent".
+A module has EXAMPLES, name -> a function that makes `(callable, keywords)` or `(callable,
+arguments, keywords)` anew, and SKIP, name -> why it cannot be called here. Names are written
+without `foundation.`: "objectives.contrast.nt_xent".
 """
 
 import importlib
@@ -17,7 +19,8 @@ for _found in pkgutil.iter_modules(__path__):
 
 
 def make(name):
-    "The callable, its positional arguments as a list, and its keywords, all new and the same each time"
+    """The callable, its positional arguments as a list,
+    and its keywords, all new and the same each time"""
     seed_everything(0)
     function, *rest = EXAMPLES[name]()
     return function, list(rest[0]) if len(rest) == 2 else [], dict(rest[-1])

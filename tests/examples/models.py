@@ -1,4 +1,5 @@
-"One sound call for each public name of convnets, vit, bert and gpt; the laws and the fuzz start from them"
+"""One sound call for each public name of convnets, vit, bert and gpt;
+the laws and the fuzz start from them"""
 
 import torch
 

@@ -1,4 +1,5 @@
-"One sound call for each public function of foundation.objectives; the laws and the fuzz start from them"
+"""One sound call for each public function of foundation.objectives;
+the laws and the fuzz start from them"""
 
 import torch
 

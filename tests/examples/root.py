@@ -1,4 +1,5 @@
-"One sound call for each public name of the command and the tour; the laws and the fuzz start from them"
+"""One sound call for each public name of the command and the tour;
+the laws and the fuzz start from them"""
 
 from dataclasses import replace
 
