@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from foundation.data.images import ImageSet
-from foundation.evaluation import comparison, label_efficiency, probes, scores
+from foundation.evaluation import comparison, label_efficiency, probes, scores, study
 from foundation.models.convnets import ConvNet
 
 
@@ -240,6 +240,13 @@ EXAMPLES = {
         dict(curve=curve()),
     ),
 }
+EXAMPLES |= {
+    "evaluation.study.Study": lambda: (
+        study.Study,
+        dict(arms=dict(a=lambda *_: 0.5), settings=dict(a=(0.1, 1.0))),
+    ),
+}
+
 SKIP = {
     "evaluation.scores.Reliability": "a record that `reliability` fills",
     "evaluation.probes.LinearProbe": "a record that `fit_linear` fills; its call is an example",
