@@ -30,9 +30,11 @@ from foundation.models.pretrained import (
     load_weights,
     read_card,
     read_file,
+    read_tensors,
     rename_bert,
     save_weights,
     write_card,
+    write_tensors,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -338,6 +340,108 @@ def test_what_a_type_cannot_hold_is_not_written(tmp_path):
         assert torch.equal(load_weights("it", folder=tmp_path).head.weight, model.head.weight)
 
 
+# What training changed ----------------------------------------------------------------------------
+
+
+def with_a_head_that_learns(seed=0):
+    model = small(seed).requires_grad_(False)
+    model.head.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_only_what_learnt_is_stored_and_fits_only_a_base_that_learns_the_same(tmp_path, int8):
+    tuned = with_a_head_that_learns()
+    tuned.register_buffer("seen", torch.tensor(7))
+    torch.nn.init.normal_(tuned.head.weight)
+    save_weights(tuned, "head", {}, tmp_path, torch.float32, only="learnt", int8=int8)
+    stored, notes = read_tensors(tmp_path / "head.safetensors")
+    scale = {"head.weight.scale"} if int8 else set()
+    buffers = {name for name, _ in tuned.named_buffers()}
+    assert set(stored) == {"head.weight", "head.bias"} | scale | buffers and not notes
+    base = with_a_head_that_learns()
+    base.register_buffer("seen", torch.tensor(0))
+    load_weights("head", base, tmp_path, only="learnt")
+    assert base.seen == 7 and torch.equal(base.head.bias, tuned.head.bias)
+    step = tuned.head.weight.abs().amax(1, keepdim=True) / 127 if int8 else 0
+    assert ((base.head.weight - tuned.head.weight).abs() <= 0.51 * step).all()
+    assert "None in the file" in told(load_weights, "head", base, tmp_path)
+    assert "has shape" in told(load_weights, "head", small(), tmp_path, only="learnt")
+    assert "has shape" in told(load_weights, "head", folder=tmp_path)
+
+
+def test_eight_bits_are_those_of_the_shipped_student(tmp_path):
+    "Read as floats and written again, the file is the same to the last byte"
+    card, data = read_file("minilm_sentiment")
+    state = pretrained._tensors(data, "minilm_sentiment")
+    matrices = {key for key, value in state.items() if value.dtype == torch.int8}
+    floats = pretrained._unpack(state, {}, "minilm_sentiment")
+    assert len(floats) == len(state) - len(matrices) and matrices
+    assert all(torch.equal(floats[k], state[k] * state[f"{k}.scale"].float()) for k in matrices)
+    again = pretrained._pack(floats, "it", torch.float16, int8=True)
+    path = write_tensors(tmp_path / "it", again)
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.ones(3), torch.ones(1, 3), torch.ones(3, 1).int(), torch.ones(3, 1) / 0]
+)
+def test_a_scale_that_is_none_of_its_matrix_is_bad_weights(shelf, scale):
+    path = shelf / "it.safetensors"
+    state = load_file(path)
+    state["head.weight"] = torch.ones(3, 4, dtype=torch.int8)
+    path.write_bytes(save(state | {"head.weight.scale": scale}))
+    rewritten(shelf)
+    told(load_weights, "it", small(), shelf)
+
+
+def test_what_eight_bits_cannot_hold_is_not_written(tmp_path):
+    for odd in (1e7, float("nan"), float("inf")):
+        model = small()
+        model.head.weight.data[0, 0] = odd
+        assert "8 bits" in told(save_weights, model, "it", {}, tmp_path, int8=True)
+    state = {"w": torch.ones(2, 2), "w.scale": torch.ones(2)}
+    with pytest.raises(BadWeights, match="w.scale"):
+        pretrained._pack(state, "it", torch.float16, int8=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_may_bring_the_config_of_a_model_that_has_none(tmp_path):
+    save_weights(nn.Linear(2, 2), "it", dict(config=dict(base="tiny")), tmp_path)
+    card = read_card("it", tmp_path)
+    assert card["config"] == {"base": "tiny"} and card["architecture"] == "Linear"
+    load_weights("it", nn.Linear(2, 2), tmp_path)
+
+
+# Files with a mark of their own -------------------------------------------------------------------
+
+
+def test_a_file_with_notes_is_refused_after_any_change(tmp_path):
+    kinds = (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool)
+    tensors = {str(kind): torch.ones(2, 3).to(kind) for kind in kinds}
+    tensors |= {"one": torch.tensor(3.0), "none": torch.zeros(0), "turned": torch.rand(2, 3).T}
+    path = write_tensors(tmp_path / "it", tensors, dict(layout="{}"))
+    found, notes = read_tensors(path)
+    assert notes == dict(layout="{}") and found.keys() == tensors.keys()
+    assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
+    good, rng = path.read_bytes(), random.Random(0)
+    for _ in range(200):
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        try:
+            again, remarks = read_tensors(path)
+        except BadWeights:
+            continue
+        # only the white space and the name of the mark itself may change unnoticed
+        assert all(torch.equal(again[k], v) for k, v in tensors.items() if k in again)
+    for data in (b"", good[:20], good[:-1], good + b"0"):
+        path.write_bytes(data)
+        told(read_tensors, path)
+    told(read_tensors, tmp_path / "none")
+    told(read_tensors, tmp_path)
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -346,6 +450,10 @@ def test_what_a_type_cannot_hold_is_not_written(tmp_path):
         (lambda p: save_weights(small(), "a", [], p), "card is a list"),
         (lambda p: save_weights(small(), 3, {}, p), "name is 3"),
         (lambda p: save_weights(small(), "a", {}, p, torch.int8), "dtype is"),
+        (lambda p: save_weights(small(), "a", {}, p, only="head"), "only is 'head'"),
+        (lambda p: save_weights(small(), "a", dict(config=[]), p), "without a `config`"),
+        (lambda p: load_weights("it", None, p, only=3), "only is 3"),
+        (lambda p: write_tensors(p / "a", [1]), "tensors is a list"),
         (lambda p: load_weights(None), "name is None"),
         (lambda p: load_weights("it", "model", p), "model is 'model'"),
         (lambda p: rename_bert([1]), "state is a list"),

@@ -59,6 +59,14 @@ EXAMPLES = {
         pretrained.write_card,
         dict(path=f"{shelf()}/it.safetensors", card=dict(steps=1)),
     ),
+    "models.pretrained.write_tensors": lambda: (
+        pretrained.write_tensors,
+        dict(path=f"{tempfile.mkdtemp()}/it", tensors=dict(x=torch.ones(2)), notes=dict(of="twos")),
+    ),
+    "models.pretrained.read_tensors": lambda: (
+        pretrained.read_tensors,
+        dict(path=f"{shelf()}/it.safetensors"),
+    ),
     "models.pretrained.hardware": lambda: (pretrained.hardware, {}),
     "models.pretrained.read_card": lambda: (pretrained.read_card, dict(name="it", folder=shelf())),
     "models.pretrained.read_file": lambda: (pretrained.read_file, dict(name="it", folder=shelf())),
