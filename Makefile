@@ -1,7 +1,8 @@
 # `make help` lists what there is; each target sets up what it needs. PYTHON=/path/to/python3.12 picks a Python.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab tour test test-faults export stamp run docs readme quarto weights bench clean distclean
+.PHONY: help setup lab tour test test-faults lint format export stamp run docs readme quarto weights bench clean distclean
 BIN := .venv/bin
+CODE := nbs tests tools docs bench setup.py
 export PYTHON
 
 help: ## this list
@@ -20,13 +21,21 @@ lab: setup ## the lessons in JupyterLab (as root, the usual container: make lab 
 tour: setup ## the whole life of a foundation model in five minutes: runs/tour/tour.html
 	$(BIN)/foundation tour
 
-test: setup ## the export is fresh, every notebook runs, pytest passes
+test: lint ## lines in form, the export is fresh, every notebook runs, pytest passes
 	$(BIN)/python tools/notebooks.py export --check
 	$(BIN)/python tools/lessons.py
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 FOUNDATION_SHORT=1 $(BIN)/python -m pytest
 
 test-faults: setup ## the long forms: 1,000 odd calls of each function, kills, damaged files, the package broken on purpose (hours)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 FOUNDATION_SHORT=1 FOUNDATION_FAULTS=1 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py tests/test_laws.py tests/test_zoo.py
+
+lint: setup ## only tell what `make format` would change and what ruff finds
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+
+format: setup ## notebooks, tests and tools into form, in place
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
 
 export: setup ## write foundation/ from the notebooks
 	$(BIN)/python tools/notebooks.py export
@@ -59,7 +68,7 @@ bench: setup ## our training steps against transformers and lightly: a table and
 	$(BIN)/python -m bench
 
 clean: ## remove what was built; the data cache and .venv stay
-	rm -rf _site _proc _docs build dist runs *.egg-info .pytest_cache .hypothesis docs/_static/vendor nbs/_quarto.yml nbs/nbdev.yml
+	rm -rf _site _proc _docs build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis docs/_static/vendor nbs/_quarto.yml nbs/nbdev.yml
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

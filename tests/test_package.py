@@ -12,9 +12,11 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import notebooks
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = notebooks.ROOT
+NAME = notebooks.settings()["lib_name"]  # for pip; the import name is foundation
 MODULES = sorted(
     p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
     for p in (ROOT / "foundation").rglob("*.py")
@@ -94,11 +96,11 @@ def closure(names):
 def strangers():
     """Top-level names of installed packages that the core
     dependencies do not bring, and the front ends"""
-    core = closure([r for r in metadata.requires("foundation") if "extra ==" not in r])
+    core = closure([r for r in metadata.requires(NAME) if "extra ==" not in r])
     return {
         name
         for name, owners in metadata.packages_distributions().items()
-        if not {o.lower().replace("_", "-") for o in owners} & (core | {"foundation"})
+        if not {o.lower().replace("_", "-") for o in owners} & (core | {NAME})
     } | FRONT_ENDS
 
 
@@ -138,7 +140,7 @@ def test_the_bare_import_is_light(tmp_path):
 def test_versions_and_pins_agree():
     import foundation
 
-    assert foundation.__version__ == metadata.version("foundation")
+    assert foundation.__version__ == metadata.version(NAME)
     assert "pkg_resources" not in (ROOT / "setup.py").read_text()
 
 
@@ -166,7 +168,7 @@ def wheel(tmp_path_factory):
     ]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return next((place / "dist").glob("foundation-*.whl"))
+    return next((place / "dist").glob(f"{NAME.replace('-', '_')}-*.whl"))
 
 
 def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
@@ -195,7 +197,7 @@ def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
         code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")
     ).stdout.split()
     assert Path(place) == tmp_path / "site" / "foundation"
-    assert version == metadata.version("foundation")
+    assert version == metadata.version(NAME)
     assert int(weights) == len(list((ROOT / "foundation/weights").glob("*.safetensors")))
     about = email.message_from_string(
         next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text()
