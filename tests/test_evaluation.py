@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from scipy.special import stdtrit
 from torch import nn
 from torch.nn.utils import prune
@@ -127,7 +128,14 @@ def test_batches_go_to_the_device_of_the_model(table):
 )
 @pytest.mark.parametrize(
     "fn",
-    [scores.accuracy, scores.confusion, scores.macro_f1, scores.reliability, scores.perplexity],
+    [
+        scores.accuracy,
+        scores.confusion,
+        scores.macro_f1,
+        scores.reliability,
+        scores.fit_temperature,
+        scores.perplexity,
+    ],
 )
 def test_bad_scores_are_refused_in_a_sentence(table, fn, change, error, says):
     given = dict(zip(("logits", "labels"), table)) | change
@@ -190,6 +198,7 @@ def test_labels_of_every_whole_number_type_give_the_same_scores(kind):
         scores.accuracy,
         scores.macro_f1,
         scores.expected_calibration_error,
+        scores.fit_temperature,
         scores.perplexity,
     ):
         assert fn(logits, other) == fn(logits, labels)
@@ -259,6 +268,41 @@ def test_perplexity_of_what_is_no_loss_is_refused(loss):
     assert "the mean loss is" in complaint(scores.perplexity, loss)
 
 
+@few
+@given(st.integers(5, 60), st.integers(2, 6), st.floats(0.1, 30), st.integers(0, 10**6))
+def test_the_temperature_is_the_minimum_of_the_loss(n, k, size, seed):
+    rng = torch.Generator().manual_seed(seed)
+    logits = size * torch.randn(n, k, generator=rng, dtype=torch.float64)
+    labels = torch.randint(k, (n,), generator=rng)
+
+    def loss(log_t):
+        return F.cross_entropy(logits / math.exp(log_t), labels).item()
+
+    limits = math.log(0.01), math.log(100)
+    theirs = minimize_scalar(loss, bounds=limits, method="bounded", options=dict(xatol=1e-9))
+    ours = scores.fit_temperature(logits, labels)
+    assert 0.01 <= ours <= 100
+    assert loss(math.log(ours)) <= min(theirs.fun, loss(0)) + 1e-9
+    grid = [loss(x) for x in np.linspace(*limits, 400)]
+    assert loss(math.log(ours)) <= min(grid) + 1e-9
+
+
+def test_the_temperature_undoes_one_and_ends_at_its_limits():
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, 4, generator=rng)
+    labels = torch.distributions.Categorical(logits=logits).probs.multinomial(1, generator=rng)[
+        :, 0
+    ]
+    fitted = scores.fit_temperature(logits, labels)
+    assert fitted == pytest.approx(1, abs=0.05)
+    assert scores.fit_temperature(3 * logits, labels) == pytest.approx(3 * fitted, rel=1e-6)
+    always, never = logits.argmax(1), logits.argmin(1)
+    assert scores.fit_temperature(logits, always) == pytest.approx(0.01)
+    assert scores.fit_temperature(logits, never) == pytest.approx(100)
+    masked = torch.cat([logits, torch.full((20_000, 1), -math.inf)], 1)  # a class that cannot be
+    assert scores.fit_temperature(masked, labels) == fitted
+
+
 def test_perplexity_leaves_out_places_whatever_stands_there():
     logits, labels = (
         torch.randn(2, 3, 5),
@@ -277,6 +321,7 @@ def test_scores_of_other_float_types_are_those_of_the_same_numbers(kind, table):
         scores.accuracy,
         scores.macro_f1,
         scores.expected_calibration_error,
+        scores.fit_temperature,
         scores.perplexity,
     ):
         assert fn(logits, labels) == fn(logits.double(), labels)

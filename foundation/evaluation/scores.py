@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['in_batches', 'predict', 'accuracy', 'wilson_interval', 'confusion', 'macro_f1', 'Reliability', 'reliability',
-           'expected_calibration_error', 'perplexity']
+           'expected_calibration_error', 'fit_temperature', 'perplexity']
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #d61734bc
 import math
@@ -136,9 +136,11 @@ def macro_f1(
 ) -> float:  # from 0 to 1
     "The mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that are present or predicted."
     logits, labels = _check_scores(logits, labels)
-    guess, count = logits.argmax(1), lambda x: torch.bincount(x, minlength=logits.shape[1])  # (k,)
-    sizes = count(guess) + count(labels)  # what is predicted plus what is there is 2 TP + FP + FN
-    return (2 * count(labels[guess == labels]) / sizes)[sizes > 0].double().mean().item()
+    guess, k = logits.argmax(1), logits.shape[1]
+    hits = torch.bincount(labels[guess == labels], minlength=k)  # (k,) TP
+    # what is predicted plus what is there is 2 TP + FP + FN
+    sizes = torch.bincount(guess, minlength=k) + torch.bincount(labels, minlength=k)
+    return (2 * hits / sizes)[sizes > 0].double().mean().item()
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #14615663
 class Reliability(NamedTuple):
@@ -153,7 +155,7 @@ class Reliability(NamedTuple):
         gaps = (self.confidence - self.accuracy).abs()
         return ((gaps * self.count).nansum() / self.count.sum()).item()
 
-
+# %% ../../nbs/06_evaluation/01_scores.ipynb #94f0632f
 @checked
 def reliability(
     logits: Tensor,  # (n, k)
@@ -169,7 +171,7 @@ def reliability(
     sums = sure.new_zeros(3, bins).index_add(1, where, each)
     return Reliability(*(sums[:2] / sums[2]).cpu(), sums[2].long().cpu())
 
-
+# %% ../../nbs/06_evaluation/01_scores.ipynb #63606f47
 @checked
 def expected_calibration_error(
     logits: Tensor,  # (n, k)
@@ -178,6 +180,25 @@ def expected_calibration_error(
 ) -> float:  # from 0 to 1
     "The mean distance of confidence and accuracy over `reliability`'s bins (Guo et al. 2017, 3)."
     return reliability(logits, labels, bins).gap
+
+# %% ../../nbs/06_evaluation/01_scores.ipynb #81a6573e
+@checked
+def fit_temperature(
+    logits: Tensor,  # (n, k), of examples that the model was not trained on
+    labels: Tensor | Sequence[int],  # (n,)
+) -> float:  # T from 0.01 to 100: logits / T have the least cross-entropy
+    """The temperature that makes a model as sure as it is right (Guo et al. 2017, section 4.2).
+
+    Above 1 for a model that is too sure. Raises `ValueError`, `TypeError`."""
+    logits, labels = _check_scores(logits, labels)
+    z = logits.detach().double()
+    truth = z.gather(1, labels[:, None]).mean()
+    low, high = 0.01, 100.0
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        expected = ((z / middle).softmax(1) * z).nansum(1).mean()  # 0 * -inf counts nothing
+        low, high = (middle, high) if expected > truth else (low, middle)
+    return middle
 
 # %% ../../nbs/06_evaluation/01_scores.ipynb #2f13b693
 def perplexity(

@@ -95,6 +95,10 @@ EXAMPLES = {
         scores.expected_calibration_error,
         dict(logits=logits(), labels=labels(), bins=5),
     ),
+    "evaluation.scores.fit_temperature": lambda: (
+        scores.fit_temperature,
+        dict(logits=logits(), labels=labels()),
+    ),
     "evaluation.scores.perplexity": lambda: (
         scores.perplexity,
         dict(logits=logits(), labels=labels()),
