@@ -1,9 +1,6 @@
-"What a notebook cannot say about foundation.core.basics: power cuts, links, modes, clocks and devices that are not there."
+"What a notebook cannot say about foundation.core.basics: clocks and devices that are not there."
 
 import os
-import stat
-import threading
-import types
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,193 +14,24 @@ from foundation.core import basics
 from foundation.core.basics import (
     EMA,
     Timing,
-    atomic_write,
     copy_model,
     count_macs,
     count_nonzero,
     count_parameters,
     evaluating,
     freeze,
-    legend,
     measure,
     pick_device,
+    pick_precision,
     seed_everything,
-    size_mb,
     supports_bf16,
-    sync_folder,
     unfreeze,
 )
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="no such files there")
 
 
-def write(path, content=b"new"):
-    with atomic_write(path) as file:
-        file.write(content)
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
-    done = []
-
-    def fsync(handle):
-        what = os.fstat(handle)
-        done.append("folder" if stat.S_ISDIR(what.st_mode) else f"file of {what.st_size}")
-
-    replace = os.replace
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", lambda *a: (done.append("renamed"), replace(*a)))
-    write(tmp_path / "a", b"12345")
-    assert done == ["file of 5", "renamed"] + ["folder"] * (os.name != "nt")
-    done.clear()
-    write(
-        tmp_path / "x" / "y" / "b", b"1"
-    )  # the names of the two new folders are put on the disk too
-    assert done == ["folder"] * 2 * (os.name != "nt") + ["file of 1", "renamed"] + ["folder"] * (
-        os.name != "nt"
-    )
-
-
-def test_windows_opens_no_folder(tmp_path, monkeypatch):
-    opened, really = [], os.open
-    monkeypatch.setattr(
-        os, "open", lambda path, *a, **k: (opened.append(Path(path)), really(path, *a, **k))[1]
-    )
-    monkeypatch.setattr(
-        basics, "os", types.SimpleNamespace(**{k: getattr(os, k) for k in dir(os)} | {"name": "nt"})
-    )
-    write(tmp_path / "a")
-    assert tmp_path not in opened and (tmp_path / "a").read_bytes() == b"new"
-
-
-def test_a_file_system_that_cannot_sync_folders_is_no_error(tmp_path, monkeypatch):
-    import errno
-
-    monkeypatch.setattr(
-        os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EINVAL, "no"))
-    )
-    sync_folder(tmp_path)
-    monkeypatch.setattr(
-        os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "broken disk"))
-    )
-    if os.name != "nt":
-        with pytest.raises(OSError, match="broken disk"):
-            sync_folder(tmp_path)
-
-
-@POSIX
-def test_a_link_is_followed_and_stays_a_link(tmp_path):
-    (tmp_path / "far").mkdir()
-    (tmp_path / "far" / "real").write_bytes(b"old")
-    (tmp_path / "link").symlink_to("far/real")
-    (tmp_path / "again").symlink_to("link")
-    write(tmp_path / "again")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "again").is_symlink()
-    assert (tmp_path / "far" / "real").read_bytes() == b"new" and len(
-        list((tmp_path / "far").iterdir())
-    ) == 1
-    (tmp_path / "hanging").symlink_to("far/not_yet/there")
-    write(tmp_path / "hanging")
-    assert (tmp_path / "far" / "not_yet" / "there").read_bytes() == b"new"
-    (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(OSError, match="leads back to itself"):
-        write(tmp_path / "loop")
-
-
-@POSIX
-@pytest.mark.parametrize("mode", [0o640, 0o600, 0o664, 0o444, 0o755])
-def test_a_file_keeps_its_mode_and_its_draft_was_never_more_open(tmp_path, monkeypatch, mode):
-    write(tmp_path / "a")
-    os.chmod(tmp_path / "a", mode)
-    with atomic_write(tmp_path / "a") as file:
-        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) & ~mode == 0
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
-
-
-@POSIX
-def test_a_new_file_gets_what_the_umask_leaves_and_no_thread_sees_another_umask(
-    tmp_path, monkeypatch
-):
-    before = os.umask(0o027)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                os, "umask", lambda mask: pytest.fail("the mask belongs to the whole process")
-            )
-            write(tmp_path / "a")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
-
-
-@pytest.mark.parametrize(
-    "name", ["x" * 240, "x" * 255, "é" * 120, "長" * 80, "🙂" * 60, ".hidden", "a b", "-"]
-)
-def test_long_and_odd_names_work(tmp_path, name):
-    for content in (b"one", b"two"):
-        write(tmp_path / name, content)
-    assert (tmp_path / name).read_bytes() == b"two" and [p.name for p in tmp_path.iterdir()] == [
-        name
-    ]
-
-
-def test_what_is_no_file_is_refused_before_anything_is_written(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_bytes(b"old")
-    for place, words in [
-        (tmp_path / "folder", "is a folder"),
-        ("", "is a folder"),
-        (tmp_path / "file" / "in" / "it", "is a file"),
-    ]:
-        with pytest.raises(OSError, match=words):
-            write(place)
-    with pytest.raises(ValueError, match="mode is 'r'; expected one of"):
-        with atomic_write(tmp_path / "a", "r"):
-            pass
-    with pytest.raises(TypeError, match="path is None; expected a path or a string"):
-        atomic_write(None)
-    if os.name != "nt":
-        os.mkfifo(tmp_path / "pipe")
-        for place in (tmp_path / "pipe", "/dev/null"):
-            with pytest.raises(OSError, match="a device or a pipe"):
-                write(place)
-        assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    assert {p.name for p in tmp_path.iterdir()} <= {"folder", "file", "pipe"} and (
-        tmp_path / "file"
-    ).read_bytes() == b"old"
-
-
-def test_an_error_in_the_block_leaves_the_old_file_and_no_litter(tmp_path):
-    write(tmp_path / "a", b"old")
-    for error in (ValueError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(error):
-            with atomic_write(tmp_path / "a") as file:
-                file.write(b"half")
-                raise error
-    assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_many_writers_leave_one_whole_file(tmp_path):
-    threads = [
-        threading.Thread(target=write, args=(tmp_path / "a", bytes([65 + i]) * 100_000))
-        for i in range(8)
-    ]
-    [t.start() for t in threads], [t.join() for t in threads]
-    content = (tmp_path / "a").read_bytes()
-    assert len(content) == 100_000 and len(set(content)) == 1 and len(list(tmp_path.iterdir())) == 1
-
-
-def test_text_is_utf_8_with_plain_line_ends_everywhere(tmp_path):
-    with atomic_write(str(tmp_path / "a"), "w") as file:
-        file.write("ä\n🙂\n")
-    assert (tmp_path / "a").read_bytes() == "ä\n🙂\n".encode() and size_mb(tmp_path / "a") == 8e-6
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        size_mb(tmp_path / "b")
-
-
-# Timing ---------------------------------------------------------------------------------------------------------------
+# Timing -------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -271,7 +99,7 @@ def test_measure_refuses_in_a_sentence(options, words):
         measure(**dict(fn=lambda: None) | options)
 
 
-# Models ---------------------------------------------------------------------------------------------------------------
+# Models -------------------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -471,7 +299,7 @@ def test_unfreeze_leaves_whole_numbers_alone():
     assert model.w.requires_grad and not model.n.requires_grad
 
 
-# Seeds, devices -------------------------------------------------------------------------------------------------------
+# Seeds, devices -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [3, np.int64(3), np.uint8(3), torch.tensor(3), 2**32 - 1])
@@ -523,12 +351,22 @@ def test_bf16_is_a_matter_of_the_processors_flags(monkeypatch):
     ]:
         monkeypatch.setattr(basics, "cpu_flags", lambda: flags)
         assert supports_bf16("cpu") is want
+        assert pick_precision("cpu") == ("bf16" if want else "fp32")
 
 
-def test_letters_without_a_meaning_are_named():
-    assert legend("bk") == "b = batch, k = classes"
-    with pytest.raises(ValueError, match=r"\['z'\]"):
-        legend("bz")
+def test_flags_are_those_that_pytorch_found_and_none_where_it_does_not_tell(monkeypatch):
+    told = {"avx2": True, "avx512_bf16": False, "l2_cache_size": 1, "architecture": "x86_64"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert basics.cpu_flags() == {"avx2"}
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert basics.cpu_flags() == set() and pick_precision("cpu") == "fp32"
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells it there")
+def test_flags_are_those_of_the_operating_system():
+    known = set(Path("/proc/cpuinfo").read_text(errors="replace").split())
+    for flag in ("avx512_bf16", "amx_bf16", "avx512_vnni"):
+        assert (flag in basics.cpu_flags()) <= (flag in known)
 
 
 def test_inputs_that_the_model_does_not_take_are_named():
@@ -542,5 +380,3 @@ def test_inputs_that_the_model_does_not_take_are_named():
         with pytest.raises((TypeError, ValueError), match=words) as caught:
             count_macs(model, bad)
         assert "\n" not in str(caught.value)
-    with pytest.raises(NotADirectoryError, match="is no folder"):
-        sync_folder("not/there")

@@ -189,7 +189,7 @@ def test_exercises_are_whole(path):
 
 
 def own():
-    return json.loads((NBS / "00_core/04_exercises.ipynb").read_text(encoding="utf-8"))
+    return json.loads((NBS / "00_core/05_exercises.ipynb").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def own():
             "no call-out with this title",
         ),
         (
-            'exercise = Exercise("00_core/04_exercises"',
-            'exercise = Exercise("00_core/05_sources"',
+            'exercise = Exercise(\n    "00_core/05_exercises"',
+            'exercise = Exercise(\n    "00_core/04_files"',
             "lesson is",
         ),
         ("exercise = Exercise(", "Exercise(", "no Exercise behind the call-out"),
@@ -224,13 +224,13 @@ def test_missing_parts_are_seen(old, new, complaint):
     for cell in nb["cells"]:
         if "For authors" not in "".join(cell["source"]):
             cell["source"] = "".join(cell["source"]).replace(old, new)
-    assert complaint in "\n".join(faults(nb, "00_core/04_exercises"))
+    assert complaint in "\n".join(faults(nb, "00_core/05_exercises"))
 
 
 def test_every_exercise_is_listed():
     listed = list_exercises(NBS)
     names = [(e["lesson"], e["title"]) for e in listed]
-    assert ("00_core/04_exercises", "Mean of what is kept") in names and len(set(names)) == len(
+    assert ("00_core/05_exercises", "Mean of what is kept") in names and len(set(names)) == len(
         names
     )
     for path in LESSONS:
@@ -685,9 +685,9 @@ def test_progress_in_a_deleted_folder(learner, monkeypatch, tmp_path):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    table = progress("00_core/04_exercises")
+    table = progress("00_core/05_exercises")
     assert "Mean of what is kept" in repr(table) and table.rows[0]["link"].endswith(
-        "00_core/04_exercises.ipynb"
+        "00_core/05_exercises.ipynb"
     )
 
 
@@ -789,15 +789,15 @@ def test_default_places(monkeypatch, tmp_path):
 
 def test_table(learner, monkeypatch):
     monkeypatch.chdir(NBS / "00_core")
-    mine = Exercise("00_core/04_exercises", "Mean of what is kept", check_double, ["", ""])
-    row = "| [Exercises](04_exercises.ipynb) | Mean of what is kept | easy | 10 | {} |"
+    mine = Exercise("00_core/05_exercises", "Mean of what is kept", check_double, ["", ""])
+    row = "| [Exercises](05_exercises.ipynb) | Mean of what is kept | easy | 10 | {} |"
     assert row.format("not yet") in repr(progress())
     mine.check(lambda x: x)
-    assert row.format("tried 1 ×") in progress("00_core/04")._repr_markdown_()
+    assert row.format("tried 1 ×") in progress("00_core/05")._repr_markdown_()
     mine.check(lambda x: 2 * x)
     assert row.format("✓ " + time.strftime("%Y-%m-%d")) in repr(progress())
     monkeypatch.chdir(NBS)
-    assert "](00_core/04_exercises.ipynb)" in repr(progress())
+    assert "](00_core/05_exercises.ipynb)" in repr(progress())
     monkeypatch.setenv("FOUNDATION_STATIC", "1")
     assert (
         not any(r["solved"] or r["tries"] for r in progress().rows)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from foundation.core import basics, checks, exercises, plots, widgets
+from foundation.core import basics, checks, exercises, files, plots, widgets
 
 
 def scratch(name="", content=None):
@@ -67,6 +67,7 @@ EXAMPLES = {
     "core.basics.seed_everything": lambda: (basics.seed_everything, dict(seed=3)),
     "core.basics.pick_device": lambda: (basics.pick_device, dict(name="cpu")),
     "core.basics.supports_bf16": lambda: (basics.supports_bf16, dict(device="cpu")),
+    "core.basics.pick_precision": lambda: (basics.pick_precision, dict(device="cpu")),
     "core.basics.cpu_flags": lambda: (basics.cpu_flags, {}),
     "core.basics.count_parameters": lambda: (
         basics.count_parameters,
@@ -85,10 +86,13 @@ EXAMPLES = {
         basics.measure,
         dict(fn=list, repeats=2, warmup=1, device="cpu"),
     ),
-    "core.basics.atomic_write": lambda: (basics.atomic_write, dict(path=scratch("a"), mode="wb")),
-    "core.basics.size_mb": lambda: (basics.size_mb, dict(path=scratch("a", b"123"))),
-    "core.basics.sync_folder": lambda: (basics.sync_folder, dict(folder=scratch())),
-    "core.basics.legend": lambda: (basics.legend, dict(letters="bn")),
+    "core.files.atomic_write": lambda: (files.atomic_write, dict(path=scratch("a"), mode="wb")),
+    "core.files.size_mb": lambda: (files.size_mb, dict(path=scratch("a", b"123"))),
+    "core.files.sync_folder": lambda: (files.sync_folder, dict(folder=scratch())),
+    "core.files.locked": lambda: (
+        files.locked,
+        dict(path=scratch("lock"), patience=1.0, notice="wait", shared=True),
+    ),
     "core.basics.memory_order": lambda: (basics.memory_order, dict(model=network())),
     "core.basics.in_order": lambda: (
         basics.in_order,
@@ -276,10 +280,9 @@ EXAMPLES = {
     ),
     "core.exercises.list_exercises": lambda: (exercises.list_exercises, dict(folder=scratch())),
     "core.exercises.Progress": lambda: (exercises.Progress, dict(rows=[], note="")),
-    "core.exercises.progress": lambda: (static(exercises.progress), dict(lesson="00_core/04")),
+    "core.exercises.progress": lambda: (static(exercises.progress), dict(lesson="00_core/05")),
 }
 SKIP = {
-    "core.basics.SHAPES": "a constant",
     "core.plots.PALETTE": "a constant",
     "core.plots.render": "needs a figure of matplotlib, which `draw` makes",
     "core.exercises.CALLOUT": "a pattern",
