@@ -1,7 +1,8 @@
 # `make help` lists what there is; each target sets up what it needs. PYTHON=/path/to/python3.12 picks a Python.
 .DEFAULT_GOAL := help
-.PHONY: help setup lab tour test test-faults lint format export stamp run docs readme quarto weights bench clean distclean
+.PHONY: help setup lab tour test check test-faults lint format export stamp run docs readme quarto weights bench clean distclean
 BIN := .venv/bin
+SHORT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 FOUNDATION_SHORT=1
 CODE := nbs tests tools docs bench setup.py
 export PYTHON
 
@@ -24,10 +25,13 @@ tour: setup ## the whole life of a foundation model in five minutes: runs/tour/t
 test: lint ## lines in form, the export is fresh, every notebook runs, pytest passes
 	$(BIN)/python tools/notebooks.py export --check
 	$(BIN)/python tools/lessons.py
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 FOUNDATION_SHORT=1 $(BIN)/python -m pytest
+	$(SHORT) $(BIN)/python -m pytest
+
+check: setup ## some tests on the short plan: make check ARGS="tests/test_peft.py -k merge"
+	$(SHORT) $(BIN)/python -m pytest $(ARGS)
 
 test-faults: setup ## the long forms: 1,000 odd calls of each function, kills, damaged files, the package broken on purpose (hours)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 FOUNDATION_SHORT=1 FOUNDATION_FAULTS=1 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py tests/test_laws.py tests/test_zoo.py
+	$(SHORT) FOUNDATION_FAULTS=1 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py tests/test_laws.py tests/test_zoo.py
 
 lint: setup ## only tell what `make format` would change and what ruff finds
 	$(BIN)/ruff format --check $(CODE)

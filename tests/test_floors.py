@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [
-    {"core"},
-    {"objectives", "data", "layers"},
-    {"models", "training"},
-    {"evaluation"},
-    {"pretraining", "finetuning", "compression", "trust"},
-    {"deployment"},
-    {"tour", "applications"},
-    {"command"},
+FLOORS = [  # from the ground up; CONTRIBUTING.md says the same
+    ["core"],
+    ["objectives", "data", "layers"],
+    ["models", "training"],
+    ["evaluation"],
+    ["pretraining", "finetuning", "compression", "trust"],
+    ["deployment", "scale"],
+    ["recipes", "applications"],
+    ["tour"],
+    ["command"],
 ]
 HEIGHT = {name: i for i, names in enumerate(FLOORS) for name in names}
 
@@ -75,7 +76,9 @@ def trouble(package):
     for name, reached in drawn.items():
         floor = name.split(".")[0]
         if floor not in HEIGHT:
-            found.append(f"{floor} has no floor: give it one in tests/test_floors.py and DESIGN")
+            found.append(
+                f"{floor} has no floor: give it one in tests/test_floors.py and CONTRIBUTING.md"
+            )
             continue
         for other in sorted(reached - {name}):
             below = other.split(".")[0]
@@ -93,6 +96,11 @@ def trouble(package):
 def test_floors_hold():
     assert modules(ROOT / "foundation"), "there is no package to look at"
     assert trouble(ROOT / "foundation") == []
+
+
+def test_contributors_read_the_same_floors():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("\n> ", " ")
+    assert " · ".join(", ".join(floor) for floor in FLOORS) in text
 
 
 def make(folder, **files):
@@ -155,6 +163,14 @@ def test_a_sound_package_passes(tmp_path):
         (
             dict(models__vit="02 from .bert import a", models__bert="03 "),
             "a later lesson of its folder",
+        ),
+        (
+            dict(pretraining__contrastive="03 from ..recipes.study import a", recipes__study="01 "),
+            "pretraining.contrastive imports recipes.study",
+        ),
+        (
+            dict(recipes__study="01 from ..tour import a", tour="00 "),
+            "recipes.study imports tour",
         ),
         (dict(tour="00 from .command import main", command="01 "), "tour imports command"),
         (dict(novel__thing="01 import torch"), "novel has no floor"),
