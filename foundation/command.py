@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Finding', 'check_software', 'check_hardware', 'check_data', 'check_weights', 'check_extras', 'doctor',
-           'tour', 'list_data', 'fetch_data', 'main']
+           'tour', 'list_data', 'fetch_data', 'list_weights', 'make_weights', 'main']
 
 # %% ../nbs/01_command.ipynb #4c900f1a
 import argparse
@@ -54,7 +54,7 @@ def _requirements():
     from importlib.metadata import PackageNotFoundError, requires
 
     try:
-        lines = requires("foundation") or []
+        lines = requires("foundation-course") or []
     except PackageNotFoundError:
         lines = []
     return [line.split(";")[0].strip() for line in lines if "extra ==" not in line] or [
@@ -287,6 +287,36 @@ def fetch_data(
             failed = 1
     return failed
 
+# %% ../nbs/01_command.ipynb #623cc7a8
+def list_weights() -> int:
+    "Print each file of shipped weights, its size and its recipe."
+    from foundation.models.pretrained import WEIGHTS
+    from foundation.recipes.card import recipes
+
+    print(f"Weights in {short_path(WEIGHTS)}:")
+    for name, module in sorted(recipes().items()):
+        size = sum(f.stat().st_size for f in WEIGHTS.glob(f"{name}.*") if f.suffix != ".json")
+        print(f"  {name:20} {size / 1e6:5.2f} MB  {module}")
+    return 0
+
+
+def make_weights(
+    names: Sequence[str],  # of files, or "all"
+    folder: str | Path | None = None,  # where to write; None: where the shipped ones stand
+) -> int:
+    "Run the recipes of these files, each once. Raises `ValueError` for a name without one."
+    from foundation.models.pretrained import WEIGHTS
+    from foundation.recipes.card import make, recipes
+
+    known = recipes()
+    if "all" in names:
+        names = list(known)
+    if odd := [name for name in names if name not in known]:
+        raise ValueError(f"no recipe makes {odd[0]!r}; expected some of {', '.join(sorted(known))}")
+    for name in {known[name]: name for name in names}.values():  # one recipe may write several
+        make(name, folder or WEIGHTS)
+    return 0
+
 # %% ../nbs/01_command.ipynb #a0c7026b
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -322,6 +352,7 @@ def _parser():
     health.add_argument("--json", action="store_true", help="machine-readable")
     health.set_defaults(run=lambda args: doctor(args.json))
     _add_data(commands.add_parser("data", help="list or fetch data sets"))
+    _add_weights(commands.add_parser("weights", help="list shipped weights, or make them again"))
     return parser
 
 
@@ -337,6 +368,20 @@ def _add_data(parser):
     fetching.set_defaults(
         run=lambda args: fetch_data(args.names),
         stopped="Stopped. The sets that were ready are kept; the same command fetches the rest.",
+    )
+
+
+def _add_weights(parser):
+    parser.set_defaults(run=lambda args: parser.print_help() or 0)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND")
+    listing = actions.add_parser("list", help="the files, their sizes and recipes")
+    listing.set_defaults(run=lambda args: list_weights())
+    making = actions.add_parser("make", help="train them again: hours for some")
+    making.add_argument("names", nargs="+", metavar="NAME", help="of a file, or all")
+    making.add_argument("--folder", help="where to write (default: where the shipped ones stand)")
+    making.set_defaults(
+        run=lambda args: make_weights(args.names, args.folder),
+        stopped="Stopped. What was trained is kept; the same command goes on from there.",
     )
 
 # %% ../nbs/01_command.ipynb #739916d7

@@ -327,3 +327,26 @@ def test_doctor_tells_a_damaged_set(tmp_path):
     (tmp_path / "digits" / "digits.csv").write_text("1,2,3")
     done = typed("doctor", FOUNDATION_DATA=str(tmp_path))
     assert "damaged: digits.csv" in done.stdout and "foundation data fetch digits" in done.stdout
+
+
+def test_weights_are_listed_with_their_recipes_and_made_once_each(tmp_path, monkeypatch, capsys):
+    from foundation.recipes import card
+
+    made = []
+    monkeypatch.setattr(card, "recipes", lambda: dict(vgg_pruned="r.p", vgg_slim="r.p", net="r.n"))
+    monkeypatch.setattr(card, "make", lambda name, folder: made.append((name, folder)))
+    assert main(["weights", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["net", "vgg_pruned", "vgg_slim"]
+    assert main(["weights", "make", "all", "--folder", str(tmp_path)]) == 0
+    assert len(made) == 2 and {str(folder) for _, folder in made} == {str(tmp_path)}
+    assert main(["weights", "make", "resnet"]) == 1
+    assert "no recipe makes 'resnet'" in capsys.readouterr().err
+
+
+def test_every_shipped_file_has_a_recipe():
+    from foundation.models.pretrained import WEIGHTS
+    from foundation.recipes.card import recipes
+
+    shipped = {p.stem for p in WEIGHTS.glob("*.json") if not p.stem.endswith(".tokenizer")}
+    assert shipped == set(recipes())
