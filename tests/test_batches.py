@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from foundation.data.batches import (
     Documents,
     augmented,
+    by_length,
     endless,
     epoch_order,
     join,
@@ -27,6 +28,7 @@ from foundation.data.batches import (
     same_document,
     store,
     store_documents,
+    two_views,
 )
 
 rows_of_tokens = st.lists(
@@ -150,6 +152,47 @@ def test_padded_rows_come_once_with_what_belongs_to_them(rows, batch, pool, seed
         stream[start:],
     ):
         assert all(map(torch.equal, a, b))
+
+
+def as_runs_before_drew_them(tokens, labels, batch_size, seed):
+    "What saved runs of fine-tuning have seen"
+    rng, lengths = torch.Generator().manual_seed(seed), (tokens != 0).sum(1)
+    while True:
+        order = torch.randperm(len(tokens), generator=rng)
+        batches = order[lengths[order].argsort(stable=True)].split(batch_size)
+        for i in torch.randperm(len(batches), generator=rng).tolist():
+            yield tokens[batches[i]], labels[batches[i]]
+
+
+@given(rows_of_tokens, st.integers(1, 12), st.integers(0, 2**40))
+@settings(max_examples=40, deadline=None)
+def test_batches_of_like_length_visit_each_row_once_an_epoch(rows, batch, seed):
+    tokens, real = pad([[t + 1 for t in row] for row in rows])
+    labels, lengths = torch.arange(len(rows)), real.sum(1)
+    steps = -(-len(rows) // batch)
+    stream = islice(by_length(tokens, labels, batch_size=batch, seed=seed), 2 * steps)
+    known = as_runs_before_drew_them(tokens, labels, batch, seed)
+    seen = []
+    for (x, y), (a, b) in zip(stream, known):
+        assert torch.equal(x, a) and torch.equal(y, b) and torch.equal(x, tokens[y])
+        seen.append(y)
+    for epoch in (seen[:steps], seen[steps:]):
+        assert sorted(torch.cat(epoch).tolist()) == labels.tolist()
+        spans = sorted((lengths[y].min().item(), lengths[y].max().item()) for y in epoch)
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+
+
+def test_two_views_are_of_one_picture_and_repeat_for_a_step():
+    pictures = torch.arange(8.0)[:, None, None, None].expand(8, 1, 2, 2)
+
+    def shift(x, generator):
+        return x + torch.rand(len(x), 1, 1, 1, generator=generator) / 2
+
+    stream = list(islice(two_views(pictures, shift, batch_size=4, seed=3), 3))
+    for views in stream:
+        a, b = views.chunk(2)
+        assert torch.equal(a.floor(), b.floor()) and not torch.equal(a, b)
+    assert torch.equal(next(two_views(pictures, shift, 4, seed=3, start=2)), stream[2])
 
 
 def test_pools_of_similar_length_pad_less():
@@ -459,6 +502,11 @@ def same(x, generator):
         (lambda: store_documents("d", [[1]], 2**32), ValueError, "vocab_size is 4294967296"),
         (lambda: open_documents(3), TypeError, "folder is 3"),
         (lambda: mapped(3), TypeError, "path is 3"),
+        (lambda: by_length(x[None], x, batch_size=1), ValueError, "tensors have lengths"),
+        (lambda: by_length(x[None], batch_size=0), ValueError, "batch_size is 0"),
+        (lambda: by_length([[1]], batch_size=1), TypeError, "tokens is a list"),
+        (lambda: two_views(x, len, 2), ValueError, "images"),
+        (lambda: two_views(x.view(6, 1, 1, 1) / 6, None, 2), TypeError, "augment is None"),
     ],
 )
 def test_bad_input_gets_one_sentence_at_the_call(call, error, words):

@@ -108,6 +108,14 @@ EXAMPLES = {
         (shares(), labels()),
         dict(augment=shift, batch_size=2, seed=1, start=4, views=2),
     ),
+    "data.batches.two_views": lambda: (
+        first(batches.two_views),
+        dict(images=shares(), augment=shift, batch_size=2, seed=0, start=1),
+    ),
+    "data.batches.by_length": lambda: (
+        first(batches.by_length),
+        dict(tokens=batches.pad(rows())[0], batch_size=2, seed=0),
+    ),
     "data.batches.Documents": lambda: (
         batches.Documents,
         dict(tokens=torch.arange(6), ends=torch.tensor([2, 3, 6])),
