@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools/environment.py"
@@ -193,6 +194,70 @@ def test_make_lists_its_targets_and_ci_run_is_executable():
     for target in ["lab", "tour", "test", "docs", "weights", "stamp", "clean"]:
         assert f"make {target} " in done.stdout
     assert os.access(ROOT / ".ci/run", os.X_OK) and "make test" in (ROOT / ".ci/run").read_text()
+
+
+# What a fork expects ------------------------------------------------------------------------------
+
+YAML = [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml"]
+WORDS = [*ROOT.glob("*.md"), *(ROOT / ".github").glob("*.md"), *YAML]
+
+
+def targets():
+    return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def test_workflows_run_what_is_there():
+    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in YAML[:-1]}
+    assert {"test", "site", "weekly", "bug", "lesson"} <= workflows.keys()
+    for name in ("test", "site", "weekly"):
+        flow = workflows[name]
+        assert {"name", "jobs", "permissions"} < flow.keys() and flow[True]  # YAML reads `on` so
+        for job in flow["jobs"].values():
+            assert "ubuntu" in job["runs-on"] and job["steps"]
+            for step in job["steps"]:
+                assert ("run" in step) != ("uses" in step), step
+                words = step.get("run", "make test").split()
+                known = words[1] in targets() if words[0] == "make" else True
+                assert known and (
+                    words[0] in ("make", ".venv/bin/pip") or (ROOT / words[0]).exists()
+                )
+                assert re.search(r"@v\d+$", step.get("uses", "@v1"))
+    pythons = workflows["weekly"]["jobs"]["newest"]["strategy"]["matrix"]["python"]
+    assert all(isinstance(number, str) for number in pythons)  # 3.10 is no 3.1
+
+
+def test_issue_forms_ask_something():
+    for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert form["name"] and form["description"]
+        asked = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+        assert asked and len(set(asked)) == len(asked)
+        assert all(part["attributes"]["label"] for part in form["body"])
+
+
+def test_targets_that_are_named_exist():
+    assert {"test", "check", "lint", "format", "docs", "setup"} <= targets()
+    for path in WORDS:
+        for name in re.findall(r"`make ([a-z-]+)", path.read_text(encoding="utf-8")):
+            assert name in targets(), f"{path.name} names `make {name}`, which the Makefile has not"
+
+
+def test_hooks_do_what_make_lint_does():
+    (repo,) = yaml.safe_load(YAML[-1].read_text())["repos"]
+    hooks = [hook["entry"].split()[:2] for hook in repo["hooks"]]
+    lint = subprocess.run(["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert repo["repo"] == "local" and hooks == [
+        line.split()[:2] for line in lint.splitlines() if line.startswith(".venv/bin/ruff")
+    ]
+
+
+def test_a_citation_and_the_changes_name_this_version():
+    import notebooks
+
+    cfg = notebooks.settings()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == cfg["version"]
+    assert f"\n## {cfg['version']} · " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_a_bent_version_is_a_sentence(env):
