@@ -44,6 +44,14 @@ def _cosines(z: Tensor) -> Tensor:  # (n, d) -> (n, n)
         z = _unit(z)
         return z @ z.T
 
+
+def _check_views(a, b, least):
+    "Two float tables of one shape with enough rows"
+    check_floats(a, "a", "(b, d)")
+    check_like(check_floats(b, "b", "(b, d)"), "b", a.shape, a, "a")
+    why = "with one pair there is nothing to pick from"
+    check_whole(len(a), "the number of pairs", least, why=why)
+
 # %% ../../nbs/01_objectives/03_contrast.ipynb #e5784647
 @checked
 def nt_xent(
@@ -61,14 +69,6 @@ def nt_xent(
     refuse_nan(cosines.diagonal().sum(), a=a, b=b)
     partner = torch.arange(len(cosines), device=a.device).roll(len(a))  # row i of a, row i of b
     return cross_entropy((cosines / temperature).fill_diagonal_(-math.inf), partner)
-
-# %% ../../nbs/01_objectives/03_contrast.ipynb #a07dfa69
-def _check_views(a, b, least):
-    "Two float tables of one shape with enough rows"
-    check_floats(a, "a", "(b, d)")
-    check_like(check_floats(b, "b", "(b, d)"), "b", a.shape, a, "a")
-    why = "with one pair there is nothing to pick from"
-    check_whole(len(a), "the number of pairs", least, why=why)
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #395af8c2
 @checked
