@@ -10,6 +10,7 @@ __all__ = ['FASHION', 'ImageSet', 'check_set', 'to_float', 'read_idx', 'load_ima
 import gzip
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+# %% ../../nbs/02_data/01_images.ipynb #9303885e
 from foundation.core.checks import (
     check_callable,
     check_choice,
@@ -33,8 +35,28 @@ from foundation.core.checks import (
 from .sources import DataUnavailable, fetch, where
 
 # %% ../../nbs/02_data/01_images.ipynb #8bbc156f
-@dataclass(frozen=True)
-class ImageSet:
+class _Bytes:
+    "What a set of images can do"
+
+    def __post_init__(self):
+        for name, value in _check_fields(self).items():
+            object.__setattr__(self, name, value)  # arrays are tensors now, labels int64
+
+    def __repr__(self):
+        shape = "×".join(map(str, self.train_images.shape[1:]))
+        return (
+            f"ImageSet({self.name!r}: {len(self.train_images):,} train + "
+            f"{len(self.test_images):,} test images, {shape}, {len(self.classes)} classes,"
+            f" from {self.source})"
+        )
+
+    def floats(self, images: Tensor) -> Tensor:
+        "Standardised float images: about mean 0 and standard deviation 1 over the training set."
+        return to_float(images, self.mean, self.std)
+
+# %% ../../nbs/02_data/01_images.ipynb #1cf0563b
+@dataclass(frozen=True, repr=False)
+class ImageSet(_Bytes):
     """A labelled image set, as bytes: images (n, c, h, w) uint8, labels (n,) int64.
 
     Raises `TypeError`, `ValueError` for a set that cannot be trained on."""
@@ -48,27 +70,6 @@ class ImageSet:
     source: str  # where the files were found
     mean: float  # of the training pixels, on a scale from 0 to 1
     std: float
-
-    def __post_init__(self):
-        mean, std = _check_standard(self.mean, self.std)
-        plain = dict(classes=_check_names(self.classes), mean=mean, std=std)
-        for part in ("train", "test"):
-            names = f"{part}_images", f"{part}_labels"
-            plain |= zip(names, check_set(*(getattr(self, n) for n in names), len(self.classes)))
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)  # arrays are tensors now, labels int64
-
-    def __repr__(self):
-        c, h, w = self.train_images.shape[1:]
-        return (
-            f"ImageSet({self.name!r}: {len(self.train_images):,} train + "
-            f"{len(self.test_images):,} test images, "
-            f"{c}×{h}×{w}, {len(self.classes)} classes, from {self.source})"
-        )
-
-    def floats(self, images: Tensor) -> Tensor:
-        "Standardised float images: about mean 0 and standard deviation 1 over the training set."
-        return to_float(images, self.mean, self.std)
 
 # %% ../../nbs/02_data/01_images.ipynb #4f296ad7
 def check_set(
@@ -89,12 +90,21 @@ def check_set(
         )
     return images, labels
 
-
-def _check_names(classes):
-    "Names of classes as a tuple"
-    if not isinstance(classes, Sequence) or not all(isinstance(name, str) for name in classes):
-        raise TypeError(f"classes is {got(classes)}; expected the names of the classes, as strings")
-    return tuple(classes)
+# %% ../../nbs/02_data/01_images.ipynb #4f4967cb
+def _check_fields(data):
+    "The fields of a set as plain values: tensors, a tuple of names, numbers"
+    names = data.classes
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"classes is {got(names)}; expected the names of the classes, as strings")
+    mean, std = _check_standard(data.mean, data.std)
+    train = check_set(data.train_images, data.train_labels, len(names))
+    test = check_set(data.test_images, data.test_labels, len(names))
+    return dict(
+        zip(("train_images", "train_labels", "test_images", "test_labels"), train + test),
+        classes=tuple(names),
+        mean=mean,
+        std=std,
+    )
 
 
 def _check_standard(mean, std):
@@ -116,20 +126,10 @@ def to_float(
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 # %% ../../nbs/02_data/01_images.ipynb #d826450f
-FASHION = (
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
+_NAMES = "T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot"
+FASHION = tuple(_NAMES.split(", "))
 
-
+# %% ../../nbs/02_data/01_images.ipynb #b302a614
 @checked
 def read_idx(path: Path | str) -> np.ndarray:  # uint8, as many axes as the file says
     """Read an IDX file, plain or gzipped.
@@ -193,8 +193,6 @@ def load_images(
     except DataUnavailable as error:
         if not fallback:
             raise
-        import warnings
-
         warnings.warn(
             f"{name} is not to be had, so the 8×8 DIGITS of scikit-learn stand in for it "
             f"and every figure will differ from the text. {error}",
@@ -203,26 +201,16 @@ def load_images(
         return load_images("digits")
     tensors = [torch.from_numpy(np.array(p)) for p in parts]
     pixels = tensors[0].float() / 255
-    return ImageSet(
-        *tensors,
-        classes,
-        name,
-        source,
-        round(pixels.mean().item(), 4),
-        round(pixels.std().item(), 4),
-    )
+    standard = (round(x.item(), 4) for x in (pixels.mean(), pixels.std()))
+    return ImageSet(*tensors, classes, name, source, *standard)
 
 # %% ../../nbs/02_data/01_images.ipynb #f31cebda
 def _fashion_mnist():
     files = fetch("fashion_mnist")
-    x, y, test_x, test_y = (
-        read_idx(files[k]) for k in ("train_images", "train_labels", "test_images", "test_labels")
-    )
-    return (
-        (x[:, None], y.astype(np.int64), test_x[:, None], test_y.astype(np.int64)),
-        FASHION,
-        where("fashion_mnist").place or "cache",
-    )
+    x, y = read_idx(files["train_images"]), read_idx(files["train_labels"])
+    test_x, test_y = read_idx(files["test_images"]), read_idx(files["test_labels"])
+    parts = x[:, None], y.astype(np.int64), test_x[:, None], test_y.astype(np.int64)
+    return parts, FASHION, where("fashion_mnist").place or "cache"
 
 
 def _digits():
@@ -230,14 +218,10 @@ def _digits():
 
     x, y = load_digits(return_X_y=True)
     x = (x.reshape(-1, 1, 8, 8) * (255 / 16)).round().astype(np.uint8).repeat(3, 2).repeat(3, 3)
-    x = np.pad(x, ((0, 0), (0, 0), (2, 2), (2, 2)))
+    x, y = np.pad(x, ((0, 0), (0, 0), (2, 2), (2, 2))), y.astype(np.int64)
     order = np.random.default_rng(0).permutation(len(x))
     a, b = order[:1397], order[1397:]
-    return (
-        (x[a], y[a].astype(np.int64), x[b], y[b].astype(np.int64)),
-        tuple("0123456789"),
-        "scikit-learn",
-    )
+    return (x[a], y[a], x[b], y[b]), tuple("0123456789"), "scikit-learn"
 
 
 _loaders = dict(fashion_mnist=_fashion_mnist, digits=_digits)
@@ -248,9 +232,7 @@ def few_labels(
     labels: Tensor | Sequence,  # (n,) labels of the whole training set, whole numbers from 0 on
     count: int,  # how many examples to draw in all
     seed: int = 0,
-) -> (
-    Tensor
-):  # (count,) indices, the same number from each class (one more for some if it does not divide)
+) -> Tensor:  # (count,) indices, as many of each class, or one more where it does not divide
     """Indices of a balanced, seeded draw.
 
     A larger draw with the same seed holds the smaller one, class by class.
@@ -267,7 +249,29 @@ def few_labels(
     turns = [pile[i : i + 1] for i in range(min(count, max(map(len, piles)))) for pile in piles]
     return torch.cat(turns)[:count]
 
+# %% ../../nbs/02_data/01_images.ipynb #c9c80e81
+def _generator(seed):
+    "Random numbers of their own, whatever else draws some"
+    return torch.Generator().manual_seed(check_whole(seed, "seed", -(2**63), 2**64 - 1))
 
+
+def _check_shares(parts):
+    "Positive shares that add up to 1"
+    parts = [check_number(part, "a part", above=0) for part in parts]
+    if abs(sum(parts) - 1) > 1e-6:
+        raise ValueError(f"the parts are {parts}; expected positive shares that add up to 1")
+    return parts
+
+
+def _check_groups(groups, count):
+    "Whole numbers, one for each example"
+    if groups.shape != (count,) or groups.is_floating_point() or groups.is_complex():
+        raise ValueError(
+            f"groups is {got(groups)}; expected whole numbers ({count},), one for each example"
+        )
+    return groups.cpu()
+
+# %% ../../nbs/02_data/01_images.ipynb #80af2d2b
 @checked
 def split(
     count: int,  # number of examples
@@ -282,9 +286,7 @@ def split(
         names, group = _check_groups(groups, count).unique(return_inverse=True)
         return [torch.isin(group, side).nonzero()[:, 0] for side in split(len(names), parts, seed)]
     check_whole(count, "count", 1, 2**33, why="an order has 8 bytes an example")
-    parts = [check_number(part, "a part", above=0) for part in parts]
-    if abs(sum(parts) - 1) > 1e-6:
-        raise ValueError(f"the parts are {parts}; expected positive shares that add up to 1")
+    parts = _check_shares(parts)
     order = torch.randperm(count, generator=_generator(seed))
     ends = [round(count * sum(parts[: i + 1])) for i in range(len(parts))]
     pieces = [order[a:b] for a, b in zip([0, *ends], ends)]
@@ -294,19 +296,6 @@ def split(
         )
     return pieces
 
-
-def _generator(seed):
-    return torch.Generator().manual_seed(check_whole(seed, "seed", -(2**63), 2**64 - 1))
-
-
-def _check_groups(groups, count):
-    "Whole numbers, one for each example"
-    if groups.shape != (count,) or groups.is_floating_point() or groups.is_complex():
-        raise ValueError(
-            f"groups is {got(groups)}; expected whole numbers ({count},), one for each example"
-        )
-    return groups.cpu()
-
 # %% ../../nbs/02_data/01_images.ipynb #bb5b34fb
 @checked
 def duplicates(
@@ -314,17 +303,16 @@ def duplicates(
     others: Tensor,  # (m, c, h, w) uint8
 ) -> Tensor:  # indices of `images` that also stand, byte for byte, in `others`
     "Find leaks: images that are in both sets. Raises `TypeError`, `ValueError`."
-    check_images(images, kind="bytes"), check_images(others, "others", kind="bytes")
+    check_images(images, kind="bytes")
+    check_images(others, "others", kind="bytes")
     if others.shape[1:] != images.shape[1:]:
         raise ValueError(
             f"images are {tuple(images.shape[1:])}, others {tuple(others.shape[1:])}; "
             "expected one size, or no picture could be in both"
         )
     seen = {row.tobytes() for row in others.cpu().numpy()}
-    return torch.tensor(
-        [i for i, row in enumerate(images.cpu().numpy()) if row.tobytes() in seen],
-        dtype=torch.int64,
-    )
+    found = [i for i, row in enumerate(images.cpu().numpy()) if row.tobytes() in seen]
+    return torch.tensor(found, dtype=torch.int64)
 
 # %% ../../nbs/02_data/01_images.ipynb #0fc10a87
 class ImageDataset(Dataset):
@@ -338,16 +326,7 @@ class ImageDataset(Dataset):
         labels,  # sequence of whole numbers, as long; int64 if they are a tensor or array
         transform=None,  # called on each image
     ):
-        counts = _length(images, "images"), _length(labels, "labels")
-        if counts[0] != counts[1]:
-            raise ValueError(
-                f"got {counts[0]} images and {counts[1]} labels; expected as many of one "
-                "as of the other"
-            )
-        if transform is not None:
-            check_callable(transform, "transform", "one image")
-        if isinstance(labels, (Tensor, np.ndarray)):
-            labels = check_labels(labels)
+        labels = _check_dataset(images, labels, transform)
         self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self):
@@ -355,19 +334,28 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, item):
         image = self.images[item]
-        return {
-            "image": self.transform(image) if self.transform else image,
-            "label": self.labels[item],
-        }
+        if self.transform:
+            image = self.transform(image)
+        return {"image": image, "label": self.labels[item]}
 
+# %% ../../nbs/02_data/01_images.ipynb #6e7cab28
+def _check_dataset(images, labels, transform):
+    "The labels, int64 if they are a tensor; or the sentence for what makes no dataset"
+    counts = _length(images, "images"), _length(labels, "labels")
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"got {counts[0]} images and {counts[1]} labels; expected as many of one as of the"
+            " other"
+        )
+    if transform is not None:
+        check_callable(transform, "transform", "one image")
+    return check_labels(labels) if isinstance(labels, (Tensor, np.ndarray)) else labels
 
+# %% ../../nbs/02_data/01_images.ipynb #eb6bd468
 def _length(items, name):
     "How many there are, at least one; the sentence for what cannot be counted and indexed"
-    counted = (
-        hasattr(items, "__getitem__")
-        and hasattr(items, "__len__")
-        and not isinstance(items, (Mapping, type))
-    )
+    counted = hasattr(items, "__getitem__") and hasattr(items, "__len__")
+    counted = counted and not isinstance(items, (Mapping, type))
     if not counted or getattr(items, "ndim", 1) == 0:
         raise TypeError(f"{name} is {got(items)}; expected a sequence")
     if len(items) == 0:

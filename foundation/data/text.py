@@ -11,7 +11,7 @@ import html
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,12 +21,15 @@ from ..core.checks import check_choice, check_labels, check_number, checked, got
 from .sources import SOURCES, fetch
 
 # %% ../../nbs/02_data/02_text.ipynb #02832e91
-FIELDS = """adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition
-noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person
-noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state noun.substance
-noun.time verb.body verb.change verb.cognition verb.communication verb.competition verb.consumption verb.contact
-verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather
-adj.ppl""".split()  # in WordNet's own numbering
+FIELDS = """
+adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body
+noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location
+noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process
+noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change
+verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation
+verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather
+adj.ppl
+""".split()  # in WordNet's own numbering
 
 # %% ../../nbs/02_data/02_text.ipynb #4ebfa59b
 @dataclass(frozen=True)
@@ -53,18 +56,30 @@ def read_glosses(
             try:
                 glosses.append(_gloss(line))
             except (ValueError, IndexError):
-                raise ValueError(
-                    f"{name} is not a data file of WordNet: line {i} is {line[:60]!r}; "
-                    "expected one that `fetch('glosses')` gives"
-                ) from None
+                raise _no_wordnet(name, f"line {i} is {line[:60]!r}") from None
     if not glosses:
-        raise ValueError(
-            f"{name} is not a data file of WordNet: it holds no meaning; "
-            "expected one that `fetch('glosses')` gives"
-        )
+        raise _no_wordnet(name, "it holds no meaning")
     return glosses
 
+# %% ../../nbs/02_data/02_text.ipynb #a6f3c474
+def _gloss(line):
+    "One line as a meaning; `ValueError`, `IndexError` if it is none"
+    head, gloss = line.split(" | ", 1)
+    number, field_number, _, count, *rest = head.split()
+    if not re.fullmatch(r"\d{8} \d\d [0-9a-f]{2}", f"{number} {field_number} {count}", re.ASCII):
+        raise ValueError
+    cut = 2 * int(count, 16)
+    words, senses, ties = rest[:cut:2], rest[1:cut:2], rest[cut:]  # a digit tells senses apart
+    if not words or not all(re.fullmatch("[0-9a-f]", sense) for sense in senses):
+        raise ValueError
+    if not re.fullmatch(r"\d{3}", ties[0]) or len(ties) < 1 + 4 * int(ties[0]):
+        raise ValueError  # what other meanings it is tied to, four entries each
+    definition, *_ = re.split(r'(?:^|[;:,]\s*)"', gloss.strip(), maxsplit=1)
+    examples = tuple(re.findall(r'[;:,]\s*"([^"]*)"', gloss))
+    words = tuple(word.replace("_", " ") for word in words)
+    return Gloss(words, FIELDS[int(field_number)], definition.strip(" ;:,"), examples)
 
+# %% ../../nbs/02_data/02_text.ipynb #90f477b2
 def _lines(path, name):
     "The lines of a text file, or a sentence instead of an errno"
     if not os.path.isfile(path):
@@ -81,42 +96,14 @@ def _lines(path, name):
         ) from None
 
 
-def _gloss(line):
-    head, gloss = line.split(" | ", 1)
-    number, field_number, _, count, *rest = head.split()
-    if not re.fullmatch(r"\d{8} \d\d [0-9a-f]{2}", f"{number} {field_number} {count}", re.ASCII):
-        raise ValueError
-    words, rest = (
-        rest[: 2 * int(count, 16)],
-        rest[2 * int(count, 16) :],
-    )  # each with a digit that tells senses apart
-    if (
-        not words
-        or not all(re.fullmatch("[0-9a-f]", sense) for sense in words[1::2])
-        or not re.fullmatch(r"\d{3}", rest[0])
-    ):
-        raise ValueError
-    if len(rest) < 1 + 4 * int(rest[0]):  # what other meanings it is tied to, four entries each
-        raise ValueError
-    definition, *_ = re.split(r'(?:^|[;:,]\s*)"', gloss.strip(), maxsplit=1)
-    examples = tuple(re.findall(r'[;:,]\s*"([^"]*)"', gloss))
-    words = tuple(word.replace("_", " ") for word in words[::2])
-    return Gloss(words, FIELDS[int(field_number)], definition.strip(" ;:,"), examples)
+def _no_wordnet(name, why):
+    return ValueError(
+        f"{name} is not a data file of WordNet: {why}; expected one that `fetch('glosses')` gives"
+    )
 
 # %% ../../nbs/02_data/02_text.ipynb #3d02eb93
-@dataclass(frozen=True)
-class TextSet:
-    """Texts with labels.
-
-    Texts of one group (sentences of one article, say) belong on the same side of a split.
-    Raises `TypeError`, `ValueError` for what does not fit together."""
-
-    name: str
-    texts: tuple[str, ...]  # n
-    labels: Tensor  # (n,) int64
-    classes: tuple[str, ...]  # k names
-    groups: tuple[str, ...] = field(repr=False)  # n
-    licence: str = ""
+class _Texts:
+    "What a set of texts can do"
 
     def __post_init__(self):
         for name in ("texts", "classes", "groups"):
@@ -135,21 +122,27 @@ class TextSet:
     def __repr__(self):
         return f"TextSet({self.name}: {len(self):,} texts, {len(self.classes)} classes)"
 
+# %% ../../nbs/02_data/02_text.ipynb #c5433197
+@dataclass(frozen=True, repr=False)
+class TextSet(_Texts):
+    """Texts with labels.
+
+    Texts of one group (sentences of one article, say) belong on the same side of a split.
+    Raises `TypeError`, `ValueError` for what does not fit together."""
+
+    name: str
+    texts: tuple[str, ...]  # n
+    labels: Tensor  # (n,) int64
+    classes: tuple[str, ...]  # k names
+    groups: tuple[str, ...]  # n
+    licence: str = ""
+
     def take(self, indices: Sequence[int] | Tensor) -> "TextSet":
         "The set of the texts with these indices. Raises `TypeError`, `ValueError`, `IndexError`."
         indices = _check_indices(indices, len(self))
-
-        def pick(values):
-            return tuple(values[i] for i in indices.tolist())
-
-        return TextSet(
-            self.name,
-            pick(self.texts),
-            self.labels[indices],
-            self.classes,
-            pick(self.groups),
-            self.licence,
-        )
+        texts = tuple(self.texts[i] for i in indices.tolist())
+        groups = tuple(self.groups[i] for i in indices.tolist())
+        return replace(self, texts=texts, labels=self.labels[indices], groups=groups)
 
 # %% ../../nbs/02_data/02_text.ipynb #9f32a4d9
 def _check_texts(texts, name):
@@ -163,7 +156,7 @@ def _check_texts(texts, name):
         )
     return tuple(texts)
 
-
+# %% ../../nbs/02_data/02_text.ipynb #d08416f9
 def _check_indices(indices, count):
     "Whole numbers (n,) that are places in a set of `count`, also counted from its end"
     try:
@@ -172,12 +165,8 @@ def _check_indices(indices, count):
         raise TypeError(f"indices is {got(indices)}; expected whole numbers") from None
     if not indices.numel():
         raise ValueError("there are no indices; expected at least one")
-    if (
-        indices.ndim != 1
-        or indices.is_floating_point()
-        or indices.is_complex()
-        or indices.dtype == torch.bool
-    ):
+    odd = indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool
+    if indices.ndim != 1 or odd:
         raise TypeError(
             f"indices is {got(indices)}; expected whole numbers (n,), "
             "as mask.nonzero()[:, 0] makes of a mask"
@@ -209,7 +198,7 @@ def _collect(name, rows, classes, licence):
         name, texts, torch.tensor([index[k] for k in labels]), tuple(classes), groups, licence
     )
 
-
+# %% ../../nbs/02_data/02_text.ipynb #fd9f8b73
 def _choose(parts, source):
     "Names of parts of a source, each once"
     parts = (parts,) if isinstance(parts, str) else tuple(parts)
@@ -230,9 +219,9 @@ def glosses(
 
     WordNet 3.0, Princeton; keep its notice."""
     parts, files = _choose(parts, "glosses"), fetch("glosses")
-    meanings = [
-        gloss for part in parts for gloss in read_glosses(files[part]) if gloss.field != "noun.Tops"
-    ]  # 51 roots of the hierarchy: no field of meaning
+    meanings = [gloss for part in parts for gloss in read_glosses(files[part])]
+    # 51 roots of the hierarchy have no field of meaning
+    meanings = [gloss for gloss in meanings if gloss.field != "noun.Tops"]
     present = {gloss.field for gloss in meanings}
     classes = [name for name in FIELDS if name in present]
     rows = ((gloss.definition, gloss.field, None) for gloss in meanings)
@@ -247,7 +236,7 @@ class Snippet:
     valence: float  # mean rating, −4 … 4
     document: str | None  # that it is a sentence of; None if it stands alone
 
-
+# %% ../../nbs/02_data/02_text.ipynb #65c3ac0d
 @checked
 def read_snippets(
     path: Path | str,  # a file of number, mean rating and text
@@ -282,23 +271,17 @@ def reviews(
     parts = _choose(parts, "reviews")
     if task == "genre" and len(parts) < 2:
         raise ValueError(f"genre needs two or more parts to tell apart, got {', '.join(parts)}")
-    files = fetch("reviews")
-    rows = [(row, part) for part in parts for row in read_snippets(files[part])]
-    if task == "sentiment":
-        rows = [(row, part) for row, part in rows if row.valence and abs(row.valence) >= margin]
-    classes = ("negative", "positive") if task == "sentiment" else parts
-    label = (
-        (lambda row, part: classes[row.valence > 0])
-        if task == "sentiment"
-        else (lambda row, part: part)
-    )
-    named = (
-        (row.text, label(row, part), row.document and f"{part} {row.document}")
-        for row, part in rows
-    )
-    return _collect(
-        f"reviews ({task}: {', '.join(parts)})", named, classes, SOURCES["reviews"].licence
-    )
+    classes = parts if task == "genre" else ("negative", "positive")
+    files, rows = fetch("reviews"), []
+    for part in parts:
+        for row in read_snippets(files[part]):
+            group = row.document and f"{part} {row.document}"
+            if task == "genre":
+                rows.append((row.text, part, group))
+            elif row.valence and abs(row.valence) >= margin:
+                rows.append((row.text, classes[row.valence > 0], group))
+    name = f"reviews ({task}: {', '.join(parts)})"
+    return _collect(name, rows, classes, SOURCES["reviews"].licence)
 
 # %% ../../nbs/02_data/02_text.ipynb #d2e37ddb
 @checked
@@ -318,8 +301,7 @@ def split_texts(
     return data.take((~is_test).nonzero()[:, 0]), data.take(is_test.nonzero()[:, 0])
 
 
-def _lot(text):  # a number in [0, 1) that depends on the text alone
-    return (
-        int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-        / 2**64
-    )
+def _lot(text):
+    "A number in [0, 1) that depends on the text alone"
+    drawn = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(drawn[:8], "big") / 2**64
