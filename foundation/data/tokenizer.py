@@ -22,30 +22,22 @@ from ..core.basics import atomic_write
 from ..core.checks import check_whole, checked, got
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #ab02002f
-_SHOWN = [
-    *range(33, 127),
-    *range(161, 173),
-    *range(174, 256),
-]  # bytes that are visible letters in Latin-1
+# bytes that are visible letters in Latin-1
+_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
 _BYTES = [bytes([byte]) for byte in _SHOWN + _HIDDEN]  # in GPT-2's order
-_LETTERS = {
-    **{byte: chr(byte) for byte in _SHOWN},
-    **{byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)},
-}
+_LETTERS = {byte: chr(byte) for byte in _SHOWN}
+_LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
 
 
 @checked
-def show_token(
-    token: bytes,
-) -> str:
+def show_token(token: bytes) -> str:
     "Bytes in GPT-2's visible letters, one each. Raises `TypeError` for what is not bytes."
     return "".join(_LETTERS[byte] for byte in token)
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #5078a15b
-_SPACE = (  # white space, as Unicode has it
-    r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-)
+# white space, as Unicode has it
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
 @cache
@@ -62,9 +54,7 @@ def _pattern() -> re.Pattern:
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #a9e8fc73
 @checked
-def split_words(
-    text: str,
-) -> list[str]:  # pieces that together are the text
+def split_words(text: str) -> list[str]:  # pieces that together are the text
     "Cut a text into words, each with the blank before it. Raises `TypeError` for no text."
     return _pattern().findall(text)
 
@@ -99,43 +89,50 @@ def find_merges(
     """Byte-pair encoding: glue the commonest pair, again and again, while some pair occurs twice.
 
     Sennrich et al. 2016. Raises `TypeError`, `ValueError` for counts or a size that are none."""
-    size, rows, times = check_whole(size, "size", 256, why="the bytes alone"), [], []
-    for word, count in counts.items():
-        rows.append([bytes([b]) for b in _utf8(_word(word))])
-        times.append(check_whole(count, f"the count of {got(word)}", 0))
+    size = check_whole(size, "size", 256, why="the bytes alone")
+    rows, times, pairs, where = _start(counts)
     number, merges = {token: n for n, token in enumerate(_BYTES)}, {}
-    pairs, where = Counter(), defaultdict(set)  # how often, and in which words
-    for i, row in enumerate(rows):
-        _count(row, i, times[i], pairs, where)
-
-    def entry(p):
-        return (-pairs[p], number[p[0]], number[p[1]], p)  # of equals, the older first
-
-    heap = [entry(pair) for pair in pairs]
+    heap = [_entry(pair, pairs, number) for pair in pairs]
     heapify(heap)
     while heap and len(number) < size:
         n, *_, pair = heappop(heap)
-        if pairs[pair] != -n:
-            heappush(heap, entry(pair))
-        elif -n < 2:
+        if pairs[pair] == -n < 2:
             break
-        else:
-            merges[pair] = number.setdefault(pair[0] + pair[1], len(number))
-            for changed in _apply(pair, rows, times, pairs, where):
-                heappush(heap, entry(changed))
+        if pairs[pair] != -n:
+            heappush(heap, _entry(pair, pairs, number))
+            continue
+        merges[pair] = number.setdefault(pair[0] + pair[1], len(number))
+        for changed in _apply(pair, rows, times, pairs, where):
+            heappush(heap, _entry(changed, pairs, number))
     return list(merges)
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #bc2c07a5
-def _word(word):
-    if not isinstance(word, str):
-        raise TypeError(f"counts hold {got(word)}; expected words (str) and how often each occurs")
-    return word
+def _start(counts):
+    "Words as rows of bytes, how often each occurs, how often each pair, and in which words"
+    rows, times = [], []
+    pairs, where = Counter(), defaultdict(set)
+    for i, (word, count) in enumerate(counts.items()):
+        rows.append([bytes([b]) for b in _utf8(_word(word))])
+        times.append(check_whole(count, f"the count of {got(word)}", 0))
+        _count(rows[i], i, times[i], pairs, where)
+    return rows, times, pairs, where
 
 
 def _count(row, i, n, pairs, where):
     for pair in zip(row, row[1:]):
         pairs[pair] += n
         where[pair].add(i)
+
+
+def _word(word):
+    if not isinstance(word, str):
+        raise TypeError(f"counts hold {got(word)}; expected words (str) and how often each occurs")
+    return word
+
+# %% ../../nbs/02_data/03_tokenizer.ipynb #76675de6
+def _entry(pair, pairs, number):
+    "What the heap sorts by: the commonest pair first, and of equals the older"
+    return (-pairs[pair], number[pair[0]], number[pair[1]], pair)
 
 
 def _apply(pair, rows, times, pairs, where):
@@ -173,38 +170,24 @@ def _cut(
     return [token for token in row if token]
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #2de7ea27
+_NONE = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+_FALSE = ("fuse_unk", "byte_fallback", "ignore_merges")
+
+
 def _to_json(t) -> str:
     "The file format of `tokenizers`: model, special tokens, and byte level before and after"
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     names = [*t.special, *map(show_token, t.tokens)]
-    model = dict(
-        type="BPE",
-        dropout=None,
-        unk_token=None,
-        continuing_subword_prefix=None,
-        end_of_word_suffix=None,
-        fuse_unk=False,
-        byte_fallback=False,
-        ignore_merges=False,
+    model = dict(type="BPE", **dict.fromkeys(_NONE), **dict.fromkeys(_FALSE, False))
+    model |= dict(
         vocab={name: n for n, name in enumerate(names)},
         merges=[[show_token(a), show_token(b)] for a, b in t.merges],
     )
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=n, content=name, **flags) for name, n in t.special.items()]
-    return json.dumps(
-        dict(
-            version="1.0",
-            truncation=None,
-            padding=None,
-            added_tokens=added,
-            normalizer=None,
-            pre_tokenizer=level,
-            post_processor=None,
-            decoder=level,
-            model=model,
-        ),
-        ensure_ascii=False,
-    )
+    file = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None)
+    file |= dict(pre_tokenizer=level, post_processor=None, decoder=level, model=model)
+    return json.dumps(file, ensure_ascii=False)
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #9e8dc2db
 def _from_json(raw: bytes, name: str, make):
@@ -213,9 +196,8 @@ def _from_json(raw: bytes, name: str, make):
     try:
         found = json.loads(raw.decode())
         special = [token["content"] for token in found["added_tokens"]]
-        merges = [
-            [bytes(byte[c] for c in part) for part in pair] for pair in found["model"]["merges"]
-        ]
+        pairs = found["model"]["merges"]
+        merges = [[bytes(byte[c] for c in part) for part in pair] for pair in pairs]
         made = make(merges, special)
         sound = json.loads(_to_json(made)) == found
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -229,7 +211,7 @@ def _from_json(raw: bytes, name: str, make):
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #b691c328
 class _Files:
-    "How a tokenizer is kept and handed over"
+    "How a tokenizer is kept"
 
     @checked
     def save(self, path: Path | str) -> Path:
@@ -250,6 +232,17 @@ class _Files:
             raise FileNotFoundError(f"{path.name or path} is no file; `Tokenizer.save` writes one")
         return _from_json(path.read_bytes(), path.name, cls)
 
+# %% ../../nbs/02_data/03_tokenizer.ipynb #63d0d353
+class _Library(_Files):
+    "How a tokenizer is shown and handed over"
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.special) + len(self.tokens)
+
+    def __repr__(self):
+        return f"Tokenizer({self.vocab_size:,} tokens, {len(self.special)} of them special)"
+
     @checked
     def fast(
         self,
@@ -263,36 +256,8 @@ class _Files:
         return made
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #582b21bb
-SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[EOS]")
-
-
-class Tokenizer(_Files):
-    "Text to numbers and back: special tokens come first, then 256 bytes, then what was glued."
-
-    @checked
-    def __init__(
-        self,
-        merges: Iterable[tuple[bytes, bytes]],  # as `find_merges` gives them
-        special: Sequence[str] = SPECIAL,  # names of tokens that are no text
-    ):
-        self.merges = _check_merges(merges)
-        self.tokens = list(dict.fromkeys(_BYTES + [a + b for a, b in self.merges]))
-        self.special = {name: n for n, name in enumerate(_check_special(special, set(self.tokens)))}
-        self._number = {token: n for n, token in enumerate(self.tokens, len(self.special))}
-        longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
-        self._names = re.compile(f"({'|'.join(longest_first)})") if special else None
-        self._rank = {pair: i for i, pair in enumerate(self.merges)}
-        self._known = {}  # words already encoded
-
-    def __getstate__(self):  # what was remembered on the way is no part of it
-        return self.__dict__ | {"_known": {}}
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.special) + len(self.tokens)
-
-    def __repr__(self):
-        return f"Tokenizer({self.vocab_size:,} tokens, {len(self.special)} of them special)"
+class _Encoding(_Library):
+    "How text becomes numbers"
 
     @checked
     def encode(
@@ -303,10 +268,22 @@ class Tokenizer(_Files):
         "Text to numbers. Raises `TypeError` for no text, `ValueError` for half a character."
         if not special or not self.special:
             return [n for word in split_words(text) for n in self._encode_word(word)]
-        parts = self._names.split(text)
-        return [
-            n for p in parts for n in ([self.special[p]] if p in self.special else self.encode(p))
-        ]
+        ids = []
+        for part in self._names.split(text):
+            ids += [self.special[part]] if part in self.special else self.encode(part)
+        return ids
+
+    def _encode_word(self, word):
+        "The tokens of a word, found once and then remembered"
+        if (found := self._known.get(word)) is None:
+            if len(self._known) >= 100_000:
+                self._known.clear()
+            found = self._known[word] = [self._number[token] for token in _cut(word, self._rank)]
+        return found
+
+# %% ../../nbs/02_data/03_tokenizer.ipynb #0caba689
+class _Decoding(_Encoding):
+    "How numbers become text"
 
     @checked
     def decode(
@@ -326,12 +303,30 @@ class Tokenizer(_Files):
         ids = [check_whole(n, "a token", 0, len(pieces) - 1) for n in ids]
         return b"".join(pieces[n] for n in ids).decode(errors="replace")
 
-    def _encode_word(self, word):  # found once and then remembered
-        if (found := self._known.get(word)) is None:
-            if len(self._known) >= 100_000:
-                self._known.clear()
-            found = self._known[word] = [self._number[token] for token in _cut(word, self._rank)]
-        return found
+# %% ../../nbs/02_data/03_tokenizer.ipynb #c8bfff06
+SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[EOS]")
+
+
+class Tokenizer(_Decoding):
+    "Text to numbers and back: special tokens come first, then 256 bytes, then what was glued."
+
+    @checked
+    def __init__(
+        self,
+        merges: Iterable[tuple[bytes, bytes]],  # as `find_merges` gives them
+        special: Sequence[str] = SPECIAL,  # names of tokens that are no text
+    ):
+        self.merges = _check_merges(merges)
+        self.tokens = list(dict.fromkeys(_BYTES + [a + b for a, b in self.merges]))
+        self.special = {name: n for n, name in enumerate(_check_special(special, set(self.tokens)))}
+        self._number = {token: n for n, token in enumerate(self.tokens, len(self.special))}
+        longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
+        self._names = re.compile(f"({'|'.join(longest_first)})") if special else None
+        self._rank = {pair: i for i, pair in enumerate(self.merges)}
+        self._known = {}  # words already encoded
+
+    def __getstate__(self):  # what was remembered is no part of it
+        return self.__dict__ | {"_known": {}}
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #b6edbd8c
 def _check_merges(merges):
@@ -348,7 +343,7 @@ def _check_merges(merges):
         seen.add(pair[0] + pair[1])
     return merges
 
-
+# %% ../../nbs/02_data/03_tokenizer.ipynb #bcfe1017
 def _check_special(special, tokens):
     "Names that differ from one another and from what a file calls the text's tokens"
     if isinstance(special, str):
