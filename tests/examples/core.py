@@ -285,6 +285,8 @@ EXAMPLES = {
 SKIP = {
     "core.plots.PALETTE": "a constant",
     "core.plots.render": "needs a figure of matplotlib, which `draw` makes",
+    "core.files.PATH": "a constant",
+    "core.files.check_kind": "a check inside others",
     "core.exercises.CALLOUT": "a pattern",
     "core.checks.check_like": "a check inside others, of tensors that are tensors",
     "core.checks.check_rows": "a check inside others",
