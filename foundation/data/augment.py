@@ -47,32 +47,12 @@ def sample_boxes(
     return boxes.to(images.dtype)
 
 # %% ../../nbs/02_data/04_augment.ipynb #bea29c51
-@dataclass(frozen=True)
-class Augment:
-    """Random crop, flip, light and erasing for a batch of images, each image with its own numbers.
-
-    Raises `TypeError`, `ValueError` for ranges that make no sense."""
-
-    area: tuple[float, float] = (0.3, 1.0)  # share of the image's area that a crop keeps
-    aspect: float = 4 / 3  # crops are up to this much wider or taller than the image
-    flip: float = 0.5  # chance of a mirror image
-    contrast: float = 0.4  # contrast factor is drawn from 1 ± this
-    brightness: float = 0.4  # likewise
-    erase: float = 0.0  # chance that a random box is blanked
-    mean: float = 0.0  # of the pixels from 0 to 1: subtracted at the end
-    std: float = 1.0
+class _Augmenting:
+    "What ranges are for: they are checked once, and a batch is drawn from them"
 
     def __post_init__(self):
-        object.__setattr__(self, "area", _check_area(self.area))
-        check_number(self.aspect, "aspect", 1, 1000)
-        check_shares(
-            flip=self.flip, contrast=self.contrast, brightness=self.brightness, erase=self.erase
-        )
-        check_number(self.mean, "mean", -1e9, 1e9), check_number(self.std, "std", 1e-9, 1e9)
-        for name in ("aspect", "flip", "contrast", "brightness", "erase", "mean", "std"):
-            object.__setattr__(
-                self, name, float(getattr(self, name))
-            )  # NumPy's numbers become plain
+        for name, value in _check_ranges(self).items():
+            object.__setattr__(self, name, value)  # NumPy's numbers become plain
 
     @torch.no_grad()
     @checked
@@ -88,26 +68,38 @@ class Augment:
             x = x * _erase_mask(x, u[7] < self.erase, generator)
         return (x - self.mean) / self.std
 
+# %% ../../nbs/02_data/04_augment.ipynb #334339a4
+@dataclass(frozen=True)
+class Augment(_Augmenting):
+    """Random crop, flip, light and erasing for a batch of images, each image with its own numbers.
+
+    Raises `TypeError`, `ValueError` for ranges that make no sense."""
+
+    area: tuple[float, float] = (0.3, 1.0)  # share of the image's area that a crop keeps
+    aspect: float = 4 / 3  # crops are up to this much wider or taller than the image
+    flip: float = 0.5  # chance of a mirror image
+    contrast: float = 0.4  # contrast factor is drawn from 1 ± this
+    brightness: float = 0.4  # likewise
+    erase: float = 0.0  # chance that a random box is blanked
+    mean: float = 0.0  # of the pixels from 0 to 1: subtracted at the end
+    std: float = 1.0
+
 # %% ../../nbs/02_data/04_augment.ipynb #3d6570e0
-def _crop(ranges: Augment, x: Tensor, u: Tensor) -> Tensor:  # (b, c, h, w), (8, b) -> (b, c, h, w)
+# both take the ranges, pictures (b, c, h, w) and numbers (8, b) from 0 to 1, and give pictures
+def _crop(ranges: Augment, x: Tensor, u: Tensor) -> Tensor:
     "One random box out of each picture, mirrored or not, at the size of the picture."
     low, high = ranges.area
     area = low + (high - low) * u[0]
     ratio = torch.exp((2 * u[1] - 1) * torch.log(torch.tensor(ranges.aspect)).item() / 2)
-    halves = torch.stack(
-        [(area.sqrt() * ratio).clamp(max=1), (area.sqrt() / ratio).clamp(max=1)], 1
-    )
-    halves = torch.maximum(halves, low / halves.flip(1)).clamp(
-        max=1
-    )  # one side cut off: the other makes up
+    halves = torch.stack([area.sqrt() * ratio, area.sqrt() / ratio], 1).clamp(max=1)
+    # where one side was cut off, the other makes up
+    halves = torch.maximum(halves, low / halves.flip(1)).clamp(max=1)
     centers = (2 * u[2:4].T - 1) * (1 - halves)
     mirror = 1 - 2 * (u[4] < ranges.flip).float()
     return sample_boxes(x, centers, halves * torch.stack([mirror, torch.ones_like(mirror)], 1))
 
 
-def _relight(
-    ranges: Augment, x: Tensor, u: Tensor
-) -> Tensor:  # (b, c, h, w), (8, b) -> (b, c, h, w)
+def _relight(ranges: Augment, x: Tensor, u: Tensor) -> Tensor:
     "Brighter or darker, then away from the picture's mean or towards it."
     light = 1 + ranges.brightness * (2 * u[5] - 1)
     gain = 1 + ranges.contrast * (2 * u[6] - 1)
@@ -116,6 +108,18 @@ def _relight(
     return ((x - middle) * gain[:, None, None, None] + middle).clamp_(0, 1)
 
 # %% ../../nbs/02_data/04_augment.ipynb #61ab8f3b
+def _check_ranges(ranges):
+    "The fields of an `Augment` as plain numbers"
+    shares = {name: getattr(ranges, name) for name in ("flip", "contrast", "brightness", "erase")}
+    area = _check_area(ranges.area)
+    check_number(ranges.aspect, "aspect", 1, 1000)
+    check_shares(**shares)
+    check_number(ranges.mean, "mean", -1e9, 1e9)
+    check_number(ranges.std, "std", 1e-9, 1e9)
+    numbers = dict(shares, aspect=ranges.aspect, mean=ranges.mean, std=ranges.std)
+    return dict(area=area, **{name: float(value) for name, value in numbers.items()})
+
+
 def _check_area(area):
     "Two plain numbers, 0 < low <= high <= 1"
     if not isinstance(area, Sequence) or isinstance(area, str) or len(area) != 2:
@@ -125,7 +129,7 @@ def _check_area(area):
         raise ValueError(f"area is {low, high}; expected 0 < low <= high <= 1")
     return low, high
 
-
+# %% ../../nbs/02_data/04_augment.ipynb #4dccc897
 def _as_floats(images, generator):
     "Floats from 0 to 1 on the generator's device, or a sentence why not"
     check_images(images, kind=None if images.dtype == torch.uint8 else "floats")
@@ -145,7 +149,7 @@ def _as_floats(images, generator):
 
 # %% ../../nbs/02_data/04_augment.ipynb #498167ab
 def _erase_mask(x: Tensor, chosen: Tensor, generator) -> Tensor:
-    "1 where a pixel stays, 0 inside a random box of a quarter to a half of each side (only in the chosen images)"
+    "1 where a pixel stays, 0 inside a random box of ¼ to ½ of each side, in the chosen images"
     b, _, h, w = x.shape
     u = torch.rand(4, b, 1, device=x.device, generator=generator)
     inside = []
