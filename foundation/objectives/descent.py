@@ -13,6 +13,25 @@ from torch import Tensor, optim
 from ..core.checks import check_callable, check_floats, check_like, check_number
 from ..core.checks import check_whole, checked, got, precise, refuse_nan
 
+# %% ../../nbs/01_objectives/04_descent.ipynb #05149514
+def _check_update(weight, grad, state, shapes, **numbers):
+    "A weight, its gradient and the notes on it that fit each other, and numbers from 0 on"
+    check_floats(weight, "weight", "(...)")
+    check_like(check_floats(grad, "grad", "(...)"), "grad", weight.shape, weight, "weight")
+    kept = {name: tuple(getattr(x, "shape", ())) for name, x in state.items()}
+    want = {name: tuple(shape) for name, shape in shapes.items()}
+    if state and kept != want:
+        raise ValueError(f"state holds {kept}; expected {{}} or {want}, of the last step")
+    for name, x in numbers.items():
+        check_number(x, name, 0)
+
+
+def _check_betas(betas):
+    "Two shares of the past"
+    if isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}; expected two shares of the past that are kept")
+    return [check_number(x, f"betas[{i}]", 0, below=1) for i, x in enumerate(betas)]
+
 # %% ../../nbs/01_objectives/04_descent.ipynb #c8b8d0e8
 @checked
 def sgd(
@@ -36,6 +55,38 @@ def sgd(
     refuse_nan(new, weight=weight, grad=grad, **state)
     return new.to(weight.dtype), dict(velocity=velocity) if momentum else {}
 
+# %% ../../nbs/01_objectives/04_descent.ipynb #364e28dc
+def _slope(loss, at):
+    "The gradient of a loss at one place"
+    with torch.enable_grad():
+        weight = at.clone().requires_grad_()
+        value = loss(weight)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the loss is {got(value)}; expected a tensor of one number, ()")
+        if value.shape != ():
+            raise ValueError(f"the loss is {got(value)}; expected one number, (): take its mean")
+        tied = value.requires_grad
+        grad = torch.autograd.grad(value, weight, allow_unused=True)[0] if tied else None
+    if grad is None:
+        raise ValueError("the loss does not depend on the weight; expected no detach on the way")
+    return grad
+
+# %% ../../nbs/01_objectives/04_descent.ipynb #dee25cbc
+def _options_of(rule, options):
+    "All options of a rule, its defaults where none is given"
+    if isinstance(check_callable(rule, "rule", "(weight, grad, state, ...)"), type):
+        raise TypeError(f"rule is {got(rule)}; expected a function of (weight, grad, state, ...)")
+    plan = list(inspect.signature(rule).parameters.values())[3:]
+    known = {p.name: p.default for p in plan if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    name, filled = getattr(rule, "__name__", "the rule"), known | options
+    unknown = ", ".join(sorted(set(options) - set(known)))
+    if unknown and not any(p.kind == p.VAR_KEYWORD for p in plan):
+        raise ValueError(f"{name} knows no {unknown}; expected some of {', '.join(known)}")
+    missing = [option for option, value in filled.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(missing)}; expected a value for each")
+    return filled
+
 # %% ../../nbs/01_objectives/04_descent.ipynb #0377343f
 @checked
 def descend(
@@ -57,56 +108,6 @@ def descend(
         path.append(new)
     return torch.stack(path)
 
-# %% ../../nbs/01_objectives/04_descent.ipynb #364e28dc
-def _slope(loss, at):
-    "The gradient of a loss at one place"
-    with torch.enable_grad():
-        weight = at.clone().requires_grad_()
-        value = loss(weight)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"the loss is {got(value)}; expected a tensor of one number, ()")
-        if value.shape != ():
-            raise ValueError(f"the loss is {got(value)}; expected one number, (): take its mean")
-        tied = value.requires_grad
-        grad = torch.autograd.grad(value, weight, allow_unused=True)[0] if tied else None
-    if grad is None:
-        raise ValueError("the loss does not depend on the weight; expected no detach on the way")
-    return grad
-
-# %% ../../nbs/01_objectives/04_descent.ipynb #05149514
-def _options_of(rule, options):
-    "All options of a rule, its defaults where none is given"
-    if isinstance(check_callable(rule, "rule", "(weight, grad, state, ...)"), type):
-        raise TypeError(f"rule is {got(rule)}; expected a function of (weight, grad, state, ...)")
-    plan = list(inspect.signature(rule).parameters.values())[3:]
-    known = {p.name: p.default for p in plan if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    name, filled = getattr(rule, "__name__", "the rule"), known | options
-    unknown = ", ".join(sorted(set(options) - set(known)))
-    if unknown and not any(p.kind == p.VAR_KEYWORD for p in plan):
-        raise ValueError(f"{name} knows no {unknown}; expected some of {', '.join(known)}")
-    if missing := [option for option, value in filled.items() if value is inspect.Parameter.empty]:
-        raise ValueError(f"{name} needs {', '.join(missing)}; expected a value for each")
-    return filled
-
-
-def _check_update(weight, grad, state, shapes, **numbers):
-    "A weight, its gradient and the notes on it that fit each other, and numbers from 0 on"
-    check_floats(weight, "weight", "(...)")
-    check_like(check_floats(grad, "grad", "(...)"), "grad", weight.shape, weight, "weight")
-    kept = {name: tuple(getattr(x, "shape", ())) for name, x in state.items()}
-    want = {name: tuple(shape) for name, shape in shapes.items()}
-    if state and kept != want:
-        raise ValueError(f"state holds {kept}; expected {{}} or {want}, of the last step")
-    for name, x in numbers.items():
-        check_number(x, name, 0)
-
-
-def _check_betas(betas):
-    "Two shares of the past"
-    if isinstance(betas, str) or len(betas) != 2:
-        raise ValueError(f"betas is {betas!r}; expected two shares of the past that are kept")
-    return [check_number(x, f"betas[{i}]", 0, below=1) for i, x in enumerate(betas)]
-
 # %% ../../nbs/01_objectives/04_descent.ipynb #c891f69a
 @checked
 def adam(
@@ -119,10 +120,8 @@ def adam(
     l2: float = 0.0,  # penalty: joins the gradient, and so both means
     decay: float = 0.0,  # decoupled: touches neither
 ) -> tuple[Tensor, dict]:  # the new weight, (...), and the state
-    """Adam: each weight's step is its mean gradient over the root of its mean square.
-
-    Computes in float32 at least. Raises TypeError or ValueError for shapes, dtypes or numbers that
-    do not fit, or NaN. Kingma & Ba 2015, algorithm 1."""
+    """Mean gradient over root mean square, for each weight (Kingma & Ba 2015, algorithm 1).
+    Computes in float32 at least. Raises TypeError or ValueError for what does not fit, or NaN."""
     shapes = dict(t=(), mean=weight.shape, square=weight.shape)
     _check_update(weight, grad, state, shapes, lr=lr, eps=eps, l2=l2, decay=decay)
     beta1, beta2 = _check_betas(betas)
@@ -152,11 +151,32 @@ def adamw(
     Loshchilov & Hutter 2019, algorithm 2."""
     return adam(weight, grad, state, lr, betas, eps, decay=decay)
 
+# %% ../../nbs/01_objectives/04_descent.ipynb #4c5fb957
+def _kept(weight):
+    "What Adafactor's state holds: shapes"
+    if weight.ndim < 2:
+        return dict(t=(), square=weight.shape)
+    *outer, r, c = weight.shape
+    return dict(t=(), rows=(*outer, r, 1), columns=(*outer, 1, c))
+
+
+def _factored_step(g, state, share):
+    "The gradient over the root of its squares, these squares, and the means to keep"
+    tiny = torch.finfo(g.dtype).eps
+
+    def blend(name, new):
+        return state.get(name, 0) + share * (new - state.get(name, 0))
+
+    if g.ndim < 2:
+        square = blend("square", g.square())
+        kept = dict(square=square)
+    else:
+        kept = dict(rows=blend("rows", g.square().mean(-1, True)))
+        kept["columns"] = blend("columns", g.square().mean(-2, True))
+        square = kept["rows"] * kept["columns"] / kept["rows"].mean(-2, True).clamp(min=tiny)
+    return g / square.clamp(min=tiny**2).sqrt(), square, kept
+
 # %% ../../nbs/01_objectives/04_descent.ipynb #0f48a2f7
-def _rms(x):
-    return x.square().mean().sqrt().item()
-
-
 @checked
 def adafactor(
     weight: Tensor,  # (..., r, c), or (r,) and then not factored
@@ -168,78 +188,45 @@ def adafactor(
     clip: float = 1.0,  # largest root mean square of a step, before lr
     decay: float = 0.0,  # decoupled
 ) -> tuple[Tensor, dict]:  # the new weight, and the state: r + c numbers for a matrix
-    """Adam without the mean, and with row and column means in the place of all squares.
+    """Shazeer & Stern 2018, algorithm 4, in PyTorch's reading: row and column means of squares.
 
-    Computes in float32 at least. Raises TypeError or ValueError for shapes, dtypes or numbers that
-    do not fit, or NaN. Shazeer & Stern 2018, algorithm 4, in PyTorch's reading."""
-    full, outer = weight.ndim < 2, tuple(weight.shape[:-2])
-    shapes = (
-        dict(square=weight.shape)
-        if full
-        else dict(rows=(*outer, weight.shape[-2], 1), columns=(*outer, 1, weight.shape[-1]))
-    )
-    numbers = dict(lr=lr, eps=eps, forget=forget, decay=decay)
-    _check_update(weight, grad, state, dict(t=(), **shapes), **numbers)
+    Computes in float32 at least. Raises TypeError or ValueError for what does not fit, or NaN."""
+    _check_update(weight, grad, state, _kept(weight), lr=lr, eps=eps, forget=forget, decay=decay)
     check_number(clip, "clip", above=0, why="1 is usual")
     w, g, t = precise(weight), precise(grad), state.get("t", 0) + 1
-    tiny = torch.finfo(w.dtype).eps
-
-    def blend(name, new):
-        return state.get(name, 0) + t**-forget * (new - state.get(name, 0))
-
-    if full:
-        square = blend("square", g.square())
-        kept = dict(square=square)
-    else:
-        rows = blend("rows", g.square().mean(-1, True))
-        columns = blend("columns", g.square().mean(-2, True))
-        square = rows * columns / rows.mean(-2, True).clamp(min=tiny)
-        kept = dict(rows=rows, columns=columns)
-    step = g / square.clamp(min=tiny**2).sqrt()
-    size = min(lr, t**-0.5) * max(eps, _rms(w)) / max(1.0, _rms(step) / clip)
-    new = (1 - lr * decay) * w - size * step
+    step, square, kept = _factored_step(g, state, t**-forget)
+    weights, steps = [x.square().mean().sqrt().item() for x in (w, step)]
+    new = (1 - lr * decay) * w - min(lr, t**-0.5) * max(eps, weights) / max(
+        1.0, steps / clip
+    ) * step
     refuse_nan(new + 0 * square, weight=weight, grad=grad)
     return new.to(weight.dtype), dict(t=t, **kept)
 
-# %% ../../nbs/01_objectives/04_descent.ipynb #587d2e7d
-class Descent(torch.optim.Optimizer):
-    """A rule as one of PyTorch's optimizers: groups, schedules and checkpoints work as usual.
+# %% ../../nbs/01_objectives/04_descent.ipynb #be297dbf
+def _check_params(params):
+    params = [] if isinstance(params, Tensor) else list(params)
+    if not params or not all(isinstance(p, (Tensor, dict, tuple)) for p in params):
+        raise TypeError(f"params is {got(params)}; expected tensors or groups, at least one")
+    return params
 
-    Raises TypeError or ValueError for options or parameters that the rule refuses.
-    A step that fails changes nothing."""
 
-    @checked
-    def __init__(
-        self,
-        params: Iterable,  # as for every optimizer: tensors or groups
-        rule: Callable,  # sgd, adam ...
-        **options,  # of the rule
-    ):
-        options = _options_of(rule, options)
-        params = [] if isinstance(params, Tensor) else list(params)
-        if not params or not all(isinstance(p, (Tensor, dict, tuple)) for p in params):
-            raise TypeError(f"params is {got(params)}; expected tensors or groups, at least one")
-        self.rule, self.names = rule, list(options)
-        super().__init__(params, options)
+@torch.no_grad()
+def _steps_of(rule, params, grad_of, states, options):
+    "Parameter, new weight and new state for each that has a gradient"
+    steps = []
+    for p in params:
+        grad = grad_of(p)
+        if grad is not None:
+            steps.append((p, *rule(p.detach(), grad, states.get(p, {}), **options)))
+    return steps
 
-    def add_param_group(self, param_group):
-        super().add_param_group(param_group)
-        try:  # a dry step: what the rule refuses, it refuses now
-            self._steps(self.param_groups[-1], torch.ones_like)
-        except BaseException:
-            del self.param_groups[-1]
-            raise
+# %% ../../nbs/01_objectives/04_descent.ipynb #4abc6db0
+class _Stepper(optim.Optimizer):
+    "Steps all at once or not at all, and brings the state back as it was saved"
 
     def _steps(self, group, grad_of):
-        "Parameter, new weight and new notes for each that has a gradient"
         options = {name: group[name] for name in self.names}
-
-        def step(p, grad):
-            return self.rule(p.detach(), grad, self.state.get(p, {}), **options)
-
-        found = ((p, grad_of(p)) for p in group["params"])
-        with torch.no_grad():
-            return [(p, *step(p, grad)) for p, grad in found if grad is not None]
+        return _steps_of(self.rule, group["params"], grad_of, self.state, options)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -258,3 +245,28 @@ class Descent(torch.optim.Optimizer):
             for name, kept in state_dict["state"].get(i, {}).items():
                 if isinstance(kept, Tensor):
                     self.state[p][name] = kept.to(p.device, copy=True)
+
+# %% ../../nbs/01_objectives/04_descent.ipynb #587d2e7d
+class Descent(_Stepper):
+    """A rule as one of PyTorch's optimizers: groups, schedules and checkpoints work as usual.
+
+    Raises TypeError or ValueError for what the rule refuses. A step that fails changes nothing."""
+
+    @checked
+    def __init__(
+        self,
+        params: Iterable,  # as for every optimizer: tensors or groups
+        rule: Callable,  # sgd, adam ...
+        **options,  # of the rule
+    ):
+        options = _options_of(rule, options)
+        self.rule, self.names = rule, list(options)
+        super().__init__(_check_params(params), options)
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        try:  # a dry step: what the rule refuses, it refuses now
+            self._steps(self.param_groups[-1], torch.ones_like)
+        except BaseException:
+            del self.param_groups[-1]
+            raise
