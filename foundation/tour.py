@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'Plan', 'choose_plan', 'load_data', 'Live', 'pretrain_live', 'fresh_encoder', 'shipped_encoder',
-           'fresh_student', 'neighbours', 'embedding', 'Few', 'few_label_model', 'learn_from_few', 'gentle', 'score',
-           'pixel_scores', 'Distilled', 'few_label_student', 'learn_from_teacher', 'train_for_use', 'account', 'Table',
-           'stage_table', 'gains', 'not_faster', 'run', 'collect', 'check_claims', 'report']
+           'fresh_student', 'neighbours', 'Few', 'learn_from_few', 'few_label_model', 'pixel_arm', 'gentle', 'score',
+           'learn_from_teacher', 'train_for_use', 'is_small', 'run', 'collect', 'check_claims', 'report',
+           'first_pictures', 'pretraining_pictures', 'few_label_picture']
 
 # %% ../nbs/00_tour.ipynb #39975f25
 import copy
@@ -16,7 +16,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,46 +26,37 @@ from torch import Tensor, nn
 
 from .compression.distillation import distil
 from .compression.pruning import Pruner
-from .compression.storage import save_model
-from foundation.core.basics import (
-    atomic_write,
-    count_macs,
-    count_nonzero,
-    count_parameters,
-    memory_order,
-    pick_device,
-    seed_everything,
-    supports_bf16,
-)
+from .core.basics import memory_order, pick_device, pick_precision, seed_everything
 from .core.checks import check_number, check_whole, checked
-from .core.plots import plot_bars, plot_curves, plot_points, show_images
+from .core.files import atomic_write
+from .core.plots import plot_bars, plot_curves, show_images
 from .data.augment import Augment
-from .data.images import ImageSet, few_labels, load_images, split
-from .deployment.export import OnnxModel, compare_latency, export_onnx, quantize_onnx
+from .data.images import ImageSet, load_images
+from .data.tasks import Task, image_task
 from .evaluation.comparison import Comparison
-from .evaluation.probes import encode_all, fit_head, fit_linear, knn_accuracy
-from .evaluation.scores import accuracy, predict, wilson_interval
+from .evaluation.probes import encode_all, fit_head, knn_accuracy, linear_probe
+from .evaluation.scores import accuracy, predict
+from .evaluation.study import Study
 from .finetuning.loop import finetune
 from .models.convnets import ConvNet, ResNet
-from .models.pretrained import load_weights, read_card
-from .pretraining.contrastive import pretrain, two_views
+from .models.pretrained import load_weights
+from .pretraining.contrastive import pretrain
+from .recipes.account import account, account_table, gains, not_faster
 
 # %% ../nbs/00_tour.ipynb #6ece6062
 @dataclass(frozen=True)
 class Plan:
-    "How long the parts of the tour run, in steps and never in seconds, so that every machine does the same work."
+    """How long the parts of the tour run, in steps and never in seconds, so that every machine does
+    the same work."""
 
     pretrain: int = 80  # live, 256 pictures each
     looks: int = 4  # measurements on the way
     labels: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
-    rates: tuple[float, ...] = (
-        1e-3,
-        3e-3,
-    )  # learning rates from which the network from scratch picks
+    trials: tuple[int, ...] = (100, 101)  # further draws, on which settings are picked
+    rates: tuple[float, ...] = (1e-3, 3e-3)  # from which the network from scratch picks
     gentle_rates: tuple[float, ...] = (1e-4, 3e-4)  # as many for the pretrained one
     student_rates: tuple[float, ...] = (3e-3, 1e-2)  # for the student, taught or not
-    trials: tuple[int, ...] = (100, 101)  # further draws on which learning rates are picked
     finetune: int = 60
     distil: int = 400
     teacher: int = 350
@@ -75,31 +67,21 @@ class Plan:
     checked: bool = True  # a short tour is too short for its accuracies to mean anything
 
     def __post_init__(self):
-        for name in (
-            "pretrain",
-            "looks",
-            "labels",
-            "finetune",
-            "distil",
-            "teacher",
-            "student",
-            "recover",
-            "pictures",
-            "tests",
-        ):
-            check_whole(getattr(self, name), name, 1)
+        for field in fields(self):
+            _check_field(field.name, getattr(self, field.name))
         check_whole(self.looks, "looks", most=self.pretrain, why="one look for each step at most")
-        for name in ("seeds", "trials", "rates", "gentle_rates", "student_rates"):
-            if not isinstance(getattr(self, name), tuple) or not getattr(self, name):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected a tuple of at least one"
-                )
-            for value in getattr(self, name):
-                (
-                    check_number(value, f"one of {name}", 0)
-                    if "rates" in name
-                    else check_whole(value, f"one of {name}", 0)
-                )
+
+# %% ../nbs/00_tour.ipynb #6630b603
+def _check_field(name, value):
+    "A number of the plan, or a tuple of them"
+    if name in ("seeds", "trials", "rates", "gentle_rates", "student_rates"):
+        if not isinstance(value, tuple) or not value:
+            raise ValueError(f"{name} is {value!r}; expected a tuple of at least one")
+        for one in value:
+            check = check_number if "rates" in name else check_whole
+            check(one, f"one of {name}", 0)
+    elif name != "checked":
+        check_whole(value, name, 1)
 
 
 SHORT = Plan(
@@ -120,26 +102,25 @@ SHORT = Plan(
     checked=False,
 )
 
-
+# %% ../nbs/00_tour.ipynb #32bae586
 @checked
 def choose_plan(short: bool | None = None) -> Plan:
-    "The full plan, or the short one of the tests (also chosen by the environment variable FOUNDATION_SHORT=1)."
-    return (
-        SHORT if (os.environ.get("FOUNDATION_SHORT") == "1" if short is None else short) else Plan()
-    )
+    "The full plan, or the short one of the tests; None: as FOUNDATION_SHORT=1 says."
+    short = os.environ.get("FOUNDATION_SHORT") == "1" if short is None else short
+    return SHORT if short else Plan()
 
 
 @checked
 def load_data(plan: Plan) -> ImageSet:
     "Fashion-MNIST, or digits with a warning; the first pictures of it if the plan is short."
     data = load_images(fallback=True)
-    sizes = {
-        "train_images": plan.pictures,
-        "train_labels": plan.pictures,
-        "test_images": plan.tests,
-        "test_labels": plan.tests,
-    }
-    return replace(data, **{part: getattr(data, part)[:n] for part, n in sizes.items()})
+    return replace(
+        data,
+        train_images=data.train_images[: plan.pictures],
+        train_labels=data.train_labels[: plan.pictures],
+        test_images=data.test_images[: plan.tests],
+        test_labels=data.test_labels[: plan.tests],
+    )
 
 # %% ../nbs/00_tour.ipynb #d4adbfb0
 class Live(NamedTuple):
@@ -172,14 +153,12 @@ def pretrain_live(data: ImageSet, plan: Plan) -> Live:
 @checked
 def fresh_encoder(data: ImageSet) -> nn.Module:
     "A ResNet with random weights, for these pictures."
-    model = ResNet(classes=len(data.classes), channels=data.train_images.shape[1])
-    return model.to(pick_device(), memory_format=memory_order(model))
+    return _placed(ResNet(classes=len(data.classes), channels=data.train_images.shape[1]))
 
 
 def shipped_encoder() -> nn.Module:
     "The ResNet whose weights come with the library, pretrained without labels."
-    model = load_weights("resnet_simclr")
-    return model.to(pick_device(), memory_format=memory_order(model))
+    return _placed(load_weights("resnet_simclr"))
 
 
 @checked
@@ -188,91 +167,94 @@ def fresh_student(data: ImageSet) -> nn.Module:
     return ConvNet(classes=len(data.classes), channels=data.train_images.shape[1]).to(pick_device())
 
 
-def _fast() -> str:
-    "The precision in which this machine looks at many pictures"
-    return "bf16" if supports_bf16(pick_device()) else "fp32"
+def _placed(model):
+    return model.to(pick_device(), memory_format=memory_order(model))
 
 
 @checked
 def neighbours(encoder: nn.Module, data: ImageSet, bank: int = 5000, tests: int = 2000) -> float:
-    "Accuracy of the 20 nearest neighbours among `bank` training pictures, on `tests` test pictures."
-    train, test = (
-        encode_all(encoder, x, precision=_fast(), transform=data.floats)
-        for x in (data.train_images[:bank], data.test_images[:tests])
-    )
+    "Accuracy of the 20 nearest neighbours among `bank` training pictures, on `tests` test ones."
+
+    def features(images):
+        return encode_all(encoder, images, precision=_fast(), transform=data.floats)
+
+    train, test = features(data.train_images[:bank]), features(data.test_images[:tests])
     return knn_accuracy(train, data.train_labels[:bank], test, data.test_labels[:tests])
 
-# %% ../nbs/00_tour.ipynb #a2825748
-@checked
-def embedding(encoder: nn.Module, data: ImageSet, count: int = 600) -> Tensor:  # (count, 2)
-    "Test pictures on a plane, similar features close together (t-SNE)."
-    from sklearn.manifold import TSNE
 
-    features = nn.functional.normalize(
-        encode_all(encoder, data.test_images[:count], transform=data.floats), dim=1
-    )
-    return torch.from_numpy(
-        TSNE(random_state=0, init="pca", perplexity=30).fit_transform(features.numpy())
-    )
+def _fast():
+    return pick_precision(pick_device())
 
 # %% ../nbs/00_tour.ipynb #1ad838bf
 class Few(NamedTuple):
     "What comes of learning from few labels."
 
     comparison: Comparison  # arms: pixels, from scratch, pretrained
-    rates: dict[str, float]  # what each arm picked
-    teachers: list[nn.Module]  # the pretrained arm's model of each seed
-    draws: list[Tensor]  # indices of the labelled pictures of each seed
-    dev: Tensor  # indices of the pictures on which learning rates are picked
-
-
-@checked
-def few_label_model(
-    data: ImageSet, plan: Plan, pretrained: bool, index: Tensor, rate: float, seed: int
-) -> nn.Module:
-    "One run: a model fine-tuned on the pictures `index`."
-    seed_everything(seed)
-    model = shipped_encoder() if pretrained else fresh_encoder(data)
-    x, y = data.train_images[index], data.train_labels[index]
-    if (
-        pretrained
-    ):  # features that mean something deserve a fitted head; random ones like a random head better
-        fit_head(model, data.floats(x), y)
-    finetune(model, x, y, gentle(data), steps=plan.finetune, lr=rate, head_lr=rate, seed=seed)
-    return model
+    picked: dict[str, float]  # the setting of each arm
+    teachers: dict[tuple, nn.Module]  # (seed, rate) -> model of the pretrained arm
+    task: Task
 
 
 @checked
 def learn_from_few(data: ImageSet, plan: Plan) -> Few:
-    "Pretrained against scratch against pixels: same labels, same steps, each with a learning rate of its own choice."
-    pool, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
+    "Pretrained against scratch against pixels: same labels, same steps, each tuned."
+    task, teachers = image_task(data, dev=1000), {}
 
-    def draw(seed):
-        return pool[few_labels(data.train_labels[pool], plan.labels, seed)]
+    def network(pretrained):
+        def arm(seed, rate, part):
+            model = few_label_model(data, task, plan, pretrained, rate, seed)
+            if pretrained:
+                teachers[seed, rate] = model
+            return score(model, task, part)
 
-    draws, dev = [draw(seed) for seed in plan.seeds], dev[:1000]
+        return arm
 
-    def on_dev(model):
-        return score(model, data.train_images[dev], data.train_labels[dev], data)
-
-    scores, rates, teachers = (
-        {"pixels": pixel_scores(data, draws, draw(plan.trials[0]), dev)},
-        {},
-        [],
+    study = Study(
+        {
+            "pixels": pixel_arm(data, task, plan),
+            "from scratch": network(False),
+            "pretrained": network(True),
+        },
+        plan.seeds,
+        {
+            "pixels": (1e-2, 1e-1, 1.0),  # penalties
+            "from scratch": plan.rates,
+            "pretrained": plan.gentle_rates,
+        },
+        draws=plan.trials,
     )
-    for arm, choice in (("from scratch", plan.rates), ("pretrained", plan.gentle_rates)):
-
-        def run(seed, rate):
-            return few_label_model(data, plan, arm == "pretrained", draw(seed), rate, seed)
-
-        rates[arm] = max(
-            choice, key=lambda rate: sum(on_dev(run(seed, rate)) for seed in plan.trials)
-        )
-        teachers = [run(seed, rates[arm]) for seed in plan.seeds]  # those of the last arm are kept
-        scores[arm] = [score(model, data.test_images, data.test_labels, data) for model in teachers]
-    return Few(Comparison.from_scores(scores, plan.seeds), rates, teachers, draws, dev)
+    return Few(study.run("a hundred labels"), study.picked, teachers, task)
 
 # %% ../nbs/00_tour.ipynb #fd6ccce9
+@checked
+def few_label_model(
+    data: ImageSet, task: Task, plan: Plan, pretrained: bool, rate: float, seed: int
+) -> nn.Module:
+    "One run: a model fine-tuned on the labelled pictures of a seed."
+    seed_everything(seed)
+    index = task.draw(plan.labels, seed)
+    images, labels = task.inputs[index], task.labels[index]
+    model = shipped_encoder() if pretrained else fresh_encoder(data)
+    if pretrained:  # features that mean something deserve a fitted head; random ones do better
+        fit_head(model, *task.read(index))  # with a random one
+    rates = dict(lr=rate, head_lr=rate)
+    finetune(model, images, labels, gentle(data), steps=plan.finetune, seed=seed, **rates)
+    return model
+
+
+@checked
+def pixel_arm(data: ImageSet, task: Task, plan: Plan) -> Callable:
+    "Logistic regression on pixels: an arm of a `Study`."
+    pixels = data.floats(task.inputs).flatten(1)
+
+    def arm(seed, l2, part):
+        index, asked = task.draw(plan.labels, seed), task.part(part)
+        seen, labels = pixels[index], task.labels
+        return linear_probe(seen, labels[index], pixels[asked], labels[asked], l2)
+
+    return arm
+
+
 @checked
 def gentle(data: ImageSet) -> Augment:
     "Augmentation for training with labels: milder than for contrast."
@@ -280,323 +262,87 @@ def gentle(data: ImageSet) -> Augment:
 
 
 @checked
-def score(model: nn.Module, images: Tensor, labels: Tensor, data: ImageSet) -> float:
-    "Accuracy on bytes."
-    return accuracy(predict(model, images, precision=_fast(), transform=data.floats), labels)
-
-
-@checked
-def pixel_scores(data: ImageSet, draws: list[Tensor], trial: Tensor, dev: Tensor) -> list[float]:
-    "Logistic regression on pixels, its penalty picked on `dev` after a fit on `trial`."
-    x, tests = (data.floats(part).flatten(1) for part in (data.train_images, data.test_images))
-
-    def fit(index, l2):
-        return fit_linear(x[index], data.train_labels[index], l2)
-
-    l2 = max(
-        (1e-2, 1e-1, 1.0), key=lambda l2: accuracy(fit(trial, l2)(x[dev]), data.train_labels[dev])
-    )
-    return [accuracy(fit(index, l2)(tests), data.test_labels) for index in draws]
+def score(model: nn.Module, task: Task, part: str) -> float:
+    "Accuracy on a part of the task."
+    index = task.part(part)
+    logits = predict(model, task.inputs[index], precision=_fast(), transform=task.transform)
+    return accuracy(logits, task.labels[index])
 
 # %% ../nbs/00_tour.ipynb #7946bd79
-class Distilled(NamedTuple):
-    "What comes of distilling the few-label teachers."
-
-    teacher: list[float]  # accuracies, one for each seed
-    comparison: Comparison  # arms: no teacher, distilled
-    rates: dict[str, float]  # what each arm picked
-
-
 @checked
-def few_label_student(
-    data: ImageSet, plan: Plan, index: Tensor, answers: Tensor | None, rate: float, seed: int
-) -> nn.Module:
-    "A tiny student: with a teacher's answers for all pictures, or on the labelled pictures `index` alone."
-    seed_everything(seed)
-    student, x, y = fresh_student(data), data.train_images, data.train_labels
-    if answers is not None:
-        distil(
-            student,
-            x,
-            answers,
-            gentle(data),
-            steps=plan.distil,
-            lr=rate,
-            seed=seed,
-            title=f"student {seed}",
-        )
-    else:
+def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Study:
+    "A tiny student taught on all pictures, against one that has only the labelled ones."
+
+    @lru_cache(1)
+    def teacher_logits(seed):
+        teacher = few.teachers[seed, few.picked["pretrained"]]
+        return predict(teacher, data.train_images, precision=_fast(), transform=data.floats)
+
+    def taught(seed, rate, part):
+        student, plain = _seeded_student(data, seed), gentle(data)
+        how = dict(steps=plan.distil, lr=rate, seed=seed, title=f"student {seed}")
+        distil(student, data.train_images, teacher_logits(seed), plain, **how)
+        return score(student, few.task, part)
+
+    def alone(seed, rate, part):
+        student, index = _seeded_student(data, seed), few.task.draw(plan.labels, seed)
         index = index.repeat(-(-256 // len(index)))  # so that both see 256 pictures a step
-        finetune(
-            student,
-            x[index],
-            y[index],
-            gentle(data),
-            steps=plan.distil,
-            lr=rate,
-            head_lr=rate,
-            batch_size=256,
-            seed=seed,
-            title=f"control {seed}",
-        )
-    return student
+        x, y = few.task.inputs[index], few.task.labels[index]
+        how = dict(steps=plan.distil, lr=rate, head_lr=rate, batch_size=256, seed=seed)
+        finetune(student, x, y, gentle(data), title=f"control {seed}", **how)
+        return score(student, few.task, part)
+
+    arms = {"no teacher": alone, "distilled": taught}
+    rates = dict.fromkeys(arms, plan.student_rates)
+    return Study(arms, plan.seeds, rates, draws=plan.trials[:1])
 
 
-@checked
-def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Distilled:
-    "A tiny student taught by each few-label teacher on all pictures, against one that has only the labelled ones."
-    x = data.train_images
-    answers = [
-        predict(teacher, x, precision=_fast(), transform=data.floats) for teacher in few.teachers
-    ]
-
-    def on_dev(model):
-        return score(model, x[few.dev], data.train_labels[few.dev], data)
-
-    scores, rates = {}, {}
-    for arm, taught in (("no teacher", [None] * len(answers)), ("distilled", answers)):
-
-        def run(i, rate):
-            return few_label_student(data, plan, few.draws[i], taught[i], rate, plan.seeds[i])
-
-        tried = {rate: run(0, rate) for rate in plan.student_rates}
-        rates[arm] = max(tried, key=lambda rate: on_dev(tried[rate]))
-        students = [tried[rates[arm]], *(run(i, rates[arm]) for i in range(1, len(answers)))]
-        scores[arm] = [
-            score(student, data.test_images, data.test_labels, data) for student in students
-        ]
-    return Distilled(
-        few.comparison["pretrained"].tolist(), Comparison.from_scores(scores, plan.seeds), rates
-    )
+def _seeded_student(data, seed):
+    seed_everything(seed)
+    return fresh_student(data)
 
 # %% ../nbs/00_tour.ipynb #4695f342
 @checked
 def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     "A teacher fine-tuned on all labels, its student, and both of them pruned with recovery."
     seed_everything(0)
-    x, y, augment = data.train_images, data.train_labels, gentle(data)
-    teacher = shipped_encoder()
-    finetune(
-        teacher,
-        x,
-        y,
-        augment,
-        steps=plan.teacher,
-        lr=1e-3,
-        batch_size=256,
-        title="teacher, all labels",
-    )
-    answers = predict(teacher, x, precision=_fast(), transform=data.floats)
-    student = fresh_student(data)
+    x, y = data.train_images, data.train_labels
     mirror = Augment(area=(1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std)
-    teach = dict(labels=y, hard=0.5, augment=mirror)
-    distil(student, x, answers, steps=plan.student, lr=1e-2, title="student", **teach)
+
+    def tune(model, title, **how):
+        finetune(model, x, y, gentle(data), lr=1e-3, batch_size=256, title=title, **how)
+
+    def teach(model, title, **how):
+        distil(model, x, logits, mirror, labels=y, hard=0.5, title=title, **how)
+
+    teacher = shipped_encoder()
+    tune(teacher, "teacher, all labels", steps=plan.teacher)
+    logits = predict(teacher, x, precision=_fast(), transform=data.floats)
+    student = fresh_student(data)
+    teach(student, "student", steps=plan.student, lr=1e-2)
+    sparse, each = _pruner(teacher, 0.9, plan)
+    tune(sparse, "pruning the teacher", steps=plan.recover, head_lr=1e-3, each=each)
+    small, each = _pruner(student, 0.5, plan)
+    teach(small, "pruning the student", steps=plan.recover, lr=2e-3, each=each)
     return {
         "teacher": teacher,
-        "teacher, 90 % pruned": _pruned(
-            teacher,
-            0.9,
-            plan,
-            lambda model, each: finetune(
-                model,
-                x,
-                y,
-                augment,
-                steps=plan.recover,
-                lr=1e-3,
-                head_lr=1e-3,
-                batch_size=256,
-                title="pruning the teacher",
-                each=each,
-            ),
-        ),
+        "teacher, 90 % pruned": sparse,
         "student": student,
-        "student, 50 % pruned": _pruned(
-            student,
-            0.5,
-            plan,
-            lambda model, each: distil(
-                model,
-                x,
-                answers,
-                steps=plan.recover,
-                lr=2e-3,
-                title="pruning the student",
-                each=each,
-                **teach,
-            ),
-        ),
+        "student, 50 % pruned": small,
     }
 
 # %% ../nbs/00_tour.ipynb #5ea8a356
-def _pruned(model, sparsity, plan, recover):
-    "A pruned copy: sparsity rises during the first two thirds of `recover`'s steps and stays for the last"
+def _pruner(model, sparsity, plan):
+    "A copy, and what prunes it more with each step, until two thirds of the recovery are over"
     model = copy.deepcopy(model)
     pruner = Pruner(model, sparsity, begin=0, end=2 * plan.recover // 3)
-    recover(model, lambda step: pruner.update(step.n))
-    return model
+    return model, lambda step: pruner.update(step.n)
 
-# %% ../nbs/00_tour.ipynb #4af4ec63
+# %% ../nbs/00_tour.ipynb #6fa3d041
 @checked
-def account(nets: dict[str, nn.Module], data: ImageSet, folder: Path | str) -> list[dict]:
-    "Write each network in several forms and measure every form: accuracy, sizes, work, speed."
-    rows, predicts, folder = [], {}, Path(folder)
-    example = data.floats(data.test_images[:256])
-    for i, (name, net) in enumerate(nets.items()):
-        net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format).eval()
-        file = folder / f"{i}"
-        graph = export_onnx(net, example[:2], file.with_suffix(".onnx"))
-        forms = [
-            (
-                "PyTorch",
-                "",
-                net,
-                save_model(
-                    net, file.with_suffix(".safetensors"), *_format(name), compress="pruned" in name
-                ),
-            ),
-            ("ONNX Runtime", "", OnnxModel(graph), graph),
-        ]
-        small = quantize_onnx(
-            graph, file.with_suffix(".int8.onnx"), data.floats(data.train_images[:512])
-        )
-        forms.append(("ONNX Runtime", ", int8", OnnxModel(small), small))
-        shared = dict(
-            parameters=count_parameters(net),
-            nonzero=count_nonzero(net),
-            macs=count_macs(net, example[:1]),
-        )
-        for runtime, suffix, predict_, path in forms:
-            right = sum(
-                int((predict_(data.floats(x)).argmax(1) == y).sum())
-                for x, y in zip(data.test_images.split(500), data.test_labels.split(500))
-            )
-            rows.append(
-                dict(
-                    name=name + suffix,
-                    runtime=runtime,
-                    accuracy=right / len(data.test_labels),
-                    interval=wilson_interval(right, len(data.test_labels)),
-                    bytes=path.stat().st_size,
-                    **shared,
-                )
-            )
-            predicts[f"{name}{suffix} {runtime}"] = predict_
-    with torch.inference_mode():
-        speeds = compare_latency(predicts, example[:1])
-    return [row | speed for row, speed in zip(rows, speeds.values())]
-
-# %% ../nbs/00_tour.ipynb #41c2d850
-def _format(name):
-    "How PyTorch's file of a network is written: pruned ones as a mask and the kept numbers"
-    return ("sparse", "fp32") if "pruned" in name else ("fp32",)
-
-
-def _rows(stages, *more):
-    "The rows of the account, if each has what it needs"
-    for row in stages:
-        for key in ("name", "runtime", "accuracy", "bytes", "latency_ms", *more):
-            if not isinstance(row, dict) or key not in row:
-                raise ValueError(f"a row of stages has no {key!r}; expected the rows of `account`")
-        (
-            check_number(row["latency_ms"], "latency_ms", above=0),
-            check_number(row["bytes"], "bytes", above=0),
-        )
-    return stages
-
-
-class Table:
-    "Rows of numbers that show themselves as a table"
-
-    def __init__(self, heads: list[str], rows: list[list[str]]):
-        self.heads, self.rows = heads, rows
-
-    def _repr_html_(self):
-        def cells(tag, row):
-            return "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
-
-        body = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
-        return (
-            f"<table><thead><tr>{cells('th', self.heads)}</tr></thead><tbody>{body}</tbody></table>"
-        )
-
-    def _repr_markdown_(self):
-        lines = [self.heads, ["---"] * 2 + ["---:"] * (len(self.heads) - 2), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    def __repr__(self):
-        return self._repr_markdown_()
-
-
-@checked
-def stage_table(stages: list[dict]) -> Table:
-    "The account as people read it."
-
-    def percent(s):
-        return "{:.1f} ({:.1f}–{:.1f})".format(*(100 * v for v in (s["accuracy"], *s["interval"])))
-
-    _rows(stages, "nonzero", "macs", "images_per_second", "interval")
-    rows = [
-        [
-            s["name"],
-            s["runtime"],
-            percent(s),
-            f"{s['nonzero']:,}",
-            f"{s['bytes'] / 1e3:,.0f}",
-            f"{s['macs'] / 1e6:.2f}",
-            f"{s['latency_ms']:.3f}",
-            f"{s['images_per_second']:,.0f}",
-        ]
-        for s in stages
-    ]
-    return Table(
-        [
-            "network",
-            "runtime",
-            "accuracy %",
-            "non-zeros",
-            "kB on disk",
-            "million MACs",
-            "ms a picture",
-            "pictures/s",
-        ],
-        rows,
-    )
-
-# %% ../nbs/00_tour.ipynb #68f43d1d
-@checked
-def gains(stages: list[dict]) -> dict:
-    "Every row against the teacher in fp32: points lost, times smaller (its PyTorch file), times faster (same runtime)."
-    teacher = {s["runtime"]: s for s in _rows(stages) if s["name"] == "teacher"}
-    if missing := {"PyTorch", *(s["runtime"] for s in stages)} - teacher.keys():
-        raise ValueError(
-            f"stages has no teacher in {', '.join(sorted(missing))}; expected the rows of `account`"
-        )
-    return {
-        f"{s['name']} ({s['runtime']})": dict(
-            points_lost=100 * (teacher[s["runtime"]]["accuracy"] - s["accuracy"]),
-            times_smaller=teacher["PyTorch"]["bytes"] / s["bytes"],
-            times_faster=teacher[s["runtime"]]["latency_ms"] / s["latency_ms"],
-        )
-        for s in stages
-    }
-
-# %% ../nbs/00_tour.ipynb #225b9b71
-@checked
-def not_faster(stages: list[dict]) -> list[str]:
-    "Pruned or quantised rows that are less than a tenth faster than the same network before, in the same runtime."
-    plain = {(s["name"], s["runtime"]): s["latency_ms"] for s in _rows(stages)}
-    found = []
-    for s in stages:
-        before = s["name"].split(",")[0]
-        if (before, s["runtime"]) not in plain:
-            raise ValueError(
-                f"stages has no {before!r} in {s['runtime']}; expected the rows of `account`"
-            )
-        speedup = plain[before, s["runtime"]] / s["latency_ms"]
-        if s["name"] != before and speedup < 1.1:
-            found.append(f"{s['name']} in {s['runtime']}: {speedup:.2f}× the speed of the {before}")
-    return found
+def is_small(gain: dict) -> bool:
+    "20 times smaller, 3 times faster, at most 3 points worse."
+    return gain["times_smaller"] >= 20 and gain["points_lost"] <= 3 and gain["times_faster"] >= 3
 
 # %% ../nbs/00_tour.ipynb #169e8124
 @checked
@@ -605,53 +351,58 @@ def run(
     short: bool | None = None,  # a few steps of everything, as in the tests
     say: Callable[[str], None] = print,
 ) -> dict:  # the metrics
-    "The whole tour, headless. Raises `AssertionError` when a claim of the tour does not hold (not in a short one)."
-    began, plan, out = time.perf_counter(), choose_plan(short), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(out).free) < 100e6:  # better now than after five minutes
-        raise ValueError(
-            f"{free / 1e6:.0f} MB are free for {out}, expected at least 100; make room or choose"
-            " another folder"
-        )
+    "The whole tour, headless. Raises `AssertionError` when a claim of a full one does not hold."
+    began, plan, out = time.perf_counter(), choose_plan(short), _roomy(out)
     data = load_data(plan)
-    say(f"{data}")
-    say("1/5 pretraining without labels")
+    say(f"{data}\n1/5 pretraining without labels")
     live, shipped = pretrain_live(data, plan), neighbours(shipped_encoder(), data)
-    say(
-        f"    nearest neighbours: {live.knn[0]:.1%} at random, {live.knn[plan.pretrain]:.1%} after"
-        f" {plan.pretrain} steps, {shipped:.1%} shipped"
-    )
+    looks = {"at random": live.knn[0], f"after {plan.pretrain} steps": live.knn[plan.pretrain]}
+    looks["shipped"] = shipped
+    say("    nearest neighbours: " + ", ".join(f"{v:.1%} {k}" for k, v in looks.items()))
     say(f"2/5 fine-tuning with {plan.labels} labels")
     few = learn_from_few(data, plan)
-    say(_indent(few.comparison))
-    say("3/5 distillation on pictures without labels")
-    distilled = learn_from_teacher(data, few, plan)
-    say(_indent(distilled.comparison))
-    say("4/5 pruning and quantisation, with all labels")
+    say(f"{_indent(few.comparison)}\n3/5 distillation on pictures without labels")
+    study = learn_from_teacher(data, few, plan)
+    distilled = study.run("students")
+    say(f"{_indent(distilled)}\n4/5 pruning and quantisation, with all labels")
     nets = train_for_use(data, plan)
     say("5/5 the account")
     stages = account(nets, data, out)
-    say(_indent(stage_table(stages)))
-    metrics = collect(
-        data, plan, live, shipped, few, distilled, stages, time.perf_counter() - began
-    )
-    with atomic_write(out / "metrics.json", "w") as file:
-        json.dump(metrics, file, indent=1)
-    with atomic_write(out / "tour.html", "w") as file:
-        file.write(report(data, plan, live, few, distilled, metrics))
+    say(_indent(account_table(stages)))
+    metrics = collect(data, plan, live, shipped, few, distilled, study.picked, stages)
+    metrics["seconds"] = time.perf_counter() - began
+    _write(out, metrics, report(data, plan, live, few, distilled, metrics))
     say(f"{metrics['seconds']:.0f} s; wrote {out / 'tour.html'} and {out / 'metrics.json'}")
     if plan.checked:
         check_claims(metrics)
     return metrics
 
 # %% ../nbs/00_tour.ipynb #1895022c
+def _roomy(out) -> Path:
+    "The folder, made, with room for the files: better now than after five minutes"
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(out).free) < 100e6:
+        raise ValueError(
+            f"{free / 1e6:.0f} MB are free for {out}, expected at least 100; make room or choose"
+            " another folder"
+        )
+    return out
+
+
+def _write(out, metrics, page):
+    with atomic_write(out / "metrics.json", "w") as file:
+        json.dump(metrics, file, indent=1)
+    with atomic_write(out / "tour.html", "w") as file:
+        file.write(page)
+
+
 def _indent(thing) -> str:
     return "\n".join("    " + line for line in str(thing).splitlines())
 
-
-def collect(data, plan, live, shipped, few, distilled, stages, seconds) -> dict:
+# %% ../nbs/00_tour.ipynb #be750b13
+def collect(data, plan, live, shipped, few, distilled, student_rates, stages) -> dict:
     "All numbers of the tour in one dictionary, as JSON can hold it."
-    scores = {arm: values.tolist() for arm, values in few.comparison.scores.items()}
     return {
         "data": {"name": data.name, "source": data.source},
         "pretrain": {
@@ -666,25 +417,25 @@ def collect(data, plan, live, shipped, few, distilled, stages, seconds) -> dict:
         "finetune": {
             "labels": plan.labels,
             "seeds": list(plan.seeds),
-            "rates": few.rates,
-            "pretrained": scores["pretrained"],
-            "scratch": scores["from scratch"],
-            "pixels": scores["pixels"],
+            "rates": few.picked,
+            "pretrained": few.comparison["pretrained"].tolist(),
+            "scratch": few.comparison["from scratch"].tolist(),
+            "pixels": few.comparison["pixels"].tolist(),
         },
         "distill": {
-            "teacher": sum(distilled.teacher) / len(distilled.teacher),
-            "student": distilled.comparison["distilled"].tolist(),
-            "control": distilled.comparison["no teacher"].tolist(),
-            "rates": distilled.rates,
+            "teacher": few.comparison.mean("pretrained"),
+            "student": distilled["distilled"].tolist(),
+            "control": distilled["no teacher"].tolist(),
+            "rates": student_rates,
         },
         "stages": stages,
-        "seconds": seconds,
     }
 
-
+# %% ../nbs/00_tour.ipynb #025acce4
 @checked
 def check_claims(metrics: dict) -> None:
-    "The promises of the tour. Raises `AssertionError` that names the first one broken, `ValueError` where numbers are missing."
+    """The promises of the tour. Raises `AssertionError` that names the first one broken,
+    `ValueError` where numbers are missing."""
 
     def mean(values):
         return sum(values) / len(values)
@@ -694,16 +445,11 @@ def check_claims(metrics: dict) -> None:
         pretrained, scratch = mean(few["pretrained"]), mean(few["scratch"])
         student, control = mean(distilled["student"]), mean(distilled["control"])
         helped = knn["knn_shipped"] > knn["knn_after"] > knn["knn_before"]
-        gain = gains(metrics["stages"]).values()
+        small = [g for g in gains(metrics["stages"]).values() if is_small(g)]
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
             f"metrics are not those of `run`: {type(error).__name__}: {error}"
         ) from None
-    small = [
-        g
-        for g in gain
-        if g["times_smaller"] >= 20 and g["points_lost"] <= 3 and g["times_faster"] >= 3
-    ]
     for holds, otherwise in [  # no `assert`: with `python -O` it would promise nothing
         (helped, "pretraining did not help"),
         (pretrained >= 0.78, f"fine-tuned accuracy {pretrained:.3f} is below .78"),
@@ -715,62 +461,78 @@ def check_claims(metrics: dict) -> None:
             raise AssertionError(otherwise)
 
 # %% ../nbs/00_tour.ipynb #a1875dfe
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>The tour</title><style>
-:root {{ color-scheme: light dark }} body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto }} td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap }}
-td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) {{ text-align: left }} img {{ margin: .5rem 0 }} small {{ opacity: .75 }}
-</style><h1>The whole life of a foundation model</h1>{body}</html>
+_STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+td, th { padding: .25rem .7rem; border-bottom: 1px solid #8886; white-space: nowrap }
+td, th { text-align: right }
+td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
+img { margin: .5rem 0 }
+small { opacity: .75 }
 """
+_HEAD = (
+    '<!doctype html><html lang="en"><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width"><title>The tour</title>'
+)
 
 
 def report(data, plan, live, few, distilled, metrics) -> str:
     "The tour as one page that needs nothing else."
-    eight = torch.stack([data.train_images[data.train_labels == k][0] for k in range(8)])
-
-    def percent(comparison):
-        return {arm: [100 * v for v in comparison[arm].tolist()] for arm in comparison.scores}
-
-    knn = metrics["pretrain"]
+    slow = "".join(f"<li>{html.escape(line)}</li>" for line in not_faster(metrics["stages"]))
     parts = [
+        f"{_HEAD}<style>{_STYLE}</style><h1>The whole life of a foundation model</h1>",
         f"<p>{html.escape(repr(data))}; {metrics['seconds']:.0f} seconds.</p>",
-        show_images(
-            eight,
-            titles=data.classes[:8],
-            alt="Eight training pictures, one of each of the first eight classes",
-        ).html(),
+        *[picture.html() for picture in first_pictures(data)],
         "<h2>1. Pretraining without labels</h2>",
+        *[picture.html() for picture in pretraining_pictures(plan, live, metrics)],
+        f"<h2>2. Fine-tuning with {plan.labels} labels</h2>",
+        few_label_picture(few).html(),
+        few.comparison._repr_html_(),
+        "<h2>3. Distillation on pictures without labels</h2>",
+        distilled._repr_html_(),
+        "<h2>4–5. Pruning, quantisation, and the account</h2>",
+        account_table(metrics["stages"])._repr_html_(),
+        f"<p>Not faster than before:</p><ul>{slow}</ul></html>",
+    ]
+    return "\n".join(parts)
+
+# %% ../nbs/00_tour.ipynb #0cf50673
+def first_pictures(data):
+    "One training picture of each of the first eight classes"
+    eight = torch.stack([data.train_images[data.train_labels == k][0] for k in range(8)])
+    alt = "Eight training pictures, one of each of the first eight classes"
+    return [show_images(eight, titles=data.classes[:8], alt=alt)]
+
+
+def pretraining_pictures(plan, live, metrics):
+    "Loss and neighbours"
+    knn = metrics["pretrain"]
+    bars = {
+        "random weights": 100 * knn["knn_before"],
+        f"after {plan.pretrain} steps": 100 * knn["knn_after"],
+        "shipped weights": 100 * knn["knn_shipped"],
+    }
+    return [
         plot_curves(
             {"loss": live.losses},
             xlabel="step",
             ylabel="loss",
             alt="The contrastive loss over the live steps",
-        ).html(),
+        ),
         plot_bars(
-            {
-                "random weights": 100 * knn["knn_before"],
-                f"after {plan.pretrain} steps": 100 * knn["knn_after"],
-                "shipped weights": 100 * knn["knn_shipped"],
-            },
+            bars,
             xlabel="nearest-neighbour accuracy, %",
-            alt=(
-                "Nearest-neighbour accuracy at random, after the live steps and with shipped"
-                " weights"
-            ),
-        ).html(),
-        f"<h2>2. Fine-tuning with {plan.labels} labels</h2>",
-        plot_bars(
-            percent(few.comparison),
-            xlabel="test accuracy, %",
-            alt="Test accuracy of pixels, scratch and pretrained",
-        ).html(),
-        few.comparison._repr_html_(),
-        "<h2>3. Distillation on pictures without labels</h2>",
-        distilled.comparison._repr_html_(),
-        "<h2>4–5. Pruning, quantisation, and the account</h2>",
-        stage_table(metrics["stages"])._repr_html_(),
-        "<p>Not faster than before:</p><ul>"
-        + "".join(f"<li>{html.escape(line)}</li>" for line in not_faster(metrics["stages"]))
-        + "</ul>",
+            alt="Nearest-neighbour accuracy at random, after the live steps and as shipped",
+        ),
     ]
-    return _PAGE.format(body="\n".join(parts))
+
+
+def few_label_picture(few):
+    "A bar for each arm"
+    scores = few.comparison.scores
+    return plot_bars(
+        {arm: [100 * value for value in values.tolist()] for arm, values in scores.items()},
+        xlabel="test accuracy, %",
+        alt="Test accuracy of pixels, scratch and pretrained",
+    )

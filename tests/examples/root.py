@@ -7,6 +7,8 @@ import torch
 
 from foundation import command, tour
 from foundation.data.images import ImageSet
+from foundation.data.tasks import image_task
+from foundation.recipes import account
 
 
 def images(n):
@@ -92,17 +94,16 @@ EXAMPLES = {
     "tour.gentle": lambda: (tour.gentle, dict(data=data())),
     "tour.score": lambda: (
         tour.score,
-        dict(
-            model=tour.fresh_student(data()),
-            images=images(20)[0],
-            labels=images(20)[1],
-            data=data(),
-        ),
+        dict(model=tour.fresh_student(data()), task=image_task(data(), dev=2), part="test"),
     ),
-    "tour.Table": lambda: (tour.Table, dict(heads=["a", "b"], rows=[["1", "2"]])),
-    "tour.stage_table": lambda: (tour.stage_table, dict(stages=stages())),
-    "tour.gains": lambda: (tour.gains, dict(stages=stages())),
-    "tour.not_faster": lambda: (tour.not_faster, dict(stages=stages())),
+    "tour.is_small": lambda: (
+        tour.is_small,
+        dict(gain=dict(times_smaller=30.0, times_faster=4.0, points_lost=1.0)),
+    ),
+    "recipes.account.Table": lambda: (account.Table, dict(heads=["a", "b"], rows=[["1", "2"]])),
+    "recipes.account.account_table": lambda: (account.account_table, dict(stages=stages())),
+    "recipes.account.gains": lambda: (account.gains, dict(stages=stages(), control="teacher")),
+    "recipes.account.not_faster": lambda: (account.not_faster, dict(stages=stages())),
     "tour.check_claims": lambda: (tour.check_claims, dict(metrics=metrics())),
 }
 SKIP = {
@@ -114,21 +115,26 @@ SKIP = {
     "command.check_extras": "takes nothing",
     "command.tour": MINUTES,
     "command.list_data": "takes nothing, and hashes all data",
+    "command.list_weights": "takes nothing",
+    "command.make_weights": "trains for hours",
     "command.main": "the command line, which tests/test_command.py tries as it is typed",
     "tour.SHORT": "a constant",
     "tour.load_data": "reads all of Fashion-MNIST",
     "tour.Live": TYPE,
     "tour.Few": TYPE,
-    "tour.Distilled": TYPE,
     "tour.pretrain_live": MINUTES,
     "tour.embedding": "t-SNE takes seconds",
     "tour.few_label_model": MINUTES,
     "tour.learn_from_few": MINUTES,
-    "tour.pixel_scores": MINUTES,
-    "tour.few_label_student": MINUTES,
+    "tour.pixel_arm": MINUTES,
+    "tour.first_pictures": "draws a picture of real data",
+    "tour.pretraining_pictures": "needs the records of a run",
+    "tour.few_label_picture": "needs the records of a run",
+    "recipes.account.COLUMNS": "a constant",
+    "recipes.account.network_forms": MINUTES,
+    "recipes.account.account": MINUTES,
     "tour.learn_from_teacher": MINUTES,
     "tour.train_for_use": MINUTES,
-    "tour.account": MINUTES,
     "tour.run": MINUTES,
     "tour.collect": "gathers the records of a run",
     "tour.report": "needs the records of a run",
