@@ -10,7 +10,6 @@ import sys
 import warnings
 from contextlib import suppress
 from functools import partial
-from threading import Lock
 from unittest.mock import patch
 
 import numpy as np
@@ -28,15 +27,15 @@ from foundation.training import checkpoint
 from foundation.training.checkpoint import (
     BadCheckpoint,
     _encode,
-    fingerprint,
     load_checkpoint,
     read_checkpoint,
     restore,
-    resumable,
     save_checkpoint,
     snapshot,
 )
-from foundation.training.loop import adamw, classify, train
+from foundation.training.loop import classify, train
+from foundation.training.optim import adamw
+from foundation.training.run import resumable
 
 # Killed -------------------------------------------------------------------------------------------
 
@@ -50,7 +49,8 @@ from torch import nn
 from foundation.core.basics import seed_everything
 from foundation.data.batches import endless
 from foundation.training import checkpoint
-from foundation.training.loop import adamw, classify, train
+from foundation.training.loop import classify, train
+from foundation.training.optim import adamw
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -1057,7 +1057,7 @@ def test_another_run_is_refused_and_nothing_is_changed(tmp_path, name, finished)
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     fresh_weights, _ = long_run(steps=0, schedule=None, dropout=options.get("dropout", 0.3))
     seen = {}
-    load = checkpoint._load
+    load = checkpoint.load_checkpoint
 
     def watch(path, model, opt, accept):
         seen.update(model=model, opt=opt, luck=torch.get_rng_state())
@@ -1065,7 +1065,7 @@ def test_another_run_is_refused_and_nothing_is_changed(tmp_path, name, finished)
 
     with (
         pytest.raises(BadCheckpoint, match="run is of another run: .*" + words),
-        patch.object(checkpoint, "_load", watch),
+        patch("foundation.training.run.load_checkpoint", watch),
     ):
         long_run(tmp_path / "run", **options)
     assert (
@@ -1335,178 +1335,6 @@ def test_modes_come_back_and_the_file_is_free_after_a_stop(tmp_path, error):
     assert not net.training and not net[1].training and not list(tmp_path.iterdir())
 
 
-# Fingerprints -------------------------------------------------------------------------------------
-
-THINGS = """
-import numpy as np, torch
-from functools import partial
-from pathlib import Path
-from torch import nn
-from foundation.data.augment import Augment
-from foundation.data.batches import join
-from foundation.training.checkpoint import fingerprint
-torch.manual_seed(0)
-net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.BatchNorm1d(4), nn.LSTM(4, 3))
-def local(a, b=2): return a + b * FACTOR
-FACTOR = 3
-class Own(nn.Module):
-    def forward(self, x): return x + 1
-things = dict(
-    tensor=torch.arange(6.).view(2, 3), half=torch.ones(3).bfloat16(), array=np.arange(4),
-    text=np.array(["a", "bc"]), dates=np.array(["2020-01-01"], "datetime64[D]"),
-    record=np.zeros(2, [("a", "i4"), ("b", "f8")]), objects=np.array([1, "a"], object), net=net,
-    own=Own(), function=local, lam=lambda x: x + 1, part=partial(local, 1),
-    augment=Augment(), documents=join([[1, 2], [3]]), path=Path("a"),
-    numbers=[1, 1.0, True, None, -0.0, float("nan"), 2 + 3j],
-    words={"a": {1, "b", (2, 3)}, "c": b"x"},
-    kind=torch.float32, rng=np.random.default_rng(0), luck=torch.Generator().manual_seed(1),
-    method=Augment().__call__, builtin=torch.relu, cls=nn.Linear)
-print({name: fingerprint(thing) for name, thing in things.items()})
-"""
-
-
-def test_fingerprints_are_the_same_in_another_process_and_differ_from_each_other():
-    env = dict(os.environ, PYTHONHASHSEED="7", OMP_NUM_THREADS="1")
-    job = subprocess.run([sys.executable, "-c", THINGS], capture_output=True, text=True, env=env)
-    assert job.returncode == 0, job.stderr[-1000:]
-    seen, here = eval(job.stdout), {"__name__": "__main__"}
-    exec(THINGS.replace("\nprint(", "\nseen = ("), here)
-    assert (
-        seen == here["seen"]
-        and len(set(seen.values())) == len(seen)
-        and all(len(v) == 20 for v in seen.values())
-    )
-
-
-@given(
-    st.data(),
-    st.sampled_from(
-        ["float32", "float64", "float16", "int64", "int8", "uint8", "bool", "complex64"]
-    ),
-    st.lists(st.integers(1, 4), max_size=3),
-)
-@settings(max_examples=60, deadline=None)
-def test_one_bit_one_place_one_kind_or_one_axis_more_is_another_fingerprint(data, kind, shape):
-    x = torch.from_numpy(np.asarray(np.random.default_rng(0).integers(0, 2, shape)).astype(kind))
-    same = [
-        x.clone(),
-        x.numpy(),
-        x.numpy().astype(x.numpy().dtype.newbyteorder()),
-        nn.Parameter(x) if x.is_floating_point() else x,
-        x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim > 1 else x,
-    ]
-    assert {fingerprint(s) for s in same} == {fingerprint(x)}
-    flipped = x.flatten().clone()
-    place = data.draw(st.integers(0, max(flipped.view(torch.uint8).numel() - 1, 0)))
-    flipped.view(torch.uint8)[place] ^= 1
-    other = [
-        flipped.view(x.shape),
-        x[None],
-        x.to(torch.float64 if kind != "float64" else torch.float32),
-        torch.cat([x.reshape(-1), x.reshape(-1)]),
-        [x],
-        {0: x},
-        (x, x),
-    ]
-    assert fingerprint(x) not in {fingerprint(o) for o in other}
-
-
-def test_settings_of_networks_functions_and_objects_count():
-    def changed(
-        change, make=lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.BatchNorm1d(4))
-    ):
-        torch.manual_seed(0)
-        net = make()
-        change(net)
-        return fingerprint(net)
-
-    changes = [
-        lambda n: None,
-        lambda n: setattr(n[1], "p", 0.2),
-        lambda n: n[2].running_mean.add_(1),
-        lambda n: n[0].weight.data.mul_(-1),
-        lambda n: setattr(n[2], "eps", 1e-3),
-        lambda n: n[0].register_buffer("more", torch.ones(1), persistent=False),
-        lambda n: n.append(nn.ReLU()),
-        lambda n: n.append(nn.Tanh()),
-    ]
-    assert len({changed(c) for c in changes}) == len(changes)
-    assert (
-        changed(lambda n: n.eval())
-        == changed(lambda n: n.requires_grad_(False))
-        == changed(lambda n: None)
-    )
-    tied, free = Tied(), Tied(tied=False)
-    free.load_state_dict(tied.state_dict())
-    assert fingerprint(tied) != fingerprint(free)
-
-    def plus(a):
-        return lambda x: x + a
-
-    marks = [
-        plus(1),
-        plus(2),
-        lambda x: x + 1,
-        lambda x: x - 1,
-        lambda x, y=1: x,
-        lambda x, y=2: x,
-        len,
-        max,
-        nn.Linear,
-        nn.Conv2d,
-        torch.relu,
-        torch.tanh,
-    ]
-    assert len({fingerprint(m) for m in marks}) == len(marks) and fingerprint(
-        plus(1)
-    ) == fingerprint(plus(1))
-    assert fingerprint(random.Random(0)) != fingerprint(random.Random(1)) and fingerprint(
-        1, 2
-    ) != fingerprint(2, 1) != fingerprint([2, 1])
-    assert (
-        fingerprint({"a": 1, "b": 2})
-        == fingerprint({"b": 2, "a": 1})
-        != fingerprint({"a": 2, "b": 1})
-    )
-    assert (
-        fingerprint(0.0) != fingerprint(-0.0)
-        and fingerprint(1) != fingerprint(1.0) != fingerprint(True)
-        and fingerprint(np.float32(0.5)) == fingerprint(0.5)
-    )
-    assert fingerprint("a", "b") != fingerprint("ab", "") != fingerprint(["ab", ""])
-    loop = []
-    loop.append(loop)
-    assert fingerprint(loop) == fingerprint(loop)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        object,
-        lambda: iter([1]),
-        lambda: (i for i in [1]),
-        lambda: open(os.devnull),
-        Lock,
-        lambda: zip([1]),
-        lambda: torch.zeros(2, device="meta"),
-        lambda: [1, {"a": object()}],
-    ],
-)
-def test_what_cannot_be_told_apart_is_refused(make):
-    with pytest.raises(TypeError, match="cannot be told from another one"):
-        fingerprint(make())
-
-
-def test_fingerprints_of_deep_nests_end_in_a_sentence():
-    deep = []
-    for _ in range(100_000):
-        deep = [deep]
-    with pytest.raises(TypeError, match="nested too deeply"):
-        fingerprint(deep)
-    while deep:
-        deep = deep[0]  # taken apart slowly: Python's own clean-up is recursive as well
-
-
 # Files --------------------------------------------------------------------------------------------
 
 
@@ -1626,8 +1454,9 @@ OTHER = """
 import sys, time, torch
 from torch import nn
 from foundation.data.batches import endless
-from foundation.training.checkpoint import resumable
-from foundation.training.loop import adamw, classify
+from foundation.training.run import resumable
+from foundation.training.loop import classify
+from foundation.training.optim import adamw
 torch.manual_seed(0)
 x = torch.randn(60, 6); y = x[:, :3].argmax(1)
 net = nn.Linear(6, 3); opt = adamw(net, 1e-2)
@@ -1675,7 +1504,7 @@ def test_two_processes_and_one_checkpoint_one_sentence_and_a_killed_one_holds_no
             mine(tmp_path / "run")
         with (
             pytest.raises(BadCheckpoint, match="another process trains into run"),
-            patch.object(checkpoint, "time", Impatient),
+            patch.object(checkpoint, "_PATIENCE", 0.2),
         ):
             save_checkpoint(tmp_path / "run", *fresh(), 1)
         mine(tmp_path / "elsewhere")
@@ -1684,14 +1513,6 @@ def test_two_processes_and_one_checkpoint_one_sentence_and_a_killed_one_holds_no
         job.wait()
     assert len(mine(tmp_path / "run").losses) == 6
     assert not [p for p in tmp_path.iterdir() if p.name.endswith((".lock", ".tmp"))]
-
-
-class Impatient:
-    "A clock on which ten seconds pass at once"
-
-    now = iter(range(0, 10**6, 20))
-    monotonic = staticmethod(lambda: next(Impatient.now))
-    sleep = staticmethod(lambda seconds: None)
 
 
 TURNS = """
@@ -1750,7 +1571,7 @@ def test_one_process_does_not_train_twice_into_one_file(tmp_path):
 @pytest.mark.parametrize("error", [37, 38, 95])
 def test_where_files_take_no_locks_one_trains_without(tmp_path, error):
     "Network folders may know none"
-    with patch("fcntl.lockf", side_effect=OSError(error, "no locks")):
+    with patch("fcntl.flock", side_effect=OSError(error, "no locks")):
         weights, _ = long_run(tmp_path / "run")
     assert torch.equal(weights, long_run()[0])
 

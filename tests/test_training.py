@@ -30,13 +30,13 @@ from foundation.data.batches import endless
 from foundation.training.loop import (
     Step,
     TrainingDiverged,
-    adamw,
     classify,
-    fit,
     progress,
     train,
     uninterrupted,
 )
+from foundation.training.optim import adamw
+from foundation.training.run import fit
 from foundation.training.schedules import one_cycle, warmup_cosine
 from foundation.training.speed import Throughput, kept_for_backward, peak_memory, throughput
 from foundation.training.track import Log, TensorBoard, curve, plot_log, read_log
@@ -588,7 +588,9 @@ def test_a_loop_that_is_left_leaves_the_mode_of_training():
 LATE = """
 import signal, sys, time, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from foundation.training.loop import fit, adamw, load_optimizers, uninterrupted
+from foundation.training.loop import load_optimizers, uninterrupted
+from foundation.training.optim import adamw
+from foundation.training.run import fit
 import torch
 from torch import nn
 assert "torch._dynamo" not in sys.modules
@@ -712,7 +714,7 @@ INTERRUPTED = """
 import signal, torch
 from torch import nn
 from foundation.data.batches import endless
-from foundation.training.loop import fit
+from foundation.training.run import fit
 # a shell may have started us with Ctrl-C switched off
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.manual_seed(0)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from foundation.core import basics, checks, exercises, files, plots, widgets
+from foundation.core.fingerprint import fingerprint
 
 
 def scratch(name="", content=None):
@@ -92,6 +93,11 @@ EXAMPLES = {
     "core.files.locked": lambda: (
         files.locked,
         dict(path=scratch("lock"), patience=1.0, notice="wait", shared=True),
+    ),
+    "core.fingerprint.fingerprint": lambda: (
+        fingerprint,
+        ({"images": torch.ones(2, 3), "seed": 3}, ["a", None, (1.5, b"x")], network()),
+        {},
     ),
     "core.basics.memory_order": lambda: (basics.memory_order, dict(model=network())),
     "core.basics.in_order": lambda: (

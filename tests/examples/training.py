@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from foundation.data.batches import endless
-from foundation.training import checkpoint, loop, schedules, speed, track
+from foundation.training import checkpoint, loop, optim, run, schedules, speed, track
 
 
 def net():
@@ -44,6 +44,18 @@ def saved():
 def taken():
     both = pair()
     return dict(state=checkpoint.snapshot(**both), **both)
+
+
+def headed():
+    model = nn.Sequential()
+    model.body, model.head = nn.Linear(4, 5), nn.Linear(5, 3)
+    return model
+
+
+def scored():
+    stopping = run.EarlyStopping(net())
+    stopping.update(0.5)
+    return stopping
 
 
 def logged():
@@ -102,8 +114,8 @@ EXAMPLES = {
         lambda logits, labels: loop.classify(nn.Identity(), (logits, labels))[0],
         dict(logits=inputs(), labels=labels()),
     ),
-    "training.loop.fit": lambda: (
-        loop.fit,
+    "training.run.fit": lambda: (
+        run.fit,
         dict(
             model=net(),
             batches=batches(),
@@ -118,12 +130,27 @@ EXAMPLES = {
             each=None,
         ),
     ),
-    "training.loop.adamw": lambda: (loop.adamw, dict(model=net(), lr=0.1, weight_decay=0.01)),
+    "training.optim.adamw": lambda: (optim.adamw, dict(model=net(), lr=0.1, weight_decay=0.01)),
     "training.schedules.warmup_cosine": lambda: (
         schedules.warmup_cosine,
         dict(steps=9, warmup=2, end=0.1),
     ),
     "training.schedules.one_cycle": lambda: (schedules.one_cycle, dict(steps=9, warmup=0.3)),
+    "training.checkpoint.random_states": lambda: (checkpoint.random_states, {}),
+    "training.checkpoint.restore_random": lambda: (
+        lambda: checkpoint.restore_random(*checkpoint.random_states()),
+        {},
+    ),
+    "training.checkpoint.check_fit": lambda: (checkpoint.check_fit, taken() | dict(name="run")),
+    "training.checkpoint.sole_writer": lambda: (
+        block(checkpoint.sole_writer),
+        dict(path=place(), patience=0.1, nested=False),
+    ),
+    "training.checkpoint.as_json": lambda: (
+        checkpoint.as_json,
+        dict(value={"a": [1, 2.5]}, what="the recipe"),
+    ),
+    "training.checkpoint.unwrapped": lambda: (checkpoint.unwrapped, dict(model=net())),
     "training.checkpoint.snapshot": lambda: (checkpoint.snapshot, pair()),
     "training.checkpoint.restore": lambda: (checkpoint.restore, taken()),
     "training.checkpoint.save_checkpoint": lambda: (
@@ -135,13 +162,8 @@ EXAMPLES = {
         checkpoint.read_checkpoint,
         dict(path=saved()["path"]),
     ),
-    "training.checkpoint.fingerprint": lambda: (
-        checkpoint.fingerprint,
-        ({"images": inputs(), "seed": 3}, ["a", None, (1.5, b"x")], net()),
-        {},
-    ),
-    "training.checkpoint.resumable": lambda: (
-        lambda **options: checkpoint.resumable(**options).losses,
+    "training.run.resumable": lambda: (
+        lambda **options: run.resumable(**options).losses,
         dict(
             **pair(),
             stream=batches,
@@ -154,6 +176,28 @@ EXAMPLES = {
             title="",
             each=None,
         ),
+    ),
+    "training.run.EarlyStopping": lambda: (
+        run.EarlyStopping,
+        dict(model=net(), patience=2),
+    ),
+    "training.run.EarlyStopping.update": lambda: (
+        run.EarlyStopping(net()).update,
+        dict(score=0.5),
+    ),
+    "training.run.EarlyStopping.restore": lambda: (scored().restore, {}),
+    "training.optim.head_groups": lambda: (
+        optim.head_groups,
+        dict(model=headed(), lr=1e-3, head_lr=1e-2),
+    ),
+    "training.optim.layers": lambda: (optim.layers, dict(model=headed())),
+    "training.optim.layer_groups": lambda: (
+        optim.layer_groups,
+        dict(model=headed(), lr=1e-3, decay=0.5, head_lr=1e-2),
+    ),
+    "training.optim.make_optimizer": lambda: (
+        optim.make_optimizer,
+        dict(name="adamw", groups=optim.head_groups(headed(), 1e-3), weight_decay=0.1),
     ),
     "training.speed.Throughput": lambda: (
         speed.Throughput,
@@ -197,7 +241,7 @@ SKIP = {
     "training.loop.progress": "a bar on the screen; `fit` shows it",
     "training.checkpoint.Snapshot": "a tuple that `snapshot` makes",
     "training.checkpoint.BadCheckpoint": "an error",
-    "training.checkpoint.Run": "a tuple that `resumable` makes",
+    "training.run.Run": "a tuple that `resumable` makes",
     "training.speed.Kept": "made by `kept_for_backward`",
     "training.track.TensorBoard": "needs tensorboard, which not everybody has",
 }
