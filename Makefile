@@ -58,15 +58,8 @@ docs: setup ## the site in _site/ and README.md, from the notebooks as they stan
 quarto: setup ## the site through nbdev_docs, for those who have Quarto
 	PYTHONPATH=tools $(BIN)/nbdev_docs
 
-weights: setup ## train the shipped weights again, one after the other (hours on two cores; goes on where it was stopped)
-	$(BIN)/python -c "from foundation.pretraining.masked_text import make_weights; make_weights()"
-	$(BIN)/python -c "from foundation.pretraining.contrastive import make_weights; make_weights()"
-	$(BIN)/python -c "from foundation.pretraining.masked_image import make_rivals, make_weights; make_weights(), make_rivals()"
-	$(BIN)/python -c "from foundation.compression.distillation import make_weights; make_weights()"
-	$(BIN)/python -c "from foundation.compression.pruning import make_pruned, make_weights; make_weights(), make_pruned()"
-	$(BIN)/python -c "from foundation.compression.storage import make_weights; make_weights()"
-	$(BIN)/python -c "from foundation.finetuning.loop import make_weights; make_weights()"
-	$(BIN)/python -c "from foundation.finetuning.peft import make_adapter; make_adapter()"
+weights: setup ## train shipped weights again, all or NAME="..." (hours on two cores; goes on where it was stopped)
+	$(BIN)/foundation weights make $(or $(NAME),all)
 
 bench: setup ## our training steps against transformers and lightly: a table and bench/results.json (about five quiet minutes)
 	$(BIN)/python -m bench
