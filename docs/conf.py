@@ -49,10 +49,8 @@ def script(name):
     return f"vendor/{name}" if vendor.ready() else vendor.cdn(name)
 
 
-mathjax_path, mathjax_options = (
-    script("tex-svg.js"),
-    dict(defer="defer") | vendor.attributes("tex-svg.js"),
-)
+mathjax_path = script("tex-svg.js")
+mathjax_options = dict(defer="defer") | vendor.attributes("tex-svg.js")
 mermaid_js = script("mermaid.min.js")
 
 html_theme = "sphinx_book_theme"

@@ -117,7 +117,9 @@ def open_notebook(page, lab, path):
 def run_all(page, lab, path, seconds):
     """Run every cell in a fresh kernel and save; fails on an error,
     or when cells are left after so many seconds"""
-    file, deadline, waiting = lab.root / "nbs" / path, time.time() + seconds, ["everything"]
+    file = lab.root / "nbs" / path
+    deadline = time.time() + seconds
+    waiting = ["everything"]
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     while waiting:  # cells out of sight are not drawn, so the saved file is asked and not the page

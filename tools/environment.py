@@ -133,6 +133,13 @@ def alive(oldest, newest):
     return bool(home) and os.path.realpath(home.group(1)) == os.path.realpath(VENV)
 
 
+def remove(path):
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.remove(path)
+
+
 def site_packages():
     return glob.glob(os.path.join(VENV, "lib", "python3*", "site-packages"))
 
@@ -145,7 +152,7 @@ def forget_unfinished():
             if not os.path.exists(os.path.join(info, "INSTALLER")):
                 shutil.rmtree(info)
         for rest in glob.glob(os.path.join(place, "~*")):
-            shutil.rmtree(rest) if os.path.isdir(rest) else os.remove(rest)
+            remove(rest)
 
 
 def pip(*args):
@@ -178,7 +185,8 @@ def pip(*args):
 
 def set_up():
     config = settings()
-    oldest, want = version(config["min_python"]), wanted(config)
+    oldest = version(config["min_python"])
+    want = wanted(config)
     sound = alive(oldest, NEWEST)
     if sound and os.path.exists(STAMP) and open(STAMP).read() == want:
         return
@@ -186,11 +194,7 @@ def set_up():
         python, number = find_python(oldest, NEWEST)
         if os.path.lexists(VENV):
             say("The environment in .venv is broken or has been moved: making it anew")
-            (
-                shutil.rmtree(VENV)
-                if os.path.isdir(VENV) and not os.path.islink(VENV)
-                else os.remove(VENV)
-            )
+            remove(VENV)
         check_space(SPACE)
         say(
             "Making .venv with Python %s; this takes some minutes and %d GB, once" % (number, SPACE)

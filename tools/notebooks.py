@@ -172,10 +172,8 @@ def number(page):
 def title(path):
     "Title and promise of a lesson, from its first cell"
     head = source(load(path)["cells"][0])
-    found, promise = (
-        re.search(r"^# +(.+?)\s*$", head, re.M),
-        re.search(r"^> +(.+?)\s*$", head, re.M),
-    )
+    found = re.search(r"^# +(.+?)\s*$", head, re.M)
+    promise = re.search(r"^> +(.+?)\s*$", head, re.M)
     return found[1] if found else readable(Path(path).stem), promise[1] if promise else ""
 
 
@@ -212,13 +210,10 @@ def stamp(paths, check=False, root=ROOT):
     if set(paths) >= set(lessons(root)):
         new[Path(root) / cfg["nbs_path"] / "sidebar.yml"] = sidebar(root)
     for path, text in new.items():
-        if (
-            check
-            and not (path.exists() and path.read_text(encoding="utf-8") == text)
-            or not check
-            and write(path, text)
-        ):
+        if not (path.exists() and path.read_text(encoding="utf-8") == text):
             stale.append(path)
+            if not check:
+                write(path, text)
     return stale
 
 
@@ -354,12 +349,16 @@ def exported(root=ROOT):
 def export(check=False, root=ROOT):
     """Make the package what the notebooks say; what differed comes back.
     Needs no git and minds no uncommitted change"""
-    lib, new = Path(root) / settings(root)["lib_path"], exported(root)
+    lib = Path(root) / settings(root)["lib_path"]
+    new = exported(root)
     old = {p.relative_to(lib).as_posix(): p.read_text(encoding="utf-8") for p in lib.rglob("*.py")}
     differ = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    for name in differ if not check else ():
-        (lib / name).parent.mkdir(parents=True, exist_ok=True)
-        write(lib / name, new[name]) if name in new else (lib / name).unlink()
+    for name in [] if check else differ:
+        if name in new:
+            (lib / name).parent.mkdir(parents=True, exist_ok=True)
+            write(lib / name, new[name])
+        else:
+            (lib / name).unlink()
     return [lib / name for name in differ]
 
 
