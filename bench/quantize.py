@@ -5,14 +5,14 @@ import warnings
 
 import torch
 
-from foundation.compression.quantization import IntegerLayer, quantize_static
+from foundation.compression.integers import IntegerLayer, quantize_static
 from foundation.models.convnets import VGG
 
 from .duel import Duel, peer
 
 
 def quantize(images: int = 256, widths: tuple[int, ...] = (32, 64, 128)) -> Duel:
-    "Post-training static quantisation: rulers from smallest and largest value, one for each output channel of a weight."
+    "Post-training static quantisation: ranges from smallest to largest value, one scale for each output channel of a weight."
     torch.manual_seed(0)
     x, net = torch.rand(images, 1, 28, 28), VGG(widths=widths, depths=(2,) * len(widths))
     with torch.no_grad():
@@ -24,10 +24,10 @@ def quantize(images: int = 256, widths: tuple[int, ...] = (32, 64, 128)) -> Duel
         limit=1.0,
         ours=lambda: quantize_static(net, [x]),
         peers={"torch.ao": lambda: by_torch_ao(net, x), "torchao": lambda: by_torchao(net, x)},
-        proof=same_rulers(quantize_static(net, [x]), by_torch_ao(net, x)),
+        proof=same_scales(quantize_static(net, [x]), by_torch_ao(net, x)),
         note=(
             "images calibrated, from the float network to the converted one. torch.ao has the same"
-            " observers, so the rulers of inputs and weights are equal; torchao exports a graph"
+            " observers, so the scales of inputs and weights are equal; torchao exports a graph"
             " first and brings its x86 recipe. What comes out is not the same: theirs runs on int8"
             " kernels, ours shows the arithmetic in floats and is slower than fp32 at inference"
         ),
@@ -36,7 +36,7 @@ def quantize(images: int = 256, widths: tuple[int, ...] = (32, 64, 128)) -> Duel
 
 @torch.no_grad()
 def by_torch_ao(net, x):
-    "Prepare, calibrate, convert, with our choice of rulers"
+    "Prepare, calibrate, convert, with our choice of ranges"
     ao = peer("torch.ao.quantization")
     fx = peer("torch.ao.quantization.quantize_fx")
     config = ao.QConfig(
@@ -80,7 +80,7 @@ def _sequence(net):
     ).eval()
 
 
-def same_rulers(ours, theirs) -> dict[str, tuple[float, float]]:
+def same_scales(ours, theirs) -> dict[str, tuple[float, float]]:
     "Sums over all layers: of the weights' scales, and of the whole-number weights' sizes; and the first input's scale."
     mine = [m for m in ours.modules() if isinstance(m, IntegerLayer)]
     other = [m.weight() for m in theirs.modules() if hasattr(m, "weight") and callable(m.weight)]
@@ -90,7 +90,7 @@ def same_rulers(ours, theirs) -> dict[str, tuple[float, float]]:
             sum(w.q_per_channel_scales().sum().item() for w in other),
         ),
         weights=(
-            sum(m.weight.abs().sum(dtype=torch.long).item() for m in mine),
+            sum(m.values.abs().sum(dtype=torch.long).item() for m in mine),
             sum(w.int_repr().abs().sum(dtype=torch.long).item() for w in other),
         ),
         inputs=(mine[0].input_scale.item(), _first_scale(theirs)),

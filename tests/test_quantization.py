@@ -14,19 +14,21 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.testing import assert_close
 
-from foundation.compression.pruning import layer_weights
-from foundation.compression.quantization import (
+from foundation.compression.folding import fold_batch_norm, plain_copy
+from foundation.compression.integers import (
     IntegerLayer,
-    affine_map,
-    calibrate,
-    classify_rounded,
-    fake_quantize,
-    fold_batch_norm,
     integer_matmul,
-    integer_range,
-    plain_copy,
+    linear_in_bytes,
     quantize_dynamic,
     quantize_static,
+)
+from foundation.compression.pruning import layer_weights
+from foundation.compression.quantization import (
+    calibrate,
+    choose_qparams,
+    classify_rounded,
+    fake_quantize,
+    integer_range,
     quantize_tensor,
     quantize_weights,
     value_range,
@@ -143,7 +145,7 @@ def test_fake_quantize_and_its_gradient_equal_torch():
     weight = torch.randn(200)
     (ours * weight).sum().backward(), (theirs * weight).sum().backward()
     torch.testing.assert_close(a.grad, b.grad)
-    assert 0 < (a.grad == 0).float().mean() < 1, "some lie beyond the ruler, some within"
+    assert 0 < (a.grad == 0).float().mean() < 1, "some lie outside the range, some within"
 
 
 def test_fake_quantize_equals_quantize_then_dequantize():
@@ -246,24 +248,26 @@ def test_integer_products_are_exact_on_a_gpu(n, d, k):
     assert torch.equal(integer_matmul(a.cuda(), b.cuda()).cpu(), a.int() @ b.int())
 
 
-@pytest.mark.parametrize("ruler", [None, (torch.tensor(0.03), torch.tensor(97, dtype=torch.int32))])
-def test_bytes_give_what_the_layer_gives(ruler):
+@pytest.mark.parametrize(
+    "qparams", [None, (torch.tensor(0.03), torch.tensor(97, dtype=torch.int32))]
+)
+def test_bytes_give_what_the_layer_gives(qparams):
     torch.manual_seed(0)
     layer, x = nn.Linear(50, 7), torch.randn(9, 50)
-    ours = IntegerLayer(layer, ruler)
-    assert_close(ours.exact(x), ours(x), rtol=1e-5, atol=1e-5)
-    q, scale, zero = ours.marks(x)
-    by_hand = ((q.int() - zero) @ ours.weight.int().T) * (scale * ours.scale) + layer.bias
-    assert_close(ours.exact(x), by_hand)
-    off = ((q.int() - zero - 1) @ ours.weight.int().T) * (scale * ours.scale) + layer.bias
+    ours = IntegerLayer(layer, qparams)
+    assert_close(linear_in_bytes(ours, x), ours(x), rtol=1e-5, atol=1e-5)
+    q, scale, zero = ours.quantize_input(x)
+    by_hand = ((q.int() - zero) @ ours.values.int().T) * (scale * ours.scale) + layer.bias
+    assert_close(linear_in_bytes(ours, x), by_hand)
+    off = ((q.int() - zero - 1) @ ours.values.int().T) * (scale * ours.scale) + layer.bias
     assert (off - ours(x)).abs().max() > 1e-2, "a zero point off by one must show"
 
 
 def test_an_integer_layer_is_fake_quantisation_on_both_sides():
     layer, x = nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=3), torch.randn(4, 3, 9, 9)
-    ruler = calibrate([x])
+    qparams = calibrate([x])
     expected = nn.functional.conv2d(
-        fake_quantize(x, 8, symmetric=False, scale=ruler[0], zero_point=ruler[1]),
+        fake_quantize(x, 8, symmetric=False, **qparams._asdict()),
         fake_quantize(layer.weight, 8, axis=0),
         layer.bias,
         2,
@@ -271,7 +275,7 @@ def test_an_integer_layer_is_fake_quantisation_on_both_sides():
         1,
         3,
     )
-    assert_close(IntegerLayer(layer, ruler)(x), expected, rtol=1e-4, atol=1e-5)
+    assert_close(IntegerLayer(layer, qparams)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_folding_equals_eval_and_pytorchs_own():
@@ -288,7 +292,7 @@ def test_folding_equals_eval_and_pytorchs_own():
     assert (wrong(x) - net(x)).abs().max() > 1e-2
 
 
-def test_rulers_travel_with_the_weights():
+def test_scales_travel_with_the_weights():
     net, x = lived_in(), images()
     small, other = quantize_static(net, [x]), quantize_static(net, [2 * x])
     assert not torch.equal(small(x), other(x))
@@ -307,7 +311,7 @@ def test_int8_is_near_and_the_number_of_bits_counts():
     assert gap(quantize_dynamic(net)) < net(x).std() / 20
 
 
-def test_rulers_equal_those_of_torch_ao():
+def test_scales_equal_those_of_torch_ao():
     from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 
     net, x = lived_in(), images(64)
@@ -317,7 +321,7 @@ def test_rulers_equal_those_of_torch_ao():
     scale, zero = seen.calculate_qparams()
     (
         assert_close(ours[3].input_scale, scale.squeeze()),
-        assert_close(ours[3].input_zero, zero.squeeze(), check_dtype=False),
+        assert_close(ours[3].input_zero_point, zero.squeeze(), check_dtype=False),
     )
     weights = PerChannelMinMaxObserver(
         0, torch.qint8, torch.per_channel_symmetric, quant_min=-127, quant_max=127
@@ -349,7 +353,7 @@ def test_onnx_int8_runs_and_equals_ours_within_steps(tmp_path):
     graph = export_onnx(net, x[:1], tmp_path / "fp32.onnx")
     theirs = OnnxModel(quantize_onnx(graph, tmp_path / "int8.onnx", x))(x)
     ours, right = quantize_static(net, [x])(x), net(x)
-    step = (right.max() - right.min()) / 255  # of the ruler that their last layer writes on
+    step = (right.max() - right.min()) / 255  # of the scale that their last layer writes on
     assert (theirs - ours).abs().mean() < step and (theirs - right).abs().mean() < 2 * step
 
 
@@ -482,7 +486,7 @@ def test_whole_networks_refuse_in_one_sentence(call, words):
 
 
 def worst_in_steps(x, q):
-    "The largest error, in steps of its ruler"
+    "The largest error, in steps of its scale"
     shape = (
         [-1 if d == (q.axis or 0) else 1 for d in range(x.ndim)]
         if q.axis is not None
@@ -534,7 +538,7 @@ def test_any_size_and_any_type_of_scale_is_within_half_a_step_or_refused(
     ],
 )
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_whole_range_of_float32_has_a_ruler(x, symmetric):
+def test_the_whole_range_of_float32_has_a_scale(x, symmetric):
     x = torch.tensor(x)
     for bits in (2, 4, 8):
         q = quantize_tensor(x, bits, symmetric=symmetric)
@@ -625,9 +629,9 @@ def test_numbers_of_numpy_and_tensors_are_plain_numbers():
             "zero_point runs from 300",
         ),
         (lambda: fake_quantize(torch.randn(3), zero_point=3), "without a scale"),
-        (lambda: affine_map(torch.tensor(1.0), torch.tensor(math.inf)), "run from 1.0 to inf"),
-        (lambda: affine_map(torch.tensor(1.0), torch.tensor(-1.0)), "at or below"),
-        (lambda: affine_map(torch.zeros(3), torch.ones(2)), "to fit low"),
+        (lambda: choose_qparams(torch.tensor(1.0), torch.tensor(math.inf)), "run from 1.0 to inf"),
+        (lambda: choose_qparams(torch.tensor(1.0), torch.tensor(-1.0)), "at or below"),
+        (lambda: choose_qparams(torch.zeros(3), torch.ones(2)), "to fit low"),
         (lambda: calibrate(3), "batches is 3"),
         (lambda: calibrate([[1.0, 2.0]]), "batch 0 is a list"),
         (lambda: calibrate([torch.zeros(0)]), "batch 0 is empty"),
@@ -645,7 +649,10 @@ def test_numbers_of_numpy_and_tensors_are_plain_numbers():
         (lambda: IntegerLayer(nn.Linear(2, 2), (torch.tensor(-1.0), torch.tensor(0))), "above 0"),
         (lambda: IntegerLayer(nn.Linear(2, 2), (1.0,)), "expected scale and zero point"),
         (lambda: IntegerLayer(nn.Conv1d(2, 2, 1)), "Conv2d"),
-        (lambda: IntegerLayer(nn.Conv2d(1, 1, 1)).exact(torch.ones(1, 1)), "convolution"),
+        (
+            lambda: linear_in_bytes(IntegerLayer(nn.Conv2d(1, 1, 1)), torch.ones(1, 1)),
+            "convolution",
+        ),
         (
             lambda: quantize_weights(nn.Sequential(nn.Linear(4, 4), nn.Linear(0, 2))),
             "1.weight is empty",
@@ -807,17 +814,21 @@ def test_a_norm_behind_a_linear_layer_is_folded_only_where_it_works_on_the_last_
     assert isinstance(fold_batch_norm(behind)[2], nn.Identity), "behind a flatten it is known"
 
 
-def test_folding_undoes_no_tie_and_frees_nothing():
+def test_a_tied_weight_stays_tied_with_a_warning_and_what_is_frozen_stays_frozen():
     model = statistics(Pair(lambda seq, x: seq[2](seq[1](seq[0](x)))))
     model.seq.append(nn.Conv2d(3, 3, 1, bias=False))
-    model.seq[2].weight = model.seq[0].weight
     model.requires_grad_(False)
-    x, folded = torch.randn(2, 3, 4, 4), fold_batch_norm(model)
-    assert_close(folded(x), model(x), rtol=0, atol=1e-5)
-    assert torch.equal(folded.seq[2].weight, model.seq[2].weight) and not any(
-        p.requires_grad for p in folded.parameters()
-    )
-    assert isinstance(folded.seq[1], nn.Identity)
+    x = torch.randn(2, 3, 4, 4)
+    for tied in (False, True):
+        if tied:
+            model.seq[2].weight = model.seq[0].weight
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            folded = fold_batch_norm(model)
+        assert len(said) == tied and isinstance(folded.seq[1], nn.Identity) != tied
+        assert_close(folded(x), model(x), rtol=0, atol=1e-5)
+        assert (folded.seq[2].weight is folded.seq[0].weight) == tied
+        assert not any(p.requires_grad for p in folded.parameters())
 
 
 def test_a_look_at_an_example_leaves_no_trace():
@@ -899,7 +910,7 @@ def test_computed_weights_are_worked_in(name):
     assert isinstance(fold_batch_norm(model)[1], nn.Identity) and isinstance(
         quantize_static(model, [x])[4], IntegerLayer
     )
-    with pytest.raises(ValueError, match="plain_copy"):
+    with pytest.raises(ValueError, match="computed at each pass"):
         classify_rounded(4)(model, (x, torch.zeros(3, dtype=torch.long)))
 
 
@@ -921,7 +932,7 @@ def test_one_layer_under_several_names_is_one_afterwards():
         assert isinstance(small.more[1], IntegerLayer) and small.more[1] is not small.a
         assert (small(x) - model(x)).abs().max() < 0.05
     assert small.a.input_scale * 255 >= model.a(x).relu().max() - 1e-4, (
-        "its ruler reaches all that passes at any name"
+        "its range holds all that passes at any name"
     )
     assert isinstance(quantize_dynamic(model, skip=("a",)).b, nn.Linear), (
         "skipped under one name is skipped"
@@ -942,7 +953,6 @@ class Reads(nn.Module):
 @pytest.mark.parametrize(
     "make, x",
     [
-        (Reads, torch.randn(5, 4)),
         (
             lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(),
             torch.randn(2, 5, 8),
@@ -964,6 +974,21 @@ def test_what_must_stay_in_float_stays_and_is_named(make, x):
             assert (small(x) - model(x)).abs().max() < 0.05
     with pytest.raises(ValueError, match="calibration set is empty"):
         quantize_static(model, [])
+
+
+def test_who_reads_the_weight_of_an_integer_layer_gets_floats():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        model, x = Reads().to(dtype), torch.randn(5, 4).to(dtype)
+        small = quantize_dynamic(model)
+        assert isinstance(small.inner, IntegerLayer) and small.inner.weight.dtype == dtype
+        exact = quantize_tensor(model.inner.weight, axis=0).dequantize().to(dtype)
+        assert torch.equal(small.inner.weight, exact)
+        assert (small(x) - model(x)).abs().max() < 0.05
+    model, x = Reads(), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="inner is left in float, since no batch passes it"):
+        small = quantize_static(model, [x])
+    assert (small(x) - model(x)).abs().max() < 0.05 and isinstance(small.inner, nn.Linear)
 
 
 def test_a_layer_that_no_batch_passes_stays_and_is_named():
@@ -988,9 +1013,9 @@ def test_whole_numbers_are_whole_in_every_float_type(dtype):
         out = small(x)
         assert out.dtype == dtype and (out.float() - right).abs().max() < 0.05 * right.abs().max()
     layer = IntegerLayer(nn.Linear(600, 3).to(dtype))
-    q, scale, zero = layer.marks(x := torch.randn(4, 600).to(dtype))
+    q, scale, zero = layer.quantize_input(x := torch.randn(4, 600).to(dtype))
     assert torch.equal(q, q.round()) and q.max() == 255 and q.min() == 0
-    assert_close(layer(x), layer.exact(x), rtol=1e-2, atol=1e-3)
+    assert_close(layer(x), linear_in_bytes(layer, x), rtol=1e-2, atol=1e-3)
 
 
 def test_whole_numbers_stay_whole_under_autocast():
@@ -998,7 +1023,7 @@ def test_whole_numbers_stay_whole_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         inside = layer(x)
     assert inside.dtype == torch.float32 and torch.equal(inside, layer(x))
-    assert_close(inside, layer.exact(x), rtol=1e-5, atol=1e-5)
+    assert_close(inside, linear_in_bytes(layer, x), rtol=1e-5, atol=1e-5)
     assert layer(x[:0]).shape == (0, 5), "an empty batch has an empty answer"
 
 

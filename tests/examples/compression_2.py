@@ -1,4 +1,4 @@
-"One sound call for each public name of quantisation and storage, for the laws and the fuzz"
+"One sound call for each public name of folding, quantisation, integer networks and storage"
 
 import tempfile
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from foundation.compression import quantization, storage
+from foundation.compression import folding, integers, quantization, storage
 from foundation.data.images import ImageSet
 from foundation.models.convnets import ConvNet
 from foundation.training.loop import load_optimizers
@@ -54,11 +54,16 @@ def file():
     return storage.save_model(network(), place("model"), "int4")
 
 
+F, N = "compression.folding.", "compression.integers."
 Q, S = "compression.quantization.", "compression.storage."
 EXAMPLES = {
     Q + "integer_range": lambda: (quantization.integer_range, dict(bits=4, symmetric=True)),
-    Q + "affine_map": lambda: (
-        quantization.affine_map,
+    Q + "QParams": lambda: (
+        quantization.QParams,
+        dict(scale=torch.ones(1), zero_point=torch.zeros(1, dtype=torch.int32)),
+    ),
+    Q + "choose_qparams": lambda: (
+        quantization.choose_qparams,
         dict(low=-numbers(3).abs(), high=numbers(3).abs(), bits=8, symmetric=False),
     ),
     Q + "Quantized": lambda: (
@@ -103,34 +108,43 @@ EXAMPLES = {
             zero_point=torch.tensor([7, 8, 7]),
         ),
     ),
-    Q + "plain_copy": lambda: (quantization.plain_copy, dict(model=network(), skip=("4",))),
     Q + "quantize_weights": lambda: (
         quantization.quantize_weights,
         dict(model=network(), bits=4, group=8, skip=("4",)),
     ),
-    Q + "integer_matmul": lambda: (
-        quantization.integer_matmul,
-        dict(a=(10 * numbers(3, 5)).to(torch.int8), b=(10 * numbers(5, 2)).to(torch.int8)),
-    ),
-    Q + "fold_batch_norm": lambda: (
-        quantization.fold_batch_norm,
-        dict(model=network(), example=pictures()),
-    ),
-    Q + "IntegerLayer": lambda: (
-        quantization.IntegerLayer,
-        dict(layer=nn.Linear(4, 3), ruler=(torch.tensor(0.1), torch.tensor(9)), bits=8),
-    ),
-    Q + "quantize_static": lambda: (
-        quantization.quantize_static,
-        dict(model=network(), batches=[pictures()], bits=8, skip=(), percentile=99.9),
-    ),
-    Q + "quantize_dynamic": lambda: (
-        quantization.quantize_dynamic,
-        dict(model=network(), bits=8, skip=("4",), example=pictures()),
-    ),
     Q + "classify_rounded": lambda: (
         quantization.classify_rounded,
         dict(bits=4, group=8, skip=("4",)),
+    ),
+    F + "plain_copy": lambda: (folding.plain_copy, dict(model=network(), skip=("4",))),
+    F + "run_batch": lambda: (
+        folding.run_batch,
+        dict(model=nn.Embedding(5, 3), batch=torch.arange(4), what="the words"),
+    ),
+    F + "replace_modules": lambda: (folding.replace_modules, dict(model=network(), new={})),
+    F + "fold_batch_norm": lambda: (
+        folding.fold_batch_norm,
+        dict(model=network(), example=pictures()),
+    ),
+    N + "integer_matmul": lambda: (
+        integers.integer_matmul,
+        dict(a=(10 * numbers(3, 5)).to(torch.int8), b=(10 * numbers(5, 2)).to(torch.int8)),
+    ),
+    N + "IntegerLayer": lambda: (
+        integers.IntegerLayer,
+        dict(layer=nn.Linear(4, 3), qparams=(torch.tensor(0.1), torch.tensor(9)), bits=8),
+    ),
+    N + "linear_in_bytes": lambda: (
+        integers.linear_in_bytes,
+        dict(layer=integers.IntegerLayer(nn.Linear(4, 3)), x=numbers(5, 4)),
+    ),
+    N + "quantize_dynamic": lambda: (
+        integers.quantize_dynamic,
+        dict(model=network(), bits=8, skip=("4",), example=pictures()),
+    ),
+    N + "quantize_static": lambda: (
+        integers.quantize_static,
+        dict(model=network(), batches=[pictures()], bits=8, skip=(), percentile=99.9),
     ),
     S + "pack": lambda: (storage.pack, dict(values=symbols(8), bits=3)),
     S + "unpack": lambda: (
