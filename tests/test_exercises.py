@@ -15,8 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 import pytest
 import torch
+from platformdirs import windows
+from platformdirs.macos import MacOS
+from platformdirs.unix import Unix
 from torch import Tensor
 
 from foundation.core import exercises
@@ -662,6 +666,7 @@ def test_without_a_home_the_verdict_stands_and_a_sentence_is_added(monkeypatch, 
         return self
 
     monkeypatch.setattr(exercises.Path, "expanduser", nobody)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.setattr(exercises, "_told", set())
     for name in ("FOUNDATION_STATIC", "IN_TEST", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -781,9 +786,9 @@ def test_two_notebooks_at_once_lose_nothing(learner):
 def test_default_places(monkeypatch, tmp_path):
     monkeypatch.delenv("FOUNDATION_PROGRESS", raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setenv("APPDATA", str(tmp_path))
-    for system in ("linux", "win32", "darwin"):
-        monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(windows, "get_win_folder", lambda kind: str(tmp_path))
+    for system in (Unix, windows.Windows, MacOS):
+        monkeypatch.setattr(platformdirs, "PlatformDirs", system)
         assert progress_file().parts[-2:] == ("foundation", "progress.json")
 
 

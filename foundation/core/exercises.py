@@ -17,7 +17,6 @@ import re
 import signal
 import sys
 import threading
-import time
 import traceback
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -28,12 +27,15 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, Callable, Sequence
 
+# %% ../../nbs/00_core/05_exercises.ipynb #cf8556c6
 import numpy as np
+import platformdirs
 import torch
 from torch import Tensor
 
-from .basics import atomic_write, seed_everything
+from .basics import seed_everything
 from .checks import check_number, checked
+from .files import atomic_write, locked
 
 # %% ../../nbs/00_core/05_exercises.ipynb #3ccd580c
 class Refused(Exception):
@@ -53,7 +55,7 @@ class _Held(threading.local):
 
 _held = _Held()
 
-
+# %% ../../nbs/00_core/05_exercises.ipynb #a2dcfff6
 def _code(text):
     "A block of literal text that Markdown leaves alone: its fence is longer than any in the text"
     text = text if len(text) <= 600 else text[:600] + " …"
@@ -96,19 +98,17 @@ def require_close(
     rtol: float = 1e-4,  # allowed difference, relative to `expected`
     atol: float = 1e-5,  # allowed difference, absolute
 ) -> None:
-    "Claim that two values agree in kind, shape and, within rounding, in value. Raises `Refused` otherwise."
-    check_number(rtol, "rtol", 0), check_number(atol, "atol", 0)
+    "Claim that two values agree in kind, shape and value. Raises `Refused` otherwise."
+    check_number(rtol, "rtol", 0)
+    check_number(atol, "atol", 0)
     if not isinstance(got, (Tensor, Number)):
         raise Refused(claim, f"Got {_kind(got)}, expected {_kind(expected)}.")
     have, want = (torch.as_tensor(value).detach().cpu() for value in (got, expected))
-    have, want = (
-        v.to(torch.complex128 if have.is_complex() or want.is_complex() else torch.float64)
-        for v in (have, want)
-    )
+    dtype = torch.complex128 if have.is_complex() or want.is_complex() else torch.float64
+    have, want = have.to(dtype), want.to(dtype)
     if have.shape != want.shape:
-        raise Refused(
-            claim, f"Got the shape `{tuple(have.shape)}`, expected `{tuple(want.shape)}`."
-        )
+        shapes = f"`{tuple(have.shape)}`, expected `{tuple(want.shape)}`"
+        raise Refused(claim, f"Got the shape {shapes}.")
     agree = torch.isclose(have, want, rtol, atol, equal_nan=True)
     if not agree.all():
         raise Refused(claim, _code(_difference(have, want, agree)))
@@ -117,58 +117,54 @@ def require_close(
 # %% ../../nbs/00_core/05_exercises.ipynb #ff15df34
 def _difference(have, want, agree):
     "Both values in full when they are few, else the first place where they part"
-    if have.numel() <= 12:
-        shown = [
-            np.array2string(value.numpy(), precision=6, separator=", ") for value in (have, want)
-        ]
-        return "got       {}\nexpected  {}".format(
-            *(text.replace("\n", "\n" + " " * 10) for text in shown)
+    if have.numel() > 12:
+        place = tuple((~agree).nonzero()[0].tolist())
+        count = f"{int((~agree).sum())} of {have.numel()}"
+        return (
+            f"{count} values differ, the first at {list(place)}\n"
+            f"got       {have[place].item():.6g}\nexpected  {want[place].item():.6g}"
         )
-    place = tuple((~agree).nonzero()[0].tolist())
-    return (
-        f"{int((~agree).sum())} of {have.numel()} values differ, the first at {list(place)}\n"
-        f"got       {have[place].item():.6g}\nexpected  {want[place].item():.6g}"
-    )
+    shown = [np.array2string(v.numpy(), precision=6, separator=", ") for v in (have, want)]
+    got, expected = (text.replace("\n", "\n" + " " * 10) for text in shown)
+    return f"got       {got}\nexpected  {expected}"
 
 # %% ../../nbs/00_core/05_exercises.ipynb #e5fb2f46
 class _Unfinished(Exception):
     "The answer is still to be written"
 
 
-class _TooSlow(
-    BaseException
-):  # not an Exception: the learner's own `except Exception` shall not catch it
+class _TooSlow(BaseException):  # a learner's own `except Exception` shall not catch it
     "The answer took longer than its check allows"
 
 
 def _watched(answer, returns):
-    "A learner's function that must give back `returns` and leave tensors, arrays and lists as they were"
+    "A function that must give back `returns` and leave tensors, arrays and lists as they were"
     if not isinstance(answer, FunctionType) or returns is None:
         return answer
-    name = answer.__name__.replace("<lambda>", "your function")
 
     @wraps(answer)
     def watched(*args, **kwargs):
         inputs = [*args, *kwargs.values()]
         before = [_copy(value) for value in inputs]
         result = answer(*args, **kwargs)
-        if result is None:
-            raise _Unfinished(
-                f"`{name}` gives nothing back: is it still to be written, or is its `return`"
-                " missing?"
-            )
-        if not isinstance(result, returns):
-            raise Refused(
-                f"`{name}` gives back {_kinds(returns)}", f"It gave back {_kind(result)}."
-            )
-        if not all(map(_same, before, inputs)):
-            raise Refused(
-                f"`{name}` leaves its inputs as they are",
-                "It changed one of them in place; work on a copy.",
-            )
+        _judge_call(answer.__name__, result, returns, all(map(_same, before, inputs)))
         return result
 
     return watched
+
+# %% ../../nbs/00_core/05_exercises.ipynb #f4bc9491
+def _judge_call(name, result, returns, untouched):
+    name = name.replace("<lambda>", "your function")
+    if result is None:
+        raise _Unfinished(
+            f"`{name}` gives nothing back: is it still to be written, or is its `return` missing?"
+        )
+    if not isinstance(result, returns):
+        found = f"It gave back {_kind(result)}."
+        raise Refused(f"`{name}` gives back {_kinds(returns)}", found)
+    if not untouched:
+        found = "It changed one of them in place; work on a copy."
+        raise Refused(f"`{name}` leaves its inputs as they are", found)
 
 # %% ../../nbs/00_core/05_exercises.ipynb #3acf68b1
 def _copy(value):
@@ -179,37 +175,20 @@ def _copy(value):
 
 
 def _same(before, after):
-    "Has a value been left alone?"
+    "Has a value been left alone? NaN stays NaN"
     if isinstance(before, (Tensor, np.ndarray)):
         return before.shape == after.shape and bool(((before == after) | (before != before)).all())
-    return (
-        not isinstance(before, list)
-        or len(before) == len(after)
-        and all(a is b for a, b in zip(before, after))
-    )
+    if isinstance(before, list):
+        return len(before) == len(after) and all(a is b for a, b in zip(before, after))
+    return True
 
 # %% ../../nbs/00_core/05_exercises.ipynb #cfbd5597
 def _timed(seconds, call):
-    "Call, and stop what takes too long, where the system has an alarm clock (on Windows: interrupt the kernel)"
-    if (
-        not hasattr(signal, "setitimer")
-        or threading.current_thread() is not threading.main_thread()
-    ):
+    "Call, and stop what takes too long, where the system has an alarm clock"
+    main = threading.current_thread() is threading.main_thread()
+    if not hasattr(signal, "setitimer") or not main:
         return call()
-    rings = 0
-
-    def ring(_, frame):
-        nonlocal rings
-        rings += 1
-        if frame is not None and frame.f_code is _timed.__code__:
-            return  # the answer has ended, we are about to stop the clock
-        if (
-            rings == 5
-        ):  # the answer swallows what we raise: a storm of bells meets it outside its `try` as well
-            signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
-        raise _TooSlow
-
-    before, left = signal.signal(signal.SIGALRM, ring), (0, 0)
+    before, left = signal.signal(signal.SIGALRM, _Bell()), (0, 0)
     try:
         left = signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
         return call()
@@ -218,10 +197,24 @@ def _timed(seconds, call):
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *left)
 
+# %% ../../nbs/00_core/05_exercises.ipynb #863ae0c0
+class _Bell:
+    "Rings; if the answer swallows what we raise, a storm of bells meets it outside its `try` too"
 
+    rings = 0
+
+    def __call__(self, _, frame):
+        self.rings += 1
+        if frame is not None and frame.f_code is _timed.__code__:
+            return  # the answer has ended, we are about to stop the clock
+        if self.rings == 5:
+            signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+        raise _TooSlow
+
+# %% ../../nbs/00_core/05_exercises.ipynb #45dc86f6
 @contextmanager
 def _same_luck():
-    "The same random numbers for every try; the lesson around it goes on with its own, and with gradients on or off as before"
+    "The same random numbers for every try; the lesson around it goes on with its own"
     python, numpy, grad = random.getstate(), np.random.get_state(), torch.is_grad_enabled()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         seed_everything(0)
@@ -232,9 +225,9 @@ def _same_luck():
             np.random.set_state(numpy)
             torch.set_grad_enabled(grad)
 
-
+# %% ../../nbs/00_core/05_exercises.ipynb #ee1cc327
 class _Printed(io.StringIO):
-    "The first 400 characters that an answer prints; what other threads print meanwhile goes where it belongs"
+    "The first 400 characters that an answer prints; other threads print where they belong"
 
     def __init__(self):
         super().__init__()
@@ -253,60 +246,42 @@ def _home(answer):
     code = getattr(inspect.unwrap(answer), "__code__", None)
     if code is None:  # a class or an object: the home of its methods
         methods = vars(answer if isinstance(answer, type) else type(answer)).values()
-        code = next(
-            (method.__code__ for method in methods if isinstance(method, FunctionType)), None
-        )
+        code = next((m.__code__ for m in methods if isinstance(m, FunctionType)), None)
     library = code is None or "site-packages" in code.co_filename
     return None if library else code.co_filename
 
-
+# %% ../../nbs/00_core/05_exercises.ipynb #88b49c4b
 def _fault(error, answer, check):
-    "State and reason for an error: the line of the learner's code, without the library's stack trace"
-    home = _home(answer)
-    mine = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if f.filename == home and f.name != check.__name__
-    ]
+    "State and reason for an error"
+    home, trace = _home(answer), traceback.extract_tb(error.__traceback__)
+    mine = [f for f in trace if f.filename == home and f.name != check.__name__]
     what = f"{type(error).__name__}: {error}"
     if not mine:
-        return (
-            "broken",
-            f"The check could not work with your answer, {_kind(answer)}:\n\n{_code(what)}",
-        )
+        told = f"The check could not work with your answer, {_kind(answer)}:"
+        return "broken", f"{told}\n\n{_code(what)}"
     place = mine[-1]
     if isinstance(error, NotImplementedError) and "NotImplementedError" in (place.line or what):
-        return (
-            "unfinished",
-            f"`{place.name}` still raises `NotImplementedError`: replace that line by your code.",
-        )
-    return "broken", "Your code stopped with an error:\n\n" + _code(
-        f"line {place.lineno}:  {place.line}\n{what}"
-    )
+        told = f"`{place.name}` still raises `NotImplementedError`: replace that line by your code."
+        return "unfinished", told
+    told = _code(f"line {place.lineno}:  {place.line}\n{what}")
+    return "broken", f"Your code stopped with an error:\n\n{told}"
 
 # %% ../../nbs/00_core/05_exercises.ipynb #4af9147e
 @checked
 def progress_file() -> Path:
-    """Where progress is kept: `FOUNDATION_PROGRESS`, or a file in the user's data folder of this operating system.
+    """Where progress is kept: `FOUNDATION_PROGRESS`, or a file in this user's data folder.
 
     Raises `FileNotFoundError` for a user without a home folder."""
     chosen = os.environ.get("FOUNDATION_PROGRESS")
-    if sys.platform == "win32":
-        base = os.environ.get("APPDATA") or "~/AppData/Roaming"
-    elif sys.platform == "darwin":
-        base = "~/Library/Application Support"
-    else:
-        base = os.environ.get("XDG_DATA_HOME", "")
-        base = base if os.path.isabs(base) else "~/.local/share"
     try:
-        return (
-            Path(chosen).expanduser()
-            if chosen
-            else Path(base).expanduser() / "foundation" / "progress.json"
-        )
+        if chosen:
+            return Path(chosen).expanduser()
+        folder = platformdirs.user_data_dir("foundation", appauthor=False, roaming=True)
+        return Path(folder) / "progress.json"
     except RuntimeError:
+        whose = chosen or "this user"
         raise FileNotFoundError(
-            f"there is no home folder for {chosen or base}; set FOUNDATION_PROGRESS to a file"
+            f"there is no home folder for {whose}; set FOUNDATION_PROGRESS to a file"
         ) from None
 
 
@@ -316,17 +291,11 @@ def _is_static():
 
 # %% ../../nbs/00_core/05_exercises.ipynb #9dac287d
 def _load(path):
-    "The entries, `lesson#title` to `tries` and `solved`; None if the file is not what this module writes"
+    "The entries, `lesson#title` to `tries` and `solved`; None if the file is not one of ours"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        return (
-            entries
-            if all(
-                "#" in key and _is_entry(entry["tries"], entry["solved"])
-                for key, entry in entries.items()
-            )
-            else None
-        )
+        good = all("#" in k and _is_entry(e["tries"], e["solved"]) for k, e in entries.items())
+        return entries if good else None
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -345,73 +314,53 @@ def _moved_aside(path):
     os.replace(path, aside)
     return aside
 
-
+# %% ../../nbs/00_core/05_exercises.ipynb #5f146d99
 @contextmanager
 def _alone(path):
-    "Keep other notebooks out while the file is changed; after a second, or where files cannot be locked, go on without"
     with ExitStack() as stack:
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path.with_name(path.name + ".lock"), "a"))
-            end = time.monotonic() + 1
-            while not _locked(file) and time.monotonic() < end:
-                time.sleep(0.05)
+            stack.enter_context(locked(path.with_name(path.name + ".lock"), patience=1))
         yield
-
-
-def _locked(file):
-    "Lock an open file if nobody else has: closing it gives the lock back"
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 # %% ../../nbs/00_core/05_exercises.ipynb #afef1eb6
 _told = set()  # files that could not be written: say so once
 
 
 def _remember(lesson, title, solved):
-    "Count the tries up to the first success, and keep its day; what the learner should know comes back as a note"
-    path, note = None, ""
+    "Count the tries up to the first success, and keep its day; a note if something went wrong"
+    path = None
     try:
         path = progress_file()
         with _alone(path):
-            entries = _load(path)
-            if entries is None:
-                note = (
-                    "The progress file was damaged. It lies now beside the new one, as"
-                    f" `{_moved_aside(path).name}`."
-                )
-                entries = {}
-            entry = entries.setdefault(f"{lesson}#{title}", dict(tries=0, solved=None))
-            if entry["solved"]:
-                return note
-            entry |= dict(
-                tries=entry["tries"] + 1, solved=date.today().isoformat() if solved else None
-            )
-            with atomic_write(path, "w") as file:
-                json.dump(entries, file, indent=1, ensure_ascii=False)
-        return note
+            return _count_try(path, f"{lesson}#{title}", solved)
     except OSError as error:
         where = f"`{path}` cannot be written ({error.strerror or error})" if path else str(error)
         note = "" if path in _told else f"Your progress is not kept: {where}."
         _told.add(path)
         return note
 
+# %% ../../nbs/00_core/05_exercises.ipynb #604d28af
+def _count_try(path, key, solved):
+    entries, note = _load(path), ""
+    if entries is None:
+        aside = _moved_aside(path).name
+        note = f"The progress file was damaged. It lies now beside the new one, as `{aside}`."
+        entries = {}
+    entry = entries.setdefault(key, dict(tries=0, solved=None))
+    if entry["solved"]:
+        return note
+    day = date.today().isoformat() if solved else None
+    entry |= dict(tries=entry["tries"] + 1, solved=day)
+    with atomic_write(path, "w") as file:
+        json.dump(entries, file, indent=1, ensure_ascii=False)
+    return note
+
 # %% ../../nbs/00_core/05_exercises.ipynb #7b4573c0
 @dataclass
 class Verdict:
     "What a check found. True when the exercise is solved."
 
-    state: str  # "solved", "refused" (a claim does not hold), "unfinished", or "broken" (an error or no end)
+    state: str  # "solved", "refused" (by a claim), "unfinished", "broken" (an error or no end)
     reason: str  # Markdown
     held: list[str] = field(default_factory=list)  # claims that hold
     notes: list[str] = field(default_factory=list)  # what else the learner should know, Markdown
@@ -437,50 +386,50 @@ def _folded(hints, number=1):
     return f"<details><summary>Hint {number}</summary>\n\n{inner}\n\n</details>"
 
 # %% ../../nbs/00_core/05_exercises.ipynb #0059b190
-_turn = (
-    threading.RLock()
-)  # random numbers and what is printed belong to the process: checks in threads take turns
+_turn = threading.RLock()  # random numbers and printing belong to the process
 
 
 def _attempt(exercise, answer):
     "Run the check of `exercise` on an answer, whatever the answer does"
-    waited = _turn.acquire(
-        timeout=2 * exercise.seconds
-    )  # one that never ends, in a thread without a clock, holds it for ever
+    # one that never ends, in a thread without a clock, holds the turn for ever
+    waited = _turn.acquire(timeout=2 * exercise.seconds)
     try:
         return _judged(exercise, answer)
     finally:
         if waited:
             _turn.release()
 
-
+# %% ../../nbs/00_core/05_exercises.ipynb #56609835
 def _judged(exercise, answer):
     "The verdict on an answer"
-    state, reason, printed, outer = "solved", "", _Printed(), _held.claims
+    printed, outer = _Printed(), _held.claims
     _held.claims = held = []
     try:
-        with _same_luck(), redirect_stdout(printed):
-            if answer is None or answer is ...:
-                raise _Unfinished(
-                    "The cell above is still to be filled in: write your answer, run it, then run"
-                    " this cell."
-                )
-            _timed(exercise.seconds, lambda: exercise.claims(_watched(answer, exercise.returns)))
-    except Refused as no:
-        state, reason = "refused", f"✗ {no.claim}\n\n{no.found}".strip()
-    except _Unfinished as no:
-        state, reason = "unfinished", str(no)
-    except _TooSlow:
-        state, reason = (
-            "broken",
-            f"Still running after {exercise.seconds:g} seconds: is there a loop that never ends?",
-        )
-    except (Exception, SystemExit) as error:
-        state, reason = _fault(error, answer, exercise.claims)
+        with redirect_stdout(printed):
+            state, reason = _outcome(exercise, answer)
     finally:
         _held.claims = outer
     notes = ["Your code printed:\n\n" + _code(printed.getvalue())] if printed.tell() else []
     return Verdict(state, reason, held, notes, exercise.hints)
+
+# %% ../../nbs/00_core/05_exercises.ipynb #ffaeab7a
+def _outcome(exercise, answer):
+    if answer is None or answer is ...:
+        empty = "The cell above is still to be filled in"
+        return "unfinished", f"{empty}: write your answer, run it, then run this cell."
+    try:
+        with _same_luck():
+            _timed(exercise.seconds, lambda: exercise.claims(_watched(answer, exercise.returns)))
+        return "solved", ""
+    except Refused as no:
+        return "refused", f"✗ {no.claim}\n\n{no.found}".strip()
+    except _Unfinished as no:
+        return "unfinished", str(no)
+    except _TooSlow:
+        still = f"Still running after {exercise.seconds:g} seconds"
+        return "broken", f"{still}: is there a loop that never ends?"
+    except (Exception, SystemExit) as error:
+        return _fault(error, answer, exercise.claims)
 
 # %% ../../nbs/00_core/05_exercises.ipynb #8d43c155
 class Exercise:
@@ -491,57 +440,58 @@ class Exercise:
         self,
         lesson: str,  # the notebook's path below nbs/, without ".ipynb"
         title: str,  # as in the Markdown call-out that sets the task
-        check: Callable[
-            [Any], None
-        ],  # makes claims about an answer, with `require` and `require_close`
+        check: Callable[[Any], None],  # makes claims, with `require` and `require_close`
         hints: Sequence,  # two or more, in Markdown, from a nudge to nearly there
-        returns: (
-            type | tuple | None
-        ) = object,  # what an answer gives back; None: it may change its inputs instead
+        returns: type | tuple | None = object,  # what an answer gives back; None: changes in place
         seconds: float = 20,  # an answer that takes longer is stopped
     ):
-        if (
-            isinstance(hints, str)
-            or len(hints) < 2
-            or not all(isinstance(hint, str) for hint in hints)
-        ):
-            raise ValueError(
-                f"exercise {title!r} has hints={hints!r}; expected a list of two or more texts"
-            )
+        _check_hints(hints, title)
         check_number(seconds, "seconds", above=0)
         self.lesson, self.title, self.claims, self.hints = lesson, title, check, tuple(hints)
         self.returns, self.seconds = returns, seconds
 
     def check(self, answer: Any) -> Verdict:
         "Try an answer, remember how it went, and say what holds and what does not."
-        verdict = _attempt(self, answer)
-        if verdict.state != "unfinished" and not _is_static():
-            verdict.notes.append(_remember(self.lesson, self.title, bool(verdict)))
-        return verdict
+        return _remembered(self, _attempt(self, answer))
 
-    @checked
-    def prove(
-        self,
-        *,
-        stub: Any,  # what the learner finds, by its name
-        solution: Any,  # must be accepted
-        wrong: Sequence,  # two or more plausible wrong answers: a claim must refuse each
-    ) -> None:
-        "Show that the check is worth its name. Raises `AssertionError` where it is not."
-        if len(wrong) < 2:
-            raise AssertionError(
-                f"{self.title}: {len(wrong)} wrong answers; a check is proved by two or more"
-            )
-        trials = [("the solution", solution, ["solved"])]
-        trials += [(f"wrong answer {i}", answer, ["refused"]) for i, answer in enumerate(wrong, 1)]
-        if _is_static():  # elsewhere the stub may by now be a learner's good answer
-            trials.append(("the stub", stub, ["unfinished", "refused"]))
-        for name, answer, allowed in trials:
-            verdict = _attempt(self, answer)
-            if verdict.state not in allowed:
-                wanted = " or ".join(allowed)
-                told = f"{name} came out as {verdict.state}, expected {wanted}"
-                raise AssertionError(f"{self.title}: {told}\n\n{verdict!r}")
+    def prove(self, *, stub: Any, solution: Any, wrong: Sequence) -> None:
+        "Raises `AssertionError` unless the check accepts the solution alone."
+        _prove(self, stub, solution, wrong)
+
+# %% ../../nbs/00_core/05_exercises.ipynb #82c8d131
+def _remembered(exercise, verdict):
+    if verdict.state != "unfinished" and not _is_static():
+        verdict.notes.append(_remember(exercise.lesson, exercise.title, bool(verdict)))
+    return verdict
+
+# %% ../../nbs/00_core/05_exercises.ipynb #e76dd41f
+def _check_hints(hints, title):
+    good = not isinstance(hints, str) and all(isinstance(hint, str) for hint in hints)
+    if not good or len(hints) < 2:
+        wanted = "expected a list of two or more texts"
+        raise ValueError(f"exercise {title!r} has hints={hints!r}; {wanted}")
+
+# %% ../../nbs/00_core/05_exercises.ipynb #d53e4a7b
+@checked
+def _prove(
+    exercise: Exercise,
+    stub: Any,  # what the learner finds, by its name
+    solution: Any,  # must be accepted
+    wrong: Sequence,  # two or more plausible wrong answers: a claim must refuse each
+) -> None:
+    title = exercise.title
+    if len(wrong) < 2:
+        few = f"{title}: {len(wrong)} wrong answers"
+        raise AssertionError(f"{few}; a check is proved by two or more")
+    trials = [("the solution", solution, ["solved"])]
+    trials += [(f"wrong answer {i}", answer, ["refused"]) for i, answer in enumerate(wrong, 1)]
+    if _is_static():
+        trials.append(("the stub", stub, ["unfinished", "refused"]))
+    for name, answer, allowed in trials:
+        verdict = _attempt(exercise, answer)
+        if verdict.state not in allowed:
+            told = f"{name} came out as {verdict.state}, expected {' or '.join(allowed)}"
+            raise AssertionError(f"{title}: {told}\n\n{verdict!r}")
 
 # %% ../../nbs/00_core/05_exercises.ipynb #f858e70d
 CALLOUT = re.compile(
@@ -551,6 +501,24 @@ CALLOUT = re.compile(
 )
 
 
+@checked
+def list_exercises(
+    folder: Path | str,  # the folder of notebooks
+) -> list[dict]:  # lesson, name, title, level, minutes, in reading order
+    "All exercises that the notebooks below `folder` set, read from their call-outs."
+    folder, found = Path(folder), []
+    paths = (
+        [p.relative_to(folder) for p in folder.rglob("*.ipynb")] if os.path.isdir(folder) else []
+    )
+    paths = [p for p in paths if not any(part[0] in "._" for part in p.parts)]
+    for path in sorted(paths, key=lambda p: (len(p.parts) > 1, p.parts)):
+        texts = _markdown(folder / path)
+        name = re.search(r"^# (.+)$", "\n".join(texts[:1]), re.M)
+        common = dict(lesson=path.with_suffix("").as_posix(), name=name[1] if name else path.stem)
+        found += [common | m.groupdict() for text in texts for m in CALLOUT.finditer(text)]
+    return found
+
+# %% ../../nbs/00_core/05_exercises.ipynb #328866ae
 def _lessons_folder():
     "The folder of notebooks around us, if there is one"
     import foundation
@@ -559,35 +527,12 @@ def _lessons_folder():
         around = [here := Path.cwd(), *here.parents]
     except FileNotFoundError:  # the folder we are in was deleted
         around = []
-    places = [
-        folder / sub
-        for folder in (*around, Path(foundation.__file__).parents[1])
-        for sub in ("", "nbs")
-    ]
-    return next(
-        (folder for folder in places if (folder / "00_core/05_exercises.ipynb").exists()), None
-    )
+    for folder in (*around, Path(foundation.__file__).parents[1]):
+        for place in (folder, folder / "nbs"):
+            if (place / "00_core/05_exercises.ipynb").exists():
+                return place
 
-
-@checked
-def list_exercises(
-    folder: Path | str,  # the folder of notebooks
-) -> list[dict]:  # lesson, name, title, level, minutes, in reading order
-    "All exercises that the notebooks below `folder` set, read from their call-outs."
-    folder = Path(folder)
-    paths = (
-        [p.relative_to(folder) for p in folder.rglob("*.ipynb")] if os.path.isdir(folder) else []
-    )
-    paths = [p for p in paths if not any(part[0] in "._" for part in p.parts)]
-    found = []
-    for path in sorted(paths, key=lambda p: (len(p.parts) > 1, p.parts)):
-        texts = _markdown(folder / path)
-        name = re.search(r"^# (.+)$", "\n".join(texts[:1]), re.M)
-        common = dict(lesson=path.with_suffix("").as_posix(), name=name[1] if name else path.stem)
-        found += [common | m.groupdict() for text in texts for m in CALLOUT.finditer(text)]
-    return found
-
-
+# %% ../../nbs/00_core/05_exercises.ipynb #ece72fcd
 def _markdown(path):
     "The Markdown cells of a notebook; none of one that cannot be read"
     try:
@@ -598,7 +543,7 @@ def _markdown(path):
 
 
 def _link(path):
-    "How to go to a notebook from here; from a folder that was deleted, or on another drive, its whole path"
+    "How to go to a notebook from here; its whole path from a deleted folder or another drive"
     try:
         return Path(os.path.relpath(path)).as_posix()
     except (OSError, ValueError):
@@ -613,23 +558,21 @@ class Progress:
     note: str = ""  # what else the learner should know
 
     def __repr__(self):
-        lines = ["| Lesson | Exercise | Level | Minutes | Solved |", "|---|---|---|---|---|"]
-        for r in self.rows:
-            lesson = f"[{r['name']}]({r['link']})" if r["link"] else r["name"]
-            solved = (
-                f"✓ {r['solved']}"
-                if r["solved"]
-                else f"tried {r['tries']} ×"
-                if r["tries"]
-                else "not yet"
-            )
-            lines.append(f"| {lesson} | {r['title']} | {r['level']} | {r['minutes']} | {solved} |")
+        head = "| Lesson | Exercise | Level | Minutes | Solved |\n|---|---|---|---|---|"
+        table = "\n".join([head, *map(_row, self.rows)])
         total = f"{sum(bool(r['solved']) for r in self.rows)} of {len(self.rows)} solved."
-        return "\n\n".join(filter(None, ["\n".join(lines), total, self.note]))
+        return "\n\n".join(filter(None, [table, total, self.note]))
 
     _repr_markdown_ = __repr__
 
 
+def _row(r):
+    lesson = f"[{r['name']}]({r['link']})" if r["link"] else r["name"]
+    tried = f"tried {r['tries']} ×" if r["tries"] else "not yet"
+    solved = f"✓ {r['solved']}" if r["solved"] else tried
+    return f"| {lesson} | {r['title']} | {r['level']} | {r['minutes']} | {solved} |"
+
+# %% ../../nbs/00_core/05_exercises.ipynb #c4fa7443
 @checked
 def progress(
     lesson: str = "",  # how the lessons' paths begin, such as "07_pretraining"; "" for all
@@ -640,11 +583,10 @@ def progress(
     if folder:
         rows = list_exercises(folder)
     else:
-        names = [key.partition("#") for key in sorted(entries)]
-        rows = [
-            dict(lesson=place, name=place, title=title, level="", minutes="")
-            for place, _, title in names
-        ]
+        rows = []
+        for key in sorted(entries):
+            place, _, title = key.partition("#")
+            rows.append(dict(lesson=place, name=place, title=title, level="", minutes=""))
     for row in rows:
         row["link"] = _link(folder / f"{row['lesson']}.ipynb") if folder else ""
         row |= entries.get(f"{row['lesson']}#{row['title']}", dict(tries=0, solved=None))
@@ -652,7 +594,7 @@ def progress(
 
 # %% ../../nbs/00_core/05_exercises.ipynb #6b645e3b
 def _my_entries():
-    "The learner's entries, empty in tests and on pages, and a note; reading leaves a damaged file where it is"
+    "The learner's entries, empty in tests and on pages, and a note"
     if _is_static():
         return {}, ""
     try:
@@ -663,8 +605,7 @@ def _my_entries():
         entries = _load(path)
     except OSError as error:
         return {}, f"The progress file cannot be read: `{path}` ({error.strerror or error})."
-    damaged = (
-        f"The progress file is damaged: `{path}`. The next check puts it aside and begins a new"
-        " one."
-    )
-    return ({}, damaged) if entries is None else (entries, "")
+    if entries is None:
+        what = f"The progress file is damaged: `{path}`"
+        return {}, f"{what}. The next check puts it aside and begins a new one."
+    return entries, ""
