@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,7 @@ from test_floors import arrows, modules
 
 WIDTH, LENGTH = 100, 25
 METHODS = ("pretraining", "finetuning", "compression")
+FRONT_DOORS = {"make", "pretrain"}  # one in each recipe, one in each method of pretraining
 LIMITS = {  # name: the most that is allowed, what is counted, what to do
     "width": (0, f"code lines wider than {WIDTH} columns", "run make format, cut long strings"),
     "length": (0, f"code cells longer than {LENGTH} lines", "show the parts, then the whole"),
@@ -28,6 +30,7 @@ LIMITS = {  # name: the most that is allowed, what is counted, what to do
     "equations": (0, "equations out of the scheme", "number them \\tag{chapter.lesson.number}"),
     "complaints": (0, "copies of core/checks.complaint", "import it from foundation.core.checks"),
     "imports": (9, "imports of our modules", "let recipes and tasks go to foundation/recipes"),
+    "twins": (0, "public names that another module has too", "rename one, or share one home"),
     "lines": (250, "lines of code", "let recipes and tasks go to foundation/recipes"),
 }
 EXCEPTIONS = ROOT / "tests/limits.json"
@@ -103,6 +106,20 @@ def of_module(path, reached):
     return dict(imports=len(reached), lines=sum(bool(x) and x[0] != "#" for x in lines))
 
 
+def public_names(path):
+    "What a module defines for others"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    made = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return {name for name in made if name[0] != "_"} - FRONT_DOORS
+
+
+def twins(paths):
+    "Path → how many of its public names one of the others has too"
+    names = {path: public_names(path) for path in paths}
+    homes = Counter(name for found in names.values() for name in found)
+    return {path: sum(homes[name] > 1 for name in found) for path, found in names.items()}
+
+
 def measured(root=ROOT):
     "Name of a limit → path below `root` → value"
     nbs, package = root / "nbs", root / "foundation"
@@ -117,10 +134,11 @@ def measured(root=ROOT):
         for path in (root / folder).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             found[path.relative_to(root).as_posix()] = dict(width=wide(text))
-    drawn = arrows(package)
-    for name, path in modules(package).items():
-        if name.split(".")[0] in METHODS:
-            found[path.relative_to(root).as_posix()] = of_module(path, drawn[name])
+    drawn, paths = arrows(package), modules(package)
+    doubled = twins(paths.values())
+    for name, path in paths.items():
+        values = of_module(path, drawn[name]) if name.split(".")[0] in METHODS else {}
+        found[path.relative_to(root).as_posix()] = values | dict(twins=doubled[path])
     return {
         limit: {path: values[limit] for path, values in found.items() if limit in values}
         for limit in LIMITS
@@ -207,6 +225,15 @@ def test_the_colab_cell_is_not_counted():
 def test_a_module_is_counted_without_blank_lines_and_comments(tmp_path):
     (tmp_path / "a.py").write_text('"Docs"\n\n# %% cell\nimport x\n\n\ndef f():\n    return 1\n')
     assert of_module(tmp_path / "a.py", {"b", "c"}) == dict(imports=2, lines=4)
+
+
+def test_names_with_two_homes_are_counted(tmp_path):
+    texts = dict(
+        a="def fit(): 1\ndef make(): 1\nclass _Own: 1", b="class fit: 1\ndef make(): 1", c="x = 1"
+    )
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    assert list(twins([tmp_path / name for name in "abc"]).values()) == [1, 1, 0]
 
 
 def test_what_is_above_its_limit_or_its_exception_is_told():

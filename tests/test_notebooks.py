@@ -61,9 +61,9 @@ def test_modules_are_named_after_their_notebooks_and_only_once():
         name: re.sub(r"(^|/)\d+_", r"\1", name).removesuffix(".ipynb").replace("/", ".")
         for name in exports
     }
-    assert {
-        name: (exports[name], plain[name]) for name in exports if exports[name] != plain[name]
-    } == {}
+    # the lesson belongs to evaluation, what it exports trains networks
+    elsewhere = {"06_evaluation/04_label_efficiency.ipynb": "recipes.few_labels"}
+    assert {n: module for n, module in exports.items() if module != plain[n]} == elsewhere
     twice = [
         what
         for values in (
