@@ -7,9 +7,12 @@ import random
 import stat
 import subprocess
 import sys
+import tempfile
 import warnings
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
+from threading import Thread
 from unittest.mock import patch
 
 import numpy as np
@@ -32,6 +35,7 @@ from foundation.training.checkpoint import (
     restore,
     save_checkpoint,
     snapshot,
+    sole_writer,
 )
 from foundation.training.loop import classify, train
 from foundation.training.optim import adamw
@@ -1513,6 +1517,57 @@ def test_two_processes_and_one_checkpoint_one_sentence_and_a_killed_one_holds_no
         job.wait()
     assert len(mine(tmp_path / "run").losses) == 6
     assert not [p for p in tmp_path.iterdir() if p.name.endswith((".lock", ".tmp"))]
+
+
+HOLDER = """
+import os, sys, time
+from foundation.training.checkpoint import sole_writer
+with sole_writer(sys.argv[1]):
+    if os.fork() == 0:  # a worker that reads data, and outlives its parent by some seconds
+        time.sleep(20); os._exit(0)
+    print("held", flush=True); time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be split here")
+def test_a_killed_process_holds_nothing_though_its_workers_live_on(tmp_path):
+    job = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert job.stdout.readline() == "held\n"
+        with pytest.raises(BadCheckpoint, match="another process trains into run"):
+            with sole_writer(tmp_path / "run"):
+                pass
+    finally:
+        job.kill()
+        job.wait()
+    with sole_writer(tmp_path / "run"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_thread_is_alone_and_may_go_on_inside():
+    found = []
+
+    def enter(**options):
+        try:
+            with sole_writer(path, **options):
+                found.append("in")
+        except BadCheckpoint as error:
+            found.append(str(error))
+
+    path = Path(tempfile.mkdtemp()) / "run"
+    with sole_writer(path):
+        enter(nested=True)
+        enter()
+        thread = Thread(target=enter, kwargs=dict(nested=True))
+        thread.start()
+        thread.join()
+    enter()
+    assert found[0] == found[3] == "in" and not list(path.parent.iterdir())
+    assert found[1].startswith("another run of this process trains into run")
+    assert found[2].startswith("another process trains into run")
 
 
 TURNS = """
