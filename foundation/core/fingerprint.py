@@ -202,7 +202,7 @@ def _(f):
     settings = f.__defaults__, f.__kwdefaults__, cells, own, outside
     return f"function {f.__name__}", f.__code__, *settings
 
-
+# %% ../../nbs/00_core/06_fingerprint.ipynb #7ba6b4f0
 @_tell.register(types.CodeType)
 def _(code):
     return "code", code.co_code, code.co_consts, [code.co_names, code.co_varnames, code.co_freevars]
@@ -240,7 +240,7 @@ def _(net):
         told.append([name, type(part), part.extra_repr(), _settings(part), state, shared])
     return "network", *told
 
-
+# %% ../../nbs/00_core/06_fingerprint.ipynb #b55ae52f
 def _settings(part):
     "Of a layer; locks, loggers and the like among them are left out"
     made = {n.removesuffix(end) for n in part._parameters for end in _MADE if n.endswith(end)}

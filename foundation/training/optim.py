@@ -33,7 +33,7 @@ def adamw(model: nn.Module, lr: float, weight_decay: float = 0.01) -> torch.opti
     load_optimizers()
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
 
-
+# %% ../../nbs/05_training/06_optim.ipynb #7ae1ed33
 def _trainable(params):
     "Those that are not frozen; the sentence if all are"
     params = [p for p in params if p.requires_grad]
@@ -130,4 +130,5 @@ def make_optimizer(
     "One of three optimizers, the fast version of each. Raises `ValueError` for unknown names."
     check_choice(name, "the optimizer's name", _OPTIMIZERS)
     load_optimizers()
+    groups = [dict(g) if isinstance(g, dict) else g for g in groups]  # PyTorch writes into them
     return _OPTIMIZERS[name](groups, **options)

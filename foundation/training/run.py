@@ -36,7 +36,7 @@ class Run(NamedTuple):
     losses: Tensor  # (steps,)
     seconds: float  # of training, over all parts
 
-
+# %% ../../nbs/05_training/07_run.ipynb #9af62168
 @checked
 def resumable(
     model: nn.Module,
@@ -129,7 +129,7 @@ def _plan(model, objective, opt, steps, recipe, options):
     )
     return json.loads(as_json(plan, "the recipe"))
 
-
+# %% ../../nbs/05_training/07_run.ipynb #97d85377
 def _setting(value):
     "A setting itself if JSON can hold it, else its fingerprint"
     try:
