@@ -18,33 +18,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from foundation.core.basics import freeze, unfreeze
+from foundation.core.basics import freeze, pick_precision, unfreeze
 from foundation.data.augment import Augment
 from foundation.data.batches import augmented
 from foundation.data.images import few_labels, load_images
-from foundation.evaluation.probes import fine_tune
 from foundation.evaluation.scores import predict
 from foundation.finetuning import loop
-from foundation.finetuning.loop import (
-    ARMS,
-    PHOTO_ARMS,
-    Best,
-    ImageDataset,
-    check_classes,
-    check_disjoint,
-    evaluate,
-    finetune,
-    frozen_norms,
-    layer_groups,
-    layers,
-    load_vgg,
-    number_labels,
-    read_image,
-    replace_head,
-    thaw,
-    thawed,
-    train_epoch,
-)
+from foundation.recipes import resnet_fashion
+from foundation.training import optim
+from foundation.training.checkpoint import BadCheckpoint
+from foundation.training.schedules import warmup_cosine
+from foundation.data.images import ImageDataset
+from foundation.data.own import check_classes, check_disjoint, number_labels, read_image
+from foundation.finetuning.loop import evaluate, finetune, frozen_norms, thaw, thawed, train_epoch
+from foundation.models.heads import replace_head
+from foundation.models.outside import load_vgg
+from foundation.recipes.resnet_fashion import ARMS, PHOTO_ARMS
+from foundation.training.optim import head_groups, layer_groups, layers
+from foundation.training.run import EarlyStopping
 from foundation.models.bert import BERT
 from foundation.models.convnets import VGG, ConvNet, EfficientNetLite, ResNet
 from foundation.models.pretrained import BadWeights, load_weights, read_card, save_weights
@@ -237,13 +228,13 @@ def test_the_head_is_fast_and_the_stem_slow():
 
 
 def test_rates_in_the_wrong_order_are_caught(monkeypatch):
-    model, right = small(), loop.layers
+    model, right = small(), optim.layers
 
     def order(parts):
         return dict([*reversed(list(parts.items())[:-1]), list(parts.items())[-1]])
 
     monkeypatch.setattr(
-        loop, "layers", lambda model: order(right(model))
+        optim, "layers", lambda model: order(right(model))
     )  # the stem next to the head
     assert (
         rates_of(model, model.head) == {7.0}
@@ -288,15 +279,52 @@ def test_thaw_opens_the_last_layers_and_no_others():
 # The protocol -------------------------------------------------------------------------------------
 
 
-def test_finetune_is_the_protocol_of_the_probes(digits):
+def test_finetune_is_the_plain_loop(digits):
     i = few_labels(digits.train_labels, 60, 0)
     x, y = digits.train_images[i], digits.train_labels[i]
     ours, theirs = small(), small()
     finetune(ours, x, y, Augment(), steps=6, lr=1e-3, batch_size=32, seed=3)
+    opt = torch.optim.AdamW(head_groups(theirs, 1e-3), weight_decay=0.05)
+    factors = warmup_cosine(6, 0).tolist()
+    rates = [group["lr"] for group in opt.param_groups]
+    theirs.train()
     batches = islice(augmented(x, y, augment=Augment(), batch_size=32, seed=3), 6)
-    fine_tune(theirs, batches, steps=6, lr=1e-3)
+    for factor, (images, labels) in zip(factors, batches):
+        for group, rate in zip(opt.param_groups, rates):
+            group["lr"] = rate * factor
+        opt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=pick_precision("cpu") == "bf16"):
+            logits = theirs(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        opt.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "how", [dict(lr=1e-3), dict(lr=1e-3, gradual=True), dict(lr=0.0, head_lr=1e-2)]
+)
+def test_finetune_stopped_and_resumed_is_finetune_in_one_go(digits, tmp_path, how):
+    i = few_labels(digits.train_labels, 60, 0)
+    plan = dict(images=digits.train_images[i], labels=digits.train_labels[i], augment=Augment())
+    plan |= dict(steps=8, batch_size=16, seed=1) | how
+    kept = dict(checkpoint=tmp_path / "run", save_every=3)
+    whole, parts = small(), small()
+    want = finetune(whole, **plan)
+
+    def stop(step):
+        if step.n == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(parts, **plan, **kept, each=stop)
+    again = small()
+    torch.testing.assert_close(finetune(again, **plan, **kept), want, atol=0, rtol=0)
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(BadCheckpoint, match="data was"):
+        finetune(small(), **plan | dict(images=255 - plan["images"]), **kept)
 
 
 def test_finetune_is_repeatable(digits):
@@ -330,7 +358,7 @@ def test_one_example_left_over_is_no_batch(digits):
 
 def test_the_best_weights_come_back_and_not_the_last():
     model = small()
-    best, kept = Best(model, patience=2), None
+    best, kept = EarlyStopping(model, patience=2), None
     for score, stop in ((0.3, False), (0.8, False), (0.8, False), (0.7, True)):
         with torch.no_grad():
             for value in model.state_dict().values():
@@ -347,20 +375,20 @@ def test_the_best_weights_come_back_and_not_the_last():
 
 
 def test_keeping_the_last_weights_is_caught():
-    class Last(Best):
+    class Last(EarlyStopping):
         def update(self, score):
             self.score = -1.0  # every score looks like the best
             return super().update(score)
 
     kept = {}
-    for kind in (Best, Last):
+    for kind in (EarlyStopping, Last):
         model = nn.Linear(1, 1)
         best = kind(model, patience=2)
         for score in (0.3, 0.8, 0.7):
             nn.init.constant_(model.weight, score)
             best.update(score)
         kept[kind] = round(best.restore().weight.item(), 2)
-    assert kept == {Best: 0.8, Last: 0.7}
+    assert kept == {EarlyStopping: 0.8, Last: 0.7}
 
 
 def test_weights_kept_by_reference_are_caught():
@@ -877,7 +905,7 @@ def test_the_best_state_holds_buffers_outside_the_state_dict_and_no_other_model(
             self.register_buffer("n", torch.zeros(()), persistent=False)
 
     model = Counts()
-    best = Best(model)
+    best = EarlyStopping(model)
     best.update(0.5)
     model.n += 3
     best.update(np.float32(0.25))
@@ -938,9 +966,9 @@ def refusals(digits, tmp_path):
         "decay is 0.0": lambda: tune(decay=0.0),
         "count is 9": lambda: thaw(model, 9),
         "expected a body and a head": lambda: layers(nn.Sequential(nn.Linear(2, 2))),
-        "patience is 0": lambda: Best(model, 0),
-        "the dev score is nan": lambda: Best(model).update(float("nan")),
-        "no score yet": lambda: Best(model).restore(),
+        "patience is 0": lambda: EarlyStopping(model, 0),
+        "the dev score is nan": lambda: EarlyStopping(model).update(float("nan")),
+        "no score yet": lambda: EarlyStopping(model).restore(),
         "no linear `head`": lambda: replace_head(nn.Linear(2, 2), 3),
         "are not among": lambda: number_labels(["hat"], ["bag"]),
         "stands twice": lambda: number_labels(["bag"], ["bag", "bag"]),
@@ -972,12 +1000,14 @@ def test_a_narrow_residual_net_reads_colour_pictures_in_the_plain_order(width, p
 
 
 def test_the_recipe_writes_weights_and_a_card(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_images", lambda: digits)
+    monkeypatch.setattr(resnet_fashion, "load_images", lambda: digits)
     monkeypatch.setattr(
-        loop, "compare_arms", partial(loop.compare_arms, steps=2, batch_size=8, seeds=range(1))
+        resnet_fashion,
+        "compare_arms",
+        partial(resnet_fashion.compare_arms, steps=2, batch_size=8, seeds=range(1)),
     )
-    monkeypatch.setattr(loop, "tune_photos", lambda data, arm, seed: 0.5)
-    path = loop.make_weights(
+    monkeypatch.setattr(resnet_fashion, "tune_photos", lambda data, arm, seed: 0.5)
+    path = resnet_fashion.make(
         "net",
         tmp_path,
         seeds=[0],

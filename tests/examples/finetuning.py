@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from foundation.data.augment import Augment
+from foundation.data import own
 from foundation.data.images import ImageDataset, ImageSet
 from foundation.finetuning import learning_rate, loop, peft
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
 from foundation.models.gpt import GPT
+from foundation.recipes import resnet_fashion
 from foundation.training.loop import classify
 
 
@@ -130,12 +132,6 @@ def epoch(batch_size):
     )
 
 
-def best_after(score):
-    best = loop.Best(net(), 2)
-    best.update(score)
-    return best.restore()
-
-
 def scores_on_the_way():
     model = net()
     return learning_rate.dev_scores, dict(
@@ -187,29 +183,20 @@ def optimizer_after_a_step():
 
 
 EXAMPLES = {
-    "finetuning.loop.read_image": lambda: (loop.read_image, dict(path=picture(), channels=3)),
-    "finetuning.loop.number_labels": lambda: (
-        loop.number_labels,
+    "data.own.read_image": lambda: (own.read_image, dict(path=picture(), channels=3)),
+    "data.own.number_labels": lambda: (
+        own.number_labels,
         dict(names=["b", "a", "b"], classes=["a", "b"]),
     ),
-    "finetuning.loop.check_classes": lambda: (loop.check_classes, dict(labels=labels(), classes=3)),
-    "finetuning.loop.check_disjoint": lambda: (
-        loop.check_disjoint,
+    "data.own.check_classes": lambda: (own.check_classes, dict(labels=labels(), classes=3)),
+    "data.own.check_disjoint": lambda: (
+        own.check_disjoint,
         dict(train=pixels()[:3], dev=pixels()[3:]),
     ),
     "finetuning.loop.train_epoch": lambda: epoch(2),
     "finetuning.loop.evaluate": lambda: (
         loop.evaluate,
         dict(model=net(), dataset=dataset(), batch_size=4),
-    ),
-    "finetuning.loop.Best": lambda: (loop.Best, dict(model=net(), patience=2)),
-    "finetuning.loop.Best.update": lambda: (loop.Best(net(), 2).update, dict(score=0.5)),
-    "finetuning.loop.Best.restore": lambda: (best_after, dict(score=0.5)),
-    "finetuning.loop.replace_head": lambda: (loop.replace_head, dict(model=net(), classes=4)),
-    "finetuning.loop.layers": lambda: (loop.layers, dict(model=net())),
-    "finetuning.loop.layer_groups": lambda: (
-        loop.layer_groups,
-        dict(model=net(), lr=2**-7, decay=0.5, head_lr=0.1),
     ),
     "finetuning.loop.thaw": lambda: (loop.thaw, dict(model=net(), count=1)),
     "finetuning.loop.thawed": lambda: (loop.thawed, dict(n=3, steps=10, count=4)),
@@ -235,8 +222,8 @@ EXAMPLES = {
             seed=0,
         ),
     ),
-    "finetuning.loop.run_arm": lambda: (
-        loop.run_arm,
+    "recipes.resnet_fashion.run_arm": lambda: (
+        resnet_fashion.run_arm,
         dict(
             arm="from scratch",
             data=images(),
@@ -247,8 +234,8 @@ EXAMPLES = {
             seed=0,
         ),
     ),
-    "finetuning.loop.tune_all": lambda: (
-        lambda **options: loop.tune_all(**options)[:2],
+    "recipes.resnet_fashion.tune_all": lambda: (
+        lambda **options: resnet_fashion.tune_all(**options)[:2],
         dict(data=images(10), pretrained=False, steps=1, lr=2**-20, seed=0),
     ),
     "finetuning.learning_rate.Task": lambda: (
@@ -385,13 +372,14 @@ EXAMPLES = {
     ),
 }
 SKIP = {
-    "finetuning.loop.ARMS": "a constant",
-    "finetuning.loop.RATES": "a constant",
-    "finetuning.loop.PHOTO_ARMS": "a constant",
-    "finetuning.loop.compare_arms": "trains many networks, minutes",
-    "finetuning.loop.make_weights": "a recipe, half an hour",
-    "finetuning.loop.tune_photos": "needs EfficientNet's weights from the network",
-    "finetuning.loop.load_vgg": "needs 500 MB of torchvision's weights",
+    "recipes.resnet_fashion.ARMS": "a constant",
+    "recipes.resnet_fashion.RATES": "a constant",
+    "recipes.resnet_fashion.PHOTO_ARMS": "a constant",
+    "recipes.resnet_fashion.compare_arms": "trains many networks, minutes",
+    "recipes.resnet_fashion.FILES": "a constant",
+    "recipes.resnet_fashion.make": "a recipe, half an hour",
+    "recipes.resnet_fashion.tune_photos": "needs EfficientNet's weights from the network",
+    "models.outside.load_vgg": "needs 500 MB of torchvision's weights",
     "finetuning.peft.LINEAR": "a constant",
     "finetuning.peft.METHODS": "a constant",
     "finetuning.peft.VARIANTS": "a constant",
