@@ -1,4 +1,4 @@
-"From a trained VGG to one on 8-bit whole numbers: fold, calibrate, convert, against `torch.ao` and torchao."
+"From a trained VGG to one in 8-bit integers, against `torch.ao` and torchao."
 
 import copy
 import warnings
@@ -12,7 +12,7 @@ from .duel import Duel, peer
 
 
 def quantize(images: int = 256, widths: tuple[int, ...] = (32, 64, 128)) -> Duel:
-    "Post-training static quantisation: ranges from smallest to largest value, one scale for each output channel of a weight."
+    "Post-training static quantisation: ranges from smallest to largest value, weights per channel."
     torch.manual_seed(0)
     x, net = torch.rand(images, 1, 28, 28), VGG(widths=widths, depths=(2,) * len(widths))
     with torch.no_grad():
@@ -81,7 +81,7 @@ def _sequence(net):
 
 
 def same_scales(ours, theirs) -> dict[str, tuple[float, float]]:
-    "Sums over all layers: of the weights' scales, and of the whole-number weights' sizes; and the first input's scale."
+    "Sums of the weights' scales and of their integers' sizes, over all layers; first input scale."
     mine = [m for m in ours.modules() if isinstance(m, IntegerLayer)]
     other = [m.weight() for m in theirs.modules() if hasattr(m, "weight") and callable(m.weight)]
     return dict(

@@ -17,21 +17,21 @@ from torch.testing import assert_close
 from foundation.compression.folding import fold_batch_norm, plain_copy
 from foundation.compression.integers import (
     IntegerLayer,
+    calibrate,
     integer_matmul,
     linear_in_bytes,
     quantize_dynamic,
     quantize_static,
+    value_range,
 )
 from foundation.compression.pruning import layer_weights
 from foundation.compression.quantization import (
-    calibrate,
     choose_qparams,
     classify_rounded,
     fake_quantize,
     integer_range,
     quantize_tensor,
     quantize_weights,
-    value_range,
 )
 from foundation.core.checks import complaint
 from foundation.training.loop import adamw, train
@@ -203,7 +203,7 @@ def test_quantisation_refuses(call):
     assert "\n" not in complaint(call)
 
 
-# Whole networks ------------------------------------------------------------------------------------------------------
+# Whole networks -----------------------------------------------------------------------------------
 
 
 def lived_in():
@@ -482,7 +482,7 @@ def test_whole_networks_refuse_in_one_sentence(call, words):
     assert "\n" not in str(caught.value)
 
 
-# The edges of numbers ------------------------------------------------------------------------------------------------
+# The edges of numbers -----------------------------------------------------------------------------
 
 
 def worst_in_steps(x, q):
@@ -669,7 +669,7 @@ def test_what_cannot_be_is_said_in_one_sentence(call, words):
     assert "\n" not in str(caught.value)
 
 
-# Layers that share, and weights that are computed --------------------------------------------------------------------
+# Layers that share, and weights that are computed -------------------------------------------------
 
 
 def statistics(model):

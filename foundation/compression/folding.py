@@ -108,7 +108,7 @@ def _fold(layer, norm):
     layer.weight, layer.bias = nn.Parameter(weight, wanted), nn.Parameter(bias, wanted)
     return True
 
-# %% ../../nbs/09_compression/00_folding.ipynb #05278cc9
+# %% ../../nbs/09_compression/00_folding.ipynb #c94a70a3
 class _Uses(TorchFunctionMode):
     "Notes for each watched tensor which functions read it, and what these give"
 
@@ -132,14 +132,14 @@ class _Uses(TorchFunctionMode):
             self.of[id(t)].append(out)
         return bool(read)
 
-
-_FORM = "__get__ __len__ size dim numel stride is_contiguous is_floating_point is_complex".split()
-
-# %% ../../nbs/09_compression/00_folding.ipynb #a4eb0113
+# %% ../../nbs/09_compression/00_folding.ipynb #db30991d
 def _outputs(uses, module):
     "What the functions gave that read a parameter or buffer of this module, by id"
     tensors = chain(module.parameters(), module.buffers())
     return {id(out): out for t in tensors for out in uses.of[id(t)]}
+
+
+_FORM = "__get__ __len__ size dim numel stride is_contiguous is_floating_point is_complex".split()
 
 # %% ../../nbs/09_compression/00_folding.ipynb #ef476373
 def _reason_against(layer, norm, uses):
@@ -159,7 +159,7 @@ def _reason_against(layer, norm, uses):
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
-# %% ../../nbs/09_compression/00_folding.ipynb #7824b85e
+# %% ../../nbs/09_compression/00_folding.ipynb #bddfd4fb
 @checked
 def run_batch(
     model: nn.Module,
@@ -172,8 +172,8 @@ def run_batch(
         with evaluating(model), torch.random.fork_rng(devices=[]):
             return model(batch)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the model fails on {what}, {got(batch)}: {reason}") from error
+        reason = f"{error}".strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"the model fails on {what}, {got(batch)}: {reason[0]}") from error
 
 # %% ../../nbs/09_compression/00_folding.ipynb #276afcd5
 def _reasons(model, batch, what="noise"):
@@ -211,17 +211,15 @@ def _runs(model, example):
             break
     return runs
 
-# %% ../../nbs/09_compression/00_folding.ipynb #c8e6178e
+# %% ../../nbs/09_compression/00_folding.ipynb #8ffa6d2a
 @checked
 def fold_batch_norm(
     model: nn.Module,
     example: Any = None,  # a batch as the model takes it; None: noise of a shape that it takes
 ) -> nn.Module:
     """A plain copy in which each batch norm right after a convolution or linear layer of a
-    `Sequential` has become part of it.
-
-    What cannot be folded exactly stays, with a warning: a layer that others read too, a norm over
-    another axis. Raises `ValueError` for a norm without running statistics."""
+    `Sequential` is part of it. What cannot be folded exactly (others read the layer too, the norm
+    is over another axis) stays, with a warning. Raises `ValueError` without running statistics."""
     copy, left = plain_copy(model), []
     pairs = _pairs(copy)
     runs = _runs(copy, example) if pairs else []

@@ -85,9 +85,9 @@ EXAMPLES = {
         quantization.quantize_tensor,
         dict(x=numbers(3, 8), bits=4, axis=0, symmetric=True, group=4, scale_dtype=torch.float32),
     ),
-    Q + "value_range": lambda: (quantization.value_range, dict(x=numbers(50), percentile=99.0)),
-    Q + "calibrate": lambda: (
-        quantization.calibrate,
+    N + "value_range": lambda: (integers.value_range, dict(x=numbers(50), percentile=99.0)),
+    N + "calibrate": lambda: (
+        integers.calibrate,
         dict(
             batches=[numbers(30), numbers(20)],
             bits=4,
