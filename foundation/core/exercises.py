@@ -445,8 +445,7 @@ class Exercise:
         returns: type | tuple | None = object,  # what an answer gives back; None: changes in place
         seconds: float = 20,  # an answer that takes longer is stopped
     ):
-        _check_hints(hints, title)
-        check_number(seconds, "seconds", above=0)
+        _check_parts(title, hints, seconds)
         self.lesson, self.title, self.claims, self.hints = lesson, title, check, tuple(hints)
         self.returns, self.seconds = returns, seconds
 
@@ -458,18 +457,19 @@ class Exercise:
         "Raises `AssertionError` unless the check accepts the solution alone."
         _prove(self, stub, solution, wrong)
 
-# %% ../../nbs/00_core/05_exercises.ipynb #82c8d131
-def _remembered(exercise, verdict):
-    if verdict.state != "unfinished" and not _is_static():
-        verdict.notes.append(_remember(exercise.lesson, exercise.title, bool(verdict)))
-    return verdict
-
 # %% ../../nbs/00_core/05_exercises.ipynb #e76dd41f
-def _check_hints(hints, title):
+def _check_parts(title, hints, seconds):
+    check_number(seconds, "seconds", above=0)
     good = not isinstance(hints, str) and all(isinstance(hint, str) for hint in hints)
     if not good or len(hints) < 2:
         wanted = "expected a list of two or more texts"
         raise ValueError(f"exercise {title!r} has hints={hints!r}; {wanted}")
+
+
+def _remembered(exercise, verdict):
+    if verdict.state != "unfinished" and not _is_static():
+        verdict.notes.append(_remember(exercise.lesson, exercise.title, bool(verdict)))
+    return verdict
 
 # %% ../../nbs/00_core/05_exercises.ipynb #d53e4a7b
 @checked

@@ -26,31 +26,21 @@ _INK = "#1a1a1a"
 _DPI, _SCALE = 144, 1.5  # 1.5 picture pixels for each pixel of the page: sharp letters, still small
 
 
-def _check_pixels(
-    pixels,  # an array (h, w, 3) of bytes
-) -> None:
-    if (
-        not isinstance(pixels, np.ndarray)
-        or pixels.dtype != np.uint8
-        or pixels.ndim != 3
-        or pixels.shape[2] != 3
-        or not pixels.size
-    ):
+def _check_pixels(pixels):
+    "An array (h, w, 3) of bytes"
+    array = isinstance(pixels, np.ndarray) and pixels.size
+    if not array or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"pixels is {got(pixels)}; expected an array (h, w, 3) of bytes (uint8)")
 
 
-def _check_alt(
-    alt: str,  # what the picture shows, in words
-) -> str:  # the same, without outer spaces
-    "The words that stand for a picture; refuse to go on without them."
+def _check_alt(alt):
+    "The words that stand for a picture, without outer spaces"
     if not isinstance(alt, str) or not alt.strip():
-        raise ValueError(
-            f"alt is {alt!r}: say in one sentence what the picture shows, for readers who cannot"
-            " see it"
-        )
+        wanted = "say in one sentence what the picture shows, for readers who cannot see it"
+        raise ValueError(f"alt is {alt!r}: {wanted}")
     return " ".join(alt.split())
 
-
+# %% ../../nbs/00_core/02_plots.ipynb #98368169
 @checked
 def encode(
     pixels: np.ndarray,  # (h, w, 3) uint8
@@ -74,22 +64,8 @@ def encode(
     return file.getvalue()
 
 # %% ../../nbs/00_core/02_plots.ipynb #45474ecf
-@dataclass(frozen=True, eq=False, repr=False)
-class Picture:
-    "Pixels with alternative text; shows itself as the last value of a cell. Raises `ValueError` for an empty `alt`."
-
-    pixels: np.ndarray  # (h, w, 3) uint8
-    alt: str  # what a reader who cannot see it should know
-    scale: float = _SCALE  # picture pixels for one pixel of the page
-    colours: int = 32  # of the palette that its PNG gets
-
-    def __post_init__(self):
-        object.__setattr__(self, "alt", _check_alt(self.alt))
-        (
-            _check_pixels(self.pixels),
-            check_number(self.scale, "scale", above=0),
-            check_whole(self.colours, "colours", 1, 256),
-        )
+class _Shown:
+    "What pixels with words give themselves as"
 
     @cached_property
     def png(self) -> bytes:
@@ -106,10 +82,27 @@ class Picture:
     def html(self) -> str:
         "An `img` element that holds everything in itself."
         style = f"max-width:100%;height:auto;padding:0;border-radius:4px;background:{_CARD}"
-        return (
-            f'<img alt="{html.escape(self.alt)}" width="{self.width}" style="{style}"'
-            f' src="{self.uri}">'
-        )
+        words = html.escape(self.alt)
+        return f'<img alt="{words}" width="{self.width}" style="{style}" src="{self.uri}">'
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"text/html": self.html(), "text/plain": repr(self)}
+
+# %% ../../nbs/00_core/02_plots.ipynb #f291520a
+@dataclass(frozen=True, eq=False, repr=False)
+class Picture(_Shown):
+    "Pixels with words; shows itself as the last value of a cell. `ValueError` for an empty `alt`."
+
+    pixels: np.ndarray  # (h, w, 3) uint8
+    alt: str  # what a reader who cannot see it should know
+    scale: float = _SCALE  # picture pixels for one pixel of the page
+    colours: int = 32  # of the palette that its PNG gets
+
+    def __post_init__(self):
+        object.__setattr__(self, "alt", _check_alt(self.alt))
+        _check_pixels(self.pixels)
+        check_number(self.scale, "scale", above=0)
+        check_whole(self.colours, "colours", 1, 256)
 
     def save(self, path: str | Path) -> Path:
         "Write the PNG to `path`."
@@ -119,9 +112,6 @@ class Picture:
     def __repr__(self):
         return f"Picture: {self.alt}"
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
-        return {"text/html": self.html(), "text/plain": repr(self)}
-
 # %% ../../nbs/00_core/02_plots.ipynb #36fdecac
 _LOOK = {
     "font.family": "DejaVu Sans",
@@ -129,17 +119,11 @@ _LOOK = {
     "axes.titlesize": 10,
     "figure.titlesize": 11,
     "legend.fontsize": 9,
-    "figure.facecolor": _CARD,
-    "axes.facecolor": _CARD,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), _CARD),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "axes.edgecolor": "#767676",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": "#e3e3e3",
     "grid.linewidth": 0.7,
     "lines.linewidth": 1.8,
@@ -147,11 +131,9 @@ _LOOK = {
     "hatch.linewidth": 0.6,
 }
 
-
-def _plain(
-    text,  # a name, a token, a title: anything that somebody wrote
-) -> str:  # as matplotlib must have it to show just that
-    "Text as it is: two dollars make no formula, and what is endless is cut off."
+# %% ../../nbs/00_core/02_plots.ipynb #99db7509
+def _plain(text):
+    "Text as it is: two dollars make no formula, and what is endless is cut off"
     text = str(text).encode("utf-8", "replace").decode()
     return (text if len(text) <= 200 else text[:199] + "…").replace("$", r"\$")
 
@@ -179,19 +161,12 @@ def draw(
     colours: int = 32,  # more for pictures with many shades
     **labels,  # any property of the axes: xlabel, ylabel, ylim, xscale...
 ) -> Picture:
-    "A picture of whatever `paint` draws, in the look of the course. Raises `ValueError` for an empty `alt`, or a label that axes lack."
+    "A picture of whatever `paint` draws. Raises `ValueError` for a property that axes lack."
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
-    _check_alt(alt), check_whole(panels, "panels", 1, 20), check_whole(colours, "colours", 1, 256)
-    if len(size) != 2:
-        raise ValueError(f"size is {size}; expected (width, height) in inches")
-    size = [
-        check_number(side, "a side in size", above=0, most=100, why="in inches") for side in size
-    ]
+    _check_look(alt, size, panels, colours)
     with rc_context(_LOOK):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, panels, squeeze=False)[0]
+        figure, axes = _figure(size, panels)
         for ax in axes:
             _set(ax, **labels)
         if title:
@@ -199,17 +174,30 @@ def draw(
         paint(axes[0] if panels == 1 else list(axes))
         return Picture(render(figure), alt, colours=colours)
 
+# %% ../../nbs/00_core/02_plots.ipynb #0aeb7cfe
+def _check_look(alt, size, panels, colours):
+    _check_alt(alt)
+    check_whole(panels, "panels", 1, 20)
+    check_whole(colours, "colours", 1, 256)
+    if len(size) != 2:
+        raise ValueError(f"size is {size}; expected (width, height) in inches")
+    for side in size:
+        check_number(side, "a side in size", above=0, most=100, why="in inches")
+
+# %% ../../nbs/00_core/02_plots.ipynb #a183bf61
+def _figure(size, panels):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=[float(side) for side in size], layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
 
 def _set(ax, **labels):
-    "Properties of the axes; text is shown as it is."
+    "Properties of the axes; text is shown as it is"
+    given = {k: v for k, v in labels.items() if v is not None}
+    given |= {k: _plain(v) for k, v in given.items() if isinstance(v, str) and "label" in k}
     try:
-        ax.set(
-            **{
-                k: _plain(v) if isinstance(v, str) and "label" in k else v
-                for k, v in labels.items()
-                if v is not None
-            }
-        )
+        ax.set(**given)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"the axes refuse {', '.join(labels)}: {error}") from None
 
@@ -236,34 +224,29 @@ _DASHES = [
 ]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h"]
 
-
-def _numbers(
-    values,  # a tensor, an array, lists of numbers
-    what: str,  # how to call them in a message
-    ndims: Sequence[int],  # the dimensions that are welcome
-) -> np.ndarray:  # float64, finite, not empty
-    "Check that `values` can be drawn."
+# %% ../../nbs/00_core/02_plots.ipynb #8bf316a5
+def _numbers(values, what, *ndims):
+    "Values as finite numbers in an array of one of these dimensions"
     try:
         array = np.asarray(_floats(values), dtype=np.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError):
         raise ValueError(f"{what} must be numbers in rows of equal length") from None
     if array.ndim not in ndims:
-        raise ValueError(
-            f"{what} has shape {array.shape}: expected {' or '.join(map(str, ndims))} dimension(s)"
-        )
+        wanted = " or ".join(map(str, ndims))
+        raise ValueError(f"{what} has shape {array.shape}: expected {wanted} dimension(s)")
     if not array.size:
         raise ValueError(f"{what} is empty (shape {array.shape}): there is nothing to draw")
     if bad := (~np.isfinite(array)).sum():
-        raise ValueError(
-            f"{what} holds {bad} NaN or infinite value(s): drop or replace them before drawing"
-        )
+        wrong = f"{what} holds {bad} NaN or infinite value(s)"
+        raise ValueError(f"{wrong}: drop or replace them before drawing")
     return array
 
+# %% ../../nbs/00_core/02_plots.ipynb #63184232
+_FLOAT = np.dtype(float)
 
-def _floats(
-    values,  # a tensor, an array, or lists of such
-):  # the same as arrays; the error of NumPy for text and for complex numbers, which it would bend
-    "Numbers on any device, of any type, with or without gradients."
+
+def _floats(values):
+    "Tensors on any device and of any type as arrays; TypeError for text and complex numbers"
     if type(values) in (int, float):
         return values
     if isinstance(values, (list, tuple)):
@@ -272,71 +255,48 @@ def _floats(
         if values.is_complex():
             raise TypeError
         return values.detach().cpu().double().numpy()
-    if isinstance(values, (str, bytes)) or np.iscomplexobj(values):
-        raise TypeError
-    if getattr(values, "dtype", np.dtype(float)).kind in "US":
+    text = isinstance(values, (str, bytes)) or getattr(values, "dtype", _FLOAT).kind in "US"
+    if text or np.iscomplexobj(values):
         raise TypeError
     return values
 
-
-def _named(
-    values,  # a mapping from name to values, or values alone
-    limit: int,  # how many names can be told apart
-) -> dict:
-    "Values with their names, as text."
+# %% ../../nbs/00_core/02_plots.ipynb #5b11255e
+def _named(values, limit):
+    "Values with their names, as text, at most so many"
     values = dict(values) if isinstance(values, Mapping) else {"": values}
     if not values:
         raise ValueError("there is nothing to draw: hand in at least one name with its values")
     if len(values) > limit:
-        raise ValueError(
-            f"got {len(values)} series, at most {limit} can be told apart: draw fewer, or two"
-            " pictures"
-        )
+        many = f"got {len(values)} series, at most {limit} can be told apart"
+        raise ValueError(f"{many}: draw fewer, or two pictures")
     if len({str(name) for name in values}) < len(values):
         raise ValueError(f"two names read alike: {', '.join(map(str, values))}")
     return {str(name): value for name, value in values.items()}
 
 
-def _texts(
-    names,  # a sequence of labels, or None
-    count: int,  # how many there must be
-    what: str,  # how to call them in a message
-) -> list[str] | None:
-    "Labels as text, one for each thing."
+def _texts(names, count, what):
+    "Labels as text, one for each thing; None stays None"
     if names is None:
         return None
-    found = names if isinstance(names, str) else list(itertools.islice(names, count + 1))
-    if isinstance(names, str) or len(found) != count:
-        there = (
-            repr(names)
-            if isinstance(names, str)
-            else len(names)
-            if hasattr(names, "__len__")
-            else "another number"
-        )
+    whole = isinstance(names, str)
+    found = names if whole else list(itertools.islice(names, count + 1))
+    if whole or len(found) != count:
+        there = len(names) if hasattr(names, "__len__") else "another number"
+        there = repr(names) if whole else there
         raise ValueError(f"{what} must be {count} labels, one for each, but got {there}")
     return [_plain(name) for name in found]
 
+# %% ../../nbs/00_core/02_plots.ipynb #bb85ef2b
+_MISFITS = (ValueError, LookupError, AttributeError, TypeError, OverflowError, MemoryError)
 
-def _formatted(
-    form: str,  # such as "{:.3g}"
-    value: float,
-) -> str:
-    "A value as it is written; the sentence for a form that does not fit."
+
+def _formatted(form, value):
+    "A value as it is written"
     try:
         return _plain(form.format(value))
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
-        raise ValueError(
-            f"form is {form!r}; expected how to write one number, such as '{{:.2f}}' ({error})"
-        ) from None
+    except _MISFITS as error:
+        wanted = f"expected how to write one number, such as '{{:.2f}}' ({error})"
+        raise ValueError(f"form is {form!r}; {wanted}") from None
 
 # %% ../../nbs/00_core/02_plots.ipynb #76a65bde
 @checked
@@ -344,9 +304,9 @@ def band(
     values,  # (seeds, n), two or more seeds
     interval: str = "sd",  # "sd": mean ± standard deviation; "bootstrap": 95 % interval of the mean
 ) -> tuple[np.ndarray, np.ndarray]:  # low (n,), high (n,)
-    "The interval that goes with the mean over seeds. Raises `ValueError` for an unknown kind of interval."
+    "The interval that goes with the mean over seeds."
     check_choice(interval, "interval", ("sd", "bootstrap"))
-    values = _numbers(values, "values", (2,))
+    values = _numbers(values, "values", 2)
     if len(values) < 2:
         raise ValueError(f"values has shape {values.shape}: an interval needs two seeds or more")
     if interval == "sd":
@@ -368,55 +328,46 @@ def plot_curves(
     ylabel: str | None = None,
     **look,  # size, and properties of the axes: xscale="log", ylim=(0, 1)...
 ) -> Picture:
-    "Lines, with a band over seeds. Raises `ValueError` for empty, infinite or ill-shaped values or an empty `alt`."
+    "Lines, with a band over seeds. Raises `ValueError` for empty, infinite or ill-shaped values."
     check_choice(interval, "interval", ("sd", "bootstrap"))
-    series = [
-        (name, *_curve(name, y, x, interval)) for name, y in _named(curves, len(PALETTE)).items()
-    ]
+    named = _named(curves, len(PALETTE))
+    series = [(name, *_curve(name, y, x, interval)) for name, y in named.items()]
 
     def paint(ax):
-        for (name, at, mean, edges), colour, dash, marker in zip(
-            series, PALETTE.values(), _DASHES, _MARKERS
-        ):
-            every = max(1, len(mean) // 8) if len(mean) > 12 else 1
-            ax.plot(at, mean, color=colour, linestyle=dash, marker=marker, markevery=every)
-            if edges:
-                ax.fill_between(at, *edges, color=colour, alpha=0.18, linewidth=0)
+        for curve, colour, dash, marker in zip(series, PALETTE.values(), _DASHES, _MARKERS):
+            _paint_curve(ax, curve, color=colour, linestyle=dash, marker=marker)
         if series[0][0]:
-            names = [_plain(name) for name, *_ in series]
-            columns = (
-                min(4, 72 // (6 + max(map(len, names)))) or 1
-            )  # long names stand in fewer columns
-            ax.legend(
-                ax.lines,
-                names,
-                loc="lower left",
-                bbox_to_anchor=(0, 1),
-                ncols=columns,
-                frameon=False,
-                handlelength=3.2,
-            )
+            _name_lines(ax, [_plain(name) for name, *_ in series])
 
     return draw(paint, alt=alt, title=title, xlabel=xlabel, ylabel=ylabel, **look)
 
 # %% ../../nbs/00_core/02_plots.ipynb #0fd55819
-def _curve(
-    name: str,  # of the curve
-    y,  # (n,) or (seeds, n)
-    x,  # (n,), name -> (n,), or None
-    interval: str,  # kind of band
-) -> tuple:  # x (n,), mean (n,), (low, high) or None
-    "One curve, checked, with its band."
+def _curve(name, y, x, interval):
+    "x (n,), mean (n,), and (low, high) or None of one curve"
     what = f"the curve {name!r}" if name else "the curve"
-    y = np.atleast_2d(_numbers(y, what, (1, 2)))
+    y = np.atleast_2d(_numbers(y, what, 1, 2))
     at = x.get(name) if isinstance(x, Mapping) else x
     if isinstance(x, Mapping) and at is None:
         raise ValueError(f"x has no values for {what}: it has {list(x)}")
-    at = np.arange(y.shape[1]) if at is None else _numbers(at, f"x of {what}", (1,))
+    at = np.arange(y.shape[1]) if at is None else _numbers(at, f"x of {what}", 1)
     if len(at) != y.shape[1]:
         raise ValueError(f"x has {len(at)} values and {what} has {y.shape[1]}: they must agree")
-    edges = band(y, interval) if len(y) > 1 else None
-    return at, y.mean(0), edges
+    return at, y.mean(0), band(y, interval) if len(y) > 1 else None
+
+# %% ../../nbs/00_core/02_plots.ipynb #05a55bcf
+def _paint_curve(ax, curve, color, **line):
+    _, at, mean, edges = curve
+    every = max(1, len(mean) // 8) if len(mean) > 12 else 1
+    ax.plot(at, mean, color=color, markevery=every, **line)
+    if edges:
+        ax.fill_between(at, *edges, color=color, alpha=0.18, linewidth=0)
+
+
+def _name_lines(ax, names):
+    "A legend above the axes; long names stand in fewer columns"
+    columns = min(4, 72 // (6 + max(map(len, names)))) or 1
+    above = dict(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    ax.legend(ax.lines, names, ncols=columns, handlelength=3.2, **above)
 
 # %% ../../nbs/00_core/02_plots.ipynb #9481d591
 @checked
@@ -431,73 +382,70 @@ def plot_bars(
     form: str = "{:.3g}",  # how a value is written at the end of its row
     **look,  # size, and properties of the axes
 ) -> Picture:
-    "Lying bars from zero, with intervals. Raises `ValueError` for values that are empty, infinite or do not fit."
-    if not isinstance(values, Mapping):
-        raise ValueError("values must map a name to each number: {'scratch': .71, ...}")
-    seeds = {
-        name: np.atleast_1d(_numbers(v, f"the bar {name!r}", (0, 1)))
-        for name, v in _named(values, 24).items()
-    }
-    check_choice(interval, "interval", ("sd", "bootstrap"))
+    "Lying bars from zero, with intervals. Raises `ValueError` for values that do not fit."
+    seeds = _bars(values)
     ends = {name: _formatted(form, runs.mean()) for name, runs in seeds.items()}
-    edges = _edges(seeds, intervals, interval)
+    edges = _edges(seeds, intervals, check_choice(interval, "interval", ("sd", "bootstrap")))
 
     def paint(ax):
         for row, (name, runs) in enumerate(seeds.items()):
-            mean, (low, high) = runs.mean(), edges[name]
-            ax.barh(row, mean, height=0.62, color="#8ab8d6", edgecolor=PALETTE["blue"])
-            if high > low:
-                ax.plot(
-                    [low, high], [row, row], color=_INK, marker="|", markersize=9, linewidth=1.4
-                )
-            spread = np.linspace(-0.16, 0.16, len(runs))
-            if len(runs) > 1:
-                ax.plot(runs, row + spread, "o", color=_INK, markersize=3, alpha=0.7)
-            ax.text(1.01, row, ends[name], va="center", transform=ax.get_yaxis_transform())
-        ax.set_yticks(range(len(seeds)), [_plain(name) for name in seeds])
-        ax.set_ylim(len(seeds) - 0.5, -0.5)
-        ax.axvline(0, color="#767676", linewidth=1)
-        ax.grid(axis="y", visible=False)
-        ax.tick_params(axis="y", length=0)
+            _paint_bar(ax, row, runs, edges[name], ends[name])
+        _paint_names(ax, [_plain(name) for name in seeds])
 
     look.setdefault("size", (6.6, 0.9 + 0.36 * len(seeds)))
     return draw(paint, alt=alt, title=title, xlabel=xlabel, **look)
 
 # %% ../../nbs/00_core/02_plots.ipynb #49b300fe
-def _edges(
-    seeds: dict,  # name -> (seeds,)
-    intervals,  # name -> (low, high), a sequence of pairs, or None
-    interval: str,  # what to compute where none is given
-) -> dict:  # name -> (low, high)
-    "The interval of each bar; low = high = mean where there is none."
+def _bars(values):
+    "name -> (seeds,)"
+    if not isinstance(values, Mapping):
+        raise ValueError("values must map a name to each number: {'scratch': .71, ...}")
+    named = _named(values, 24)
+    return {n: np.atleast_1d(_numbers(v, f"the bar {n!r}", 0, 1)) for n, v in named.items()}
+
+
+def _paint_bar(ax, row, runs, edge, end):
+    mean, (low, high) = runs.mean(), edge
+    ax.barh(row, mean, height=0.62, color="#8ab8d6", edgecolor=PALETTE["blue"])
+    if high > low:
+        ax.plot([low, high], [row, row], color=_INK, marker="|", markersize=9, linewidth=1.4)
+    if len(runs) > 1:
+        spread = np.linspace(-0.16, 0.16, len(runs))
+        ax.plot(runs, row + spread, "o", color=_INK, markersize=3, alpha=0.7)
+    ax.text(1.01, row, end, va="center", transform=ax.get_yaxis_transform())
+
+# %% ../../nbs/00_core/02_plots.ipynb #d7d6c6a3
+def _paint_names(ax, names):
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.axvline(0, color="#767676", linewidth=1)
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+
+
+def _edge(runs, interval):
+    return np.ravel(band(runs[:, None], interval)) if len(runs) > 1 else (runs[0], runs[0])
+
+# %% ../../nbs/00_core/02_plots.ipynb #87e7e992
+def _edges(seeds, intervals, interval):
+    "name -> (low, high): computed, or given and checked; both are the mean where there is none"
     if intervals is None:
-        return {
-            n: np.ravel(band(v[:, None], interval)) if len(v) > 1 else (v[0], v[0])
-            for n, v in seeds.items()
-        }
+        return {n: _edge(runs, interval) for n, runs in seeds.items()}
     if not isinstance(intervals, Mapping):
-        intervals = (
-            list(itertools.islice(intervals, len(seeds) + 1))
-            if hasattr(intervals, "__iter__")
-            else []
-        )
+        many = hasattr(intervals, "__iter__")
+        intervals = list(itertools.islice(intervals, len(seeds) + 1)) if many else []
         if len(intervals) != len(seeds):
             raise ValueError(f"got {len(intervals)} intervals for {len(seeds)} bars")
         intervals = dict(zip(seeds, intervals))
-    pairs = {
-        str(n): _numbers(pair, f"the interval of {n!r}", (1,)) for n, pair in intervals.items()
-    }
+    pairs = {str(n): _numbers(pair, f"the interval of {n!r}", 1) for n, pair in intervals.items()}
     if set(pairs) != set(seeds):
-        raise ValueError(
-            f"intervals are for {sorted(pairs)} and bars for {sorted(seeds)}: the names must agree"
-        )
+        both = f"intervals are for {sorted(pairs)} and bars for {sorted(seeds)}"
+        raise ValueError(f"{both}: the names must agree")
     for name, pair in pairs.items():
         mean = seeds[name].mean()
         if len(pair) != 2 or not pair[0] <= mean <= pair[1]:
-            raise ValueError(
-                f"the interval of {name!r} is {pair.tolist()}: expected (low, high) round its"
-                f" {mean:.4g}"
-            )
+            wrong = f"the interval of {name!r} is {pair.tolist()}"
+            raise ValueError(f"{wrong}: expected (low, high) round its {mean:.4g}")
     return pairs
 
 # %% ../../nbs/00_core/02_plots.ipynb #31d652b4
@@ -515,74 +463,72 @@ def plot_matrix(
     ylabel: str | None = None,
     **look,  # size, and properties of the axes
 ) -> Picture:
-    "A matrix as coloured cells. Raises `ValueError` for another shape, for NaN or infinity, or labels that do not fit."
-    matrix = _numbers(matrix, "the matrix", (2,))
-    r, c = matrix.shape
-    rows, columns = _texts(rows, r, "rows"), _texts(columns, c, "columns")
-    if form is None:
-        form = "" if max(r, c) > 10 else "{:g}" if (matrix == matrix.round()).all() else "{:.2f}"
-    if form and matrix.size > 2500:
-        raise ValueError(f"{matrix.size:,} cells are too many to write in: hand form=''")
-    texts = [_formatted(form, round(value, 6) + 0.0) for value in matrix.ravel()] if form else []
-    look.setdefault("size", _room(r, c, rows, columns))
+    "A matrix as coloured cells. Raises `ValueError` for NaN, another shape, unfitting labels."
+    matrix = _numbers(matrix, "the matrix", 2)
+    sides = _texts(rows, len(matrix), "rows"), _texts(columns, len(matrix.T), "columns")
+    texts, shades = _written(matrix, form), _shades(matrix, limits)
+    look.setdefault("size", _room(*matrix.shape, *sides))
 
     def paint(ax):
-        image = ax.imshow(
-            matrix, aspect="auto", **_shades(matrix, limits)
-        )  # a fixed aspect would cut off long labels
-        ax.grid(False)
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.get_major_locator().set_params(integer=True)
-        if not form:
-            ax.figure.colorbar(image, ax=ax)
-        leaning = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        if columns:
-            ax.set_xticks(range(c), columns, **(leaning if max(map(len, columns)) > 4 else {}))
-        if rows:
-            ax.set_yticks(range(r), rows)
-        for text, ((i, j), value) in zip(texts, np.ndenumerate(matrix)):
-            ax.text(
-                j, i, text, ha="center", va="center", fontsize=8, color=_on(image.to_rgba(value))
-            )
+        _paint_cells(ax, matrix, texts, shades, sides)
 
     return draw(paint, alt=alt, title=title, colours=96, xlabel=xlabel, ylabel=ylabel, **look)
 
 # %% ../../nbs/00_core/02_plots.ipynb #09451c59
-def _shades(
-    matrix: np.ndarray,  # (r, c)
-    limits,  # (palest, darkest) or None
-) -> dict:  # for imshow
-    "White is zero; one sign goes to blue, two signs go to orange and violet."
+def _written(matrix, form):
+    "The texts of the cells; none for a large matrix"
+    if form is None:
+        form = "{:g}" if (matrix == matrix.round()).all() else "{:.2f}"
+        form = "" if max(matrix.shape) > 10 else form
+    if form and matrix.size > 2500:
+        raise ValueError(f"{matrix.size:,} cells are too many to write in: hand form=''")
+    return [_formatted(form, round(value, 6) + 0.0) for value in matrix.ravel()] if form else []
+
+
+def _paint_cells(ax, matrix, texts, shades, sides):
+    image = ax.imshow(matrix, aspect="auto", **shades)  # a fixed aspect would cut off long labels
+    ax.grid(False)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    if not texts:
+        ax.figure.colorbar(image, ax=ax)
+    _paint_sides(ax, *sides)
+    for text, ((i, j), value) in zip(texts, np.ndenumerate(matrix)):
+        ink = _on(image.to_rgba(value))
+        ax.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
+
+# %% ../../nbs/00_core/02_plots.ipynb #5368970d
+def _paint_sides(ax, rows, columns):
+    leaning = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    if columns:
+        straight = max(map(len, columns)) <= 4
+        ax.set_xticks(range(len(columns)), columns, **({} if straight else leaning))
+    if rows:
+        ax.set_yticks(range(len(rows)), rows)
+
+# %% ../../nbs/00_core/02_plots.ipynb #b1d543c7
+def _shades(matrix, limits):
+    "White is zero; one sign goes to blue, two signs go to orange and violet"
     signed = matrix.min() < 0 < matrix.max()
     top = np.abs(matrix).max() or 1.0
     if limits is not None:
-        limits = _numbers(limits, "limits", (1,)).tolist()
+        limits = _numbers(limits, "limits", 1).tolist()
         if len(limits) != 2 or limits[0] >= limits[1]:
             raise ValueError(f"limits are {limits}; expected (low, high) with low < high")
     low, high = limits or ((-top, top) if signed else (-top, 0) if matrix.min() < 0 else (0, top))
-    return {
-        "cmap": "PuOr" if signed else "Blues_r" if high <= 0 else "Blues",
-        "vmin": low,
-        "vmax": high,
-    }
+    blues = "Blues_r" if high <= 0 else "Blues"
+    return {"cmap": "PuOr" if signed else blues, "vmin": low, "vmax": high}
 
 
-def _room(
-    r: int,  # rows
-    c: int,  # columns
-    rows,
-    columns,  # labels or None
-) -> tuple[float, float]:  # inches
-    "A size with square cells and place for the labels."
+def _room(r, c, rows, columns):
+    "A size in inches with square cells and place for the labels"
     cell = min(0.46, 4.4 / max(r, c))
     beside, below = (max(map(len, labels or [""])) for labels in (rows, columns))
     return max(2.4, 1.3 + cell * c + 0.08 * beside), max(1.8, 1.1 + cell * r + 0.05 * below)
 
 
-def _on(
-    colour,  # RGBA in [0, 1]
-) -> str:  # the ink that is legible on it
-    "Dark letters on pale cells, white ones on dark cells."
+def _on(colour):
+    "The ink that is legible on a colour (RGBA in [0, 1])"
     return _INK if np.dot(colour[:3], [0.3, 0.59, 0.11]) > 0.55 else "#ffffff"
 
 # %% ../../nbs/00_core/02_plots.ipynb #f6b14fe7
@@ -599,85 +545,76 @@ def plot_points(
 ) -> Picture:
     "A cloud of points in two dimensions. Raises `ValueError` when shapes or labels do not fit."
     check_whole(limit, "limit", 1)
-    points = _numbers(points, "points", (2,))
-    if points.shape[1] != 2:
-        raise ValueError(
-            f"points has shape {points.shape}: expected (n, 2), so project to two dimensions first"
-        )
+    points = _pairs(points)
     labels = _classes(labels, len(points), names)
     kept = np.unique(np.linspace(0, len(points) - 1, min(limit, len(points))).astype(int))
 
     def paint(ax):
         for place, name in sorted(set(labels)):
             own = points[[k for k in kept if labels[k][0] == place]]
-            colour = list(PALETTE.values())[place % len(PALETTE)]
-            ax.scatter(
-                *own.T,
-                s=13,
-                color=colour,
-                marker=_MARKERS[place],
-                alpha=0.65,
-                linewidths=0,
-                label=name,
-            )
-            if name and len(own):
-                ax.text(
-                    *np.median(own, 0),
-                    name,
-                    ha="center",
-                    va="center",
-                    fontweight="bold",
-                    path_effects=_halo(),
-                )
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-        if labels[0][1]:
-            ax.figure.legend(loc="outside right upper", frameon=False, markerscale=1.6)
+            _paint_cloud(ax, own, place, name)
+        _bare(ax, legend=labels[0][1])
 
-    look.setdefault("size", (6.6, 4.2))
-    return draw(paint, alt=alt, title=title, **look)
+    return draw(paint, alt=alt, title=title, **{"size": (6.6, 4.2), **look})
 
 # %% ../../nbs/00_core/02_plots.ipynb #af502146
-def _classes(
-    labels,  # (n,) whole numbers or texts, or None
-    count: int,  # n
-    names: Iterable | None,  # the name of class 0, 1, 2...
-) -> list[tuple]:  # n pairs (order, text)
-    "For each point the place of its class in the order, and its name."
-    if labels is None:
-        return [(0, "")] * count
+def _pairs(points):
+    points = _numbers(points, "points", 2)
+    if points.shape[1] != 2:
+        wanted = "expected (n, 2), so project to two dimensions first"
+        raise ValueError(f"points has shape {points.shape}: {wanted}")
+    return points
+
+
+def _paint_cloud(ax, own, place, name):
+    from matplotlib.patheffects import withStroke
+
+    look = dict(color=list(PALETTE.values())[place % len(PALETTE)], marker=_MARKERS[place])
+    ax.scatter(*own.T, s=13, alpha=0.65, linewidths=0, label=name, **look)
+    if name and len(own):  # a white rim makes the letters legible on points
+        rim = [withStroke(linewidth=3, foreground=_CARD)]
+        middle = dict(ha="center", va="center", fontweight="bold", path_effects=rim)
+        ax.text(*np.median(own, 0), name, **middle)
+
+
+def _bare(ax, legend):
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    if legend:
+        ax.figure.legend(loc="outside right upper", frameon=False, markerscale=1.6)
+
+# %% ../../nbs/00_core/02_plots.ipynb #debd1493
+def _labels(labels, count):
+    "Whole numbers or texts, one for each point, as a list"
     try:
         labels = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
     except (TypeError, ValueError):
         raise ValueError("labels must be whole numbers or texts, one for each point") from None
     if labels.shape != (count,):
-        raise ValueError(
-            f"labels has shape {labels.shape}: expected ({count},), one for each point"
-        )
+        wanted = f"expected ({count},), one for each point"
+        raise ValueError(f"labels has shape {labels.shape}: {wanted}")
     if labels.dtype.kind not in "biufUS":
         raise ValueError(f"labels is {got(labels)}; expected whole numbers or texts")
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
         raise ValueError("labels hold NaN or infinite values")
-    labels, classes = labels.tolist(), np.unique(labels).tolist()
+    return labels.tolist(), np.unique(labels).tolist()
+
+# %% ../../nbs/00_core/02_plots.ipynb #fbadeff2
+def _classes(labels, count, names):
+    "For each point the place of its class in the order, and its name"
+    if labels is None:
+        return [(0, "")] * count
+    labels, classes = _labels(labels, count)
     if len(classes) > len(_MARKERS):
-        raise ValueError(
-            f"got {len(classes)} classes, at most {len(_MARKERS)} can be told apart: choose some"
-        )
+        most = f"at most {len(_MARKERS)} can be told apart"
+        raise ValueError(f"got {len(classes)} classes, {most}: choose some")
     if names is None:
         return [(classes.index(c), _plain(c)) for c in labels]
     names = list(itertools.islice(names, 10_000))
     if not all(isinstance(c, int) and 0 <= c < len(names) for c in classes):
-        raise ValueError(
-            f"labels run from {classes[0]!r} to {classes[-1]!r}, but there are {len(names)} names"
-        )
+        run = f"labels run from {classes[0]!r} to {classes[-1]!r}"
+        raise ValueError(f"{run}, but there are {len(names)} names")
     return [(classes.index(c), _plain(names[c])) for c in labels]
-
-
-def _halo():
-    "A white rim round letters, so that they can be read on points."
-    from matplotlib.patheffects import withStroke
-
-    return [withStroke(linewidth=3, foreground=_CARD)]
 
 # %% ../../nbs/00_core/02_plots.ipynb #79af535d
 @checked
@@ -689,16 +626,14 @@ def show_images(
     columns: int = 8,  # images in a row
     title: str | None = None,
 ) -> Picture:
-    "A grid of images. Raises `ValueError` for another shape, for NaN or infinity, or titles that do not fit."
+    "A grid of images. Raises `ValueError` for NaN, another shape, titles that do not fit."
     tiles = _tiles(images)
     n, h, w, _ = tiles.shape
     columns = min(check_whole(columns, "columns", 1), n)
     zoom = max(1, min(960 // (columns * w), 280 // h))
     head, edge, gap = 26 if titles is not None else 0, 8, 10
     down, across, top = h * zoom + head + gap, max(w * zoom, 40) + gap, 40 if title else edge
-    corners = [
-        (top + i // columns * down, edge + i % columns * across) for i in range(n)
-    ]  # (y, x) of title and image
+    corners = [(top + i // columns * down, edge + i % columns * across) for i in range(n)]
     texts = list(zip(corners, _texts(titles, n, "titles") or []))
     page = _page(top - (-n // columns) * down, 2 * edge - gap + columns * across, texts, title)
     for (y, x), tile in zip(corners, tiles.repeat(zoom, 1).repeat(zoom, 2)):
@@ -706,48 +641,40 @@ def show_images(
     return Picture(page, alt, colours=96)
 
 # %% ../../nbs/00_core/02_plots.ipynb #f9c85f01
-def _tiles(
-    images,  # (n, c, h, w) or (n, h, w)
-) -> np.ndarray:  # (n, h, w, 3) uint8
-    "Images as bytes in three colours."
+def _tiles(images):
+    "Images (n, c, h, w) or (n, h, w) as bytes in three colours, (n, h, w, 3)"
     count = len(images) if hasattr(images, "__len__") and getattr(images, "ndim", 1) else 0
     if count > 256:
         raise ValueError(f"got {count} images, at most 256 fit: choose some, say images[:8]")
-    array = _numbers(images, "images", (3, 4))
+    array = _numbers(images, "images", 3, 4)
     if array.ndim == 3:
         array = array[:, None]
     if array.shape[1] not in (1, 3):
-        raise ValueError(
-            f"images has shape {array.shape}: expected (n, 1, h, w), (n, 3, h, w) or (n, h, w)"
-        )
-    whole = str(getattr(images, "dtype", "")).endswith("uint8")
-    low, high = (
-        (0, 255)
-        if whole
-        else (0, 1)
-        if array.min() >= 0 and array.max() <= 1
-        else (array.min(), array.max())
-    )
+        wanted = "expected (n, 1, h, w), (n, 3, h, w) or (n, h, w)"
+        raise ValueError(f"images has shape {array.shape}: {wanted}")
+    low, high = _range(array, str(getattr(images, "dtype", "")).endswith("uint8"))
     grey = np.round((array - low) / ((high - low) or 1) * 255).astype(np.uint8)
     return np.broadcast_to(grey.transpose(0, 2, 3, 1), (*array.shape[:1], *array.shape[2:], 3))
 
 
-def _page(
-    height: int,  # picture pixels
-    width: int,
-    texts: list,  # ((y, x), text) of each title
-    title: str | None,  # of the whole
-) -> np.ndarray:  # (height, width, 3) uint8
-    "A white page with all that is written on it."
+def _range(array, are_bytes):
+    "The values that become black and white"
+    if are_bytes:
+        return 0, 255
+    low, high = array.min(), array.max()
+    return (0, 1) if low >= 0 and high <= 1 else (low, high)
+
+# %% ../../nbs/00_core/02_plots.ipynb #ec6c844b
+def _page(height, width, texts, title):
+    "A white page with all that is written on it: ((y, x), text) of each title"
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(_LOOK):
         figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
         if title:
-            figure.text(
-                8 / width, 1 - 8 / height, _plain(title), va="top", fontsize=11, fontweight="bold"
-            )
+            at, look = (8 / width, 1 - 8 / height), dict(va="top", fontsize=11, fontweight="bold")
+            figure.text(*at, _plain(title), **look)
         for (y, x), text in texts:
             figure.text(x / width, 1 - (y + 4) / height, text, va="top", fontsize=8)
         return render(figure)

@@ -48,57 +48,50 @@ class Dial:
 _MOST = 1000  # values of one dial
 
 
-def _labels(
-    values: list,
-) -> list[str]:
-    "Values as people write them, with as many digits as it takes to tell them apart."
-
-    def label(value, form):
-        return form(value) if isinstance(value, float) else getattr(value, "__name__", str(value))
-
+def _labels(values):
+    "Values as people write them, with as many digits as it takes to tell them apart"
     for digits in (4, 6, 8, 10, 12, 17):
-        labels = [label(v, lambda x: f"{x:.{digits}g}") for v in values]
+        labels = [_label(v, digits) for v in values]
         if len(set(labels)) == len(labels):
             break
     return labels
 
 
-def _spread(
-    name: str,  # of the dial
-    spec: tuple,  # (low, high) or (low, high, step)
-) -> list:
-    "All whole numbers from low to high, nine steps between other numbers, or steps of a given size."
+def _label(value, digits):
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    return getattr(value, "__name__", str(value))
+
+# %% ../../nbs/00_core/03_widgets.ipynb #bc132984
+def _spread(name, spec):
+    "All whole numbers from low to high, nine steps between others, or steps of a given size"
     low, high, step = (*spec, None)[:3]
     whole = all(isinstance(v, int) for v in spec)
-    if (
-        not whole
-        and not all(map(_is_finite, spec))
-        or high <= low
-        or (step is not None and step <= 0)
-    ):
-        raise ValueError(
-            f"the dial {name!r} is {spec}: expected (low, high[, step]) with low < high and"
-            " step > 0"
-        )
+    _check_spread(name, spec, whole)
     if whole:
-        step = step or 1
-    count = 9 if step is None else (high - low) // step + 1 if whole else (high - low) / step + 1
-    if count > _MOST:
-        raise ValueError(
-            f"the dial {name!r} is {spec}, more than {_MOST:,} values: give (low, high, step) with"
-            " a larger step"
-        )
-    if whole:
-        return list(range(low, high + 1, step))
-    size = (high - low) / 8 if step is None else step
-    values = (
-        np.linspace(low, high, 9)
-        if step is None
-        else low + step * np.arange(int((high - low) / step + 1e-9) + 1)
-    )
+        return list(range(low, high + 1, step or 1))
+    if step is None:
+        size, values = (high - low) / 8, np.linspace(low, high, 9)
+    else:
+        size, values = step, low + step * np.arange(int((high - low) / step + 1e-9) + 1)
     if size >= 1e-4:
         return values.round(10).tolist()
     return [round(v, 6 - math.floor(math.log10(size))) for v in values.tolist()]
+
+# %% ../../nbs/00_core/03_widgets.ipynb #f37dc7bd
+def _check_spread(name, spec, whole):
+    low, high, step = (*spec, None)[:3]
+    turns = high > low and (step is None or step > 0)
+    if not turns or not (whole or all(map(_is_finite, spec))):
+        wanted = "expected (low, high[, step]) with low < high and step > 0"
+        raise ValueError(f"the dial {name!r} is {spec}: {wanted}")
+    if whole:
+        count = (high - low) // (step or 1) + 1
+    else:
+        count = 9 if step is None else (high - low) / step + 1
+    if count > _MOST:
+        many = f"the dial {name!r} is {spec}, more than {_MOST:,} values"
+        raise ValueError(f"{many}: give (low, high, step) with a larger step")
 
 
 def _is_finite(value):
@@ -114,41 +107,41 @@ def make_dial(
     spec,  # list of values; (low, high[, step]); True or False; label -> value
     start=None,  # the value to begin with, the first by default
 ) -> Dial:
-    "A dial from the ways to write one. Raises `ValueError` when there are not two different values to choose from."
-    if hasattr(spec, "tolist"):
-        spec = spec.tolist()
-    if isinstance(spec, tuple):
-        spec = tuple(
-            v.item() if hasattr(v, "item") and getattr(v, "ndim", 1) == 0 else v for v in spec
-        )
+    "A dial from the ways to write one. `ValueError` without two different values to choose from."
     if isinstance(spec, bool):
         spec, start = {"no": False, "yes": True}, spec if start is None else start
-    if (
-        isinstance(spec, tuple)
-        and len(spec) in (2, 3)
-        and all(type(v) in (int, float) for v in spec)
-    ):
-        spec = _spread(name, spec)
-    if isinstance(spec, (str, bytes, Number)) or not hasattr(spec, "__iter__"):
-        raise ValueError(
-            f"the dial {name!r} is {got(spec)}: expected a list of values, (low, high), True or"
-            " False"
-        )
-    found = list(itertools.islice(spec.items() if isinstance(spec, Mapping) else spec, _MOST + 1))
-    if len(found) > _MOST:
-        raise ValueError(f"the dial {name!r} has more than {_MOST:,} values: give fewer")
-    pairs = found if isinstance(spec, Mapping) else list(zip(_labels(found), found))
+    pairs = _choices(name, spec)
     labels, values = tuple(str(label) for label, _ in pairs), tuple(value for _, value in pairs)
     if len(values) < 2 or len(set(labels)) < len(labels):
-        raise ValueError(
-            f"the dial {name!r} has the values {list(labels)}: expected two or more, all different"
-        )
-    place = (
-        0 if start is None else next((i for i, v in enumerate(values) if _equal(v, start)), None)
-    )
+        has = f"the dial {name!r} has the values {list(labels)}"
+        raise ValueError(f"{has}: expected two or more, all different")
+    places = (i for i, v in enumerate(values) if start is None or _equal(v, start))
+    place = next(places, None)
     if place is None:
         raise ValueError(f"the dial {name!r} cannot start at {got(start)}: it has {list(labels)}")
     return Dial(name, values, labels, place)
+
+# %% ../../nbs/00_core/03_widgets.ipynb #d7c932ef
+def _choices(name, spec):
+    "Pairs of label and value"
+    if hasattr(spec, "tolist"):
+        spec = spec.tolist()
+    if isinstance(spec, tuple):
+        spec = tuple(map(_plain_number, spec))
+        if len(spec) in (2, 3) and all(type(v) in (int, float) for v in spec):
+            spec = _spread(name, spec)
+    if isinstance(spec, (str, bytes, Number)) or not hasattr(spec, "__iter__"):
+        wanted = "expected a list of values, (low, high), True or False"
+        raise ValueError(f"the dial {name!r} is {got(spec)}: {wanted}")
+    named = isinstance(spec, Mapping)
+    found = list(itertools.islice(spec.items() if named else spec, _MOST + 1))
+    if len(found) > _MOST:
+        raise ValueError(f"the dial {name!r} has more than {_MOST:,} values: give fewer")
+    return found if named else list(zip(_labels(found), found))
+
+# %% ../../nbs/00_core/03_widgets.ipynb #64a8732e
+def _plain_number(value):
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
 def _equal(a, b):
@@ -198,50 +191,46 @@ def overlay(
     base: np.ndarray,  # (h, w, 3) uint8
     other: np.ndarray,  # (h, w, 3) uint8
 ) -> bytes:  # a PNG, transparent where the two agree
-    "What has to be laid over `base` to see `other`. Raises `ValueError` for pictures of two sizes."
+    "What has to be laid over `base` to see `other`. `ValueError` for pictures of two sizes."
     for name, pixels in (("base", base), ("other", other)):
-        if (
-            not isinstance(pixels, np.ndarray)
-            or pixels.dtype != np.uint8
-            or pixels.ndim != 3
-            or pixels.shape != np.shape(base)
-        ):
-            raise ValueError(
-                f"{name} is {got(pixels)}; expected bytes (h, w, 3), as many in both pictures"
-            )
+        array = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 3
+        if not array or pixels.shape != np.shape(base):
+            wanted = "expected bytes (h, w, 3), as many in both pictures"
+            raise ValueError(f"{name} is {got(pixels)}; {wanted}")
     changed = (base != other).any(-1)
-    for axis in (
-        0,
-        1,
-    ):  # and a rim of 2 pixels, or old edges shine through when a browser scales the two
+    for axis in (0, 1):  # a rim of 2 pixels, or old edges shine through when a browser scales both
         changed = np.any([np.roll(changed, by, axis) for by in range(-2, 3)], axis=0)
     return encode(np.where(changed[..., None], other, 255).astype(np.uint8), keep=changed)
 
-
+# %% ../../nbs/00_core/03_widgets.ipynb #77c54173
 @checked
 def padded(
     pictures: Sequence[Picture],
 ) -> list[np.ndarray]:  # all of one shape (h, w, 3)
-    "The pixels of all `pictures`, with white to the right and below where one is smaller than another."
+    "The pixels of all `pictures`, with white to the right of and below the smaller ones."
     if not pictures or not all(isinstance(p, Picture) for p in pictures):
         raise ValueError(f"pictures is {got(pictures)}; expected one or more pictures")
     pixels = [p.pixels for p in pictures]
     h, w = np.max([p.shape[:2] for p in pixels], axis=0)
-    return [
-        np.pad(p, ((0, h - p.shape[0]), (0, w - p.shape[1]), (0, 0)), constant_values=255)
-        for p in pixels
-    ]
+    room = [((0, h - len(p)), (0, w - len(p[0])), (0, 0)) for p in pixels]
+    return [np.pad(p, pad, constant_values=255) for p, pad in zip(pixels, room)]
 
 # %% ../../nbs/00_core/03_widgets.ipynb #4c56c6a2
-_STYLE = """.explore{color:inherit;margin:.3em 0}.explore-title{font-weight:600;margin-bottom:.3em}
+_STYLE = """
+.explore{color:inherit;margin:.3em 0}
+.explore-title{font-weight:600;margin-bottom:.3em}
 .explore-dials{display:flex;flex-wrap:wrap;gap:.4em 1.6em;margin-bottom:.5em}
 .explore-dials label{display:inline-flex;align-items:center;gap:.6em;margin:0}
 .explore-dials input[type=range]{width:14em;max-width:50vw;margin:0}
-.explore-dials span{min-width:3.5em;font-variant-numeric:tabular-nums}.explore-note{font-size:smaller}
-.explore-stage{position:relative;display:inline-block;max-width:100%}.explore-stage>img{display:block}
-.explore-stage>img+img{position:absolute;left:0;top:0;width:100%;height:100%;max-width:none}"""
+.explore-dials span{min-width:3.5em;font-variant-numeric:tabular-nums}
+.explore-note{font-size:smaller}
+.explore-stage{position:relative;display:inline-block;max-width:100%}
+.explore-stage>img{display:block}
+.explore-stage>img+img{position:absolute;left:0;top:0;width:100%;height:100%;max-width:none}
+""".strip()
 
-_TEMPLATE = """<div class="explore explore-{name}" role="group" aria-label="{title}"><style>{style}</style>
+_TEMPLATE = """<div class="explore explore-{name}" role="group" aria-label="{title}">\
+<style>{style}</style>
 <div class="explore-title">{title}</div><div class="explore-dials"></div>
 <div class="explore-stage" aria-live="polite">{first}</div>
 <p class="explore-note">Run this cell, or open the page on the website, to move {dials}.</p>
@@ -253,24 +242,37 @@ const data = DATA;
 for (const root of document.querySelectorAll(".explore-NAME:not([data-ready])")) {
   root.dataset.ready = "";
   const box = root.querySelector(".explore-dials"), stage = root.querySelector(".explore-stage");
-  const base = stage.querySelector("img"), cover = data.pictures && stage.appendChild(document.createElement("img"));
-  if (cover) { cover.alt = ""; cover.style.cssText = "display:none;margin:0;padding:0;background:none"; }
+  const base = stage.querySelector("img");
+  const cover = data.pictures && stage.appendChild(document.createElement("img"));
+  if (cover) {
+    cover.alt = "";
+    cover.style.cssText = "display:none;margin:0;padding:0;background:none";
+  }
   const place = data.dials.map(dial => dial.start);
+  const count = (sum, at, i) => sum * data.dials[i].labels.length + at;
   const show = () => {
-    const frame = data.frames[data.order[place.reduce((sum, at, i) => sum * data.dials[i].labels.length + at, 0)]];
+    const frame = data.frames[data.order[place.reduce(count, 0)]];
     if (!data.pictures) { stage.innerHTML = frame; return; }
-    base.alt = frame[0]; cover.style.display = frame[1] ? "block" : "none";
+    base.alt = frame[0];
+    cover.style.display = frame[1] ? "block" : "none";
     if (frame[1]) cover.src = "data:image/png;base64," + frame[1];
   };
-  data.dials.forEach((dial, i) => {
-    const label = box.appendChild(document.createElement("label")), last = dial.labels.length - 1;
+  DIALS
+  root.querySelector(".explore-note").remove();
+}
+})();"""
+
+# %% ../../nbs/00_core/03_widgets.ipynb #7c639782
+_DIALS = """data.dials.forEach((dial, i) => {
+    const label = box.appendChild(document.createElement("label"));
     const input = document.createElement(dial.kind === "select" ? "select" : "input");
     label.append(dial.name + " ", input);
     input.setAttribute("data-lm-suppress-shortcuts", "true"); // or JupyterLab takes the arrow keys
     if (dial.kind === "select") dial.labels.forEach((text, at) => input.add(new Option(text, at)));
     else input.type = dial.kind === "check" ? "checkbox" : "range";
-    if (dial.kind === "range") { input.min = 0; input.max = last; input.step = 1; }
-    if (dial.kind === "check") input.checked = dial.values[dial.start]; else input.value = dial.start;
+    if (dial.kind === "range") { input.min = 0; input.max = dial.labels.length - 1; input.step = 1; }
+    if (dial.kind === "check") input.checked = dial.values[dial.start];
+    else input.value = dial.start;
     const shown = dial.kind === "range" && label.appendChild(document.createElement("span"));
     if (shown) shown.setAttribute("aria-hidden", "true");
     const tell = () => {
@@ -282,54 +284,44 @@ for (const root of document.querySelectorAll(".explore-NAME:not([data-ready])"))
       show();
     });
     tell();
-  });
-  root.querySelector(".explore-note").remove();
-}
-})();"""
+  });"""
 
 # %% ../../nbs/00_core/03_widgets.ipynb #ff552f0e
-def _stills(
-    frames: list,  # Picture or HTML, one for each way to set the dials
-    start: int,  # the frame to begin with
-) -> tuple[str, list]:  # HTML of the first, and what the script needs for each
-    "The first frame whole; for the others words and an overlay, or HTML where not all are pictures."
+def _stills(frames, start):
+    "HTML of the first frame; for the others words and an overlay, or HTML if not all are pictures"
     if not all(isinstance(f, Picture) for f in frames):
         frames = [f.html() if isinstance(f, Picture) else f for f in frames]
         return frames[start], frames
     pixels, first = padded(frames), frames[start]
-    covers = [
-        "" if i == start else base64.b64encode(overlay(pixels[start], p)).decode()
-        for i, p in enumerate(pixels)
-    ]
+    covers = [base64.b64encode(overlay(pixels[start], p)).decode() for p in pixels]
+    covers[start] = ""
     whole = Picture(pixels[start], first.alt, first.scale, first.colours).html()
     return whole, [(f.alt, cover) for f, cover in zip(frames, covers)]
 
-
-def _page(
-    title: str,  # above the dials
-    dials: list[Dial],
-    frames: list,  # Picture or HTML, one for each way to set the dials
-    start: int,  # the frame to begin with
-) -> str:  # HTML that needs nothing else
-    "Dials over frames that were made beforehand."
+# %% ../../nbs/00_core/03_widgets.ipynb #2b66814c
+def _page(title, dials, frames, start):
+    "Dials over frames that were made beforehand, one for each way to set them: HTML"
     first, frames = _stills(frames, start)
     kept = list(dict.fromkeys(frames))  # what is the same at several places is stored once
-    shown = [{"name": d.name, "kind": d.kind, "labels": d.labels, "start": d.start} for d in dials]
-    for d, entry in zip(dials, shown):
-        if d.kind == "check":
-            entry["values"] = d.values
     order = [kept.index(f) for f in frames]
+    shown = [_shown(dial) for dial in dials]
     data = {"pictures": isinstance(kept[0], tuple), "frames": kept, "order": order, "dials": shown}
     data = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     name = hashlib.sha256((title + data + first).encode()).hexdigest()[:10]
+    script = _SCRIPT.replace("NAME", name).replace("DIALS", _DIALS).replace("DATA", data)
     return _TEMPLATE.format(
         name=name,
         title=html.escape(title),
         style=_STYLE,
         first=first,
         dials=html.escape(_listed(d.name for d in dials)),
-        script=_SCRIPT.replace("NAME", name).replace("DATA", data),
+        script=script,
     )
+
+# %% ../../nbs/00_core/03_widgets.ipynb #e5d5c3cb
+def _shown(dial):
+    entry = {"name": dial.name, "kind": dial.kind, "labels": dial.labels, "start": dial.start}
+    return entry | ({"values": dial.values} if dial.kind == "check" else {})
 
 
 def _listed(names) -> str:
@@ -360,21 +352,13 @@ def debounced(
     return call
 
 # %% ../../nbs/00_core/03_widgets.ipynb #1e816a17
-@dataclass(frozen=True, eq=False, repr=False)
-class Explorer:
-    "A function with dials; shows itself as the last value of a cell. Made by `explore`."
-
-    fn: Callable  # called with one value of each dial
-    dials: list[Dial]
-    title: str
-    alt: str = ""  # words for figures, which have none of their own
-    max_kb: float = 60  # size of the page without a kernel
+class _Framed:
+    "What a function shows at each place of its dials"
 
     def at(self, *places: int) -> dict:
         "The arguments with the dials at `places`, by default where they start."
-        return {
-            d.name: d.values[i] for d, i in zip(self.dials, places or [d.start for d in self.dials])
-        }
+        places = places or [d.start for d in self.dials]
+        return {d.name: d.values[i] for d, i in zip(self.dials, places)}
 
     def frame(self, *places: int) -> Picture | str:
         "What the function shows with the dials at `places`. Raises `RuntimeError` when it fails."
@@ -383,55 +367,37 @@ class Explorer:
         try:
             return as_frame(self.fn(**self.at(*places)), self.alt, where)
         except Exception as error:
-            raise RuntimeError(
-                f"At {where} the function failed with {type(error).__name__}: {error}"
-            ) from error
+            failed = f"the function failed with {type(error).__name__}: {error}"
+            raise RuntimeError(f"At {where} {failed}") from error
 
     def shown(self, *places: int) -> str:
         "The HTML of a frame; an error is told in its place."
         try:
             frame = self.frame(*places)
         except RuntimeError as error:
-            text = html.escape(f"{error}. Move a dial to go on.")
-            return (
-                '<p role="alert" style="border-left:4px solid'
-                f' #d55e00;padding-left:.6em">{text}</p>'
-            )
+            return _ALERT.format(html.escape(f"{error}. Move a dial to go on."))
         return frame.html() if isinstance(frame, Picture) else frame
+
+# %% ../../nbs/00_core/03_widgets.ipynb #a7da8a35
+@dataclass(frozen=True, eq=False, repr=False)
+class Explorer(_Framed):
+    "A function with dials; shows itself as the last value of a cell. Made by `explore`."
+
+    fn: Callable  # called with one value of each dial
+    dials: list[Dial]
+    title: str
+    alt: str = ""  # words for figures, which have none of their own
+    max_kb: float = 60  # size of the page without a kernel
 
     @cached_property
     def page(self) -> str:
-        "HTML that needs no kernel. Raises `ValueError` when it is too large, `RuntimeError` when the function fails."
-        ways = list(itertools.product(*(range(len(d.values)) for d in self.dials)))
-        frames = [self.frame(*places) for places in ways]
-        page = _page(self.title, self.dials, frames, ways.index(tuple(d.start for d in self.dials)))
-        if (size := len(page.encode()) / 1000) > self.max_kb:
-            raise ValueError(
-                f"{len(frames)} frames take {size:.0f} kB, at most {self.max_kb} are allowed: give"
-                " a dial fewer values, keep the axes fixed (xlim, ylim), draw smaller (size), or"
-                " raise max_kb"
-            )
-        return page
+        "HTML without a kernel. `ValueError` if it is too large, `RuntimeError` if `fn` fails."
+        return _whole_page(self)
 
     @cached_property
     def panel(self):
         "The same with live controls (ipywidgets)."
-        import ipywidgets
-
-        view, controls = ipywidgets.HTML(), [_control(d) for d in self.dials]
-
-        def place(d, c):
-            return d.values.index(c.value) if d.kind == "check" else c.value
-
-        def show():
-            view.value = self.shown(*map(place, self.dials, controls))
-
-        move = debounced(show)
-        for control in controls:
-            control.observe(move, names="value")
-        show()
-        title = ipywidgets.HTML(f"<b>{html.escape(self.title)}</b>")
-        return ipywidgets.VBox([title, *controls, view])
+        return _panel(self)
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         text = {"text/plain": f"explore: {self.title}, dials {_listed(d.name for d in self.dials)}"}
@@ -439,42 +405,70 @@ class Explorer:
             return {"text/html": self.page} | text
         return self.panel._repr_mimebundle_() | {"text/html": self.panel.children[-1].value} | text
 
+# %% ../../nbs/00_core/03_widgets.ipynb #c3ffc55a
+_ALERT = '<p role="alert" style="border-left:4px solid #d55e00;padding-left:.6em">{}</p>'
+
+
+def _whole_page(explorer):
+    dials = explorer.dials
+    ways = list(itertools.product(*(range(len(d.values)) for d in dials)))
+    frames = [explorer.frame(*places) for places in ways]
+    start = ways.index(tuple(d.start for d in dials))
+    page = _page(explorer.title, dials, frames, start)
+    if (size := len(page.encode()) / 1000) > explorer.max_kb:
+        raise ValueError(
+            f"{len(frames)} frames take {size:.0f} kB, at most {explorer.max_kb} are allowed: give"
+            " a dial fewer values, keep the axes fixed (xlim, ylim), draw smaller (size), or"
+            " raise max_kb"
+        )
+    return page
+
+# %% ../../nbs/00_core/03_widgets.ipynb #27b064aa
+def _panel(explorer):
+    import ipywidgets
+
+    view, controls = ipywidgets.HTML(), [_control(d) for d in explorer.dials]
+
+    def show():
+        view.value = explorer.shown(*map(_place, explorer.dials, controls))
+
+    move = debounced(show)
+    for control in controls:
+        control.observe(move, names="value")
+    show()
+    title = ipywidgets.HTML(f"<b>{html.escape(explorer.title)}</b>")
+    return ipywidgets.VBox([title, *controls, view])
+
+
+def _place(dial, control):
+    return dial.values.index(control.value) if dial.kind == "check" else control.value
+
 # %% ../../nbs/00_core/03_widgets.ipynb #19e782e0
-def _control(
-    dial: Dial,
-):  # an ipywidget
-    "The live control of a dial; its value is a place in the list, or True and False."
+def _control(dial):
+    "The live control of a dial; its value is a place in the list, or True and False"
     import ipywidgets
 
     if dial.kind == "check":
-        return ipywidgets.Checkbox(
-            value=dial.values[dial.start], description=dial.name, indent=False
-        )
-    options = [
-        (label, i) for i, label in enumerate(dial.labels)
-    ]  # a drop-down would lose the arrow keys to JupyterLab
-    return ipywidgets.SelectionSlider(
-        options=options,
+        start = dial.values[dial.start]
+        return ipywidgets.Checkbox(value=start, description=dial.name, indent=False)
+    return ipywidgets.SelectionSlider(  # a drop-down would lose the arrow keys to JupyterLab
+        options=[(label, i) for i, label in enumerate(dial.labels)],
         value=dial.start,
         description=dial.name,
         style={"description_width": "initial"},
         layout={"width": "34em", "max_width": "100%"},
     )
 
-
+# %% ../../nbs/00_core/03_widgets.ipynb #8bd3124a
 def live() -> bool:
-    "Whether somebody may turn a dial of this kernel: a front end holds it, and no test or page is being made."
-    if (
-        os.environ.get("FOUNDATION_STATIC")
-        or os.environ.get("IN_TEST")
-        or find_spec("ipywidgets") is None
-    ):
+    "Whether somebody may turn a dial: a front end holds this kernel, and no page is being made."
+    static = os.environ.get("FOUNDATION_STATIC") or os.environ.get("IN_TEST")
+    if static or find_spec("ipywidgets") is None:
         return False
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    front = "JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in getattr(
-        shell, "user_ns", {}
-    )
-    return (front or bool(sys.modules.get("google.colab"))) and hasattr(shell, "kernel")
+    editor = "__vsc_ipynb_file__" in getattr(shell, "user_ns", {})
+    front = "JPY_SESSION_NAME" in os.environ or editor or sys.modules.get("google.colab")
+    return bool(front) and hasattr(shell, "kernel")
 
 # %% ../../nbs/00_core/03_widgets.ipynb #b1891549
 @checked
@@ -488,26 +482,32 @@ def explore(
     max_kb: float = 60,  # how large the saved page may be
     **dials,  # a list of values, (low, high[, step]), True or False, or label -> value
 ) -> Explorer:
-    "Give `fn` dials. Raises `ValueError` for dials that do not fit, `RuntimeError` when `fn` fails in a page."
-    start = start or {}
-    check_whole(limit, "limit", 1), check_number(max_kb, "max_kb", above=0)
-    if not dials or set(start) - set(dials):
-        raise ValueError(
-            f"got the dials {list(dials)} and a start for {list(start)}: a start needs its dial"
-        )
-    made = [make_dial(name, spec, start.get(name)) for name, spec in dials.items()]
+    "Give `fn` dials. `ValueError` for dials that do not fit, `RuntimeError` if `fn` fails in a page."
+    check_whole(limit, "limit", 1)
+    check_number(max_kb, "max_kb", above=0)
+    made = _made(dials, start or {})
     explorer = Explorer(fn, made, title or _listed(dials), alt, max_kb)
-    try:
-        inspect.signature(fn).bind(**explorer.at())
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the dials do not fit the function: {error}") from None
-    ways = math.prod(len(d.values) for d in made)
-    if ways > limit:
-        product = " × ".join(str(len(d.values)) for d in made)
-        raise ValueError(
-            f"{product} = {ways} combinations are more than {limit}: give fewer values, or raise"
-            " limit"
-        )
+    _check_fit(explorer, limit)
     if not live():
         explorer.page  # so that a function that fails stops a test here
     return explorer
+
+# %% ../../nbs/00_core/03_widgets.ipynb #08912630
+def _made(dials, start):
+    if not dials or set(start) - set(dials):
+        both = f"got the dials {list(dials)} and a start for {list(start)}"
+        raise ValueError(f"{both}: a start needs its dial")
+    return [make_dial(name, spec, start.get(name)) for name, spec in dials.items()]
+
+
+def _check_fit(explorer, limit):
+    try:
+        inspect.signature(explorer.fn).bind(**explorer.at())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the dials do not fit the function: {error}") from None
+    sizes = [len(d.values) for d in explorer.dials]
+    if (ways := math.prod(sizes)) > limit:
+        product = f"{' × '.join(map(str, sizes))} = {ways}"
+        raise ValueError(
+            f"{product} combinations are more than {limit}: give fewer values, or raise limit"
+        )

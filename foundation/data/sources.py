@@ -393,7 +393,7 @@ _EFFICIENTNET_LITE0 = Source(
     ),
 )
 
-# %% ../../nbs/02_data/00_sources.ipynb #5c8e51b4
+
 SOURCES = {
     source.name: source
     for source in (_FASHION_MNIST, _DIGITS, _GLOSSES, _REVIEWS, _MINILM, _EFFICIENTNET_LITE0)
