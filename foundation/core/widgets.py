@@ -267,10 +267,10 @@ _DIALS = """data.dials.forEach((dial, i) => {
     const label = box.appendChild(document.createElement("label"));
     const input = document.createElement(dial.kind === "select" ? "select" : "input");
     label.append(dial.name + " ", input);
-    input.setAttribute("data-lm-suppress-shortcuts", "true"); // or JupyterLab takes the arrow keys
+    input.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab leaves the arrow keys
     if (dial.kind === "select") dial.labels.forEach((text, at) => input.add(new Option(text, at)));
     else input.type = dial.kind === "check" ? "checkbox" : "range";
-    if (dial.kind === "range") { input.min = 0; input.max = dial.labels.length - 1; input.step = 1; }
+    if (dial.kind === "range") Object.assign(input, {min: 0, max: dial.labels.length - 1, step: 1});
     if (dial.kind === "check") input.checked = dial.values[dial.start];
     else input.value = dial.start;
     const shown = dial.kind === "range" && label.appendChild(document.createElement("span"));
@@ -303,9 +303,12 @@ def _page(title, dials, frames, start):
     "Dials over frames that were made beforehand, one for each way to set them: HTML"
     first, frames = _stills(frames, start)
     kept = list(dict.fromkeys(frames))  # what is the same at several places is stored once
-    order = [kept.index(f) for f in frames]
-    shown = [_shown(dial) for dial in dials]
-    data = {"pictures": isinstance(kept[0], tuple), "frames": kept, "order": order, "dials": shown}
+    data = {
+        "pictures": isinstance(kept[0], tuple),
+        "frames": kept,
+        "order": [*map(kept.index, frames)],
+    }
+    data["dials"] = [_shown(dial) for dial in dials]
     data = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     name = hashlib.sha256((title + data + first).encode()).hexdigest()[:10]
     script = _SCRIPT.replace("NAME", name).replace("DIALS", _DIALS).replace("DATA", data)
@@ -353,8 +356,6 @@ def debounced(
 
 # %% ../../nbs/00_core/03_widgets.ipynb #1e816a17
 class _Framed:
-    "What a function shows at each place of its dials"
-
     def at(self, *places: int) -> dict:
         "The arguments with the dials at `places`, by default where they start."
         places = places or [d.start for d in self.dials]
@@ -367,8 +368,8 @@ class _Framed:
         try:
             return as_frame(self.fn(**self.at(*places)), self.alt, where)
         except Exception as error:
-            failed = f"the function failed with {type(error).__name__}: {error}"
-            raise RuntimeError(f"At {where} {failed}") from error
+            failed = f"At {where} the function failed with {type(error).__name__}"
+            raise RuntimeError(f"{failed}: {error}") from error
 
     def shown(self, *places: int) -> str:
         "The HTML of a frame; an error is told in its place."
@@ -400,10 +401,7 @@ class Explorer(_Framed):
         return _panel(self)
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        text = {"text/plain": f"explore: {self.title}, dials {_listed(d.name for d in self.dials)}"}
-        if not live():
-            return {"text/html": self.page} | text
-        return self.panel._repr_mimebundle_() | {"text/html": self.panel.children[-1].value} | text
+        return _bundle(self)
 
 # %% ../../nbs/00_core/03_widgets.ipynb #c3ffc55a
 _ALERT = '<p role="alert" style="border-left:4px solid #d55e00;padding-left:.6em">{}</p>'
@@ -442,6 +440,15 @@ def _panel(explorer):
 
 def _place(dial, control):
     return dial.values.index(control.value) if dial.kind == "check" else control.value
+
+# %% ../../nbs/00_core/03_widgets.ipynb #2cccfe0c
+def _bundle(explorer):
+    names = _listed(d.name for d in explorer.dials)
+    text = {"text/plain": f"explore: {explorer.title}, dials {names}"}
+    if not live():
+        return {"text/html": explorer.page} | text
+    panel = explorer.panel
+    return panel._repr_mimebundle_() | {"text/html": panel.children[-1].value} | text
 
 # %% ../../nbs/00_core/03_widgets.ipynb #19e782e0
 def _control(dial):
@@ -482,7 +489,7 @@ def explore(
     max_kb: float = 60,  # how large the saved page may be
     **dials,  # a list of values, (low, high[, step]), True or False, or label -> value
 ) -> Explorer:
-    "Give `fn` dials. `ValueError` for dials that do not fit, `RuntimeError` if `fn` fails in a page."
+    "Give `fn` dials. `ValueError` for dials that do not fit, `RuntimeError` if `fn` fails."
     check_whole(limit, "limit", 1)
     check_number(max_kb, "max_kb", above=0)
     made = _made(dials, start or {})
