@@ -727,6 +727,27 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, (self.weight - self.weight.mean()) / self.weight.std(), self.bias)
 
 
+class Doubled(nn.BatchNorm2d):
+    "A norm that does more"
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Unbiased(nn.Conv2d):
+    "A layer that would not read a new bias"
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+def watched():
+    "A hook that only looks"
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[0].register_forward_hook(lambda m, args, out: None)
+    return model
+
+
 def between(seq, x):
     u = seq[0](x)
     return seq[1](u) + u
@@ -759,6 +780,9 @@ UNFOLDABLE = {
     "levels": Levels,
     "one norm": OneNorm,
     "hooked": hooked,
+    "watched": watched,
+    "a norm of its own": lambda: nn.Sequential(nn.Conv2d(3, 3, 1), Doubled(3)),
+    "no bias": lambda: nn.Sequential(Unbiased(3, 3, 1, bias=False), nn.BatchNorm2d(3)),
     "a class of its own": lambda: nn.Sequential(Standardised(3, 4, 1), nn.BatchNorm2d(4)),
     "Linear and four axes": lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm2d(3)),
 }
@@ -989,6 +1013,13 @@ def test_who_reads_the_weight_of_an_integer_layer_gets_floats():
     with pytest.warns(UserWarning, match="inner is left in float, since no batch passes it"):
         small = quantize_static(model, [x])
     assert (small(x) - model(x)).abs().max() < 0.05 and isinstance(small.inner, nn.Linear)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_whose_block_reads_their_weights_stay_in_float():
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    small = quantize_dynamic(nn.Sequential(block, nn.Linear(8, 2)))
+    assert type(small[0].linear1) is nn.Linear and isinstance(small[1], IntegerLayer)
 
 
 def test_a_layer_that_no_batch_passes_stays_and_is_named():

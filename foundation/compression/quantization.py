@@ -304,15 +304,10 @@ def classify_rounded(
 
     return objective
 
-# %% ../../nbs/09_compression/03_quantization.ipynb #fd2cf456
+# %% ../../nbs/09_compression/03_quantization.ipynb #47af1825
 # until the move is over
 def __getattr__(name):
     from importlib import import_module
 
-    moved = {"fold_batch_norm": "folding"} | dict.fromkeys(
-        "integer_matmul value_range calibrate IntegerLayer quantize_static quantize_dynamic".split(),
-        "integers",
-    )
-    if name not in moved:
-        raise AttributeError(name)
-    return getattr(import_module(f"foundation.compression.{moved[name]}"), name)
+    home = "folding" if name == "fold_batch_norm" else "integers"
+    return getattr(import_module(f"foundation.compression.{home}"), name)
