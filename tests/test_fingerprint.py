@@ -206,7 +206,10 @@ def test_what_checking_adds_and_what_is_kept_to_save_time_do_not_count():
     other.load_state_dict(net.state_dict())
     for each in (net, other):
         prune.l1_unstructured(each, "weight", 0.5)
-    net(torch.ones(1, 4))  # computes the weight anew
+        with torch.no_grad():
+            each.weight_orig.mul_(2)
+    net(torch.ones(1, 4))  # computes its weight anew, the other one has an old one
+    assert not torch.equal(net.weight, other.weight)
     assert fingerprint(net) == fingerprint(other)
     net.lock = Lock()
     assert fingerprint(net) == fingerprint(other)

@@ -66,6 +66,31 @@ def test_a_run_without_a_checkpoint_opens_the_stream_once_and_writes_nothing(tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_an_objective_that_holds_the_model_is_the_same_one_after_the_model_has_learnt(tmp_path):
+    net = fresh()
+    opt = adamw(net, 1e-2)
+
+    def run(stop=None):
+        def each(step):
+            if step.n == stop:
+                raise ZeroDivisionError
+
+        return resumable(
+            net,
+            stream,
+            lambda model, batch: (classify(net, batch)[0] * 2, {}),
+            opt,
+            steps=6,
+            save_every=1,
+            checkpoint=tmp_path / "run",
+            each=each,
+        )
+
+    with pytest.raises(ZeroDivisionError):
+        run(3)
+    assert len(run().losses) == 6  # the very network that was stopped
+
+
 # Early stopping -----------------------------------------------------------------------------------
 
 
