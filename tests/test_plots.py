@@ -322,3 +322,9 @@ def test_each_point_is_drawn_once_in_the_colour_of_its_class(monkeypatch):
     assert [x for x, _ in drawn] == [[1, 4], [0, 3, 5], [2]] and len(
         {colour for _, colour in drawn}
     ) == 3
+
+
+@pytest.mark.parametrize("pixels", [None, [[1]], np.zeros((2, 2, 3)), np.zeros((2, 2), np.uint8)])
+def test_pixels_of_another_kind_are_refused(pixels):
+    with pytest.raises(ValueError, match="^pixels is .*; expected an array"):
+        plots.Picture(pixels, "A square.")

@@ -872,6 +872,19 @@ def test_no_process_gives_up_when_the_cache_is_removed_meanwhile(tmp_path):
     assert len(log.read_text().split()) <= 3
 
 
+def test_a_cache_removed_before_the_lock_is_had_is_made_anew(tmp_path, monkeypatch):
+    tries = []
+
+    def late(*args, **options):
+        tries.append(1)
+        if len(tries) < 3:
+            raise FileNotFoundError("the folder is gone")
+        return locked(*args, **options)
+
+    monkeypatch.setattr(sources, "locked", late)
+    assert fetch(tiny(shelf(tmp_path)))["line"].exists() and len(tries) == 3
+
+
 def test_patience_ends_in_a_sentence(tmp_path, own_cache, monkeypatch):
     monkeypatch.setattr(sources, "_LONGEST", 0.2)
     with locked(own_cache / ".tiny.lock"):
