@@ -1,11 +1,12 @@
-"Half of the channels cut out of the shipped VGG, by us and by torch-pruning: one picture through what is left."
+"""Half of the channels cut out of the shipped VGG, by us and by torch-pruning: one picture through
+what is left."""
 
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
-from foundation.compression.pruning import channel_masks, remove_channels
+from foundation.compression.channels import channel_masks, remove_channels
 from foundation.models.convnets import VGG
 
 from .duel import Duel, peer

@@ -1,14 +1,16 @@
-"A student taught by the shipped kind of VGG, three times through the same pictures: answers computed once, against a teacher in every step."
+"""A student taught by the shipped kind of VGG, three times through the same pictures: logits
+computed once, against a teacher in every step."""
 
 from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 
-from foundation.compression.distillation import match_answers
+from foundation.compression.distillation import match_logits
 from foundation.evaluation.scores import predict
 from foundation.models.convnets import VGG, ConvNet
-from foundation.training.loop import adamw, train
+from foundation.training.loop import train
+from foundation.training.optim import adamw
 
 from .duel import Duel, outcome, paired
 from .quantize import by_torch_ao
@@ -22,26 +24,23 @@ def student(
     batch_size: int = 128,
     passes: int = 3,
 ) -> Duel:
-    "The same student, batches, optimizer and steps; the loss is the same function of the same answers."
+    "The same student, batches, optimizer and steps; the loss is the same function of logits."
     torch.manual_seed(0)
-    x, teacher, pupil = (
-        torch.rand(images, 1, 28, 28),
-        VGG(widths=widths, depths=(2,) * len(widths)),
-        ConvNet(),
-    )
+    x, teacher = torch.rand(images, 1, 28, 28), VGG(widths=widths, depths=(2,) * len(widths))
+    learner = ConvNet()
     with torch.no_grad():
         teacher(x)  # so that batch norm has statistics
     teacher.eval()
-    small = by_torch_ao(teacher, x)
+    small, plan = by_torch_ao(teacher, x), (x, batch_size, passes)
     return Duel(
         unit="images/s",
         items=images * passes,
         limit=1.0,
-        proof=same_step(teacher, pupil, x[:batch_size]),
-        ours=_answers_once(teacher, deepcopy(pupil), x, batch_size, passes),
+        proof=same_step(teacher, learner, x[:batch_size]),
+        ours=_logits_once(teacher, deepcopy(learner), *plan),
         peers={
-            "PyTorch": _in_every_step(teacher, deepcopy(pupil), x, batch_size, passes),
-            "torch.ao int8 teacher": _in_every_step(small, deepcopy(pupil), x, batch_size, passes),
+            "PyTorch": _in_every_step(teacher, deepcopy(learner), *plan),
+            "torch.ao int8 teacher": _in_every_step(small, deepcopy(learner), *plan),
         },
         note=(
             "three passes over the same pictures, without augmentation; ours counts the teacher's"
@@ -54,44 +53,44 @@ def student(
     )
 
 
-def same_step(teacher, pupil, x) -> dict[str, tuple[float, float]]:
+def same_step(teacher, learner, x) -> dict[str, tuple[float, float]]:
     "Loss and gradient of a first step."
-    ours, _ = match_answers(HEAT)(pupil, (x, predict(teacher, x)))
-    first = next(pupil.parameters())
-    return paired(outcome(ours, first), outcome(_their_loss(teacher, pupil, x), first))
+    ours, _ = match_logits(HEAT)(learner, (x, predict(teacher, x)))
+    first = next(learner.parameters())
+    return paired(outcome(ours, first), outcome(_their_loss(teacher, learner, x), first))
 
 
-def _their_loss(teacher, pupil, x):
+def _their_loss(teacher, learner, x):
     "Hinton's loss as one writes it in PyTorch"
     with torch.no_grad():
         said = teacher(x)
     return HEAT**2 * F.kl_div(
-        F.log_softmax(pupil(x) / HEAT, 1), F.softmax(said / HEAT, 1), reduction="batchmean"
+        F.log_softmax(learner(x) / HEAT, 1), F.softmax(said / HEAT, 1), reduction="batchmean"
     )
 
 
-def _answers_once(teacher, pupil, x, batch_size, passes):
-    opt = adamw(pupil, 1e-3)
+def _logits_once(teacher, learner, x, batch_size, passes):
+    opt = adamw(learner, 1e-3)
 
     def call():
-        answers = predict(teacher, x, batch_size)
-        batches = list(zip(x.split(batch_size), answers.split(batch_size))) * passes
+        logits = predict(teacher, x, batch_size)
+        batches = list(zip(x.split(batch_size), logits.split(batch_size))) * passes
         return [
             step.loss
-            for step in train(pupil, batches, match_answers(HEAT), opt, steps=len(batches))
+            for step in train(learner, batches, match_logits(HEAT), opt, steps=len(batches))
         ]
 
     return call
 
 
-def _in_every_step(teacher, pupil, x, batch_size, passes):
-    opt = adamw(pupil, 1e-3)
+def _in_every_step(teacher, learner, x, batch_size, passes):
+    opt = adamw(learner, 1e-3)
 
     def call():
-        pupil.train()
+        learner.train()
         losses = []
         for part in x.split(batch_size) * passes:
-            loss = _their_loss(teacher, pupil, part)
+            loss = _their_loss(teacher, learner, part)
             opt.zero_grad(set_to_none=True)
             loss.backward()
             opt.step()

@@ -20,30 +20,23 @@ from torch.testing import assert_close
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `bench` is not part of the package
 
-from foundation.compression import pruning  # noqa: E402
+from foundation.compression import distillation  # noqa: E402
+from foundation.compression.channel_groups import channel_groups
+from foundation.compression.channels import channel_masks, mask_channels, remove_channels
 from foundation.compression.pruning import (
-    SLIM,
     Pruner,
     apply_masks,
-    channel_groups,
-    channel_masks,
-    compare_pruning,
     cubic_sparsity,
-    head_masks,
     keep_largest,
-    layer_weights,
+    lamp_masks,
     magnitude_masks,
-    make_pruned,
-    mask_channels,
-    recover,
-    remove_channels,
-    remove_heads,
-    slim_vgg,
     sparsity,
     to_two_four,
     two_four_masks,
 )
 from foundation.compression.quantization import quantize_weights
+from foundation.compression.transformers import head_masks, remove_heads
+from foundation.compression.weights import layer_weights, power_below
 from foundation.core.basics import copy_model, in_order, memory_order
 from foundation.data.sources import DataUnavailable
 from foundation.data.batches import endless
@@ -53,6 +46,8 @@ from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet, EfficientNetLite, ResNet, VGG
 from foundation.models.pretrained import load_weights, read_card
 from foundation.models.vit import ViT
+from foundation.recipes import vgg_pruned
+from foundation.recipes.vgg_pruned import SLIM, compare_pruning, recover, slim_vgg
 from foundation.training.checkpoint import BadCheckpoint
 
 
@@ -191,6 +186,8 @@ def test_skip_leaves_a_layer_alone_and_shared_weights_count_once():
         lambda net: magnitude_masks(net, float("nan")),
         lambda net: magnitude_masks(net, 0.5, "row"),
         lambda net: magnitude_masks(net, 0.5, skip=("head",)),
+        lambda net: lamp_masks(net, 1.0),
+        lambda net: Pruner(net, 0.5, 0, 10, scope="row"),
         lambda net: Pruner(net, 0.5, 10, 10),
         lambda net: Pruner(net, 1.0, 0, 10),
         lambda net: Pruner(net, 0.5, 0, 10, every=0),
@@ -245,6 +242,67 @@ def test_two_four_kernels_need_their_gpu():
     x = torch.randn(64, 64, device="cuda", dtype=torch.float16)
     want = net(x)
     assert_close(to_two_four(net)(x), want, rtol=1e-2, atol=1e-2)
+
+
+# Across layers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_lamp_masks_do_not_depend_on_a_layers_scale(size):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
+    want = lamp_masks(net, 0.8)
+    net[0].weight.data *= size
+    assert all(torch.equal(mask, want[name]) for name, mask in lamp_masks(net, 0.8).items())
+    half = nn.Linear(40, 40).half()
+    half.weight.data *= 1e-3
+    assert torch.equal(
+        lamp_masks(half, 0.5)["weight"], lamp_masks(deepcopy(half).float(), 0.5)["weight"]
+    )
+
+
+def test_lamp_masks_are_those_of_the_formula():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 40))
+    score = {
+        (n, i): (
+            (
+                w.flatten()[i] ** 2
+                / sum(v**2 for v in w.flatten() if abs(v) >= abs(w.flatten()[i]))
+            ).item()
+        )
+        for n, w in layer_weights(net).items()
+        for i in range(w.numel())
+    }
+    dropped = sorted(score, key=score.get)[: round(0.6 * len(score))]
+    masks = lamp_masks(net, 0.6)
+    assert {
+        (n, i) for n, m in masks.items() for i in range(m.numel()) if not m.flatten()[i]
+    } == set(dropped)
+
+
+def test_zeros_rise_on_schedule_and_are_held():
+    torch.manual_seed(0)
+    net, shares = make_net(), []
+    pruner = Pruner(net, 0.8, 0, 20, every=5, scope="lamp")
+    for n in range(25):
+        weights = torch.cat([w.flatten() for w in layer_weights(net).values()])
+        shares.append((weights == 0).float().mean().item())
+        with torch.no_grad():
+            for w in layer_weights(net).values():
+                w.add_(1e-3 * torch.randn_like(w))  # an optimizer's step fills the zeros
+        pruner.update(n)
+    assert shares[1:6] == [0] * 5, "step 0 is the start of the cubic"
+    for n, share in ((5, 0.8 * (1 - 0.75**3)), (10, 0.8 * (1 - 0.5**3)), (20, 0.8)):
+        assert shares[n + 1] == pytest.approx(share, abs=0.01)
+    assert shares[24] == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("x, power", [([0.3, -5.0], 4.0), ([0.0], 1.0), ([1e-40], 2.0**-133)])
+def test_a_power_of_two_changes_no_digit(x, power):
+    x = torch.tensor(x)
+    assert power_below(x) == power and torch.equal(x / power * power, x)
+    assert power_below(torch.zeros(0)) == 1
 
 
 # Channels -----------------------------------------------------------------------------------------
@@ -517,20 +575,19 @@ def test_a_slim_vgg_is_the_cut_one_under_a_name_that_a_card_can_hold():
 @pytest.fixture
 def few(monkeypatch):
     "Digits, and a count of the runs that really trained"
-    data, real, trained = load_images("digits"), pruning.endless, []
-    monkeypatch.setattr(
-        pruning,
-        "endless",
-        lambda *tensors, start, **how: (trained.append(start), real(*tensors, start=start, **how))[
-            1
-        ],
-    )
+    data, real, trained = load_images("digits"), distillation.endless, []
+
+    def counted(*tensors, start, **how):
+        trained.append(start)
+        return real(*tensors, start=start, **how)
+
+    monkeypatch.setattr(distillation, "endless", counted)
     return data, trained
 
 
 def test_the_recipe_goes_on_with_the_run_that_is_missing(few, tmp_path, monkeypatch):
     data, trained = few
-    monkeypatch.setattr(pruning, "SLIM", (2, 4))
+    monkeypatch.setattr(vgg_pruned, "SLIM", (2, 4))
     torch.manual_seed(0)
     teacher = VGG(widths=(4, 8), depths=(1, 1))
     first, nets, seconds = compare_pruning(
@@ -961,9 +1018,10 @@ for _ in range(200):
 """
 OURS = """
 import torch
-import foundation.training.checkpoint as checkpoint, foundation.training.loop as loop
-checkpoint.supports_bf16 = loop.supports_bf16 = lambda device: False  # the fault is one of float32
-from foundation.compression.pruning import channel_masks, recover, remove_channels
+import foundation.training.loop as loop, foundation.training.run as run
+run.supports_bf16 = loop.supports_bf16 = lambda device: False  # the fault is one of float32
+from foundation.compression.channels import channel_masks, remove_channels
+from foundation.recipes.vgg_pruned import recover
 from foundation.data.images import ImageSet
 from foundation.models.convnets import ResNet
 for channels in (1, 3):
@@ -1049,7 +1107,7 @@ def test_a_finished_run_is_read_again_and_another_seed_teacher_data_or_start_is_
 
 def test_runs_of_another_teacher_are_refused_by_the_recipe(few, tmp_path, monkeypatch):
     data, _ = few
-    monkeypatch.setattr(pruning, "SLIM", (2, 4))
+    monkeypatch.setattr(vgg_pruned, "SLIM", (2, 4))
     plan = dict(seeds=[0], steps=4, slim_steps=4, runs=tmp_path)
     torch.manual_seed(0)
     compare_pruning(VGG(widths=(4, 8), depths=(1, 1)), data, **plan)
@@ -1067,10 +1125,10 @@ def test_what_is_shipped_is_trained_anew_the_next_time(few, tmp_path, monkeypatc
         load_images=lambda: data,
         load_weights=lambda name: teacher,
     ).items():
-        monkeypatch.setattr(pruning, name, value)
+        monkeypatch.setattr(vgg_pruned, name, value)
     for _ in range(2):
         trained.clear()
-        pruned, slim = make_pruned("a", "b", 4, 4, "cpu", tmp_path / "out")
+        pruned, slim = vgg_pruned.make("a", "b", 4, 4, "cpu", tmp_path / "out")
         assert trained == [0] * 15 and not (tmp_path / "runs" / "a").exists()
         card = read_card("a", tmp_path / "out")
         assert (
@@ -1132,7 +1190,7 @@ def test_the_cards_agree_with_one_another_and_with_their_recipe():
     )  # another machine's last digit
     assert teacher["steps"] == teacher["epochs"] * 60_000 // teacher["batch_size"]
     assert list(pruned["metrics"]["accuracy"]) == list(
-        pruning.pruning_arms(VGG(), pruned["steps"], pruned["slim_steps"])
+        vgg_pruned.pruning_arms(VGG(), pruned["steps"], pruned["slim_steps"])
     )
     assert (
         slim["steps"] == pruned["slim_steps"]

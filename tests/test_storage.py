@@ -15,35 +15,35 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from foundation.compression.pruning import apply_masks, layer_weights, magnitude_masks
-from foundation.compression.quantization import fold_batch_norm, quantize_weights
-from foundation.compression.storage import (
+from foundation.compression.codebooks import (
     SharedWeight,
-    code_lengths,
-    code_words,
     codebook,
-    compress,
-    decode,
-    encode,
-    fair_masks,
-    huffman_decode,
-    huffman_encode,
-    load_model,
-    pack,
-    prune_gradually,
-    save_model,
     settle_weights,
     share_weights,
-    train_on,
+)
+from foundation.compression.codes import (
+    code_lengths,
+    code_words,
+    huffman_decode,
+    huffman_encode,
+    pack,
     unpack,
 )
+from foundation.compression.folding import fold_batch_norm
+from foundation.compression.formats import decode, encode
+from foundation.compression.pruning import apply_masks, magnitude_masks
+from foundation.compression.quantization import quantize_weights
+from foundation.compression.storage import load_model, save_model
+from foundation.compression.weights import layer_weights
 from foundation.core.checks import complaint
 from foundation.data.batches import endless
 from foundation.data.images import ImageSet
 from foundation.models.convnets import VGG, ConvNet
 from foundation.models.pretrained import WEIGHTS, BadWeights, load_weights, read_card
+from foundation.recipes import vgg_compressed
+from foundation.recipes.vgg_compressed import compress
 from foundation.training.checkpoint import BadCheckpoint
-from foundation.training.loop import Step, adamw
+from foundation.training.optim import adamw
 
 FORMATS = [
     ("fp32", "fp16"),
@@ -358,7 +358,7 @@ def test_a_centres_gradient_is_the_sum_over_its_weights():
     shared, plain = share_weights(net, 4), settle_weights(share_weights(net, 4))
     shared(x).square().sum().backward(), plain(x).square().sum().backward()
     for layer in (0, 3, 5):
-        places = shared[layer].parametrizations.weight[0].places
+        places = shared[layer].parametrizations.weight[0].index
         by_hand = torch.stack([plain[layer].weight.grad[places == k].sum() for k in range(1, 5)])
         torch.testing.assert_close(
             shared[layer].parametrizations.weight.original.grad, by_hand, rtol=1e-3, atol=1e-3
@@ -737,12 +737,13 @@ def test_a_damaged_code_ends_soon():
         (lambda: save_model({1: torch.zeros(2)}, "x"), "under 1"),
         (lambda: save_model([1], "x"), "model is a list"),
         (lambda: save_model({"a": torch.zeros(2, 2)}, "x", "int8", group=0), "from 1 on"),
-        (lambda: fair_masks(make_net(), 1.0), "below 1"),
-        (lambda: prune_gradually(make_net(), 0.5, 0), "from 1 on"),
         (lambda: share_weights(make_net(), 1), "from 2 to 256"),
         (lambda: SharedWeight(None, 4), "weight is None"),
-        (lambda: train_on(ConvNet(), tiny_set(), torch.randn(400, 10), 1), "to 320"),
-        (lambda: train_on(ConvNet(), tiny_set(), torch.full((4, 10), math.nan), 1), "NaN"),
+        (lambda: compress(ConvNet(), tiny_set(), torch.randn(400, 10), steps=1, tune=1), "to 320"),
+        (
+            lambda: compress(ConvNet(), tiny_set(), torch.full((4, 10), math.nan), steps=1, tune=1),
+            "NaN",
+        ),
     ],
 )
 def test_what_is_no_number_is_said_in_one_sentence(call, words):
@@ -767,57 +768,6 @@ def test_numbers_of_every_kind_are_packed_alike():
 
 
 # Shared, tied and computed weights ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1e-25, 1e25])
-def test_fair_masks_do_not_depend_on_a_layers_scale(size):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
-    want = fair_masks(net, 0.8)
-    net[0].weight.data *= size
-    assert all(torch.equal(mask, want[name]) for name, mask in fair_masks(net, 0.8).items())
-    half = nn.Linear(40, 40).half()
-    half.weight.data *= 1e-3
-    assert torch.equal(
-        fair_masks(half, 0.5)["weight"], fair_masks(copy.deepcopy(half).float(), 0.5)["weight"]
-    )
-
-
-def test_fair_masks_are_those_of_the_formula():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 40))
-    score = {
-        (n, i): (
-            (
-                w.flatten()[i] ** 2
-                / sum(v**2 for v in w.flatten() if abs(v) >= abs(w.flatten()[i]))
-            ).item()
-        )
-        for n, w in layer_weights(net).items()
-        for i in range(w.numel())
-    }
-    dropped = sorted(score, key=score.get)[: round(0.6 * len(score))]
-    masks = fair_masks(net, 0.6)
-    assert {
-        (n, i) for n, m in masks.items() for i in range(m.numel()) if not m.flatten()[i]
-    } == set(dropped)
-
-
-def test_zeros_rise_on_schedule_and_are_held():
-    torch.manual_seed(0)
-    net, shares = make_net(), []
-    each = prune_gradually(net, 0.8, end=20, every=5)
-    for n in range(25):
-        weights = torch.cat([w.flatten() for w in layer_weights(net).values()])
-        shares.append((weights == 0).float().mean().item())
-        with torch.no_grad():
-            for w in layer_weights(net).values():
-                w.add_(1e-3 * torch.randn_like(w))  # an optimizer's step fills the zeros
-        each(Step(n, torch.tensor(1.0), 0.1, None, {}))
-    assert shares[1:6] == [0] * 5, "step 0 is the start of the cubic"
-    for n, share in ((5, 0.8 * (1 - 0.75**3)), (10, 0.8 * (1 - 0.5**3)), (20, 0.8)):
-        assert shares[n + 1] == pytest.approx(share, abs=0.01)
-    assert shares[24] == pytest.approx(0.8, abs=0.01)
 
 
 def test_tied_layers_share_one_codebook_and_are_tied_again():
@@ -877,9 +827,8 @@ def test_a_run_is_kept_and_its_data_belong_to_it(tmp_path):
 
     def run(data=data, answers=answers, **options):
         torch.manual_seed(0)
-        return train_on(
-            ConvNet(widths=(4,)), data, answers, 3, checkpoint=tmp_path / "c.safetensors", **options
-        )
+        plan = dict(lr=1e-3, seed=0, checkpoint=tmp_path / "c.safetensors") | options
+        return vgg_compressed._train(ConvNet(widths=(4,)), data, answers, 3, **plan)
 
     first = run()
     assert torch.equal(first.head.weight, run().head.weight) and not first.training

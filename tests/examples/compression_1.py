@@ -1,20 +1,19 @@
-"One sound call for each public name of distillation and pruning, for the laws and the fuzz"
-
-import tempfile
-from pathlib import Path
+"One sound call for each public name of distillation, pruning, channels and transformers"
 
 import torch
 from torch import nn
 
+from foundation.compression import channel_groups as g
+from foundation.compression import channels as c
 from foundation.compression import distillation as d
 from foundation.compression import pruning as p
+from foundation.compression import transformers as t
+from foundation.compression import weights as w
 from foundation.data.augment import Augment
 from foundation.data.images import ImageSet
 from foundation.models.bert import BERT
 from foundation.models.convnets import VGG, ConvNet
-from foundation.models.pretrained import save_weights
 from foundation.models.vit import ViT
-from foundation.training.loop import classify
 
 
 def draw(*shape, seed=0):
@@ -32,11 +31,6 @@ def made(kind, *args, **sizes):
 
 def encoder():
     return made(BERT, vocab_size=20, context=8, dim=8, depth=2, heads=2)
-
-
-def texts(count=6):
-    tokens = 1 + whole(19, count, 5)
-    return tokens.where(torch.arange(5) < 2 + torch.arange(count)[:, None] % 4, 0)
 
 
 def linear():
@@ -61,13 +55,6 @@ def pictures():
     return ImageSet(images, labels, images, labels, tuple("abcdefghij"), "noise", "here", 0.5, 0.3)
 
 
-def student_folder():
-    folder = Path(tempfile.mkdtemp())
-    student = d.TextClassifier(d.keep_layers(encoder(), [0]))
-    save_weights(d.Stored(student), "small", dict(layers=[0]), folder)
-    return folder
-
-
 def judge(objective, model, batch):
     return objective(model, batch)[0]
 
@@ -80,18 +67,18 @@ EXAMPLES = {
         ),
         dict(teacher=tiny(), temperature=2.0, hard=0.3, inputs=draw(3, 1, 8, 8)),
     ),
-    "compression.distillation.match_answers": lambda: (
-        lambda temperature, hard, answers, labels: judge(
-            d.match_answers(temperature, hard), linear(), (draw(3, 8), answers, labels)
+    "compression.distillation.match_logits": lambda: (
+        lambda temperature, hard, logits, labels: judge(
+            d.match_logits(temperature, hard), linear(), (draw(3, 8), logits, labels)
         ),
-        dict(temperature=2.0, hard=0.3, answers=draw(3, 4), labels=whole(4, 3)),
+        dict(temperature=2.0, hard=0.3, logits=draw(3, 4), labels=whole(4, 3)),
     ),
     "compression.distillation.distil": lambda: (
-        d.distil,
+        lambda **given: d.distil(**given).losses,
         dict(
             student=tiny(),
             images=pictures().train_images,
-            answers=draw(32, 10),
+            logits=draw(32, 10),
             augment=PLAIN,
             steps=1,
             lr=1e-3,
@@ -118,38 +105,8 @@ EXAMPLES = {
         ),
         dict(teacher=tiny(), layer="body.0", inputs=draw(3, 1, 8, 8)),
     ),
-    "compression.distillation.keep_layers": lambda: (
-        d.keep_layers,
-        dict(model=encoder(), layers=[0]),
-    ),
-    "compression.distillation.TextClassifier": lambda: (
-        d.TextClassifier,
-        dict(encoder=encoder(), classes=3),
-    ),
-    "compression.distillation.train_text": lambda: (
-        d.train_text,
-        (made(d.TextClassifier, encoder()), texts(), whole(2, 6)),
-        dict(objective=classify, steps=1, lr=1e-3, batch_size=2, seed=0),
-    ),
-    "compression.distillation.answer_texts": lambda: (
-        d.answer_texts,
-        dict(model=made(d.TextClassifier, encoder()), tokens=texts()),
-    ),
-    "compression.distillation.usual_texts": lambda: (d.usual_texts, dict(tokens=texts(), count=2)),
-    "compression.distillation.text_costs": lambda: (
-        d.text_costs,
-        dict(models=dict(one=made(d.TextClassifier, encoder())), tokens=texts(2), rounds=1),
-    ),
-    "compression.distillation.Stored": lambda: (
-        lambda model, **config: d.Stored(model, **config).state_dict(),
-        dict(model=linear()),
-    ),
-    "compression.distillation.load_student": lambda: (
-        d.load_student,
-        dict(encoder=encoder(), name="small", folder=student_folder()),
-    ),
-    "compression.pruning.layer_weights": lambda: (
-        p.layer_weights,
+    "compression.weights.layer_weights": lambda: (
+        w.layer_weights,
         dict(model=linear(), skip=("2",)),
     ),
     "compression.pruning.keep_largest": lambda: (
@@ -190,58 +147,66 @@ EXAMPLES = {
         p.two_four_masks,
         dict(model=linear(), skip=("2",)),
     ),
-    "compression.pruning.ChannelGroup": lambda: (
-        p.ChannelGroup,
+    "compression.channel_groups.ChannelGroup": lambda: (
+        g.ChannelGroup,
         dict(size=4, writers=["a"], norms=[], readers=["b"], fixed=False),
     ),
-    "compression.pruning.channel_groups": lambda: (p.channel_groups, dict(model=vgg())),
-    "compression.pruning.channel_masks": lambda: (
-        p.channel_masks,
+    "compression.channel_groups.channel_groups": lambda: (g.channel_groups, dict(model=vgg())),
+    "compression.channels.channel_masks": lambda: (
+        c.channel_masks,
         dict(model=vgg(), sparsity=0.5, multiple=2),
     ),
-    "compression.pruning.mask_channels": lambda: (
-        p.mask_channels,
+    "compression.channels.mask_channels": lambda: (
+        c.mask_channels,
         dict(model=vgg(), masks={"body.0.0": torch.tensor([True, False] * 2)}),
     ),
-    "compression.pruning.remove_channels": lambda: (
-        p.remove_channels,
+    "compression.channels.remove_channels": lambda: (
+        c.remove_channels,
         dict(model=vgg(), masks={"body.0.0": torch.tensor([True, False] * 2)}),
     ),
-    "compression.pruning.slim_vgg": lambda: (p.slim_vgg, dict(teacher=vgg(), widths=(2, 3))),
-    "compression.pruning.head_masks": lambda: (p.head_masks, dict(model=vit(), sparsity=0.5)),
-    "compression.pruning.remove_heads": lambda: (
-        p.remove_heads,
+    "compression.transformers.head_masks": lambda: (t.head_masks, dict(model=vit(), sparsity=0.5)),
+    "compression.transformers.remove_heads": lambda: (
+        t.remove_heads,
         dict(model=vit(), masks={"blocks.0.attention": torch.tensor([True, False])}),
     ),
-    "compression.pruning.recover": lambda: (
-        p.recover,
-        dict(
-            model=tiny(),
-            data=pictures(),
-            answers=draw(32, 10),
-            steps=1,
-            lr=1e-3,
-            seed=0,
-            each=None,
-            checkpoint=None,
-            title="",
-            recipe=None,
-        ),
+    "compression.transformers.keep_layers": lambda: (
+        t.keep_layers,
+        dict(model=encoder(), layers=[0]),
     ),
-    "compression.pruning.pruning_arms": lambda: (
-        p.pruning_arms,
-        dict(teacher=vgg(), steps=4, slim_steps=1),
+    "compression.weights.find_weights": lambda: (
+        lambda model, skip: list(w.find_weights(model, skip)[0].values()),
+        dict(model=linear(), skip=("2",)),
+    ),
+    "compression.weights.check_weights": lambda: (
+        w.check_weights,
+        dict(weights={"a": draw(3, 4)}),
+    ),
+    "compression.weights.power_below": lambda: (w.power_below, dict(x=draw(3, 4))),
+    "compression.pruning.lamp_masks": lambda: (
+        p.lamp_masks,
+        dict(model=linear(), sparsity=0.5, skip=("2",)),
+    ),
+    "compression.channel_groups.follow_channels": lambda: (
+        lambda model: list(g.follow_channels(model)[0]),
+        dict(model=vgg()),
+    ),
+    "compression.channel_groups.memory_owners": lambda: (
+        lambda model: sorted(g.memory_owners(model).values()),
+        dict(model=linear()),
+    ),
+    "compression.channel_groups.is_shared": lambda: (
+        g.is_shared,
+        dict(layer=linear()[0], owners=g.memory_owners(linear())),
+    ),
+    "compression.channels.rounded_share": lambda: (
+        c.rounded_share,
+        dict(share=0.5, size=12, multiple=4),
+    ),
+    "compression.channels.cut_layer": lambda: (
+        c.cut_layer,
+        dict(layer=nn.Linear(4, 3), kept=torch.tensor([True, False, True, True]), dim=1),
     ),
 }
 SKIP = {
-    "compression.distillation.LAYERS": "a constant",
-    "compression.distillation.RATES": "a constant",
-    "compression.distillation.SentimentTask": "a tuple that sentiment_task makes",
-    "compression.distillation.sentiment_task": "needs the reviews",
-    "compression.distillation.make_weights": "minutes, and MiniLM",
-    "compression.pruning.SLIM": "a constant",
     "compression.pruning.to_two_four": "needs an NVIDIA GPU",
-    "compression.pruning.compare_pruning": "trains ten networks",
-    "compression.pruning.make_pruned": "hours",
-    "compression.pruning.make_weights": "minutes, and Fashion-MNIST",
 }

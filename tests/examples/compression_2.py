@@ -1,29 +1,16 @@
-"One sound call for each public name of folding, quantisation, integer networks and storage"
-
-import tempfile
-from pathlib import Path
+"One sound call for each public name of folding, quantisation and integer networks"
 
 import torch
 from torch import nn
 
-from foundation.compression import folding, integers, quantization, storage
-from foundation.data.images import ImageSet
-from foundation.models.convnets import ConvNet
+from foundation.compression import folding, integers, quantization
 from foundation.training.loop import load_optimizers
 
 load_optimizers()  # PyTorch's late imports take seconds: no call's clock should count them
 
 
-def place(name):
-    return Path(tempfile.mkdtemp()) / name
-
-
 def numbers(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def symbols(most, n=20):
-    return torch.randint(0, most, (n,), generator=torch.Generator().manual_seed(0))
 
 
 def network():
@@ -36,26 +23,8 @@ def pictures(n=4):
     return numbers(n, 1, 8, 8)
 
 
-def tiny_set():
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
-    labels = torch.arange(40) % 3
-    return ImageSet(
-        images, labels, images[:9], labels[:9], ("a", "b", "c"), "noise", "here", 0.5, 0.3
-    )
-
-
-def small():
-    torch.manual_seed(0)
-    return ConvNet(classes=3, widths=(4,))
-
-
-def file():
-    return storage.save_model(network(), place("model"), "int4")
-
-
 F, N = "compression.folding.", "compression.integers."
-Q, S = "compression.quantization.", "compression.storage."
+Q = "compression.quantization."
 EXAMPLES = {
     Q + "integer_range": lambda: (quantization.integer_range, dict(bits=4, symmetric=True)),
     Q + "QParams": lambda: (
@@ -146,90 +115,5 @@ EXAMPLES = {
         integers.quantize_static,
         dict(model=network(), batches=[pictures()], bits=8, skip=(), percentile=99.9),
     ),
-    S + "pack": lambda: (storage.pack, dict(values=symbols(8), bits=3)),
-    S + "unpack": lambda: (
-        storage.unpack,
-        dict(packed=storage.pack(symbols(8), 3), bits=3, count=20),
-    ),
-    S + "code_lengths": lambda: (storage.code_lengths, dict(counts=torch.tensor([5, 0, 2, 9]))),
-    S + "code_words": lambda: (storage.code_words, dict(lengths=torch.tensor([2, 0, 2, 1]))),
-    S + "huffman_encode": lambda: (storage.huffman_encode, dict(symbols=symbols(9))),
-    S + "huffman_decode": lambda: (
-        storage.huffman_decode,
-        dict(payload=storage.huffman_encode(symbols(9))),
-    ),
-    S + "codebook": lambda: (storage.codebook, dict(values=numbers(40), size=4, rounds=5)),
-    S + "encode": lambda: (
-        storage.encode,
-        dict(
-            weight=numbers(6, 8) * (numbers(6, 8) > 0),
-            numbers="int4",
-            sparse=True,
-            group=4,
-            compress="huffman",
-        ),
-    ),
-    S + "decode": lambda: (
-        storage.decode,
-        dict(
-            parts=storage.encode(numbers(6, 8), "int4", group=4),
-            shape=(6, 8),
-            numbers="int4",
-            group=4,
-        ),
-    ),
-    S + "save_model": lambda: (
-        storage.save_model,
-        dict(
-            model=network(),
-            path=place("model"),
-            format="sparse",
-            values="code4",
-            group=None,
-            compress="huffman",
-        ),
-    ),
-    S + "load_model": lambda: (storage.load_model, dict(path=file())),
-    S + "fair_masks": lambda: (storage.fair_masks, dict(model=network(), zeros=0.5)),
-    S + "prune_gradually": lambda: (
-        storage.prune_gradually,
-        dict(model=network(), zeros=0.5, end=10, every=2),
-    ),
-    S + "train_on": lambda: (
-        storage.train_on,
-        dict(
-            model=small(),
-            data=tiny_set(),
-            answers=numbers(40, 3),
-            steps=1,
-            lr=1e-3,
-            seed=0,
-            title="",
-        ),
-    ),
-    S + "SharedWeight": lambda: (storage.SharedWeight, dict(weight=numbers(4, 5), size=4)),
-    S + "share_weights": lambda: (storage.share_weights, dict(model=network(), size=4)),
-    S + "settle_weights": lambda: (
-        storage.settle_weights,
-        dict(model=storage.share_weights(network(), 4)),
-    ),
-    S + "compress": lambda: (
-        storage.compress,
-        dict(
-            dense=small(),
-            data=tiny_set(),
-            answers=numbers(40, 3),
-            zeros=0.5,
-            size=4,
-            steps=2,
-            tune=1,
-            seed=0,
-            checkpoint="",
-        ),
-    ),
 }
-SKIP = {
-    S + "DTYPES": "a constant",
-    S + "GROUP": "a constant",
-    S + "make_weights": "trains for an hour on the real data",
-}
+SKIP = {}
