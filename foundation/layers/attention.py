@@ -26,9 +26,7 @@ def causal_mask(
     m: int | None = None,  # keys; as many as queries where not given
     device=None,
 ) -> Tensor:  # True = visible, (n, m)
-    """Query i stands at place m - n + i and sees the keys up to there.
-
-    Raises `TypeError`, `ValueError` unless 1 <= n <= m."""
+    "Query i stands at position m - n + i and sees the keys up to there. Raises unless 1 <= n <= m."
     m = n if m is None else m
     check_sizes(n=n, m=m)
     if n > m:
@@ -36,6 +34,16 @@ def causal_mask(
     return torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
 
 
+def _visible(mask, causal, shape, device):  # shape: b, h, n, m
+    "Both masks as one that broadcasts to `shape`; None when everything is visible"
+    n, m = shape[2:]
+    mask = None if mask is None else _check_mask(mask, shape).to(device)
+    if not causal or n == 1:  # a single query is the last token: it sees all
+        return mask
+    past = causal_mask(n, m, device)
+    return past if mask is None else mask & past
+
+# %% ../../nbs/03_layers/02_attention.ipynb #d47e0375
 @checked
 def padding_mask(
     lengths: Tensor | Sequence,  # real tokens of each row, (b,), whole numbers from 1 to m
@@ -51,6 +59,30 @@ def padding_mask(
             check_whole(length, "a length", 1, m)
     return (torch.arange(m, device=lengths.device) < lengths[:, None])[:, None, None]
 
+# %% ../../nbs/03_layers/02_attention.ipynb #8c97531b
+def _check_mask(mask, shape):  # shape: b, h, n, m
+    mask = check_mask(mask)
+    fits = all(s in (1, t) for s, t in zip(mask.shape[::-1], shape[::-1]))
+    if mask.ndim not in (2, 4) or not fits:
+        want = f"(n, m) = {tuple(shape[2:])} or, as of padding_mask, one for {tuple(shape)}"
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {want}")
+    return mask
+
+
+def _check_heads(q, k, v, held=None):  # held: the keys of a cache
+    parts = dict(q=q, k=k, v=v)
+    for name, x in parts.items():
+        check_floats(x, name, "(b, h, tokens, e)")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in parts.items())
+        raise ValueError(f"{shapes} do not fit; expected (b, h, n or m, e)")
+    if len({(x.dtype, x.device) for x in parts.values()}) > 1:
+        kinds = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in parts.items())
+        raise ValueError(f"got {kinds}; expected one type on one device")
+    if held is not None and (held.shape[:2] != k.shape[:2] or held.shape[3] != k.shape[3]):
+        want = f"b, h and e of {tuple(held.shape)}: use one cache for each layer and batch"
+        raise ValueError(f"k has shape {tuple(k.shape)}; expected {want}")
+
 # %% ../../nbs/03_layers/02_attention.ipynb #5337b3ab
 @checked
 def attend(
@@ -61,31 +93,27 @@ def attend(
     causal: bool = False,  # hide the future; the queries are the last n of the m tokens
     return_weights: bool = False,  # also give the weights, (b, h, n, m)
 ) -> Tensor:  # (b, h, n, e); a query that sees nothing gets zeros
-    """`softmax(q kᵀ / √e) v` by hand, with the whole table of weights in memory.
+    """`softmax(q kᵀ / √e) v` by hand, with the whole table of weights, in float32 at least.
 
-    Computes in float32 at least. Raises TypeError or ValueError when shapes or dtypes do not fit,
-    or NaN comes in. Vaswani et al. 2017, equation 1."""
+    Raises TypeError or ValueError for what does not fit, or NaN. Vaswani et al. 2017, equation 1."""
     _check_heads(q, k, v)
     scores = precise(q) @ precise(k).transpose(-2, -1) / math.sqrt(q.shape[-1])  # (b, h, n, m)
     visible = _visible(mask, causal, scores.shape, q.device)
     if visible is None:
         weights = scores.softmax(-1)
-    else:
-        weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
-        weights = weights.masked_fill(~visible, 0)  # who sees nothing has a row of NaN
+    else:  # who sees nothing has a row of NaN
+        weights = scores.masked_fill(~visible, -math.inf).softmax(-1).masked_fill(~visible, 0)
     out = (weights @ precise(v)).to(q.dtype)
     refuse_nan(out, q=q, k=k, v=v)
     return (out, weights.to(q.dtype)) if return_weights else out
 
 # %% ../../nbs/03_layers/02_attention.ipynb #7878d6f6
 class KeyValueCache:
-    """Keys and values of the tokens so far, so that a new token computes only its own.
-
-    One for each attention layer."""
+    "Keys and values of the tokens so far, one for each layer: a new token computes only its own"
 
     def __init__(self):
         self.keys = self.values = None  # (b, h, m, e) once something is in
-        self.places = 0  # of the text that are taken: where the next token stands
+        self.places = 0  # positions of the text that are taken: where the next token stands
 
     def __len__(self):  # m, all that a query can look at
         return 0 if self.keys is None else self.keys.shape[2]
@@ -94,11 +122,9 @@ class KeyValueCache:
         self,
         k: Tensor,  # keys of the new tokens, (b, h, n, e)
         v: Tensor,  # their values, (b, h, n, e)
-        places: int | None = None,  # of the text that they take; None: one each; 0: a learnt prefix
+        places: int | None = None,  # positions that they take; None: one each; 0: a learnt prefix
     ) -> tuple[Tensor, Tensor]:  # all keys and values so far, (b, h, m, e) each
-        """Put new keys and values behind those that are here.
-
-        Raises `TypeError`, `ValueError` when batch, heads or widths differ."""
+        "Put new ones behind those that are here. Raises `TypeError`, `ValueError` for a misfit."
         _check_heads(k, k, v, self.keys)
         new = k.shape[2] if places is None else check_whole(places, "places", 0)
         if self.keys is not None:
@@ -120,14 +146,14 @@ def _fused(q, k, v, mask, causal, dropout):  # (b, h, n, e)
     blind = ~visible.any(-1, keepdim=True)  # elsewhere a kernel may answer NaN to who sees nothing
     return mix(q, k, v, visible | blind).masked_fill(blind, 0)
 
+
+def _extended(cache, q, k, v, mask, causal):
+    "All keys and values; a mask that does not fit is refused before the cache grows"
+    _visible(mask, causal, (*q.shape[:3], len(cache) + k.shape[2]), q.device)
+    return cache.extend(k, v)
+
 # %% ../../nbs/03_layers/02_attention.ipynb #ab1e077d
-class Attention(nn.Module):
-    """Multi-head attention through PyTorch's fused kernel, (b, n, d) → (b, n, d).
-
-    `heads` divides the width `dim`; `dropout` is the share of the weights that is dropped while
-    training. Raises TypeError or ValueError for what does not fit.
-    Vaswani et al. 2017, section 3.2.2."""
-
+class _Heads(nn.Module):  # queries, keys and values for each head
     @checked
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True):
         super().__init__()
@@ -140,16 +166,23 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = layers
 
     def project(self, x, context=None):  # (b, h, n, e), (b, h, m, e), (b, h, m, e)
-        def fit(t, name):
-            return check_type(check_floats(t, name, f"(b, n, {self.dim})"), name, self)
+        x = self._fit(x, "x")
+        context = x if context is None else self._fit(context, "context")
+        parts = self.query(x), self.key(context), self.value(context)
+        return tuple(rearrange(t, "b n (h e) -> b h n e", h=self.heads) for t in parts)
 
-        x = fit(x, "x")
-        context = x if context is None else fit(context, "context")
+    def weights(self, x, context=None, mask=None, causal=False) -> Tensor:  # (b, h, n, m), by hand
+        return attend(*self.project(x, context), mask, causal, return_weights=True)[1]
 
-        def split(t):
-            return rearrange(t, "b n (h e) -> b h n e", h=self.heads)
+    def _fit(self, t, name):
+        return check_type(check_floats(t, name, f"(b, n, {self.dim})"), name, self)
 
-        return split(self.query(x)), split(self.key(context)), split(self.value(context))
+# %% ../../nbs/03_layers/02_attention.ipynb #89b84614
+class Attention(_Heads):
+    """Multi-head attention by PyTorch's fused kernel, (b, n, d) → (b, n, d); `heads` divides `dim`.
+
+    `dropout` is the share of the weights that is dropped while training. Raises TypeError or
+    ValueError for what does not fit. Vaswani et al. 2017, section 3.2.2."""
 
     @checked
     def forward(
@@ -164,42 +197,6 @@ class Attention(nn.Module):
             raise ValueError("got a context and a cache with tokens; expected one of them")
         q, k, v = self.project(x, context)
         if cache is not None:
-            m = len(cache) + k.shape[2]
-            _visible(mask, causal, (*q.shape[:3], m), q.device)  # refused before the cache grows
-            k, v = cache.extend(k, v)
+            k, v = _extended(cache, q, k, v, mask, causal)
         mixed = _fused(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.out(rearrange(mixed, "b h n e -> b n (h e)"))
-
-    def weights(self, x, context=None, mask=None, causal=False) -> Tensor:  # (b, h, n, m), by hand
-        return attend(*self.project(x, context), mask, causal, return_weights=True)[1]
-
-# %% ../../nbs/03_layers/02_attention.ipynb #a0d4f464
-def _visible(mask, causal, shape, device):  # shape: b, h, n, m
-    "Both masks as one that broadcasts to `shape`; None when everything is visible"
-    n, m = shape[2:]
-    if mask is not None:
-        mask = check_mask(mask).to(device)
-        fits = all(s in (1, t) for s, t in zip(mask.shape[::-1], shape[::-1]))
-        if mask.ndim not in (2, 4) or not fits:
-            want = f"(n, m) = ({n}, {m}) or, as of padding_mask, one for {tuple(shape)}"
-            raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {want}")
-    if not causal or n == 1:  # a single query is the last token: it sees all
-        return mask
-    past = causal_mask(n, m, device)
-    return past if mask is None else mask & past
-
-
-def _check_heads(q, k, v, held=None):
-    "Float tensors (b, h, n or m, e) that fit each other, and the keys that a cache holds"
-    parts = dict(q=q, k=k, v=v)
-    for name, x in parts.items():
-        check_floats(x, name, "(b, h, tokens, e)")
-    shapes = [tuple(x.shape) for x in parts.values()]
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
-        raise ValueError("q {}, k {}, v {} do not fit; expected (b, h, n or m, e)".format(*shapes))
-    if len({(x.dtype, x.device) for x in parts.values()}) > 1:
-        kinds = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in parts.items())
-        raise ValueError(f"got {kinds}; expected one type on one device")
-    if held is not None and (held.shape[:2] != k.shape[:2] or held.shape[3] != k.shape[3]):
-        want = f"b, h and e of {tuple(held.shape)}: use one cache for each layer and batch"
-        raise ValueError(f"k has shape {tuple(k.shape)}; expected {want}")
