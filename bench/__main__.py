@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from foundation.core.basics import atomic_write, supports_bf16
+from foundation.core.basics import supports_bf16
+from foundation.core.files import atomic_write
 
 from .duel import MissingPeer, measure, peer
 from .mae import mae

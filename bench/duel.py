@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from foundation.training.loop import Objective, adamw, train
+from foundation.training.loop import Objective, train
+from foundation.training.optim import adamw
 from foundation.training.speed import throughput
 
 CLOSE = 1e-4  # relative: as near as float32 brings two orders of the same sums

@@ -24,7 +24,7 @@ from foundation.compression.integers import (
     quantize_static,
     value_range,
 )
-from foundation.compression.pruning import layer_weights
+from foundation.compression.weights import layer_weights
 from foundation.compression.quantization import (
     choose_qparams,
     classify_rounded,
@@ -34,7 +34,8 @@ from foundation.compression.quantization import (
     quantize_weights,
 )
 from foundation.core.checks import complaint
-from foundation.training.loop import adamw, train
+from foundation.training.loop import train
+from foundation.training.optim import adamw
 
 DEPRECATED = pytest.mark.filterwarnings(
     "ignore:torch.quantize_per"

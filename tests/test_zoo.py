@@ -8,20 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from foundation.compression.pruning import (
-    apply_masks,
-    channel_masks,
-    magnitude_masks,
-    mask_channels,
-    remove_channels,
-)
-from foundation.compression.quantization import (
-    fold_batch_norm,
-    quantize_dynamic,
-    quantize_static,
-    quantize_weights,
-)
-from foundation.compression.storage import load_model, save_model, share_weights
+from foundation.compression.channels import channel_masks, mask_channels, remove_channels
+from foundation.compression.pruning import apply_masks, magnitude_masks
+from foundation.compression.folding import fold_batch_norm
+from foundation.compression.integers import quantize_dynamic, quantize_static
+from foundation.compression.quantization import quantize_weights
+from foundation.compression.codebooks import share_weights
+from foundation.compression.storage import load_model, save_model
 from foundation.core.basics import EMA, count_macs, count_nonzero, count_parameters
 from foundation.deployment.export import OnnxModel, export_onnx
 from foundation.finetuning.peft import LoRA, add_lora, merge, unmerge

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .folding import fold_batch_norm, plain_copy, replace_modules, run_batch
-from .pruning import layer_weights
+from .weights import layer_weights
 from foundation.compression.quantization import (
     QParams,
     choose_qparams,

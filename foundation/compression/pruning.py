@@ -25,22 +25,6 @@ from foundation.core.checks import (
     precise,
 )
 
-# %% ../../nbs/09_compression/02_pruning.ipynb #a0a108d9
-# until the move is over
-def __getattr__(name):
-    from importlib import import_module
-
-    moved = dict(
-        layer_weights="compression.weights",
-        channel_masks="compression.channels",
-        mask_channels="compression.channels",
-        remove_channels="compression.channels",
-        recover="recipes.vgg_pruned",
-    )
-    if name not in moved:
-        raise AttributeError(f"module {__name__} has no attribute {name!r}")
-    return getattr(import_module(f"foundation.{moved[name]}"), name)
-
 # %% ../../nbs/09_compression/02_pruning.ipynb #c13254c7
 @checked
 def keep_largest(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .folding import plain_copy
-from .pruning import layer_weights
+from .weights import layer_weights
 from foundation.core.checks import (
     check_floats,
     check_labels,
@@ -303,11 +303,3 @@ def classify_rounded(
         return nn.functional.cross_entropy(logits.float(), labels), {}
 
     return objective
-
-# %% ../../nbs/09_compression/03_quantization.ipynb #47af1825
-# until the move is over
-def __getattr__(name):
-    from importlib import import_module
-
-    home = "folding" if name == "fold_batch_norm" else "integers"
-    return getattr(import_module(f"foundation.compression.{home}"), name)

@@ -18,16 +18,6 @@ from ..core.checks import check_choice, check_whole, checked, got
 from ..core.files import atomic_write
 from ..models.pretrained import BadWeights
 
-# %% ../../nbs/09_compression/04_storage.ipynb #c373901c
-# until the move is over
-def __getattr__(name):
-    from importlib import import_module
-
-    moved = {"share_weights": "codebooks", "settle_weights": "codebooks", "codebook": "codebooks"}
-    if name not in moved:
-        raise AttributeError(f"module {__name__} has no attribute {name!r}")
-    return getattr(import_module(f"foundation.compression.{moved[name]}"), name)
-
 # %% ../../nbs/09_compression/04_storage.ipynb #90d6b781
 @checked
 def save_model(

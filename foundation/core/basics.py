@@ -31,10 +31,6 @@ from foundation.core.checks import (
     precise,
 )
 
-# %% ../../nbs/00_core/01_basics.ipynb #fc45c88e
-# until the move is over
-from .files import atomic_write, size_mb, sync_folder  # noqa: F401
-
 # %% ../../nbs/00_core/01_basics.ipynb #7405951d
 @checked
 def seed_everything(

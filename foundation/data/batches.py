@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.basics import atomic_write, sync_folder
+from ..core.files import atomic_write, sync_folder
 from ..core.checks import check_callable, check_images, check_whole, checked, got
 
 # %% ../../nbs/02_data/05_batches.ipynb #60d0f1dc

@@ -18,7 +18,7 @@ from heapq import heapify, heappop, heappush
 from itertools import groupby
 from pathlib import Path
 
-from ..core.basics import atomic_write
+from ..core.files import atomic_write
 from ..core.checks import check_whole, checked, got
 
 # %% ../../nbs/02_data/03_tokenizer.ipynb #ab02002f

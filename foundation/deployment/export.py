@@ -7,6 +7,7 @@ __all__ = ['OnnxModel', 'export_onnx', 'quantize_onnx_weights', 'quantize_onnx',
 
 # %% ../../nbs/10_deployment/02_export.ipynb #9b84275a
 import logging
+import math
 import platform
 import statistics
 import sys
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..core.basics import atomic_write, cpu_flags, evaluating, measure
+# %% ../../nbs/10_deployment/02_export.ipynb #68a06a2e
+from ..core.basics import cpu_flags, evaluating, measure
+from ..core.files import atomic_write
 from foundation.core.checks import (
     check_callable,
     check_choice,
@@ -58,13 +61,14 @@ def _quiet():
     finally:
         logging.disable(before)
 
-
+# %% ../../nbs/10_deployment/02_export.ipynb #2e42c1a3
 def _first_line(error):
     "The part of a long message that a reader needs"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_file(path):
+    "Raise unless there is such a file"
     try:
         there = Path(path).is_file()
     except OSError:  # a name that no file can have
@@ -74,7 +78,7 @@ def _check_file(path):
             f"there is no file {str(path)[:200]}; expected one that export_onnx wrote"
         )
 
-
+# %% ../../nbs/10_deployment/02_export.ipynb #44a928e7
 def _write(path, data):
     "The file, whole or not at all"
     try:
@@ -90,11 +94,10 @@ def _write(path, data):
 def _overflows():
     """Do 8-bit products overflow? x86 without VNNI adds them up in 16 bits; ONNX Runtime then has a
     slower, exact way"""
-    return platform.machine().lower() in ("x86_64", "amd64") and not any(
-        "vnni" in flag for flag in cpu_flags()
-    )
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and not any("vnni" in flag for flag in cpu_flags())
 
-
+# %% ../../nbs/10_deployment/02_export.ipynb #fd00bb00
 @contextmanager
 def _torch_threads(count):
     "So many threads inside PyTorch's operations"
@@ -106,48 +109,14 @@ def _torch_threads(count):
         torch.set_num_threads(before)
 
 # %% ../../nbs/10_deployment/02_export.ipynb #f9757d8e
-class OnnxModel:
-    """An ONNX file as a function of tensors, run by ONNX Runtime on the CPU.
-
-    Raises `FileNotFoundError` for no file, `ValueError` for one that cannot be opened."""
-
-    @checked
-    def __init__(
-        self,
-        path: Path | str | bytes,  # the file, or its content
-        threads: int = 1,  # within one operation
-    ):
-        check_whole(threads, "threads", 1)
-        runtime = _need("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = (
-            threads,
-            1,
-            4,
-        )
-        options.add_session_config_entry("session.x64quantprecision", str(int(_overflows())))
-        if not isinstance(path, bytes):
-            _check_file(path)
-        try:
-            content = path if isinstance(path, bytes) else Path(path).read_bytes()
-            self.session = runtime.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            name = "these bytes" if isinstance(path, bytes) else path
-            raise ValueError(
-                f"{name} cannot be opened as an ONNX model: {_first_line(error)}"
-            ) from None
-        self.inputs = self.session.get_inputs()
-        self.input = self.inputs[0]
+class _Session:
+    "An open graph that is called like a function"
 
     def __call__(self, *inputs: Tensor) -> Tensor:  # (b, c, h, w) -> (b, k); (b, n) -> (b, n, d)
         "Run the graph. Raises `TypeError`, `ValueError` when kind or shape does not fit it."
         if len(inputs) != len(self.inputs):
-            raise ValueError(
-                f"got {len(inputs)} inputs; the graph expects "
-                f"{', '.join(i.name for i in self.inputs)}"
-            )
+            names = ", ".join(i.name for i in self.inputs)
+            raise ValueError(f"got {len(inputs)} inputs; the graph expects {names}")
         arrays = {want.name: _as_input(x, want) for x, want in zip(inputs, self.inputs)}
         try:
             out = torch.from_numpy(self.session.run(None, arrays)[0])
@@ -163,15 +132,45 @@ class OnnxModel:
                 )
         return out
 
+# %% ../../nbs/10_deployment/02_export.ipynb #513a7cce
+class OnnxModel(_Session):
+    """An ONNX file as a function of tensors, run by ONNX Runtime on the CPU.
+
+    Raises `FileNotFoundError` for no file, `ValueError` for one that cannot be opened."""
+
+    @checked
+    def __init__(
+        self,
+        path: Path | str | bytes,  # the file, or its content
+        threads: int = 1,  # within one operation
+    ):
+        self.session = _open(path, check_whole(threads, "threads", 1))
+        self.inputs = self.session.get_inputs()
+        self.input = self.inputs[0]
+
+# %% ../../nbs/10_deployment/02_export.ipynb #5dcb0afd
+def _open(path, threads):
+    "A session of ONNX Runtime for a file, or for its content"
+    runtime = _need("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.x64quantprecision", str(int(_overflows())))
+    if not isinstance(path, bytes):
+        _check_file(path)
+    try:
+        content = path if isinstance(path, bytes) else Path(path).read_bytes()
+        return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        name = "these bytes" if isinstance(path, bytes) else path
+        raise ValueError(
+            f"{name} cannot be opened as an ONNX model: {_first_line(error)}"
+        ) from None
+
 # %% ../../nbs/10_deployment/02_export.ipynb #7d8cf32a
-_KINDS = {
-    "float": torch.float32,
-    "float16": torch.float16,
-    "double": torch.float64,
-    "bool": torch.bool,
-    **{f"int{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
-    "uint8": torch.uint8,
-}  # as ONNX calls them
+_WHOLE = {f"int{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+_KINDS = dict(float=torch.float32, float16=torch.float16, double=torch.float64, bool=torch.bool)
+_KINDS |= _WHOLE | dict(uint8=torch.uint8)  # as ONNX calls them
 
 
 def _plain(x):
@@ -179,6 +178,22 @@ def _plain(x):
     return torch.tensor(x) if isinstance(x, np.ndarray) and x.dtype.kind in "biuf" else x
 
 
+def _sort(dtype):
+    "What no conversion may change: floats, complex numbers and truth values stay such"
+    return (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)
+
+
+def _kind_of(want):
+    "The number type of an input of the graph"
+    kind = _KINDS.get(want.type.removeprefix("tensor(").removesuffix(")"))
+    if kind is None:
+        raise ValueError(
+            f"{want.name} is {want.type} in the graph; expected one of {', '.join(_KINDS)}, "
+            "which NumPy knows too"
+        )
+    return kind
+
+# %% ../../nbs/10_deployment/02_export.ipynb #668012cd
 def _as_input(x, want):
     "An array of the type that an input of the graph has, if nothing is lost"
     x = _plain(x)
@@ -187,28 +202,15 @@ def _as_input(x, want):
     fits = all(not isinstance(w, int) or w == n for n, w in zip(x.shape, want.shape))
     if x.ndim != len(want.shape) or not fits:
         raise ValueError(f"got shape {tuple(x.shape)}; the graph expects {tuple(want.shape)}")
-    kind = _KINDS.get(want.type.removeprefix("tensor(").removesuffix(")"))
-    if kind is None:
-        raise ValueError(
-            f"{want.name} is {want.type} in the graph; expected one of {', '.join(_KINDS)}, "
-            "which NumPy knows too"
-        )
-
-    def sort(dtype):
-        return (dtype.is_floating_point, dtype.is_complex, dtype == torch.bool)
-
-    if sort(x.dtype) != sort(kind):
-        raise TypeError(
-            f"{want.name} is {got(x)}; the graph expects {str(kind).removeprefix('torch.')}"
-        )
+    kind = _kind_of(want)
+    name = str(kind).removeprefix("torch.")
+    if _sort(x.dtype) != _sort(kind):
+        raise TypeError(f"{want.name} is {got(x)}; the graph expects {name}")
     x = x.detach().cpu()
     array = x.to(kind)
     lost = array.isfinite() != x.isfinite() if kind.is_floating_point else array != x
     if lost.any():
-        raise ValueError(
-            f"{want.name} holds numbers that do not fit the graph's "
-            f"{str(kind).removeprefix('torch.')}"
-        )
+        raise ValueError(f"{want.name} holds numbers that do not fit the graph's {name}")
     return array.contiguous().numpy()
 
 # %% ../../nbs/10_deployment/02_export.ipynb #66b94f50
@@ -226,25 +228,26 @@ def export_onnx(
 
     Raises `ValueError` that names the gap, or the line that reads values of the input: a graph
     would repeat the example's."""
-    _need("onnx"), _need("onnxruntime")
+    _need("onnx")
+    _need("onnxruntime")
     inputs = _check_inputs(example)
     check_number(tolerance, "tolerance", 0)
     check_whole(opset, "opset", 9, 20, "what this exporter writes")
+    graph = _graph_of(model, inputs, dynamic_batch, opset)
+    _compare(model, graph, inputs, dynamic_batch, tolerance)
+    return _write(path, graph)
+
+# %% ../../nbs/10_deployment/02_export.ipynb #9f8ae31a
+def _graph_of(model, inputs, dynamic_batch, opset):
+    "The graph as bytes, if the model reads no value of its input"
     names = ["input", *(f"input_{i}" for i in range(1, len(inputs)))]
-    free = {name: {0: "batch"} for name in [*names, "output"]} if dynamic_batch else None
+    options = dict(dynamo=False, opset_version=opset, input_names=names, output_names=["output"])
+    if dynamic_batch:
+        options["dynamic_axes"] = {name: {0: "batch"} for name in [*names, "output"]}
     content = BytesIO()
     with _quiet(), evaluating(model), _watching(model) as reads:
         try:
-            torch.onnx.export(
-                model,
-                inputs,
-                content,
-                dynamo=False,
-                opset_version=opset,
-                input_names=names,
-                output_names=["output"],
-                dynamic_axes=free,
-            )
+            torch.onnx.export(model, inputs, content, **options)
         except Exception as error:
             raise ValueError(
                 f"the model cannot be written as a graph: {_first_line(error)}"
@@ -255,26 +258,16 @@ def export_onnx(
             "what the example gave; "
             "expected operations on tensors, such as torch.where"
         )
-    _compare(model, content.getvalue(), inputs, dynamic_batch, tolerance)
-    return _write(path, content.getvalue())
+    return content.getvalue()
 
 # %% ../../nbs/10_deployment/02_export.ipynb #42a508fa
 def _compare(model, graph, inputs, dynamic_batch, tolerance):
     "Run both on the example and on others; raise for a gap"
     run = OnnxModel(graph)
     for values in _others(inputs, dynamic_batch):
-        with _quiet(), evaluating(model):
-            try:
-                want = model(*values)
-            except Exception as error:
-                if values[0].shape == inputs[0].shape and values[0] is not inputs[0]:
-                    continue  # other values than the example's may be none that the model takes
-                raise ValueError(
-                    f"the model fails on a batch of {len(values[0])}: {_first_line(error)}"
-                ) from error
-        if not isinstance(want, Tensor):
-            raise ValueError(f"the model gives {got(want)}; expected one tensor")
-        want = want.detach().cpu()
+        want = _by_pytorch(model, values, inputs)
+        if want is None:
+            continue
         try:
             said = run(*values)
         except (TypeError, ValueError) as error:
@@ -288,7 +281,23 @@ def _compare(model, graph, inputs, dynamic_batch, tolerance):
             )
         _check_gap(said, want, tolerance * (100 if want.dtype == torch.float16 else 1))
 
+# %% ../../nbs/10_deployment/02_export.ipynb #907c3a02
+def _by_pytorch(model, values, inputs):
+    "What the model says; None if other values than the example's are none that it takes"
+    with _quiet(), evaluating(model):
+        try:
+            want = model(*values)
+        except Exception as error:
+            if values[0].shape == inputs[0].shape and values[0] is not inputs[0]:
+                return None
+            raise ValueError(
+                f"the model fails on a batch of {len(values[0])}: {_first_line(error)}"
+            ) from error
+    if not isinstance(want, Tensor):
+        raise ValueError(f"the model gives {got(want)}; expected one tensor")
+    return want.detach().cpu()
 
+# %% ../../nbs/10_deployment/02_export.ipynb #8b31466a
 def _check_gap(said, want, tolerance):
     "Raise unless two outputs agree; NaN agrees with NaN, infinity with itself"
     said, want = said.double(), want.double()
@@ -303,22 +312,22 @@ def _check_gap(said, want, tolerance):
 
 def _others(inputs, dynamic_batch):
     "The example, other values of its kind, and other batch sizes"
-    changes = [
-        lambda x: x,
-        lambda x: -x,
-        lambda x: 30 * x,
-        lambda x: 0.03 * x,
-        lambda x: x * 0,
-        lambda x: x.flatten().roll(x.numel() // 2 + 1).view(x.shape),
-        lambda x: x.flatten().flip(0).view(x.shape),
-    ]
-    moved = [lambda x: x, *changes[-2:]]  # tokens and masks change places only: others may be none
-    for i in range(len(changes)):
-        yield tuple(changes[i](x) if x.is_floating_point() else moved[i % 3](x) for x in inputs)
+    for i in range(7):
+        yield tuple(_changed(x)[i] for x in inputs)
     for size in (2 * len(inputs[0]), 1, 3) if dynamic_batch else ():
-        yield tuple(x.repeat(-(-size // len(x)), *[1] * (x.ndim - 1))[:size] for x in inputs)
+        rows = torch.arange(size) % len(inputs[0])
+        yield tuple(x[rows.to(x.device)] for x in inputs)
 
+# %% ../../nbs/10_deployment/02_export.ipynb #01121ad6
+def _changed(x):
+    "A tensor and six others like it; tokens and masks change places only: others may be none"
+    rolled = x.flatten().roll(x.numel() // 2 + 1).view(x.shape)
+    turned = x.flatten().flip(0).view(x.shape)
+    if x.is_floating_point():
+        return [x, -x, 30 * x, 0.03 * x, x * 0, rolled, turned]
+    return [x, rolled, turned, x, rolled, turned, x]
 
+# %% ../../nbs/10_deployment/02_export.ipynb #89102d24
 def _check_inputs(example):
     "Tensors with the same number of rows, at least one"
     inputs = tuple(map(_plain, example if isinstance(example, tuple) else (example,)))
@@ -340,21 +349,21 @@ def _check_inputs(example):
 # %% ../../nbs/10_deployment/02_export.ipynb #8736240a
 #| code-fold: true
 #| code-summary: "Who reads values of the input: PyTorch tells each function that is handed one"
-_READS = (
-    "__bool__",
-    "__int__",
-    "__float__",
-    "__complex__",
-    "__index__",
-    "item",
-    "tolist",
-    "numpy",
-    "__array__",
-    "__contains__",
-)
-_SIZES = ("size", "dim", "numel", "__len__", "stride", "storage_offset", "data_ptr", "element_size")
+_READS = "__bool__ __int__ __float__ __complex__ __index__ item tolist numpy __array__ __contains__"
+_SIZES = "size dim numel __len__ stride storage_offset data_ptr element_size"
 
 
+def _place():
+    "File and line of the code outside PyTorch that is being run"
+    frame = sys._getframe(2)
+    skip = str(Path(torch.__file__).parent), _place.__code__.co_filename
+    while frame.f_back and frame.f_code.co_filename.startswith(skip):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
+
+# %% ../../nbs/10_deployment/02_export.ipynb #77d73f0e
+#| code-fold: true
+#| code-summary: "It follows what is computed from the inputs"
 class _Reads(TorchFunctionMode):
     "Follows what is computed from the inputs; notes where Python is told one of its values"
 
@@ -369,28 +378,21 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        touched = any(
-            id(t) in self.data for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
-        )
-        if touched and name in _READS:
+        handed = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        touched = any(id(t) in self.data for t in handed)
+        if touched and name in _READS.split():
             self.places.append(_place())
         result = function(*args, **(kwargs or {}))
-        shape = name in _SIZES or name == "__get__" and isinstance(result, torch.Size)
+        shape = name in _SIZES.split() or name == "__get__" and isinstance(result, torch.Size)
         if touched and not shape:
             self.add(result)
             if name in ("__setitem__", "copy_") or name.endswith("_") and not name.startswith("_"):
                 self.add(args[0])
         return result
 
-
-def _place():
-    "File and line of the code outside PyTorch that is being run"
-    frame, skip = sys._getframe(2), (str(Path(torch.__file__).parent), _place.__code__.co_filename)
-    while frame.f_back and frame.f_code.co_filename.startswith(skip):
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
-
-
+# %% ../../nbs/10_deployment/02_export.ipynb #30a76d5c
+#| code-fold: true
+#| code-summary: "And listens while the model runs"
 @contextmanager
 def _watching(model) -> Iterator[list]:
     "The places at which the model reads values, while it runs in the block"
@@ -428,16 +430,7 @@ def quantize_onnx_weights(
     onnx = _need("onnx")
     check_choice(bits, "bits", (8, 4))
     model = _load_graph(onnx, source)
-    used = {
-        node.input[1]: node
-        for node in model.graph.node
-        if node.op_type in ("Conv", "Gemm", "MatMul")
-    }
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-    weights = [t for t in model.graph.initializer if t.name in used and len(t.dims) > 1]
-    for tensor in [t for t in weights if t.data_type in floats]:
-        node = used[tensor.name]
-        axis = len(tensor.dims) - 1 if node.op_type == "MatMul" or _is_plain_gemm(node) else 0
+    for tensor, axis in _weights(onnx, model.graph):
         parts, nodes = _integer_nodes(onnx, tensor, bits, axis)
         model.graph.initializer.remove(tensor)
         model.graph.initializer.extend(parts)
@@ -466,23 +459,44 @@ def _is_plain_gemm(node):
     work"""
     return node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
 
+# %% ../../nbs/10_deployment/02_export.ipynb #ab771bf8
+def _weights(onnx, graph):
+    "The float weights of a graph that has layers, each with its axis of output channels"
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    used = {node.input[1]: node for node in layers}
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    found = []
+    for tensor in graph.initializer:
+        if tensor.name in used and len(tensor.dims) > 1 and tensor.data_type in floats:
+            node = used[tensor.name]
+            last = node.op_type == "MatMul" or _is_plain_gemm(node)
+            found.append((tensor, len(tensor.dims) - 1 if last else 0))
+    return found
 
+# %% ../../nbs/10_deployment/02_export.ipynb #177b6462
+def _integers(weight, bits, axis):
+    "Integers, as bytes, and a float32 scale for each output channel"
+    top = 2 ** (bits - 1) - 1
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    reach = np.abs(weight).max(axis=others, keepdims=True, initial=0)
+    scale = np.maximum(reach / top, np.finfo(np.float32).tiny).astype(np.float32)
+    codes = np.rint(weight * (1 / scale)).clip(-top, top).astype(np.int8)
+    if bits == 4:  # two neighbours a byte, the first in the low half
+        nibbles = np.append(codes.reshape(-1), [0] * (codes.size % 2)).astype(np.uint8) & 15
+        codes = nibbles[::2] | nibbles[1::2] << 4
+    return codes.tobytes(), scale
+
+# %% ../../nbs/10_deployment/02_export.ipynb #f549a6f3
 def _integer_nodes(onnx, tensor, bits, axis):
     "Integers and scales of one weight, and the nodes Cast and Mul that turn them back into it"
-    weight, top = onnx.numpy_helper.to_array(tensor).astype(np.float32), 2 ** (bits - 1) - 1
+    weight = onnx.numpy_helper.to_array(tensor).astype(np.float32)
     if not np.isfinite(weight).all():
         raise ValueError(
             f"{tensor.name} holds NaN or infinite values in float32; mend the model first"
         )
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    reach = np.abs(weight).max(axis=others, keepdims=True, initial=0)
-    scale = np.maximum(reach / top, np.finfo(np.float32).tiny).astype(np.float32)
-    marks = np.rint(weight * (1 / scale)).clip(-top, top).astype(np.int8)
+    codes, scale = _integers(weight, bits, axis)
     name, kind = tensor.name, onnx.TensorProto.INT8 if bits == 8 else onnx.TensorProto.INT4
-    if bits == 4:  # two neighbours a byte, the first in the low half
-        nibbles = np.append(marks.reshape(-1), [0] * (marks.size % 2)).astype(np.uint8) & 15
-        marks = nibbles[::2] | nibbles[1::2] << 4
-    integers = onnx.helper.make_tensor(f"{name}:q", kind, tensor.dims, marks.tobytes(), raw=True)
+    integers = onnx.helper.make_tensor(f"{name}:q", kind, tensor.dims, codes, raw=True)
     wide = name if tensor.data_type == onnx.TensorProto.FLOAT else f"{name}:w"
     nodes = [
         onnx.helper.make_node("Cast", [f"{name}:q"], [f"{name}:f"], to=onnx.TensorProto.FLOAT),
@@ -493,22 +507,30 @@ def _integer_nodes(onnx, tensor, bits, axis):
     return [integers, onnx.numpy_helper.from_array(scale, f"{name}:s")], nodes
 
 # %% ../../nbs/10_deployment/02_export.ipynb #8ff29149
+_METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+
+
 @checked
 def quantize_onnx(
     source: Path | str,  # an fp32 graph
     target: Path | str,
     calibration: Tensor,  # (n, c, h, w), a few hundred typical inputs, prepared as for the model
-    per_channel: bool = True,  # one ruler for each output channel of a weight
-    method: str = "minmax",  # how activation rulers end: "minmax", "entropy" or "percentile"
+    per_channel: bool = True,  # one scale for each output channel of a weight
+    method: str = "minmax",  # how the ranges of activations end: or "entropy", "percentile"
     batch_size: int = 64,  # of the calibration
 ) -> Path:
-    """Static int8 by ONNX Runtime's own quantiser: prepare the graph, watch activations, write
-    integers.
+    """Static int8 by ONNX Runtime's own quantiser: watch activations, write integers.
 
     Raises `FileNotFoundError`, or `ValueError` for what is no graph, for no inputs, or for NaN
     among them."""
-    methods = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
-    check_choice(method, "method", methods)
+    check_choice(method, "method", _METHODS)
+    graph, batches = _calibration(source, calibration, batch_size)
+    data = _static_graph(source, graph.input, batches, per_channel, _METHODS[method])
+    return _write(target, data)
+
+# %% ../../nbs/10_deployment/02_export.ipynb #4677938a
+def _calibration(source, calibration, batch_size):
+    "The open graph, and batches that it takes"
     check_whole(batch_size, "batch_size", 1)
     if calibration.ndim == 0 or len(calibration) == 0 or not torch.isfinite(calibration).all():
         raise ValueError(
@@ -518,6 +540,11 @@ def quantize_onnx(
     if isinstance(fixed := graph.input.shape[0], int):  # a graph for one batch size
         batch_size, calibration = fixed, calibration[: len(calibration) // fixed * fixed]
     graph(calibration[:batch_size])
+    return graph, calibration.split(batch_size)
+
+# %% ../../nbs/10_deployment/02_export.ipynb #1128c5ac
+def _static_graph(source, want, batches, per_channel, method):
+    "The graph in integers, as bytes"
     tools = _need("onnxruntime.quantization")
     prepare = _need("onnxruntime.quantization.shape_inference").quant_pre_process
     with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -527,18 +554,18 @@ def quantize_onnx(
             tools.quantize_static(
                 str(prepared),
                 str(done),
-                _reader(tools, graph.input, calibration.split(batch_size)),
+                _reader(tools, want, batches),
                 quant_format=tools.QuantFormat.QDQ,
                 per_channel=per_channel,
                 activation_type=tools.QuantType.QUInt8,
                 weight_type=tools.QuantType.QInt8,
-                calibrate_method=tools.CalibrationMethod[methods[method]],
+                calibrate_method=tools.CalibrationMethod[method],
             )
         except Exception as error:
             raise ValueError(
                 f"{source} cannot be written in integers: {_first_line(error)}"
             ) from error
-        return _write(target, done.read_bytes())
+        return done.read_bytes()
 
 # %% ../../nbs/10_deployment/02_export.ipynb #b81337f1
 def _reader(tools, want, batches):
@@ -564,38 +591,21 @@ def compare_latency(
     calls: Sequence[int] = (30, 1),  # timed calls in a round, for each batch size
     threads: int = 1,  # inside PyTorch; `OnnxModel` has its own
 ) -> dict[str, dict[str, float]]:  # name -> latency_ms and images_per_second
-    """Latency of one batch and throughput of another: the median over rounds in which the
-    candidates take turns.
+    """Latency of one batch and throughput of another: medians of rounds with all candidates.
 
     Raises `TypeError`, `ValueError`. On a GPU the clock waits until the work is done."""
     check_sizes(rounds=rounds, threads=threads)
-    (first, second), calls = _check_pair(batch_sizes, "batch_sizes"), _check_pair(calls, "calls")
-    if example.ndim == 0 or not len(example) or not predicts:
-        raise ValueError(
-            f"example is {got(example)}, for {len(predicts)} candidates; "
-            "expected at least one of each"
-        )
-    for name, candidate in predicts.items():
-        check_callable(candidate, f"predicts[{name!r}]", "(batch)")
-    small, large = (
-        torch.cat([example] * -(-size // len(example)))[:size] for size in (first, second)
-    )
-    seconds = {name: ([], []) for name in predicts}
+    sizes, calls = _check_pair(batch_sizes, "batch_sizes"), _check_pair(calls, "calls")
+    small, large = _check_batches(predicts, example, sizes)
+    found = {}
     with _torch_threads(threads), torch.inference_mode():
-        for turn in range(rounds):
-            for name, candidate in predicts.items():
-                with evaluating(candidate) if isinstance(candidate, nn.Module) else nullcontext():
-                    seconds[name][0].append(_median(name, candidate, small, calls[0], 5))
-                    seconds[name][1].append(
-                        _median(name, candidate, large, calls[1], int(turn == 0))
-                    )
-    middle = statistics.median
-    return {
-        name: {"latency_ms": middle(one) * 1e3, "images_per_second": len(large) / middle(many)}
-        for name, (one, many) in seconds.items()
-    }
+        one, many = _in_turns(predicts, (small, large), calls, rounds)
+    for name in predicts:
+        rate = len(large) / statistics.median(many[name])
+        found[name] = dict(latency_ms=statistics.median(one[name]) * 1e3, images_per_second=rate)
+    return found
 
-
+# %% ../../nbs/10_deployment/02_export.ipynb #2e454d57
 @checked
 def measure_latency(
     predict: Callable,  # model or function of a batch
@@ -606,7 +616,31 @@ def measure_latency(
     `compare_latency`."""
     return compare_latency({"it": predict}, example, **options)["it"]
 
+# %% ../../nbs/10_deployment/02_export.ipynb #8b5665cb
+def _in_turns(predicts, batches, calls, rounds):
+    "Seconds of each candidate in each round, for the one batch and for the other"
+    seconds = [{name: [] for name in predicts} for _ in batches]
+    for turn in range(rounds):
+        for name, candidate in predicts.items():
+            with evaluating(candidate) if isinstance(candidate, nn.Module) else nullcontext():
+                for which, warmup in enumerate((5, int(turn == 0))):
+                    took = _median(name, candidate, batches[which], calls[which], warmup)
+                    seconds[which][name].append(took)
+    return seconds
 
+
+def _check_batches(predicts, example, sizes):
+    "The example repeated to each size, if there is something to time"
+    if example.ndim == 0 or not len(example) or not predicts:
+        raise ValueError(
+            f"example is {got(example)}, for {len(predicts)} candidates; "
+            "expected at least one of each"
+        )
+    for name, candidate in predicts.items():
+        check_callable(candidate, f"predicts[{name!r}]", "(batch)")
+    return [torch.cat([example] * math.ceil(size / len(example)))[:size] for size in sizes]
+
+# %% ../../nbs/10_deployment/02_export.ipynb #8765435b
 def _median(name, predict, batch, calls, warmup):
     "Seconds for one call"
     try:

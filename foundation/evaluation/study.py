@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..core.basics import atomic_write
+from ..core.files import atomic_write
 from ..core.checks import check_number, check_whole, checked
 from .comparison import Comparison
 from ..training.loop import TrainingDiverged

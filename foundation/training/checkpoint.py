@@ -460,16 +460,6 @@ def _look(model, opt) -> _Live:
     shared = {name: owners[id(v)] for name, v in found.items() if owners[id(v)] != name}
     return _Live(found, shared, groups, weights)
 
-# %% ../../nbs/05_training/03_checkpoint.ipynb #0fadead2
-# until the move is over
-def __getattr__(name):
-    import importlib
-
-    if name in ("fingerprint", "resumable", "Run"):
-        room = "foundation." + ("core.fingerprint" if name == "fingerprint" else "training.run")
-        return getattr(importlib.import_module(room), name)
-    raise AttributeError(name)
-
 # %% ../../nbs/05_training/03_checkpoint.ipynb #914a1200
 def _plain(name):
     return name.replace("_orig_mod.", "")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.basics import in_order, memory_order, supports_bf16
+from ..core.basics import in_order, memory_order, pick_precision
 from foundation.core.checks import (
     check_labels,
     check_like,
@@ -164,7 +164,7 @@ def _half(precision, device, scaler, opt):
     """A function that makes the context in which losses are computed, and a scaler, idle unless it
     is fp16"""
     if precision == "auto":
-        precision = "bf16" if supports_bf16(device) else "fp32"
+        precision = pick_precision(device)
     kinds = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
     if precision not in kinds:
         raise ValueError(f"precision is {precision!r}; expected 'fp32', 'bf16', 'fp16' or 'auto'")
@@ -419,13 +419,3 @@ class progress:
 
     def __exit__(self, *_):
         self.bar.close()
-
-# %% ../../nbs/05_training/01_loop.ipynb #0fadead1
-# until the move is over
-def __getattr__(name):
-    import importlib
-
-    if name in ("fit", "adamw"):
-        room = "foundation.training." + ("run" if name == "fit" else "optim")
-        return getattr(importlib.import_module(room), name)
-    raise AttributeError(name)

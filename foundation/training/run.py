@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.basics import supports_bf16
+from ..core.basics import pick_precision
 from ..core.checks import check_number, check_whole, checked, got
 from ..core.fingerprint import fingerprint
 from .checkpoint import BadCheckpoint, as_json, check_fit, load_checkpoint
@@ -116,7 +116,7 @@ def _plan(model, objective, opt, steps, recipe, options):
     names = sorted({k for group in settings for k in group} - {"params", "initial_lr"})
     precision, schedule = options.get("precision", "fp32"), options.get("schedule")
     if precision == "auto":
-        precision = "bf16" if supports_bf16(_device(model)) else "fp32"
+        precision = pick_precision(_device(model))
     plan = (recipe or {}) | dict(steps=steps, optimizer=type(opt).__name__)
     plan |= {name: [_setting(group.get(name)) for group in settings] for name in names}
     plan |= dict(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.basics import atomic_write
+from ..core.files import atomic_write
 from ..core.checks import check_whole, checked, got
 from ..core.plots import Picture, plot_curves
 from .loop import Step
