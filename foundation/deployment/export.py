@@ -361,6 +361,11 @@ def _place():
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
 
+
+def _tensors(value):
+    "All tensors in nested lists, tuples and dicts"
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+
 # %% ../../nbs/10_deployment/02_export.ipynb #77d73f0e
 #| code-fold: true
 #| code-summary: "It follows what is computed from the inputs"
@@ -372,14 +377,11 @@ class _Reads(TorchFunctionMode):
         self.data, self.places = {}, []  # id -> tensor, kept alive
 
     def add(self, value):
-        for t in tree_leaves(value):
-            if isinstance(t, Tensor):
-                self.data[id(t)] = t
+        self.data |= {id(t): t for t in _tensors(value)}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        handed = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        touched = any(id(t) in self.data for t in handed)
+        touched = any(id(t) in self.data for t in _tensors((args, kwargs)))
         if touched and name in _READS.split():
             self.places.append(_place())
         result = function(*args, **(kwargs or {}))

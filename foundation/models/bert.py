@@ -15,7 +15,68 @@ from ..layers.block import Block
 from ..layers.embedding import TokenEmbedding
 
 # %% ../../nbs/04_models/03_bert.ipynb #c5df8385
-class BERT(nn.Module):
+class _Parts(nn.Module):
+    "What a BERT is made of"
+
+    def __init__(self, vocab_size, context, dim, depth, heads, mlp_ratio, segments, dropout, eps):
+        super().__init__()
+        check_sizes(depth=depth)
+        check_shares(dropout=dropout)
+        self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth)
+        self.config |= dict(heads=heads, mlp_ratio=mlp_ratio, segments=segments)
+        self.config |= dict(dropout=dropout, eps=eps)
+        self.dim = dim
+        self.embedding = TokenEmbedding(vocab_size, dim, context, segments)
+        self.norm, self.drop = nn.LayerNorm(dim, eps), nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, mlp_ratio, dropout, norm_first=False, eps=eps) for _ in range(depth)
+        )
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim, eps))
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+# %% ../../nbs/04_models/03_bert.ipynb #3b326dbc
+class _Encoder(_Parts):
+    "From ids to what each token means"
+
+    def encode(
+        self,
+        tokens: Tensor,  # ids, (b, n)
+        mask: Tensor | None = None,  # True = a real token, (b, n); or as `padding_mask` makes it
+        segments: Tensor | None = None,  # (b, n); all 0 where not given
+    ) -> Tensor:  # (b, n, d)
+        "What each token means among the others."
+        return self._read(self.blocks, tokens, mask, segments)[0]
+
+    def _read(self, blocks, tokens, mask, segments):
+        x = self.drop(self.norm(self.embedding(tokens, segments)))
+        visible = _visible(mask, x)
+        for block in blocks:
+            x = block(x, visible)
+        return x, visible
+
+# %% ../../nbs/04_models/03_bert.ipynb #3bcf71cb
+class _Guesser(_Encoder):
+    "From ids to logits of all words"
+
+    def forward(
+        self,
+        tokens: Tensor,  # ids, (b, n)
+        mask: Tensor | None = None,  # (b, n)
+        segments: Tensor | None = None,  # (b, n)
+        places: Tensor | None = None,  # logits only where True, (b, n)
+    ) -> Tensor:  # (b, n, v), or (places.sum(), v) in reading order
+        if places is None:
+            x = self.encode(tokens, mask, segments)
+        else:  # the last block and the head, the widest product, spare the others
+            x, visible = self._read(self.blocks[:-1], tokens, mask, segments)
+            places = check_mask(places, "places", x.shape[:2])
+            if not places.any():
+                raise ValueError("places is False everywhere; expected a hidden token, True")
+            x = _answer(self.blocks[-1], x, visible, places)
+        return nn.functional.linear(self.head(x), self.embedding.token.weight, self.bias)
+
+# %% ../../nbs/04_models/03_bert.ipynb #a21a16df
+class BERT(_Guesser):
     """An encoder that sees both sides of each token: ids (b, n) → logits of all words (b, n, v).
 
     Raises TypeError or ValueError for sizes that do not fit each other, and for ids, masks,
@@ -34,61 +95,7 @@ class BERT(nn.Module):
         dropout: float = 0.0,
         eps: float = 1e-12,  # of the norms
     ):
-        super().__init__()
-        check_sizes(depth=depth)
-        check_shares(dropout=dropout)
-        self.config = dict(
-            vocab_size=vocab_size,
-            context=context,
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            mlp_ratio=mlp_ratio,
-            segments=segments,
-            dropout=dropout,
-            eps=eps,
-        )
-        self.dim = dim
-        self.embedding = TokenEmbedding(vocab_size, dim, context, segments)
-        self.norm, self.drop = nn.LayerNorm(dim, eps), nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, mlp_ratio, dropout, norm_first=False, eps=eps) for _ in range(depth)
-        )
-        self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim, eps))
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
-
-    def encode(
-        self,
-        tokens: Tensor,  # ids, (b, n)
-        mask: Tensor | None = None,  # True = a real token, (b, n); or as `padding_mask` makes it
-        segments: Tensor | None = None,  # (b, n); all 0 where not given
-    ) -> Tensor:  # (b, n, d)
-        "What each token means among the others."
-        return self._read(self.blocks, tokens, mask, segments)[0]
-
-    def _read(self, blocks, tokens, mask, segments):
-        x = self.drop(self.norm(self.embedding(tokens, segments)))
-        visible = _visible(mask, x)
-        for block in blocks:
-            x = block(x, visible)
-        return x, visible
-
-    def forward(
-        self,
-        tokens: Tensor,  # ids, (b, n)
-        mask: Tensor | None = None,  # (b, n)
-        segments: Tensor | None = None,  # (b, n)
-        places: Tensor | None = None,  # logits only where True, (b, n)
-    ) -> Tensor:  # (b, n, v), or (places.sum(), v) in reading order
-        if places is None:
-            x = self.encode(tokens, mask, segments)
-        else:  # the last block and the head, the widest product, spare the others
-            x, visible = self._read(self.blocks[:-1], tokens, mask, segments)
-            places = check_mask(places, "places", x.shape[:2])
-            if not places.any():
-                raise ValueError("places is False everywhere; expected a hidden token, True")
-            x = _answer(self.blocks[-1], x, visible, places)
-        return nn.functional.linear(self.head(x), self.embedding.token.weight, self.bias)
+        super().__init__(vocab_size, context, dim, depth, heads, mlp_ratio, segments, dropout, eps)
 
 # %% ../../nbs/04_models/03_bert.ipynb #87078716
 def mean_tokens(
@@ -117,7 +124,7 @@ def _answer(block, x, visible, places):  # (b, n, d) -> (count, d)
     look = look[torch.arange(most, device=x.device) < count]
     return block.norm2(look + block.drop(block.mlp(look)))
 
-
+# %% ../../nbs/04_models/03_bert.ipynb #b6d34a65
 def _visible(mask, x):
     "The mask as attention wants it: the same for all heads and queries, (b, 1, 1, n)"
     if mask is None:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.checks import check_images, check_sizes, check_whole, checked
+from ..core.checks import check_images, check_sizes, check_type, check_whole, checked
 from ..layers.convolution import ConvBlock, ResidualBlock
-from ..core.checks import check_type
 
 # %% ../../nbs/04_models/01_convnets.ipynb #bdd9545b
 class Backbone(nn.Module):
@@ -38,7 +37,7 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, k)
         return self.head(self.encode(x))
 
-
+# %% ../../nbs/04_models/01_convnets.ipynb #7e1c8dad
 class ResNet(Backbone):
     """A small ResNet: a stride-2 stem, then stages of residual blocks, each at half the size.
 
@@ -62,7 +61,7 @@ class ResNet(Backbone):
         config = dict(classes=classes, channels=channels, widths=widths, depths=depths)
         super().__init__(nn.Sequential(*layers), c_in, config)
 
-
+# %% ../../nbs/04_models/01_convnets.ipynb #0de627bc
 class ConvNet(Backbone):
     """A plain stack of stride-2 convolutions: few operations in a row, so it answers fast.
 
@@ -81,7 +80,16 @@ class ConvNet(Backbone):
         super().__init__(nn.Sequential(*layers), widths[-1], config)
 
 # %% ../../nbs/04_models/01_convnets.ipynb #86f222ac
-class VGG(Backbone):
+class _Halving(Backbone):
+    "A backbone that halves the maps once a stage, so that small images vanish on the way"
+
+    def encode(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, d)
+        "Features: the mean of the last map. Raises `ValueError` for images that vanish on the way."
+        _check_room(check_images(x), 2 ** len(self.config["depths"]))
+        return super().encode(x)
+
+# %% ../../nbs/04_models/01_convnets.ipynb #1d64a9ad
+class VGG(_Halving):
     """Stages of 3×3 convolutions with batch norm, each closed by the maximum over 2×2 places.
 
     Raises TypeError or ValueError for sizes below 1, or not as many depths as widths.
@@ -105,11 +113,6 @@ class VGG(Backbone):
         config = dict(classes=classes, channels=channels, widths=widths, depths=depths)
         super().__init__(nn.Sequential(*layers), c_in, config)
 
-    def encode(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, d)
-        "Features: the mean of the last map. Raises `ValueError` for images that vanish on the way."
-        _check_room(check_images(x), 2 ** len(self.config["depths"]))
-        return super().encode(x)
-
 # %% ../../nbs/04_models/01_convnets.ipynb #34a78773
 class SameConv(nn.Conv2d):
     """A convolution padded as TensorFlow does it: ⌈size / stride⌉ places come out.
@@ -128,7 +131,7 @@ def _unit(c_in, c_out, kernel=1, stride=1, groups=1, relu=True):
     norm = nn.BatchNorm2d(c_out, 1e-3, 0.01)
     return [convolution, norm] + [nn.ReLU6(inplace=True)] * relu
 
-
+# %% ../../nbs/04_models/01_convnets.ipynb #edb940d3
 class InvertedBlock(nn.Module):
     """Widen, filter each channel alone, narrow; a shortcut where the shapes allow it.
 
@@ -148,17 +151,11 @@ class InvertedBlock(nn.Module):
         return self.body(x) + x if self.shortcut else self.body(x)
 
 # %% ../../nbs/04_models/01_convnets.ipynb #5c4e1785
-_LITE0 = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)  # blocks, kernel, stride, ratio, width
+# blocks, kernel, stride, ratio, width
+_LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80))
+_LITE0 += ((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
 
-
+# %% ../../nbs/04_models/01_convnets.ipynb #f71ba5b6
 class EfficientNetLite(Backbone):
     """EfficientNet without squeeze-and-excitation and with ReLU6, for small devices; here lite0.
 

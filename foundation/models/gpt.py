@@ -8,6 +8,7 @@ __all__ = ['GPT']
 # %% ../../nbs/04_models/04_gpt.ipynb #431249dc
 import math
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,74 @@ from ..layers.block import Block
 from ..layers.embedding import TokenEmbedding
 
 # %% ../../nbs/04_models/04_gpt.ipynb #cf968fe9
-class GPT(nn.Module):
+class _Parts(nn.Module):
+    "What a GPT is made of"
+
+    def __init__(self, vocab_size, context, dim, depth, heads, mlp_ratio, dropout, eps):
+        super().__init__()
+        check_sizes(depth=depth)
+        check_shares(dropout=dropout)
+        self.config = dict(vocab_size=vocab_size, context=context, dim=dim, depth=depth)
+        self.config |= dict(heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, eps=eps)
+        self.dim = dim
+        self.embedding = TokenEmbedding(vocab_size, dim, context)
+        self.drop = nn.Dropout(dropout)
+        blocks = [Block(dim, heads, mlp_ratio, dropout, eps=eps) for _ in range(depth)]
+        self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(dim, eps)
+        _start_small(self)
+
+# %% ../../nbs/04_models/04_gpt.ipynb #d178b049
+class _Reader(_Parts):
+    "From ids to what each token means"
+
+    def new_caches(self) -> list[KeyValueCache]:
+        "An empty cache for each block."
+        return [KeyValueCache() for _ in self.blocks]
+
+    def encode(
+        self,
+        tokens: Tensor,  # ids, (b, n): with caches only the new ones
+        caches: list[KeyValueCache] | None = None,  # of the tokens before; all grow, or none
+    ) -> Tensor:  # (b, n, d)
+        "What each token means after all before it."
+        if caches is None:
+            return self._read(tokens, [None] * len(self.blocks), 0)
+        start = _check_caches(caches, self.blocks)
+        with _all_or_none(caches):
+            return self._read(tokens, caches, start)
+
+    def _read(self, tokens, caches, start):
+        x = self.drop(self.embedding(tokens, start=start))
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, causal=True, cache=cache)
+        return self.norm(x)
+
+# %% ../../nbs/04_models/04_gpt.ipynb #687f36f5
+class _Writer(_Reader):
+    "From ids to more ids"
+
+    @checked
+    def generate(
+        self,
+        tokens: Tensor | Sequence,  # the beginning, (b, n)
+        count: int,  # how many to add
+        temperature: float = 1.0,  # below 1 bolder choices of the likely; 0 takes the likeliest
+        seed: int = 0,  # another seed, another text
+    ) -> Tensor:  # (b, n + count) int64
+        """Write on, token by token, without dropout; afterwards the model is in the mode it was in.
+
+        Raises TypeError or ValueError for bad ids or numbers, or what would not fit the context."""
+        tokens = _check_writing(self.config, tokens, count, temperature, seed)
+        rng = torch.Generator(tokens.device).manual_seed(seed)
+        caches, new = self.new_caches(), tokens
+        with evaluating(self):
+            for _ in range(count):
+                new = _choose(self(new, caches)[:, -1], temperature, rng)
+                tokens = torch.cat([tokens, new], 1)
+        return tokens
+
+# %% ../../nbs/04_models/04_gpt.ipynb #81594b46
+class GPT(_Writer):
     """A decoder that sees only the past: ids (b, n) → logits of the next token (b, n, v).
 
     Raises TypeError or ValueError for sizes, ids or caches that do not fit. Radford et al. 2019."""
@@ -37,87 +105,11 @@ class GPT(nn.Module):
         dropout: float = 0.0,
         eps: float = 1e-5,  # of the norms
     ):
-        super().__init__()
-        check_sizes(depth=depth)
-        check_shares(dropout=dropout)
-        self.config = dict(
-            vocab_size=vocab_size,
-            context=context,
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            mlp_ratio=mlp_ratio,
-            dropout=dropout,
-            eps=eps,
-        )
-        self.dim = dim
-        self.embedding = TokenEmbedding(vocab_size, dim, context)
-        self.drop = nn.Dropout(dropout)
+        super().__init__(vocab_size, context, dim, depth, heads, mlp_ratio, dropout, eps)
 
-        def block():
-            return Block(dim, heads, mlp_ratio, dropout, eps=eps)
-
-        self.blocks = nn.ModuleList(block() for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps)
-        _start_small(self)
-
-    def new_caches(self) -> list[KeyValueCache]:
-        "An empty cache for each block."
-        return [KeyValueCache() for _ in self.blocks]
-
-    def encode(
-        self,
-        tokens: Tensor,  # ids, (b, n): with caches only the new ones
-        caches: list[KeyValueCache] | None = None,  # of the tokens before; all grow, or none
-    ) -> Tensor:  # (b, n, d)
-        "What each token means after all before it."
-        if caches is None:
-            return self._read(tokens, [None] * len(self.blocks), 0)
-        start = _check_caches(caches, self.blocks)
-        before = [vars(cache).copy() for cache in caches]
-        try:
-            return self._read(tokens, caches, start)
-        except BaseException:
-            for cache, held in zip(caches, before):
-                vars(cache).update(held)
-            raise
-
-    def _read(self, tokens, caches, start):
-        x = self.drop(self.embedding(tokens, start=start))
-        for block, cache in zip(self.blocks, caches):
-            x = block(x, causal=True, cache=cache)
-        return self.norm(x)
-
-    def forward(
-        self,
-        tokens: Tensor,  # (b, n)
-        caches: list[KeyValueCache] | None = None,
-    ) -> Tensor:  # (b, n, v)
+    def forward(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        "Logits (b, n, v) of the token that follows each of (b, n)."
         return nn.functional.linear(self.encode(tokens, caches), self.embedding.token.weight)
-
-    @checked
-    def generate(
-        self,
-        tokens: Tensor | Sequence,  # the beginning, (b, n)
-        count: int,  # how many to add
-        temperature: float = 1.0,  # below 1 bolder choices of the likely; 0 takes the likeliest
-        seed: int = 0,  # another seed, another text
-    ) -> Tensor:  # (b, n + count) int64
-        """Write on, token by token, without dropout; afterwards the model is in the mode it was in.
-
-        Raises TypeError or ValueError for bad ids or numbers, or what would not fit the context."""
-        tokens = check_tokens(tokens, "tokens", self.config["vocab_size"])
-        room = self.config["context"] - tokens.shape[1]
-        check_whole(count, "count", 0, room, "what is left of the context")
-        check_number(temperature, "temperature", 0)
-        check_whole(seed, "seed", 0, 2**63 - 1)
-        rng = torch.Generator(tokens.device).manual_seed(seed)
-        caches, new = self.new_caches(), tokens
-        with evaluating(self):
-            for _ in range(count):
-                new = _choose(self(new, caches)[:, -1], temperature, rng)
-                tokens = torch.cat([tokens, new], 1)
-        return tokens
 
 # %% ../../nbs/04_models/04_gpt.ipynb #f07e9869
 def _start_small(model):
@@ -133,6 +125,28 @@ def _start_small(model):
             nn.init.normal_(p, std=0.55 / math.sqrt(model.dim * smaller))
 
 
+@contextmanager
+def _all_or_none(caches):
+    "Caches that hold what they held before, if a piece cannot be read"
+    before = [vars(cache).copy() for cache in caches]
+    try:
+        yield
+    except BaseException:
+        for cache, held in zip(caches, before):
+            vars(cache).update(held)
+        raise
+
+# %% ../../nbs/04_models/04_gpt.ipynb #5f3ffd99
+def _check_writing(config, tokens, count, temperature, seed):
+    "The beginning as a tensor; the sentence for what cannot be written on"
+    tokens = check_tokens(tokens, "tokens", config["vocab_size"])
+    room = config["context"] - tokens.shape[1]
+    check_whole(count, "count", 0, room, "what is left of the context")
+    check_number(temperature, "temperature", 0)
+    check_whole(seed, "seed", 0, 2**63 - 1)
+    return tokens
+
+
 def _choose(logits, temperature, rng):  # (b, v) -> (b, 1)
     "Draw the next token from softmax(logits / temperature)"
     refuse_nan(logits, logits=logits)
@@ -140,7 +154,7 @@ def _choose(logits, temperature, rng):  # (b, v) -> (b, 1)
         return logits.argmax(-1, keepdim=True)
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=rng)
 
-
+# %% ../../nbs/04_models/04_gpt.ipynb #a84ad0c7
 def _check_caches(caches, blocks):
     "One cache for each block, all at the same place of the text, which is given back"
     for cache in caches:

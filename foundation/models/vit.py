@@ -14,55 +14,32 @@ from ..layers.block import Block
 from ..layers.embedding import PatchEmbedding
 
 # %% ../../nbs/04_models/02_vit.ipynb #7deeab3a
-class ViT(nn.Module):
-    """A vision transformer, pre-norm: images (b, c, h, h) → logits (b, k).
+class _Parts(nn.Module):
+    "What a ViT is made of"
 
-    Raises TypeError or ValueError for sizes that do not fit each other, and for other images.
-    Dosovitskiy et al. 2020."""
-
-    @checked
     def __init__(
-        self,
-        image_size: int = 28,
-        patch_size: int = 7,  # p, divides image_size
-        channels: int = 1,
-        classes: int = 10,
-        dim: int = 128,
-        depth: int = 4,  # blocks
-        heads: int = 4,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        pool: str = "mean",  # of all patches, or "class": read a token of its own
+        self, image_size, patch_size, channels, classes, dim, depth, heads, mlp_ratio, dropout, pool
     ):
         super().__init__()
         check_sizes(classes=classes, depth=depth)
         check_shares(dropout=dropout)
         check_choice(pool, "pool", ("mean", "class"))
-        self.config = dict(
-            image_size=image_size,
-            patch_size=patch_size,
-            channels=channels,
-            classes=classes,
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            mlp_ratio=mlp_ratio,
-            dropout=dropout,
-            pool=pool,
-        )
+        self.config = dict(image_size=image_size, patch_size=patch_size, channels=channels)
+        self.config |= dict(classes=classes, dim=dim, depth=depth, heads=heads)
+        self.config |= dict(mlp_ratio=mlp_ratio, dropout=dropout, pool=pool)
         self.dim = dim
         self.patches = PatchEmbedding(image_size, patch_size, channels, dim)
         self.first = nn.Parameter(torch.zeros(1, dim)) if pool == "class" else None
         n = self.patches.count + (pool == "class")
         self.position = nn.Parameter(0.02 * torch.randn(n, dim))
         self.drop = nn.Dropout(dropout)
-
-        def block():
-            return Block(dim, heads, mlp_ratio, dropout, eps=1e-6)
-
-        self.blocks = nn.ModuleList(block() for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        blocks = [Block(dim, heads, mlp_ratio, dropout, eps=1e-6) for _ in range(depth)]
+        self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, classes)
+
+# %% ../../nbs/04_models/02_vit.ipynb #19554932
+class _Steps(_Parts):
+    "The way from pictures to logits"
 
     def embed(self, images: Tensor) -> Tensor:  # (b, c, h, h) -> (b, n, d)
         "Patches with their positions, as they enter the blocks; a class token comes first."
@@ -85,3 +62,28 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:  # (b, c, h, h) -> (b, k)
         return self.head(self.encode(images))
+
+# %% ../../nbs/04_models/02_vit.ipynb #01d53ff9
+class ViT(_Steps):
+    """A vision transformer, pre-norm: images (b, c, h, h) → logits (b, k).
+
+    Raises TypeError or ValueError for sizes that do not fit each other, and for other images.
+    Dosovitskiy et al. 2020."""
+
+    @checked
+    def __init__(
+        self,
+        image_size: int = 28,
+        patch_size: int = 7,  # p, divides image_size
+        channels: int = 1,
+        classes: int = 10,
+        dim: int = 128,
+        depth: int = 4,  # blocks
+        heads: int = 4,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        pool: str = "mean",  # of all patches, or "class": read a token of its own
+    ):
+        super().__init__(
+            image_size, patch_size, channels, classes, dim, depth, heads, mlp_ratio, dropout, pool
+        )
