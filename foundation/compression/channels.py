@@ -120,14 +120,14 @@ def remove_channels(
         small.dim = small.head.in_features
     return small
 
-# %% ../../nbs/09_compression/08_channels.ipynb #3efb27e9
+# %% ../../nbs/09_compression/08_channels.ipynb #e82803af
 _SIZES = {  # kind of layer -> the names of its sizes, for rows and columns
     nn.BatchNorm2d: ("num_features",),
     nn.Linear: ("out_features", "in_features"),
     nn.Conv2d: ("out_channels", "in_channels"),
 }
 
-
+# %% ../../nbs/09_compression/08_channels.ipynb #3efb27e9
 @checked
 def cut_layer(
     layer: nn.Module,  # a convolution, linear layer or batch norm; changed in place

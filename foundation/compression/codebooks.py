@@ -35,7 +35,7 @@ def codebook(
     centres, index = _k_means((flat.double() / unit).float(), size, rounds)
     return (centres.double() * unit).float(), index.to(torch.uint8).view(values.shape)
 
-
+# %% ../../nbs/09_compression/04_codebooks.ipynb #081540d8
 @checked
 def check_finite(x: Tensor, name: str) -> Tensor:
     "Raises `ValueError` for NaN and infinity."
@@ -62,22 +62,20 @@ def _k_means(flat, size, rounds):
 
 # %% ../../nbs/09_compression/04_codebooks.ipynb #5b0682e9
 class SharedWeight(nn.Module):
-    """A weight as indices into a list of centres: a parametrization, so that training moves the
-    centres (Han et al. 2016, figure 3)."""
+    "A weight as indices into centres, which training moves (Han et al. 2016, figure 3)."
 
     @checked
     def __init__(self, weight: Tensor, size: int):
         super().__init__()
         used, self.size = check_floats(weight, "weight", "(...)") != 0, size
-        index = torch.zeros(weight.shape, dtype=torch.long, device=weight.device)
-        self.register_buffer("index", index)  # 0: a zero, k: centre k - 1
+        index = torch.zeros_like(weight, dtype=torch.long)  # 0: a zero, k: centre k - 1
+        self.register_buffer("index", index)
         self.centres = weight.new_zeros(size)
         if used.any():  # otherwise there is nothing to share
             centres, found = codebook(weight[used], size)
             self.centres, index[used] = centres.to(weight.dtype), found.long() + 1
 
-    def right_inverse(self, weight: Tensor) -> Tensor:  # (size,): what becomes the parameter
-        "The centres of the weight it was made for; later the mean of what is assigned, by index."
+    def right_inverse(self, weight: Tensor) -> Tensor:  # (size,): its centres; later means by index
         if self.centres is not None:
             centres, self.centres = self.centres, None
             return centres

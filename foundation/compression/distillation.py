@@ -25,6 +25,8 @@ from foundation.core.checks import (
     got,
     precise,
 )
+
+# %% ../../nbs/09_compression/01_distillation.ipynb #ffce05c1
 from ..core.fingerprint import fingerprint
 from ..data.batches import augmented, endless
 from ..objectives.divergence import distillation_loss

@@ -124,8 +124,7 @@ def encode(
     group: int | None = None,  # neighbours that share a scale; None: one for each output channel
     compress: bool | str = False,  # "zlib" (or True) or "huffman", where that is smaller
 ) -> dict[str, Tensor]:  # the parts: "" numbers, ":scale" or ":book", ":mask"
-    """Take a weight apart into what the file will hold. Raises `ValueError` for NaN, or for what
-    the format cannot hold."""
+    "Take a weight apart. Raises `ValueError` for NaN, and for what the format cannot hold."
     check_choice(compress, "compress", (False, True, "zlib", "huffman"))
     weight = check_floats(weight, "weight", "(...)").detach().cpu()
     bits, parts, shift = bits_of(numbers), {}, 0
@@ -136,8 +135,7 @@ def encode(
     if sparse:
         kept = body != 0
         pays = int(kept.sum()) * bits + kept.numel() < kept.numel() * bits
-        pays = pays or numbers.startswith("code")  # a codebook has no centre for zero
-        if kept.all() or not pays:
+        if kept.all() or not (pays or numbers.startswith("code")):  # no centre for zero
             return encode(weight, numbers, False, group, compress)
         parts |= _squeeze(kept, 1, compress, ":mask")
         body = body[kept]

@@ -122,20 +122,16 @@ def make(
     steps: int = 2700,
     tune: int = 300,
 ) -> Path:
-    """Write the file of the first seed, and a card with every seed's scores.
-
-    Stopped and called again, it goes on; what is shipped is trained anew the next time."""
+    "Write the file of the first seed, and a card with every seed's scores; stopped, it goes on."
     data, dense = load_images(), load_weights(teacher).to(memory_format=torch.channels_last)
     logits = predict(dense, data.train_images[:-5000], transform=data.floats)
     path, home = Path(folder) / f"{name}.bin", cache_folder() / "runs" / name
     plan, sizes = dict(zeros=zeros, steps=steps, tune=tune), {}
     whole = dict(score=_score(data, dense), size=save_model(dense, path).stat().st_size)
     nets = lru_cache(1)(partial(_arms, dense, data, logits, plan, home, path, sizes))
-    arms = {arm: partial(_judge, data, nets, arm) for arm in ARMS}
-    study = Study(arms, list(reversed(seeds)))
+    study = Study({arm: partial(_judge, data, nets, arm) for arm in ARMS}, [*reversed(seeds)])
     study.run(name)
-    done = [read_checkpoint(file)[1]["notes"]["seconds"] for file in home.glob("*.safetensors")]
-    about = dict(architecture=type(dense).__name__, config=dense.config, seconds=round(sum(done)))
+    about = dict(architecture=type(dense).__name__, config=dense.config, seconds=_seconds(home))
     card = _card(data, teacher, len(logits), seeds, plan, whole, study.card()["scores"], sizes)
     write_card(path, about | card)
     rmtree(home)
@@ -159,3 +155,9 @@ def _card(data, teacher, count, seeds, plan, whole, scores, sizes):
         tune=plan["tune"],
         metrics=dict(test_images=len(data.test_labels), accuracy=scores, bytes=bytes_),
     )
+
+
+def _seconds(home):
+    "Of all runs together"
+    files = home.glob("*.safetensors")
+    return round(sum(read_checkpoint(file)[1]["notes"]["seconds"] for file in files))
