@@ -163,10 +163,10 @@ def readable(folder):
 
 def number(page):
     """`07_pretraining/03_contrastive` → `7.3`;
-    lessons outside of a folder and in an appendix go without"""
+    lessons outside of a folder, in an appendix and groundwork (00) go without"""
     page = Path(page)
     m = re.match(r"(\d+)_.*/(\d+)_", page.as_posix())
-    return f"{int(m[1])}.{int(m[2])}" if m and int(m[1]) < 90 else ""
+    return f"{int(m[1])}.{int(m[2])}" if m and int(m[1]) < 90 and int(m[2]) else ""
 
 
 def title(path):
