@@ -1,4 +1,4 @@
-"A step of the masked autoencoder against `ViTMAEForPreTraining`, which carries a class token along."
+"A step of the masked autoencoder against `ViTMAEForPreTraining`, which has a class token."
 
 from contextlib import contextmanager
 
@@ -67,7 +67,7 @@ def mae(
 
 
 def equal_losses(ours, objective, theirs, images):
-    "Both draw the hidden patches as the order of random numbers: the same seed hides the same ones."
+    "Both draw hidden patches as the order of random numbers: the same seed hides the same."
     torch.manual_seed(0)
     mine = outcome(objective(ours, images)[0], ours.encoder.patches.project.weight)
     with without_class_token(theirs):
@@ -126,7 +126,7 @@ def their_loss(model, images):
 
 @contextmanager
 def without_class_token(model):
-    "Inside the block no token looks at the first, in encoder and decoder: what is left is a model of patches alone."
+    "Inside the block no token looks at the first: what is left is a model of patches alone."
 
     def hide(module, args):
         return (args[0], torch.arange(args[0].shape[1])[None, None, None] > 0)

@@ -1,4 +1,4 @@
-"A step of masked-language modelling against `BertForMaskedLM`, which computes the logits of all places."
+"A step of masked words against `BertForMaskedLM`, which computes the logits of all places."
 
 import torch
 
@@ -34,7 +34,7 @@ def masked_text(
     heads: int = 4,
     batch_size: int = 32,
 ) -> Duel:
-    "Both read the same packed rows with the same words hidden; only ours spares the logits that no loss asks for."
+    "Both read the same rows with the same words hidden; only ours spares logits nobody asks for."
     documents = made_up(vocab_size, 2 * batch_size * context)
     tokenizer = Sized(vocab_size)
 

@@ -1,4 +1,4 @@
-"Contrastive pretraining, from stored pictures to updated weights, against transform, DataLoader and loss of `lightly`."
+"Contrastive pretraining, from pictures to updated weights, against `lightly`: views, loader, loss."
 
 from copy import deepcopy
 
@@ -7,8 +7,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from foundation.core.basics import in_order, memory_order
 from foundation.data.augment import Augment
+from foundation.data.batches import two_views
 from foundation.models.convnets import ResNet
-from foundation.pretraining.contrastive import ContrastiveModel, match_views, two_views
+from foundation.pretraining.contrastive import ContrastiveModel, match_views
 
 from .duel import Duel, our_steps, outcome, paired, peer, plain_steps, several
 
@@ -37,7 +38,7 @@ def simclr(
     steps: int = 8,  # of one round: the DataLoader's queue has been filled and used up when it ends
     workers: int = 2,
 ) -> Duel:
-    "Each side makes its own random views of the same pictures, then learns from them with the same network."
+    "Each side makes its own views of the same pictures, then learns from them with the same net."
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(
         256, (steps * batch_size, 1, 28, 28), dtype=torch.uint8, generator=generator
@@ -104,7 +105,7 @@ def contrast():
 
 
 def transforms(augment: Augment) -> dict:
-    "`lightly`'s transform for small grey pictures: doing what ours does, and as its example has it."
+    "`lightly`'s transform for small grey pictures: as ours does it, and as its example has it."
     make, grey = (
         peer("lightly.transforms").SimCLRTransform,
         dict(mean=[augment.mean], std=[augment.std]),
@@ -127,6 +128,6 @@ def transforms(augment: Augment) -> dict:
 
 
 def endlessly(loader):
-    "One pass after the other: when a round ends with its pass, the workers have nothing left to do."
+    "Pass by pass: when a round ends with its pass, the workers have nothing left to do."
     while True:
         yield from loader

@@ -1,36 +1,30 @@
 "Masked images beyond what the lesson shows: laws for any sizes, stopped runs, recipes, bad input."
 
-import json
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import foundation.pretraining.masked_image as masked_image
 from foundation.core.checks import complaint
 from foundation.data.augment import Augment
 from foundation.data.batches import epoch_order
 from foundation.data.images import load_images
 from foundation.layers.embedding import patchify, unpatchify
-from foundation.models.pretrained import load_weights, read_card
 from foundation.models.vit import ViT
 from foundation.pretraining.masked_image import (
     MaskedAutoencoder,
-    crops,
+    PatchDecoder,
     hidden_error,
     masked_patches,
-    naive_fill,
-    paint,
     patch_targets,
     pretrain,
     random_masking,
-    reconstruction,
     take,
     visible,
 )
+from foundation.recipes import vit_mae, vit_short
+from foundation.recipes.vit_mae import crops, naive_fill, paint, reconstruction
 
 PLAIN = Augment(area=(0.5, 1.0), contrast=0, brightness=0)
 
@@ -309,8 +303,8 @@ def test_modes_come_back_after_an_error(error):
             lambda d: small().decoder(torch.randn(2, 3, 16), random_masking(2, 16)),
             "to fit features",
         ),
-        (lambda d: masked_image.PatchDecoder(16, 16, 49, dim=0), "dim is 0"),
-        (lambda d: masked_image.PatchDecoder(16, 16, 49.5), "pixels is 49.5"),
+        (lambda d: PatchDecoder(16, 16, 49, dim=0), "dim is 0"),
+        (lambda d: PatchDecoder(16, 16, 49.5), "pixels is 49.5"),
         (lambda d: masked_patches(0.5, normalise="no"), "normalise is 'no'"),
         (lambda d: crops(None), "data is None"),
         (
@@ -327,12 +321,12 @@ def test_modes_come_back_after_an_error(error):
             "augment is None",
         ),
         (
-            lambda d: masked_image.compare_ratios(d, ratios=(0.501, 0.502)),
+            lambda d: vit_mae.compare_ratios(d, ratios=(0.501, 0.502)),
             "no two of the same per cent",
         ),
-        (lambda d: masked_image.compare_ratios(d, ratios=()), "ratios are []"),
-        (lambda d: masked_image.make_rivals(methods="mae"), "methods are 'mae'"),
-        (lambda d: masked_image.make_weights(epochs=0), "epochs is 0"),
+        (lambda d: vit_mae.compare_ratios(d, ratios=()), "ratios are []"),
+        (lambda d: vit_short.make(methods="mae"), "methods are 'mae'"),
+        (lambda d: vit_mae.make(epochs=0), "epochs is 0"),
     ],
 )
 def test_what_masked_images_cannot_use_is_named(digits, call, says):
@@ -388,67 +382,6 @@ def test_it_learns(digits):
         small(dim=32), digits.train_images, PLAIN, steps=60, batch_size=32, lr=3e-3, title=""
     ).losses
     assert losses[-10:].mean() < 0.9 * losses[:3].mean()
-
-
-class Tiny(ViT):
-    "As the recipes ask for it, but small"
-
-    def __init__(self, **sizes):
-        super().__init__(**sizes | dict(dim=16, depth=1))
-
-
-def test_recipes_write_weights_and_cards_that_fit(digits, tmp_path, monkeypatch):
-    few = replace(
-        digits, train_images=digits.train_images[:600], train_labels=digits.train_labels[:600]
-    )
-    monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / "cache"))
-    monkeypatch.setattr(masked_image, "load_images", lambda: few)
-    monkeypatch.setattr(masked_image, "ViT", Tiny)
-    monkeypatch.setattr(
-        masked_image, "judge", lambda *args, seeds=3, **how: dict(knn=0.5, probe=[0.5] * seeds)
-    )
-    plain, brief = masked_image.label_efficiency, dict(seeds=[0], steps=1)
-    monkeypatch.setattr(
-        masked_image, "label_efficiency", lambda *args, **how: plain(*args, counts=(50,), **brief)
-    )
-    card_metrics = masked_image.card_metrics
-    monkeypatch.setattr(
-        masked_image,
-        "card_metrics",
-        lambda *args, **how: card_metrics(*args, **how | dict(counts=(50,)) | brief),
-    )
-    monkeypatch.setattr(
-        masked_image,
-        "compare_ratios",
-        lambda data: masked_image.compare({"a": lambda seed: 0.5}, [0], progress=False),
-    )
-    masked_image.make_weights(epochs=1, folder=tmp_path)
-    masked_image.make_rivals(epochs=1, folder=tmp_path)
-    metrics = read_card("vit_mae", tmp_path)["metrics"]
-    assert (
-        set(metrics["label_efficiency"]["fine-tuned"]) == {"50"}
-        and len(metrics["scratch_with_five_times_the_steps"]) == 1
-    )
-    rivals = [read_card(f"vit_{method}_short", tmp_path) for method in ("mae", "simclr")]
-    assert (
-        rivals[0]["steps"] == rivals[1]["steps"] == 2 and rivals[0]["sha256"] != rivals[1]["sha256"]
-    )
-    assert set(rivals[0]["metrics"]["linear_probe"]) == {"50", "100", "1000"}
-    json.dumps(metrics)
-    assert read_card("vit_mae_decoder", tmp_path)["metrics"] == dict(
-        reconstruction=metrics["reconstruction"]
-    )
-    model = MaskedAutoencoder(load_weights("vit_mae", Tiny(), tmp_path))
-    load_weights("vit_mae_decoder", model.decoder, tmp_path)
-
-
-def test_ratios_are_compared_with_a_control(digits, monkeypatch):
-    monkeypatch.setattr(
-        masked_image, "judge", lambda encoder, *args, **how: dict(knn=encoder.position.sum().item())
-    )
-    result = masked_image.compare_ratios(digits, ratios=(0.5,), seeds=[0], steps=1)
-    assert list(result.scores) == ["random weights", "50% hidden", "75% hidden, plain pixels"]
-    assert len({result.mean(arm) for arm in result.scores}) == 3
 
 
 # bad input: one clear sentence each
@@ -511,5 +444,3 @@ def test_other_bad_input_is_refused(digits):
         naive_fill(torch.randn(2, 15, 4), torch.tensor([[0], [1]]))
     with pytest.raises(ValueError, match="b is 0"):
         random_masking(0, 16)
-    with pytest.raises(ValueError, match="'mae' and 'simclr'"):
-        masked_image.make_rivals(methods=["vae"])

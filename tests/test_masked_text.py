@@ -1,6 +1,5 @@
 "Masked text beyond its lesson: laws, the loss of transformers, packed rows, resuming, bad input"
 
-import json
 from itertools import islice
 
 import numpy as np
@@ -10,30 +9,20 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import foundation.pretraining.masked_text as masked_text
 from foundation.core.checks import complaint
-from foundation.data.sources import DataUnavailable
 from foundation.data.batches import join, packed, same_document
-from foundation.data.text import _key, glosses, split_texts
 from foundation.data.tokenizer import Tokenizer, train_bpe
-from foundation.models.bert import BERT
-from foundation.models.pretrained import WEIGHTS, load_weights, read_card, rename_bert
+from foundation.models.bert import BERT, mean_tokens
+from foundation.models.heads import TextClassifier
+from foundation.models.pretrained import rename_bert
 from foundation.pretraining.masked_text import (
-    GlossTask,
-    TextClassifier,
-    count_words,
-    counting_arm,
     encode_documents,
     fill_mask,
-    gloss_task,
-    judge,
     mask_tokens,
     masked_accuracy,
     masked_stream,
     masked_tokens,
-    mean_tokens,
     pretrain,
-    probe_arm,
     unigram_accuracy,
 )
 
@@ -421,93 +410,6 @@ def test_the_commonest_word_is_what_a_loop_finds(tokenizer):
     )  # what always guessing it really earns
 
 
-def test_classifier_does_not_see_padding(tokenizer):
-    model, tokens = TextClassifier(small(tokenizer), 3), torch.randint(5, 300, (4, 7))
-    longer = F.pad(tokens, (0, 9))
-    torch.testing.assert_close(model(longer), model(tokens), **CLOSE)
-    torch.testing.assert_close(model.encode(tokens), model.encoder.encode(tokens).mean(1), **CLOSE)
-    longer[0, 7] = 9  # a longer text in the batch changes the others no more than rounding does
-    torch.testing.assert_close(model(longer)[1:], model(tokens)[1:], **CLOSE)
-
-
-def task_of(texts, classes=2):
-    n = len(texts)
-    return GlossTask(
-        tuple(texts),
-        torch.arange(n) % classes,
-        *torch.arange(n).split([n // 2, n // 4, n - n // 2 - n // 4]),
-    )
-
-
-def test_settings_are_picked_on_other_texts_than_those_of_the_test():
-    task = task_of(["x"] * 40)
-    assert torch.equal(task.part("dev"), task.valid) and torch.equal(task.part("test"), task.test)
-
-
-def test_a_probe_arm_finds_what_is_there():
-    task = task_of(["x"] * 400)
-    noise = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
-    assert probe_arm(noise + 3 * task.labels[:, None], task)(50, 0) > 0.95
-    assert probe_arm(noise, task)(50, 0) < 0.7
-
-
-def test_counting_words_sees_the_words_and_nothing_of_the_test():
-    texts = [
-        f"{'animal' if i % 2 else 'plant'} of the {'north' if i % 3 else 'south'}"
-        for i in range(400)
-    ]
-    task = task_of(texts)
-    counts = count_words(task)
-    assert counts.shape[0] == 400 and counting_arm(counts, task)(50, 0) > 0.95
-    blank = torch.randint(0, 2, (400,), generator=torch.Generator().manual_seed(0))
-    assert counting_arm(counts, task._replace(labels=blank))(50, 0) < 0.7
-    alone = count_words(task_of(texts[:-1] + ["a new word"]))
-    assert (alone[:-1] != counts[:-1]).nnz == 0 and alone[
-        -1
-    ].nnz == 0  # words of the test are not counted
-
-
-def test_the_judge_compares_all_arms(tokenizer, monkeypatch):
-    task = task_of(TEXTS[:40])
-    monkeypatch.setattr(masked_text, "load_minilm", lambda: ())
-    monkeypatch.setattr(masked_text, "embed_texts", lambda texts: torch.randn(len(texts), 4))
-    monkeypatch.setattr(masked_text, "knn_accuracy", lambda *parts: 0.5)
-    monkeypatch.setattr(masked_text, "fine_tune", lambda model, *_, **options: model)
-    found = judge(small(tokenizer), tokenizer, task, counts=(16,), seeds=range(2))
-    assert set(found["knn"]) == {"TF-IDF", "random weights", "BERT", "MiniLM"}
-    assert all(len(scores) == 2 for scores in found["curve"][16].values())
-    assert list(found["curve"][16]) == [
-        "TF-IDF",
-        "random weights, probe",
-        "BERT, probe",
-        "MiniLM, probe",
-        "from scratch",
-        "BERT, fine-tuned",
-    ]
-
-
-def test_the_recipe_writes_weights_tokenizer_and_card(tokenizer, documents, tmp_path, monkeypatch):
-    monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(masked_text, "gloss_corpus", lambda: (tokenizer, documents, documents))
-    monkeypatch.setattr(
-        masked_text, "BERT", lambda vocab_size, context, segments: small(tokenizer, context=context)
-    )
-    monkeypatch.setattr(
-        masked_text, "judge", lambda model, tokenizer: dict(knn={}, curve={50: {"a": [0.5]}})
-    )
-    documents = join([d for d in documents] * 60)
-    path = masked_text.make_weights("net", epochs=1, folder=tmp_path)
-    card = json.loads(path.with_suffix(".json").read_text())
-    assert (
-        card["steps"] == len(documents.tokens) // (64 * 128) == len(card["losses"]) > 0
-        and {"knn", "curve", "masked_accuracy", "unigram_accuracy"} <= card["metrics"].keys()
-    )
-    again = Tokenizer.load(tmp_path / "net.tokenizer.json")
-    assert masked_accuracy(
-        load_weights("net", small(tokenizer, context=64), folder=tmp_path), documents, again
-    ) == pytest.approx(card["metrics"]["masked_accuracy"], abs=0.02)
-
-
 # Small sets, padding, types -----------------------------------------------------------------------
 
 
@@ -753,65 +655,6 @@ def test_a_checkpoint_of_another_run_is_refused(tokenizer, documents, tmp_path, 
     assert len(run(steps=3, longer=True).losses) == 3
 
 
-# Real glosses -------------------------------------------------------------------------------------
-
-
-def real_glosses(*parts):
-    try:
-        return glosses(parts)
-    except DataUnavailable as error:
-        pytest.skip(f"the glosses are not here: {error}")
-
-
-def test_no_text_to_be_classified_was_pretrained_on():
-    everything = real_glosses("noun", "verb", "adjective", "adverb")
-    trained, _ = split_texts(everything, 0.1)  # what gloss_corpus trains on
-    seen, task = {_key(text) for text in trained.texts}, gloss_task()
-
-    def overlap(index):
-        return sum(_key(task.texts[i]) in seen for i in index.tolist())
-
-    assert overlap(task.test) == 0 and len(task.test) == 1000
-    assert overlap(task.pool) == len(
-        task.pool
-    )  # the check can fail: labels are drawn from texts that were trained on
-
-    def texts(index):
-        return {task.texts[i] for i in index.tolist()}
-
-    assert not texts(task.pool) & texts(task.valid) and not texts(task.valid) & texts(task.test)
-    broken, _ = split_texts(
-        everything, 0.1, seed=1
-    )  # another seed for pretraining, and the test texts are in it
-    leaked = {_key(text) for text in broken.texts}
-    assert sum(_key(task.texts[i]) in leaked for i in task.test.tolist()) > 800
-    assert len(torch.unique(task.labels)) == 25 and torch.equal(gloss_task().labels, task.labels)
-
-
-def test_the_shipped_weights_are_worth_their_card():
-    if not (WEIGHTS / "bert_glosses.safetensors").exists():
-        pytest.skip("the weights are not made yet: make weights")
-    held = split_texts(real_glosses("noun"), 0.1)[1]
-    model, card, tokenizer = (
-        load_weights("bert_glosses"),
-        read_card("bert_glosses"),
-        Tokenizer.load(WEIGHTS / "bert_glosses.tokenizer.json"),
-    )
-    found = masked_accuracy(model, encode_documents(held.texts, tokenizer), tokenizer, steps=10)
-    assert found >= 3 * card["metrics"]["unigram_accuracy"] and found == pytest.approx(
-        card["metrics"]["masked_accuracy"], abs=0.05
-    )
-    assert (
-        next(iter(fill_mask(model, tokenizer, "the capital and largest [MASK] of Spain")[0]))
-        == " city"
-    )
-    assert (WEIGHTS / "bert_glosses.safetensors").stat().st_size < 6e6
-    assert set(card["metrics"]["curve"]) == {"50", "100", "500", "1000"}
-    assert all(
-        len(scores) >= 3 for arms in card["metrics"]["curve"].values() for scores in arms.values()
-    )
-
-
 # Bad input ----------------------------------------------------------------------------------------
 
 IDS = torch.full((2, 6), 7)
@@ -881,15 +724,12 @@ IDS = torch.full((2, 6), 7)
             "count is 0; expected a whole number from 1 to",
         ),
         (lambda t, d: fill_mask(small(t), t, "a [MASK]", count=10**6), "count is 1000000"),
-        (lambda t, d: judge(small(t, vocab_size=400), t), "the model knows 400 tokens"),
         (lambda t, d: encode_documents("one text", t), r"in a list, so \[text\]"),
         (
             lambda t, d: encode_documents(["a"], t, longest=0),
             "longest is 0; expected a whole number from 1",
         ),
         (lambda t, d: encode_documents([], t), "texts is a list; expected one string or more"),
-        (lambda t, d: gloss_task(pool=10**6), "are 1000000, 500 and 1000"),
-        (lambda t, d: gloss_task(test=0), "500 and 0; expected 1 on"),
         (lambda t, d: mask_tokens(IDS, IDS > 4, mask_id=3, vocab_size=6), "tokens run from 7 to 7"),
         (lambda t, d: encode_documents([None], t), "one string or more"),
         (
@@ -918,9 +758,6 @@ IDS = torch.full((2, 6), 7)
             lambda t, d: mean_tokens(torch.zeros(2, 3), torch.ones(2, 3) > 0),
             r"expected \(b, n, d\)",
         ),
-        (lambda t, d: probe_arm(torch.zeros(3, 2), task_of(["x"] * 8)), r"expected \(8, d\)"),
-        (lambda t, d: counting_arm(None, task_of(["x"] * 8)), r"expected \(8, words\)"),
-        (lambda t, d: task_of(["x"] * 8).part("train"), "name is 'train'"),
     ],
 )
 def test_bad_input_gets_one_clear_sentence(tokenizer, documents, call, words):

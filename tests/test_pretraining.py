@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import foundation.evaluation.label_efficiency as label_efficiency
 import foundation.pretraining.contrastive as contrastive
-import foundation.training.checkpoint as checkpoint
+import foundation.recipes.few_labels as few_labels_recipe
+import foundation.recipes.resnet_simclr as resnet_simclr
+import foundation.training.run as training_run
 from foundation.data.augment import Augment
 from foundation.data.images import few_labels, load_images
 from foundation.evaluation.probes import encode_all, fit_head, fit_linear
@@ -39,18 +40,18 @@ def test_a_stopped_recipe_goes_on_to_the_same_weights(digits, tmp_path, monkeypa
     few = replace(
         digits, train_images=digits.train_images[:640], train_labels=digits.train_labels[:640]
     )
-    monkeypatch.setattr(contrastive, "load_images", lambda: few)
-    monkeypatch.setattr(contrastive, "ResNet", small)
-    judged = label_efficiency.label_efficiency
+    monkeypatch.setattr(resnet_simclr, "load_images", lambda: few)
+    monkeypatch.setattr(resnet_simclr, "ResNet", small)
+    judged = few_labels_recipe.label_efficiency
     monkeypatch.setattr(
-        label_efficiency,
+        few_labels_recipe,
         "label_efficiency",
         lambda *args, **options: judged(*args, **options | dict(steps=2)),
     )
 
     def recipe(name, stop=None):
         monkeypatch.setenv("FOUNDATION_DATA", str(tmp_path / name))
-        plain = checkpoint.train
+        plain = training_run.train
 
         def train(*args, **kwargs):
             for step in plain(*args, **kwargs):
@@ -59,8 +60,8 @@ def test_a_stopped_recipe_goes_on_to_the_same_weights(digits, tmp_path, monkeypa
                     raise Stopped
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "train", train)
-            return contrastive.make_weights("net", STAGES, batch_size=64, folder=tmp_path)
+            patch.setattr(training_run, "train", train)
+            return resnet_simclr.make("net", STAGES, batch_size=64, folder=tmp_path)
 
     straight = json.loads(recipe("straight").with_suffix(".json").read_text())
     with pytest.raises(Stopped):
@@ -255,7 +256,7 @@ def test_the_cards_keep_what_was_promised():
         arms = metrics["label_efficiency"]
         patient = mean(metrics["scratch_with_five_times_the_steps"])
         assert mean(arms["from scratch"]["100"]) < patient < mean(arms["fine-tuned"]["100"]) - 0.05
-        assert set(arms) == set(label_efficiency.CHOICES) and all(
+        assert set(arms) == set(few_labels_recipe.CHOICES) and all(
             set(rows) == {"50", "100", "1000"} for rows in arms.values()
         )
         assert metrics["knn"] > metrics["knn_pixels"] > metrics["knn_random_weights"]

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from foundation.data.augment import Augment
-from foundation.data.images import ImageSet
 from foundation.data.tokenizer import Tokenizer
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
@@ -44,13 +43,6 @@ def tokens(b=3, n=6):
     return torch.randint(5, tokenizer().vocab_size, (b, n), generator=luck())
 
 
-def task():
-    n = 16
-    return masked_text.GlossTask(
-        tuple(TEXTS), torch.arange(n) % 2, *torch.arange(n).split([8, 4, 4])
-    )
-
-
 def batch():
     return next(masked_text.masked_stream(documents(), tokenizer(), context=16, batch_size=2))
 
@@ -76,11 +68,6 @@ def painter():
 
 def keep(b=2, n=4, m=2):
     return torch.rand(b, n, generator=luck()).argsort(1)[:, :m]
-
-
-def image_set():
-    y = torch.arange(16) % 2
-    return ImageSet(pictures(), y, pictures(), y, ("a", "b"), "noise", "here", 0.5, 0.25)
 
 
 def run(name):
@@ -152,33 +139,6 @@ EXAMPLES = {
         masked_text.fill_mask,
         dict(model=bert(), tokenizer=tokenizer(), text="the [MASK]", count=3),
     ),
-    "pretraining.masked_text.TextClassifier": lambda: (
-        masked_text.TextClassifier,
-        dict(encoder=bert(), classes=2, padding=0),
-    ),
-    "pretraining.masked_text.TextClassifier.encode": lambda: (
-        masked_text.TextClassifier(bert(), 2).encode,
-        dict(tokens=tokens()),
-    ),
-    "pretraining.masked_text.GlossTask.draw": lambda: (task().draw, dict(count=4, seed=0)),
-    "pretraining.masked_text.GlossTask.part": lambda: (task().part, dict(name="dev")),
-    "pretraining.masked_text.probe_arm": lambda: (
-        masked_text.probe_arm,
-        dict(features=randn(16, 4), task=task()),
-    ),
-    "pretraining.masked_text.count_words": lambda: (masked_text.count_words, dict(task=task())),
-    "pretraining.masked_text.counting_arm": lambda: (
-        masked_text.counting_arm,
-        dict(counts=masked_text.count_words(task()), task=task()),
-    ),
-    "pretraining.masked_text.training_arm": lambda: (
-        masked_text.training_arm,
-        dict(make=lambda seed: bert(), tokens=tokens(16), task=task(), fitted=True),
-    ),
-    "pretraining.contrastive.two_views": lambda: (
-        contrastive.two_views,
-        dict(images=pictures(), augment=Augment(), batch_size=4, seed=0, start=0),
-    ),
     "pretraining.contrastive.ContrastiveModel": lambda: (
         contrastive.ContrastiveModel,
         dict(encoder=ConvNet(widths=(4,)), dim=6, hidden=8),
@@ -230,10 +190,6 @@ EXAMPLES = {
         dict(x=randn(2, 4, 3), places=keep()),
     ),
     "pretraining.masked_image.visible": lambda: (masked_image.visible, dict(keep=keep(), n=4)),
-    "pretraining.masked_image.naive_fill": lambda: (
-        masked_image.naive_fill,
-        dict(patches=randn(2, 4, 3), keep=keep(), nearest=True),
-    ),
     "pretraining.masked_image.hidden_error": lambda: (
         masked_image.hidden_error,
         dict(guess=randn(2, 4, 3), target=randn(2, 4, 3, seed=1), keep=keep()),
@@ -253,6 +209,10 @@ EXAMPLES = {
     "pretraining.masked_image.MaskedAutoencoder.forward": lambda: (
         painter(),
         dict(images=randn(2, 1, 8, 8), keep=keep()),
+    ),
+    "pretraining.masked_image.patch_moments": lambda: (
+        masked_image.patch_moments,
+        dict(patches=randn(2, 4, 9)),
     ),
     "pretraining.masked_image.patch_targets": lambda: (
         masked_image.patch_targets,
@@ -276,26 +236,5 @@ EXAMPLES = {
             **plan(checkpoint=run("images")),
         ),
     ),
-    "pretraining.masked_image.crops": lambda: (masked_image.crops, dict(data=image_set())),
-    "pretraining.masked_image.paint": lambda: (
-        masked_image.paint,
-        dict(model=painter(), images=randn(2, 1, 8, 8), keep=keep(), normalise=True),
-    ),
-    "pretraining.masked_image.reconstruction": lambda: (
-        masked_image.reconstruction,
-        dict(model=painter(), images=randn(2, 1, 8, 8), ratio=0.5, seed=0),
-    ),
 }
-SKIP = {
-    "pretraining.masked_text.PICKED_ON": "a constant",
-    "pretraining.masked_text.GlossTask": "a record that `gloss_task` fills; its methods are here",
-    "pretraining.masked_text.gloss_corpus": "needs WordNet, from the network",
-    "pretraining.masked_text.gloss_task": "needs WordNet, from the network",
-    "pretraining.masked_text.judge": "needs MiniLM, from the network, and trains for minutes",
-    "pretraining.masked_text.make_weights": "trains for an hour",
-    "pretraining.contrastive.STAGES": "a constant",
-    "pretraining.contrastive.make_weights": "trains for hours",
-    "pretraining.masked_image.make_weights": "trains for an hour",
-    "pretraining.masked_image.compare_ratios": "trains a net for each ratio and seed",
-    "pretraining.masked_image.make_rivals": "trains for minutes",
-}
+SKIP = {}
