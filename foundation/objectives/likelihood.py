@@ -51,13 +51,12 @@ def cross_entropy(
     logits: Tensor,  # scores, (..., k): the classes come last
     labels: Tensor | Sequence,  # class numbers of any whole-number type, (...)
     label_smoothing: float = 0.0,  # share of the target given to all classes alike, 0 to 1
-    ignore_index: int | None = None,  # places with this label do not count
+    ignore_index: int | None = None,  # positions with this label do not count
 ) -> Tensor:  # mean negative log-likelihood in nats, (); infinite if -inf rules a label out
     """Mean over the labels of `-log softmax(logits)[label]`, computed in float32 at least.
 
-    Raises TypeError or ValueError when shapes, dtypes, devices or labels do not fit, or logits
-    hold NaN (while training, NaN passes: the loop stops on it and tells the step).
-    Smoothing: Szegedy et al. 2016, section 7."""
+    Raises TypeError or ValueError for what does not fit, or NaN (while training, NaN passes: the
+    loop stops on it and tells the step). Smoothing: Szegedy et al. 2016, section 7."""
     z = precise(check_floats(logits, "logits"))
     labels = check_labels(labels, "labels", z.shape[-1], z.shape[:-1], ignore_index)
     check_like(labels, "labels", z.shape[:-1], logits, "logits")
@@ -95,11 +94,11 @@ def binary_cross_entropy(
 # %% ../../nbs/01_objectives/01_likelihood.ipynb #16208040
 @checked
 def masked_likelihood(
-    logits: Tensor,  # a score for each word of the vocabulary at each place, (b, n, v)
+    logits: Tensor,  # a score for each word of the vocabulary at each position, (b, n, v)
     targets: Tensor | Sequence,  # the words that stood there, (b, n)
     visible: Tensor,  # True where the model saw the word, False where it was masked, (b, n)
 ) -> Tensor:  # mean negative log-likelihood of the masked words in nats, ()
-    """Softmax over the vocabulary, mean over the masked places.
+    """Softmax over the vocabulary, mean over the masked positions.
 
     Raises TypeError or ValueError on wrong shapes, dtypes or devices, or when nothing is masked.
     Devlin et al. 2018, section 3.1."""
