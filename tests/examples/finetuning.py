@@ -12,7 +12,8 @@ from torch import nn
 from foundation.data.augment import Augment
 from foundation.data import own
 from foundation.data.images import ImageDataset, ImageSet
-from foundation.finetuning import learning_rate, loop, peft
+from foundation.data.tasks import Task
+from foundation.finetuning import learning_rate, loop, peft, search
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
@@ -103,7 +104,7 @@ def images(k=3):
 
 
 def task():
-    return learning_rate.Task(floats(), labels(), floats(3), labels(3))
+    return Task(floats(9), labels(9), tuple("abc"), *torch.arange(9).split(3))
 
 
 def sgd(model):
@@ -238,18 +239,6 @@ EXAMPLES = {
         lambda **options: resnet_fashion.tune_all(**options)[:2],
         dict(data=images(10), pretrained=False, steps=1, lr=2**-20, seed=0),
     ),
-    "finetuning.learning_rate.Task": lambda: (
-        learning_rate.Task,
-        dict(images=floats(), labels=labels(), dev_images=floats(3), dev_labels=labels(3)),
-    ),
-    "finetuning.learning_rate.few_label_task": lambda: (
-        learning_rate.few_label_task,
-        dict(data=images(), labels=6, dev=3, seed=0),
-    ),
-    "finetuning.learning_rate.make_optimizer": lambda: (
-        learning_rate.make_optimizer,
-        dict(name="adamw", model=net(), lr=2**-10, head_factor=10.0),
-    ),
     "finetuning.learning_rate.dev_scores": scores_on_the_way,
     "finetuning.learning_rate.restored": restored,
     "finetuning.learning_rate.RangeTest": lambda: (
@@ -271,16 +260,16 @@ EXAMPLES = {
             run=lambda lr, seed: 1 - lr + seed / 100, rates=[0.1, 0.2], seeds=[0, 1], diverged=0.0
         ),
     ),
-    "finetuning.learning_rate.Trial": lambda: (
-        learning_rate.Trial,
+    "finetuning.search.Trial": lambda: (
+        search.Trial,
         dict(params=dict(lr=0.1), scores=(0.5,), pruned=False),
     ),
-    "finetuning.learning_rate.best_trial": lambda: (
-        learning_rate.best_trial,
-        dict(trials=[learning_rate.Trial(dict(lr=0.1), (0.5,), False)]),
+    "finetuning.search.best_trial": lambda: (
+        search.best_trial,
+        dict(trials=[search.Trial(dict(lr=0.1), (0.5,), False)]),
     ),
-    "finetuning.learning_rate.search": lambda: (
-        learning_rate.search,
+    "finetuning.search.search": lambda: (
+        search.search,
         dict(
             run=lambda lr: [lr / 2, lr],
             space=dict(lr=(0.01, 0.1)),
