@@ -98,8 +98,27 @@ class Difference(NamedTuple):
 _INTERVALS = {"t": t_interval, "bootstrap": bootstrap_interval}
 
 
+class _Pairs:
+    "How scores are checked and looked up"
+
+    def __post_init__(self):
+        scores, seeds = _check_pairs(self.scores, self.seeds)
+        level, method, lower = _check_options(self.level, self.method, self.lower_is_better)
+        vars(self).update(scores=scores, seeds=seeds)
+        vars(self).update(level=level, method=method, lower_is_better=lower)
+
+    def __getitem__(self, arm: str) -> Tensor:  # (n,)
+        if not isinstance(arm, str) or arm not in self.scores:
+            raise KeyError(f"no arm is called {arm!r}; there are {', '.join(self.scores)}")
+        return self.scores[arm]
+
+    def mean(self, arm: str) -> float:
+        "The mean score of an arm."
+        return self[arm].mean().item()
+
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #01bbd18c
 @dataclass(frozen=True, eq=False, repr=False)
-class _Scores:
+class _Scores(_Pairs):
     "Scores of several arms on the same seeds."
 
     scores: dict[str, Tensor]  # arm -> (n,) float64, in the order of `seeds`; the control is first
@@ -118,32 +137,18 @@ class _Scores:
         "A comparison of scores that are there already. `ValueError` when they cannot be paired."
         return cls(scores, seeds, **options)
 
-    def __post_init__(self):
-        scores, seeds = _check_pairs(self.scores, self.seeds)
-        level, method, lower = _check_options(self.level, self.method, self.lower_is_better)
-        vars(self).update(scores=scores, seeds=seeds)
-        vars(self).update(level=level, method=method, lower_is_better=lower)
-
-    def __getitem__(self, arm: str) -> Tensor:  # (n,)
-        if not isinstance(arm, str) or arm not in self.scores:
-            raise KeyError(f"no arm is called {arm!r}; there are {', '.join(self.scores)}")
-        return self.scores[arm]
-
-    def mean(self, arm: str) -> float:
-        "The mean score of an arm."
-        return self[arm].mean().item()
-
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #a341a6d2
-class Comparison(_Scores):
-    "Scores of several arms on the same seeds; the first arm is the control. `compare` and `from_scores` make one."
+class _Judged(_Scores):
+    "What the intervals say of two arms"
 
     def interval(self, arm: str) -> tuple[float, float]:
         "Where the mean of an arm over all seeds there could be may lie."
         return _INTERVALS[self.method](self[arm], self.level)
 
     def difference(self, a: str, b: str, tries: int | None = None) -> Difference:
-        "a − b, seed by seed. `tries`: comparisons that share the risk of a false winner; by default one for each rival."
-        gaps, constant = self[a] - self[b], all((self[arm] == self[arm][0]).all() for arm in (a, b))
+        "a − b, seed by seed. `tries` share the risk of a false winner: one for each rival."
+        gaps = self[a] - self[b]
+        constant = all((self[arm] == self[arm][0]).all() for arm in (a, b))
         level = 1 - (1 - self.level) / _tries(self, tries)
         edges = (-math.inf, math.inf) if constant else _INTERVALS[self.method](gaps, level)
         return Difference(gaps.mean().item(), *edges)
@@ -153,12 +158,18 @@ class Comparison(_Scores):
         gap = self.difference(a, b, tries)
         return None if gap.holds_zero else a if (gap.mean > 0) != self.lower_is_better else b
 
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #f9593f3f
+class Comparison(_Judged):
+    """Scores of several arms on the same seeds; the first arm is the control.
+
+    `compare` and `from_scores` make one."""
+
     def verdict(self, a: str, b: str, tries: int | None = None) -> str:
         "`winner` as a sentence, with its reason."
         return _sentence(self, a, b, _tries(self, tries))
 
     def plot(self, *, alt: str | None = None, title: str | None = None) -> Picture:
-        "Scores and differences from the control, one dot a seed. Without `alt` the verdicts describe the picture."
+        "Scores and differences from the control, one dot a seed. By default the verdicts are `alt`."
         control, *rivals = self.scores
         return _plot(self, alt or " ".join(self.verdict(arm, control) for arm in rivals), title)
 
@@ -186,7 +197,7 @@ def _check_wholes(values, name: str, least: int | None = None) -> list[int]:
         raise ValueError(f"{name} are {values}; expected at least one, and all different")
     return values
 
-
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #2b31f999
 def _check_pairs(scores, seeds) -> tuple[dict, tuple]:
     "Checked scores, arm -> (n,), and the n seeds. Raises `ValueError` for what cannot be paired."
     if not isinstance(scores, Mapping):
@@ -210,43 +221,39 @@ def _tries(comparison, tries: int | None) -> int:
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #250ca29d
 def _shown(mean: float, low: float, high: float, sign: str = "") -> tuple[str, str]:
-    "The mean and its interval in text, with as many places as the interval deserves: about two digits of its half."
+    "The mean and its interval in text, with about two digits of half the interval."
     half = (high - low) / 2
-    form = (
-        f"{sign}.{min(6, max(0, 1 - math.floor(math.log10(half / 2))))}f"
-        if 0 < half < math.inf
-        else f"{sign}.4g"
-    )
+    form = f"{sign}.4g"
+    if 0 < half < math.inf:
+        digits = 1 - math.floor(
+            math.log10(half / 2)
+        )  # places that half a half-width reaches, and 1
+        form = f"{sign}.{min(6, max(0, digits))}f"
     mean, low, high = (format(x, form).replace("-", "−") for x in (mean, low, high))
     return mean, f"{low} to {high}" if half < math.inf else "no interval"
 
-
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #ef42b2c6
 def _sentence(comparison, a: str, b: str, tries: int) -> str:
     "What may be said of a and b, and why."
-    gap, name, n = (
-        comparison.difference(a, b, tries),
-        comparison.winner(a, b, tries),
-        len(comparison.seeds),
-    )
+    gap, n = comparison.difference(a, b, tries), len(comparison.seeds)
     mean, span = _shown(*gap, sign="+")
     found = f"{a} − {b} = {mean}"
     if not math.isfinite(gap.low):
-        why = (
-            "one seed shows no spread"
-            if n == 1
-            else "the seed changes neither score, so the runs are copies of one"
-        )
+        why = "the seed changes neither score, so the runs are copies of one"
+        if n == 1:
+            why = "one seed shows no spread"
         return f"No winner: {found}, but {why}."
-    found += f" ({span}, {n} seeds{f', {tries} tries' if tries > 1 else ''})"
+    many = f", {tries} tries" if tries > 1 else ""
+    found += f" ({span}, {n} seeds{many})"
+    name = comparison.winner(a, b, tries)
     return f"No winner: {found} holds zero." if name is None else f"{name} wins: {found}."
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #ee9ef0c1
 def _table(comparison) -> list[list[str]]:
-    "Cells: arm, mean with its interval, difference from the control with its interval, verdict; the first row is the head."
+    "Head, then arm, mean, its interval, difference from the control, its interval, verdict."
     control, percent = next(iter(comparison.scores)), f"{comparison.level * 100:g} %"
-    rows = [
-        ["arm", f"mean of {len(comparison.seeds)}", percent, f"minus {control}", percent, "verdict"]
-    ]
+    mean = f"mean of {len(comparison.seeds)}"
+    rows = [["arm", mean, percent, f"minus {control}", percent, "verdict"]]
     for arm in comparison.scores:
         gap, name = comparison.difference(arm, control), comparison.winner(arm, control)
         word = "no winner" if name is None else "better" if name == arm else "worse"
@@ -262,7 +269,7 @@ def _text(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
-
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #8b13d9fa
 def _html(rows: list[list[str]]) -> str:
     def line(tag, row):
         return "".join(f'<{tag} style="{_CELL}">{html.escape(cell)}</{tag}>' for cell in row)
@@ -274,47 +281,30 @@ def _html(rows: list[list[str]]) -> str:
 def _plot(comparison, alt: str, title: str | None) -> Picture:
     "Two panels: the scores, each seed's joined by a line, and the differences from the control."
     arms = list(comparison.scores)
-    gaps = {
-        arm: (comparison[arm] - comparison[arms[0]], comparison.difference(arm, arms[0])[1:])
-        for arm in arms[1:]
-    }
 
     def paint(axes):
-        axes[0].plot(
-            torch.stack([*comparison.scores.values()]).numpy(),
-            range(len(arms)),
-            color="#c8c8c8",
-            linewidth=0.6,
-        )
+        scores = torch.stack([*comparison.scores.values()]).numpy()
+        axes[0].plot(scores, range(len(arms)), color="#c8c8c8", linewidth=0.6)
         for row, arm in enumerate(arms):
             _dots(axes[0], row, comparison[arm], comparison.interval(arm))
             if row:
-                _dots(axes[1], row, *gaps[arm])
+                edges = comparison.difference(arm, arms[0])[1:]
+                _dots(axes[1], row, comparison[arm] - comparison[arms[0]], edges)
         axes[1].axvline(0, color=PALETTE["vermilion"], linestyle="--", linewidth=1.2)
         for ax, label in zip(axes, ["score", f"minus {arms[0]}"]):
-            ax.set(
-                xlabel=label,
-                yticks=range(len(arms)),
-                yticklabels=arms,
-                ylim=(len(arms) - 0.5, -0.5),
-            )
+            rows = dict(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.5, -0.5))
+            ax.set(xlabel=label, **rows)
             ax.locator_params(axis="x", nbins=5)  # longer labels would touch
         axes[1].set_yticklabels([])
 
-    return draw(
-        paint,
-        alt=alt or f"Scores of {arms[0]}.",
-        title=title,
-        panels=2,
-        size=(6.6, 1.1 + 0.42 * len(arms)),
-    )
+    alt, size = alt or f"Scores of {arms[0]}.", (6.6, 1.1 + 0.42 * len(arms))
+    return draw(paint, alt=alt, title=title, panels=2, size=size)
 
-
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #19333067
 def _dots(ax, row: int, values: Tensor, edges: tuple[float, float]) -> None:
     "The values of one row, their mean, and its interval where there is one."
-    ax.plot(
-        values.numpy(), [row] * len(values), "o", color=PALETTE["blue"], markersize=3.5, alpha=0.6
-    )
+    dots = dict(color=PALETTE["blue"], markersize=3.5, alpha=0.6)
+    ax.plot(values.numpy(), [row] * len(values), "o", **dots)
     if math.isfinite(edges[0]):
         ax.plot(edges, [row, row], color=PALETTE["black"], marker="|", markersize=11, linewidth=2)
     ax.plot(values.mean().item(), row, "D", color=PALETTE["black"], markersize=5)
@@ -386,7 +376,7 @@ def label_curve(
 
     return {n: compare(with_count(n), seeds, **options) for n in counts}
 
-
+# %% ../../nbs/06_evaluation/03_comparison.ipynb #48d65c17
 @checked
 def plot_label_curve(
     curve: Mapping[int, Comparison],  # count of labels -> the same arms and number of seeds
