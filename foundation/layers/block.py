@@ -30,13 +30,8 @@ class MLP(nn.Sequential):
         wide, narrow = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         super().__init__(wide, activation(), nn.Dropout(dropout), narrow)
 
-# %% ../../nbs/03_layers/03_block.ipynb #20f25b7b
-class Block(nn.Module):
-    """One transformer block, (b, n, d) → (b, n, d).
-
-    Raises TypeError or ValueError for numbers out of range, or heads that do not divide d.
-    Post-norm: Vaswani et al. 2017, BERT; pre-norm: Xiong et al. 2020."""
-
+# %% ../../nbs/03_layers/03_block.ipynb #35cc947f
+class _Parts(nn.Module):  # of a block
     @checked
     def __init__(
         self,
@@ -54,6 +49,13 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(dim, heads, dropout), MLP(dim, hidden, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
         self.drop, self.norm_first = nn.Dropout(dropout), norm_first
+
+# %% ../../nbs/03_layers/03_block.ipynb #20f25b7b
+class Block(_Parts):
+    """One transformer block, (b, n, d) → (b, n, d).
+
+    Raises TypeError or ValueError for numbers out of range, or heads that do not divide d.
+    Post-norm: Vaswani et al. 2017, BERT; pre-norm: Xiong et al. 2020."""
 
     def forward(
         self,

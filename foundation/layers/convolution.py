@@ -23,7 +23,7 @@ class ConvBlock(nn.Sequential):
         layers = [nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out)]
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if relu else []))
 
-
+# %% ../../nbs/03_layers/04_convolution.ipynb #84a18a6b
 class ResidualBlock(nn.Module):
     """Two convolutions and a shortcut around them, which is 1×1 where shapes differ.
 

@@ -32,7 +32,7 @@ def patchify(
         raise ValueError(f"patch_size is {patch_size}; expected {want}")
     return rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=patch_size, q=patch_size)
 
-
+# %% ../../nbs/03_layers/01_embedding.ipynb #45ae0bc2
 @checked
 def unpatchify(
     patches: Tensor,  # (b, n, c·p·p) floats, n a square number
@@ -71,14 +71,8 @@ class PatchEmbedding(nn.Module):
         images = check_type(check_images(images, "images", shape, "floats"), "images", self)
         return self.project(patchify(images, self.patch_size))
 
-# %% ../../nbs/03_layers/01_embedding.ipynb #98d1e1c0
-class TokenEmbedding(nn.Module):
-    """Word + learned position (+ segment): ids (b, n) → tokens (b, n, d), before any norm.
-
-    `context` is the longest sequence, `segments` the number of kinds of segment (2 for BERT,
-    0 = none). Raises TypeError or ValueError for sizes, ids or segments that do not fit.
-    Devlin et al. 2018, figure 2."""
-
+# %% ../../nbs/03_layers/01_embedding.ipynb #84e5e40c
+class _Tables(nn.Module):  # of words, positions and segments
     @checked
     def __init__(self, vocab_size: int, dim: int, context: int, segments: int = 0):
         super().__init__()
@@ -89,17 +83,7 @@ class TokenEmbedding(nn.Module):
         for table in self.children():
             nn.init.normal_(table.weight, std=0.02)
 
-    def forward(
-        self,
-        ids: Tensor,  # (b, n), 0 to v - 1
-        segments: Tensor | None = None,  # (b, n), 0 to segments - 1; all 0 where not given
-        start: int = 0,  # the place of the first token: what a cache already holds
-    ) -> Tensor:
-        ids = check_tokens(ids, "ids", self.token.num_embeddings)
-        n, context = ids.shape[1], self.position.num_embeddings
-        if (start := check_whole(start, "start", 0)) + n > context:
-            raise ValueError(f"{n} tokens from place {start} on do not fit a context of {context}")
-        x = self.token(ids) + self.position(torch.arange(start, start + n, device=ids.device))
+    def _add_segments(self, x, ids, segments):
         if self.segment is None:
             if segments is not None:
                 raise ValueError(f"segments is {got(segments)}; expected None with segments=0")
@@ -110,10 +94,32 @@ class TokenEmbedding(nn.Module):
         check_like(segments, "segments", ids.shape, ids, "ids")
         return x + self.segment(segments)
 
+# %% ../../nbs/03_layers/01_embedding.ipynb #98d1e1c0
+class TokenEmbedding(_Tables):
+    """Word + learned position (+ segment): ids (b, n) → tokens (b, n, d), before any norm.
+
+    `context` is the longest sequence, `segments` the number of kinds of segment (2 for BERT,
+    0 = none). Raises TypeError or ValueError for sizes, ids or segments that do not fit.
+    Devlin et al. 2018, figure 2."""
+
+    def forward(
+        self,
+        ids: Tensor,  # (b, n), 0 to v - 1
+        segments: Tensor | None = None,  # (b, n), 0 to segments - 1; all 0 where not given
+        start: int = 0,  # the position of the first token: what a cache already holds
+    ) -> Tensor:
+        ids = check_tokens(ids, "ids", self.token.num_embeddings)
+        n, context = ids.shape[1], self.position.num_embeddings
+        start = check_whole(start, "start", 0)
+        if start + n > context:
+            raise ValueError(f"{n} tokens from place {start} on do not fit a context of {context}")
+        x = self.token(ids) + self.position(torch.arange(start, start + n, device=ids.device))
+        return self._add_segments(x, ids, segments)
+
 # %% ../../nbs/03_layers/01_embedding.ipynb #cea19398
 @checked
 def sinusoidal(
-    n: int,  # places
+    n: int,  # positions
     dim: int,  # d, even
 ) -> Tensor:  # (n, d), each from -1 to 1
     """Fixed positions: sines and cosines of wavelengths from 2π to 10,000·2π.
