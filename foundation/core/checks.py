@@ -63,7 +63,7 @@ def check_whole(
         raise ValueError(f"{name} is {got(plain)}; expected {_so(wanted, why)}")
     return int(plain)
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #6414d56c
 def check_number(
     value,  # a finite real number; NumPy's, and one in a tensor of shape (), will do
     name: str,
@@ -71,23 +71,28 @@ def check_number(
     most: float | None = None,
     above: float | None = None,  # the limit itself is refused
     below: float | None = None,
-    why: str = "",
+    why: str = "",  # ends the message: what the limit is for, or how to mend it
     infinite: bool = False,  # let infinity through where the limits allow it
 ) -> float:
     "A number as a `float`. Raises `TypeError` for another kind, `ValueError` out of range, or NaN."
-    plain = _plain(value)
-    wanted = ("a number" if infinite else "a finite number") + _span(least, most, above, below)
+    plain, limits = _plain(value), (least, most, above, below)
+    wanted = ("a number" if infinite else "a finite number") + _span(*limits)
     if isinstance(plain, bool) or not isinstance(plain, Real):
         raise TypeError(f"{name} is {got(value)}; expected {_so(wanted, why)}")
-    fits = (math.isfinite(plain) or infinite and not math.isnan(plain)) and (
-        (least is None or plain >= least)
-        and (most is None or plain <= most)
-        and (above is None or plain > above)
-        and (below is None or plain < below)
-    )
-    if not fits:
+    finite = math.isfinite(plain) or infinite and not math.isnan(plain)
+    if not finite or not _within(plain, *limits):
         raise ValueError(f"{name} is {got(plain)}; expected {_so(wanted, why)}")
     return float(plain)
+
+# %% ../../nbs/00_core/00_checks.ipynb #8d8dc7de
+def _within(x, least, most, above, below) -> bool:
+    "Whether a number keeps the limits that are given"
+    return (
+        (least is None or x >= least)
+        and (most is None or x <= most)
+        and (above is None or x > above)
+        and (below is None or x < below)
+    )
 
 
 def _span(least, most, above, below):
@@ -135,7 +140,7 @@ def check_shares(
     for name, share in shares.items():
         check_number(share, name, 0, 1)
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #681ae556
 def check_choice(
     value,
     name: str,
@@ -159,7 +164,7 @@ def precise(x: Tensor) -> Tensor:
     x = _tensor(x, "x", "a float tensor")
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #32944723
 def _tensor(x, name, wanted):
     "Tensors and NumPy arrays; the sentence for anything else"
     if isinstance(x, Tensor):
@@ -175,7 +180,7 @@ def _tensor(x, name, wanted):
         f"{name} is {got(x)}; expected {wanted}, which torch.tensor(...) makes of numbers"
     )
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #355f485e
 def _check_shape(x, name, shape):
     "One shape against its picture: letters are any size from 1 on, dots in front any axes"
     want = [part.strip() for part in shape.strip("()").split(",") if part.strip()]
@@ -212,7 +217,7 @@ def check_floats(
         )
     return x
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #f8c0177e
 def check_temperature(
     temperature: float | Tensor,  # a number, or a tensor of one that may be learnt
     most: float | None = None,
@@ -228,7 +233,7 @@ def check_temperature(
         check_number(temperature.item(), "temperature", most=most, above=0)
     return temperature.reshape(())
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #d5bb15ba
 def check_like(
     x: Tensor,
     name: str,
@@ -248,7 +253,7 @@ def check_like(
             f"so move one with .to({str(other.device)!r})"
         )
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #7bd573cc
 def check_rows(
     **tensors: Tensor,  # name -> one row for each example
 ) -> int:
@@ -272,12 +277,7 @@ def check_labels(
 ) -> Tensor:
     "Class numbers as int64, at least one that counts. Raises `TypeError`, `ValueError`."
     labels = _whole_tensor(labels, name, "class numbers")
-    if (
-        shape is None
-        and labels.ndim != 1
-        or shape is not None
-        and tuple(labels.shape) != tuple(shape)
-    ):
+    if labels.ndim != 1 if shape is None else tuple(labels.shape) != tuple(shape):
         wanted = "one axis, (n,)" if shape is None else str(tuple(shape))
         raise ValueError(f"{name} has shape {tuple(labels.shape)}; expected {wanted}")
     if not may_look(labels):
@@ -286,13 +286,10 @@ def check_labels(
     if not seen.numel():
         reason = "is empty" if ignore_index is None else f"holds ignore_index ({ignore_index}) only"
         raise ValueError(f"{name} {reason}; expected at least one label that counts")
-    low, high = int(seen.min()), int(seen.max())
-    if low < 0 or classes is not None and high >= classes:
-        wanted = "0 on" if classes is None else f"0 to {classes - 1} for {classes} classes"
-        raise ValueError(f"{name} run from {low} to {high}; expected {wanted}")
+    _check_range(seen, name, classes, f" for {classes} classes")
     return labels
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #5e1f870d
 def check_tokens(
     tokens,  # token numbers: a tensor or array of any whole-number type, or lists of one length
     name: str = "tokens",
@@ -303,34 +300,21 @@ def check_tokens(
     tokens = _whole_tensor(tokens, name, "token numbers")
     _check_shape(tokens, name, shape)
     if may_look(tokens):
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or vocab_size is not None and high >= vocab_size:
-            wanted = (
-                "0 on"
-                if vocab_size is None
-                else f"0 to {vocab_size - 1}: is it the right vocabulary?"
-            )
-            raise ValueError(f"{name} run from {low} to {high}; expected {wanted}")
+        _check_range(tokens, name, vocab_size, ": is it the right vocabulary?")
     return tokens
+
+# %% ../../nbs/00_core/00_checks.ipynb #76b9722a
+def _check_range(numbers, name, count, why):
+    "Numbers from 0 to count - 1, or from 0 on"
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or count is not None and high >= count:
+        wanted = "0 on" if count is None else f"0 to {count - 1}{why}"
+        raise ValueError(f"{name} run from {low} to {high}; expected {wanted}")
 
 
 def _whole_tensor(x, name, what):
     "Whole numbers of any type, or lists of them, as int64"
-    if isinstance(x, (list, tuple, range)):
-        try:
-            x = np.asarray(
-                [_plain(v) for v in x] if not any(isinstance(v, (list, tuple)) for v in x) else x
-            )
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                f"{name} is {got(x)} of rows that differ; expected {what}, rows of one length"
-            ) from None
-        if not x.size:
-            x = x.astype(np.int64)
-        if x.dtype.kind not in "iu":
-            raise TypeError(
-                f"{name} is a list of {x.dtype.name} values; expected {what}, whole numbers"
-            )
+    x = _listed(x, name, what) if isinstance(x, (list, tuple, range)) else x
     x = _tensor(x, name, f"{what} as whole numbers")
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(
@@ -338,7 +322,24 @@ def _whole_tensor(x, name, what):
         )
     return x.long()
 
+# %% ../../nbs/00_core/00_checks.ipynb #0386a927
+def _listed(x, name, what):
+    "A list of whole numbers, or rows of them, as an array"
+    try:
+        deep = any(isinstance(v, (list, tuple)) for v in x)
+        found = np.asarray(x if deep else [_plain(v) for v in x])
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} is {got(x)} of rows that differ; expected {what}, rows of one length"
+        ) from None
+    found = found if found.size else found.astype(np.int64)
+    if found.dtype.kind not in "iu":
+        raise TypeError(
+            f"{name} is a list of {found.dtype.name} values; expected {what}, whole numbers"
+        )
+    return found
 
+# %% ../../nbs/00_core/00_checks.ipynb #05de136e
 def check_mask(
     mask,  # True = kept / visible
     name: str = "mask",
@@ -352,7 +353,7 @@ def check_mask(
         raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected {tuple(shape)}")
     return mask
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #ca60b59d
 def check_images(
     images,  # a tensor or array
     name: str = "images",
@@ -391,7 +392,7 @@ def check_model(
             )
     return model
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #44e9ed3a
 def check_type(
     x: Tensor,  # floats, already known to be such
     name: str,
@@ -405,7 +406,7 @@ def check_type(
         raise TypeError(f"{name} is {got(x)}; expected the type of the weights, which {mend} makes")
     return x
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #2b1136de
 def check_callable(
     value,
     name: str,
@@ -418,7 +419,7 @@ def check_callable(
         )
     return value
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #2950436c
 def refuse_nan(result: Tensor, **inputs: Tensor) -> None:
     """Raise `ValueError` that names the input to blame when a result is NaN.
 
@@ -435,15 +436,12 @@ def refuse_nan(result: Tensor, **inputs: Tensor) -> None:
     raise ValueError(f"the result is NaN because {why}; {mend}")
 
 # %% ../../nbs/00_core/00_checks.ipynb #7c09438f
-def checked(
-    function: Callable,  # a function or a method with annotations
-) -> Callable:
+def checked(function: Callable) -> Callable:  # a function or a method with annotations
     """Decorator: arguments are of the kind that their annotations say, and NumPy's become plain.
 
     It knows `int`, `float`, `bool`, `str`, `Path`, `Tensor`, `nn.Module`, `Callable`, collections,
-    classes, and unions of these; other annotations are left to the function. A default of None
-    lets None through, an infinite one lets infinity through.
-    Raises `TypeError`, or `ValueError` for a number that is not finite."""
+    classes, and unions of these; others are left to the function. A default of None lets None
+    through, an infinite one infinity. Raises `TypeError`; `ValueError` for NaN or infinity."""
     plan = inspect.signature(function).parameters
     places = [n for n, p in plan.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     kinds = None
@@ -462,7 +460,7 @@ def checked(
 
     return inner
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #7aca7ff3
 def _kinds(function, plan):
     "Name -> (value, name) -> plain value, for the annotations that are known"
     hints, found = typing.get_type_hints(function), {}
@@ -475,7 +473,7 @@ def _kinds(function, plan):
             found[name] = functools.partial(_of_kind, options=options, infinite=endless)
     return found
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #22a962cb
 def _options(hint):
     "The members of a union, else the one annotation; tuple[int, int] counts as tuple"
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
@@ -491,7 +489,7 @@ def _known(kind):
         and not getattr(kind, "_is_protocol", False)
     )
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #dc824f16
 _WORDS = {
     int: "a whole number",
     float: "a finite number",
@@ -507,7 +505,7 @@ _WORDS = {
     Mapping: "a mapping",
 }
 
-
+# %% ../../nbs/00_core/00_checks.ipynb #786f27d7
 def _of_kind(value, name, options, infinite=False):
     "`value` made plain, if it is of one of the kinds; the sentence if it is not"
     plain = value if isinstance(value, Tensor) and Tensor in options else _plain(value)
@@ -524,11 +522,12 @@ def _of_kind(value, name, options, infinite=False):
     path = Path in options and isinstance(value, os.PathLike)
     if isinstance(value, others) or path or Callable in options and callable(value):
         return value
+    raise TypeError(f"{name} is {got(value)}; expected {_wanted(value, options)}")
+
+# %% ../../nbs/00_core/00_checks.ipynb #682920fd
+def _wanted(value, options) -> str:
+    "The kinds in words, None last, and how to mend a list that should be a tensor"
     words = {k: _WORDS.get(k) or got(k).replace("the class", "a") for k in options}
     wanted = " or ".join(sorted(words.values(), key=lambda w: (w == "None", w)))
-    mend = (
-        "; torch.tensor(...) makes one"
-        if Tensor in options and isinstance(value, (list, tuple))
-        else ""
-    )
-    raise TypeError(f"{name} is {got(value)}; expected {wanted}{mend}")
+    mend = Tensor in options and isinstance(value, (list, tuple))
+    return wanted + ("; torch.tensor(...) makes one" if mend else "")
