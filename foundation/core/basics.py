@@ -157,7 +157,7 @@ def count_macs(
             model(*inputs)
         except RuntimeError as error:
             wrong = f"the model does not take {', '.join(map(got, inputs))}"
-            raise ValueError(f"{wrong}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{wrong}: {_first_line(error)}") from error
     return counter.get_total_flops() // 2
 
 # %% ../../nbs/00_core/01_basics.ipynb #2cb4ac8b
@@ -173,7 +173,7 @@ def _example(inputs):
         raise TypeError(f"count_macs got {wrong}; expected {wanted}")
     return inputs
 
-
+# %% ../../nbs/00_core/01_basics.ipynb #f633d8d6
 @contextmanager
 def _plain_kernels():
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -185,6 +185,10 @@ def _plain_kernels():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _first_line(error) -> str:
+    return str(error).partition("\n")[0]
 
 # %% ../../nbs/00_core/01_basics.ipynb #fc6e5cf8
 @checked
