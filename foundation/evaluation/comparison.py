@@ -232,6 +232,14 @@ def _shown(mean: float, low: float, high: float, sign: str = "") -> tuple[str, s
     mean, low, high = (format(x, form).replace("-", "−") for x in (mean, low, high))
     return mean, f"{low} to {high}" if half < math.inf else "no interval"
 
+
+def _html(rows: list[list[str]]) -> str:
+    def line(tag, row):
+        return "".join(f'<{tag} style="{_CELL}">{html.escape(cell)}</{tag}>' for cell in row)
+
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows[1:])
+    return f"<table><thead><tr>{line('th', rows[0])}</tr></thead><tbody>{body}</tbody></table>"
+
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #ef42b2c6
 def _sentence(comparison, a: str, b: str, tries: int) -> str:
     "What may be said of a and b, and why."
@@ -268,14 +276,6 @@ _CELL = "white-space:nowrap;text-align:left;padding:.1em .5em .1em 0"
 def _text(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-# %% ../../nbs/06_evaluation/03_comparison.ipynb #8b13d9fa
-def _html(rows: list[list[str]]) -> str:
-    def line(tag, row):
-        return "".join(f'<{tag} style="{_CELL}">{html.escape(cell)}</{tag}>' for cell in row)
-
-    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows[1:])
-    return f"<table><thead><tr>{line('th', rows[0])}</tr></thead><tbody>{body}</tbody></table>"
 
 # %% ../../nbs/06_evaluation/03_comparison.ipynb #72b780cc
 def _plot(comparison, alt: str, title: str | None) -> Picture:
