@@ -46,7 +46,7 @@ def train_epoch(
     losses = [step.loss for step in train(model, loader, classify, optimizer, steps=len(loader))]
     return torch.stack(losses).mean().item()
 
-
+# %% ../../nbs/08_finetuning/01_loop.ipynb #9d3b4994
 @checked
 def evaluate(
     model: nn.Module,
@@ -80,7 +80,7 @@ def _check_dataset(dataset) -> int:
         )
     return len(dataset)
 
-
+# %% ../../nbs/08_finetuning/01_loop.ipynb #73ac92f6
 def _stack(items: list[dict]) -> tuple[Tensor, Tensor]:  # (b, c, h, w), (b,)
     "A batch, or a sentence why its pictures do not go together"
     for item in items:
@@ -112,9 +112,8 @@ def thaw(
     check_whole(count, "count", 1, len(parts), "1 is the head alone, the most is all layers")
     freeze(model)
     chosen = list(parts)[-count:]
-    for name in chosen:
-        for p in parts[name]:
-            p.requires_grad_(True)
+    for p in (p for name in chosen for p in parts[name]):
+        p.requires_grad_(True)
     return chosen[::-1]
 
 
@@ -239,7 +238,7 @@ def _check_run(model, images, labels, lr, head_lr, gradual) -> Tensor:
         raise ValueError("lr is 0, which freezes the body; gradual unfreezing needs a rate above 0")
     return labels
 
-
+# %% ../../nbs/08_finetuning/01_loop.ipynb #24221aaa
 @contextmanager
 def _frozen_as_before(model: nn.Module) -> Iterator[nn.Module]:
     "Which parameters learn is put back when the block ends, also by an error or Ctrl-C."
