@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from foundation.core.checks import complaint
-from foundation.data.images import few_labels, load_images, split
+from foundation.data.images import load_images
 from foundation.evaluation import probes, scores
 from foundation.evaluation.comparison import (
     Comparison,
@@ -26,7 +25,6 @@ from foundation.evaluation.comparison import (
     plot_label_curve,
     t_interval,
 )
-from foundation.evaluation.label_efficiency import curve_scores, judge, label_efficiency, tuned
 from foundation.models.convnets import VGG, ConvNet
 
 few = settings(max_examples=40, deadline=None)
@@ -911,27 +909,12 @@ def test_a_constructor_checks_as_from_scores_does():
             ),
             "differ",
         ),
-        (lambda: curve_scores({5: None}), "expected a Comparison"),
-        (lambda: curve_scores(None), "curve is None"),
-        (lambda: tuned(lambda *a: math.nan, (1, 2))(5, 0), "dev score of setting 1 is nan"),
-        (lambda: judge(ConvNet(widths=(4,)), DIGITS, labels=0), "labels is 0"),
-        (lambda: judge(ConvNet(widths=(4,)), DIGITS, seeds=0), "seeds is 0"),
         (lambda: scores.wilson_interval(1, 10**400), "total is"),
         (lambda: scores.wilson_interval(1.0, 2), "correct is 1.0"),
     ],
 )
 def test_what_evaluation_cannot_use_is_named(call, says):
     assert says in complaint(call)
-
-
-def test_settings_may_be_an_array():
-    def run(count, seed, setting, part):
-        return setting
-
-    assert (
-        tuned(run, np.array([0.1, 0.3]))(5, 0) == 0.3
-        and tuned(run, torch.tensor([1.0, 2.0]))(5, 0) == 2
-    )
 
 
 @pytest.mark.parametrize("level", [1e-300, 1 - 2**-53])
@@ -945,52 +928,7 @@ def test_extreme_levels_have_finite_intervals(level):
         assert math.isfinite(low) and math.isfinite(high) and low <= high
 
 
-# few labels ---------------------------------------------------------------------------------------
-
-
-class Headed(nn.Module):
-    "The smallest model with a head"
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
-def test_fine_tuning_moves_the_head_and_the_rest_at_their_own_rates(table):
-    x, y = table[0], table[1] % 3
-    old, new = (
-        Headed(),
-        probes.fine_tune(Headed(), [(x, y)], steps=1, lr=1e-4, head_lr=1e-2, weight_decay=0.0),
-    )
-
-    def moved(part):
-        return (getattr(new, part).weight - getattr(old, part).weight).abs().max().item()
-
-    assert moved("body") == pytest.approx(
-        1e-4, rel=0.05
-    )  # Adam's first step is as long as the rate
-    assert moved("head") == pytest.approx(1e-2, rel=0.05)
-    default = probes.fine_tune(Headed(), [(x, y)], steps=1, lr=1e-4, weight_decay=0.0)
-    assert (default.head.weight - old.head.weight).abs().max().item() == pytest.approx(
-        1e-3, rel=0.05
-    )
-
-
-@pytest.mark.parametrize(
-    "model, rates, error, says",
-    [
-        (nn.ReLU(), dict(lr=0.1), TypeError, "without a `head`"),
-        (Headed(), dict(lr=0.0), ValueError, "lr is 0.0"),
-        (Headed(), dict(lr=0.1, head_lr=-1.0), ValueError, "head_lr is -1.0"),
-    ],
-)
-def test_what_cannot_be_fine_tuned_is_refused(table, model, rates, error, says):
-    with pytest.raises(error, match=says):
-        probes.fine_tune(model, [table], steps=1, **rates)
+# curves -------------------------------------------------------------------------------------------
 
 
 def test_a_label_curve_asks_each_arm_for_each_count_and_seed():
@@ -1018,7 +956,7 @@ def test_a_label_curve_refuses_what_is_no_arm():
         label_curve({"a": 3})
 
 
-# stages and label efficiency ----------------------------------------------------------------------
+# stages -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1052,59 +990,3 @@ def test_a_stage_is_the_last_map_of_its_size(net, widths):
 def test_stages_that_are_not_there_are_refused(model, stages, error, words):
     with pytest.raises(error, match=words):
         probes.encode_stages(model, torch.randn(2, 1, 28, 28), stages)
-
-
-def test_settings_are_picked_on_a_draw_that_does_not_count():
-    asked = []
-
-    def run(count, seed, setting, part):
-        asked.append((seed, setting, part))
-        return setting if part == "dev" else -setting
-
-    arm = tuned(run, (0.1, 0.3, 0.2), draw=999)
-    assert (
-        arm(10, 0) == -0.3 and arm(10, 1) == -0.3
-    )  # best on held-out data, though worst on the test
-    assert asked == [
-        (999, 0.1, "dev"),
-        (999, 0.3, "dev"),
-        (999, 0.2, "dev"),
-        (0, 0.3, "test"),
-        (1, 0.3, "test"),
-    ]
-    assert tuned(run, (0.1,))(10, 0) == -0.1 and len(asked) == 6  # one setting needs no picking
-    with pytest.raises(ValueError, match="expected another"):
-        arm(10, 999)
-    with pytest.raises(ValueError, match="no settings"):
-        tuned(run, ())
-
-
-def test_a_curve_of_probes_is_a_loop_over_draws_with_settings_picked_on_held_out_pictures():
-    test_labels = (DIGITS.test_labels + 1) % 10  # a test that likes the worst setting best
-    data, settings_ = replace(DIGITS, test_labels=test_labels), (1e-2, 1e4)
-    curve = label_efficiency(
-        ConvNet(), ConvNet, data, counts=(30,), seeds=range(3), choices={"pixels, probe": settings_}
-    )
-
-    def pixels(images):
-        return data.floats(images).flatten(1)
-
-    pool, dev = split(len(data.train_labels), (0.9, 0.1), seed=99)
-
-    def score(seed, l2, images, labels):
-        i = pool[few_labels(data.train_labels[pool], 30, seed)]
-        x, y = pixels(data.train_images[i]), data.train_labels[i]
-        return probes.linear_probe(x, y, pixels(images), labels, l2)
-
-    held_out = data.train_images[dev], data.train_labels[dev]
-    best = max(settings_, key=lambda l2: score(1000, l2, *held_out))
-    by_hand = [score(seed, best, data.test_images, test_labels) for seed in range(3)]
-    worst = [score(0, l2, data.test_images, test_labels) for l2 in settings_]
-    assert curve[30]["pixels, probe"].tolist() == pytest.approx(by_hand)
-    assert len(set(by_hand)) > 1 and worst[0] != worst[1] and score(0, best, *held_out) > 0.5
-
-
-@pytest.mark.parametrize("choices", [{}, {"distilled": (1.0,)}])
-def test_arms_that_nobody_knows_are_refused(choices):
-    with pytest.raises(ValueError, match="expected some of 'pixels, probe'"):
-        label_efficiency(ConvNet(), ConvNet, load_images("digits"), choices=choices)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['encode_all', 'encode_stages', 'knn_votes', 'knn_accuracy', 'LinearProbe', 'fit_linear', 'linear_probe', 'pca',
-           'fine_tune', 'fit_head']
+           'fit_head']
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #ed864dee
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ..core.checks import check_floats, check_images, check_labels, check_model
 from ..core.checks import check_number, check_whole, checked, got, precise
 from .scores import in_batches
-from ..training.loop import classify, load_optimizers, train
-from ..training.schedules import warmup_cosine
+from ..training.loop import load_optimizers
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #0a943be5
 @checked
@@ -104,7 +103,7 @@ def knn_votes(
         votes.append(empty.scatter_add(1, train_labels[where], weights))
     return torch.cat(votes)
 
-
+# %% ../../nbs/06_evaluation/02_probes.ipynb #3309dfb2
 @checked
 def knn_accuracy(
     train_features: Tensor,  # (n, d)
@@ -147,7 +146,7 @@ class LinearProbe(NamedTuple):
         x = (features - self.mean) / self.scale
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
-
+# %% ../../nbs/06_evaluation/02_probes.ipynb #5c1340fb
 @checked
 def fit_linear(
     features: Tensor,  # (n, d)
@@ -161,11 +160,16 @@ def fit_linear(
     check_whole(steps, "steps", 1)
     mean, scale = _moments(features.double())
     x = (features.double() - mean) / scale
-    weight, bias = (x.new_zeros(s, requires_grad=True) for s in [(classes, x.shape[1]), (classes,)])
+    weight, bias = _optimum(x, labels, classes, l2, steps)
+    return _check_probe(LinearProbe(*(t.detach().float() for t in (mean, scale, weight, bias))))
+
+# %% ../../nbs/06_evaluation/02_probes.ipynb #aabc5bee
+def _optimum(x, labels, classes, l2, steps):
+    weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
+    bias = x.new_zeros(classes, requires_grad=True)
     load_optimizers()
-    opt = torch.optim.LBFGS(
-        [weight, bias], lr=1, max_iter=steps, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-    )
+    plan = dict(max_iter=steps, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    opt = torch.optim.LBFGS([weight, bias], lr=1, **plan)
 
     def closure():
         opt.zero_grad()
@@ -175,7 +179,7 @@ def fit_linear(
 
     with torch.enable_grad():
         opt.step(closure)
-    return _check_probe(LinearProbe(*(t.detach().float() for t in (mean, scale, weight, bias))))
+    return weight, bias
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #be8832ae
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:  # (n, d) -> (d,), (d,)
@@ -220,36 +224,6 @@ def pca(
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     return (x @ axes).float()
 
-# %% ../../nbs/06_evaluation/02_probes.ipynb #33618c7b
-@checked
-def fine_tune(
-    model: nn.Module,  # trained in place; its `head` learns at head_lr, all else at lr
-    batches: Iterable,  # (inputs, labels), at least `steps` of them
-    *,
-    steps: int,
-    lr: float,
-    head_lr: float | None = None,  # None: 10 · lr
-    weight_decay: float = 0.05,
-) -> nn.Module:
-    "Few-label fine-tuning with AdamW, warmup and cosine, gradients clipped at 1."
-    _check_head(model)
-    check_whole(steps, "steps", 1)
-    check_number(lr, "lr", above=0)
-    check_number(10 * lr if head_lr is None else head_lr, "head_lr", above=0)
-    check_number(weight_decay, "weight_decay", 0)
-    head = list(model.head.parameters())
-    rest = [p for p in model.parameters() if not any(p is h for h in head)]
-    load_optimizers()
-    opt = torch.optim.AdamW(
-        [dict(params=head, lr=head_lr or 10 * lr), dict(params=rest, lr=lr)],
-        weight_decay=weight_decay,
-        fused=True,
-    )
-    plan = dict(steps=steps, schedule=warmup_cosine(steps, steps // 10), clip=1.0, precision="auto")
-    for _ in train(model, batches, classify, opt, **plan):
-        pass
-    return model
-
 # %% ../../nbs/06_evaluation/02_probes.ipynb #ac6f9622
 @checked
 def fit_head(
@@ -259,7 +233,7 @@ def fit_head(
     l2: float = 1.0,  # strength of the penalty, see `fit_linear`
 ) -> nn.Module:
     "Set the head to the logistic regression on the model's features; returns the model."
-    k = _check_head(model, plain=True).out_features
+    k = _check_head(model).out_features
     labels = check_labels(labels, "labels", k, (len(images),))
     seen = len(torch.unique(labels))
     if seen != k:
@@ -274,16 +248,12 @@ def fit_head(
     return model
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #c86b48e1
-def _check_head(model, plain: bool = False) -> nn.Module:
-    "The model's head; `plain`: a linear layer whose weight is its own and can be written into"
+def _check_head(model) -> nn.Module:
+    "The model's head: a linear layer whose weight is its own and can be written into"
     head = getattr(model, "head", None)
     if not isinstance(head, nn.Module) or next(head.parameters(), None) is None:
-        raise TypeError(
-            f"model is {got(model)} without a `head` that learns; "
-            "expected a last layer of this name"
-        )
-    if not plain:
-        return head
+        why = "expected a last layer of this name"
+        raise TypeError(f"model is {got(model)} without a `head` that learns; {why}")
     own = [name for name, p in head.named_parameters(recurse=False)]
     if not isinstance(head, nn.Linear) or sorted(own) != ["bias", "weight"]:
         raise TypeError(

@@ -214,6 +214,7 @@ def patch_moments(
         raise TypeError(f"images are {got(patches)}; {why}")
     x = precise(patches)
     variance, mean = torch.var_mean(x, -1, keepdim=True, correction=min(1, x.shape[-1] - 1))
+    refuse_nan(variance, images=patches)
     return mean, (variance + 1e-6).sqrt()
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #c731e225

@@ -131,9 +131,10 @@ def reconstruction(
 # %% ../../nbs/14_recipes/02_vit_mae.ipynb #ac777b61
 def _check_painter(model) -> int:
     "The size of the patches that it paints"
-    if not isinstance(model, MaskedAutoencoder):
+    config = getattr(getattr(model, "encoder", None), "config", {})
+    if "patch_size" not in config:
         raise TypeError(f"model is {got(model)}; expected a MaskedAutoencoder")
-    return model.encoder.config["patch_size"]
+    return config["patch_size"]
 
 
 def _guess(model, images, keep) -> Tensor:  # (b, n, c·p·p)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from foundation.data.images import ImageSet
-from foundation.evaluation import comparison, label_efficiency, probes, scores, study
+from foundation.evaluation import comparison, probes, scores, study
 from foundation.models.convnets import ConvNet
 
 
@@ -53,10 +53,6 @@ def arms():
 
 def counting():
     return {"a": lambda count, seed: float(count + seed), "b": lambda count, seed: 1.0}
-
-
-def fresh_batches(steps=2):
-    return [(torch.rand(4, 1, 8, 8, generator=luck(i)), torch.arange(4) % 3) for i in range(steps)]
 
 
 EXAMPLES = {
@@ -157,12 +153,6 @@ EXAMPLES = {
         ),
     ),
     "evaluation.probes.pca": lambda: (probes.pca, dict(points=features(), dims=2)),
-    "evaluation.probes.fine_tune": lambda: (
-        probes.fine_tune,
-        dict(
-            model=net(), batches=fresh_batches(), steps=2, lr=1e-3, head_lr=1e-2, weight_decay=0.05
-        ),
-    ),
     "evaluation.probes.fit_head": lambda: (
         probes.fit_head,
         dict(
@@ -215,34 +205,6 @@ EXAMPLES = {
         comparison.plot_label_curve,
         dict(curve=curve(), alt="two arms", title="two", ylabel="accuracy"),
     ),
-    "evaluation.label_efficiency.tuned": lambda: (
-        label_efficiency.tuned,
-        dict(run=lambda count, seed, setting, part: setting, settings=[0.1, 0.3], draw=1000),
-    ),
-    "evaluation.label_efficiency.label_efficiency": lambda: (
-        label_efficiency.label_efficiency,
-        dict(
-            encoder=net(),
-            fresh=net,
-            data=pictures(),
-            counts=[6],
-            seeds=[0],
-            steps=1,
-            choices={"pixels, probe": (1.0,)},
-        ),
-    ),
-    "evaluation.label_efficiency.judge": lambda: (
-        label_efficiency.judge,
-        dict(encoder=net(), data=pictures(), labels=6, seeds=1, bank=30, encode=probes.encode_all),
-    ),
-    "evaluation.label_efficiency.three_stages": lambda: (
-        label_efficiency.three_stages,
-        dict(encoder=nn.Linear(2, 2), data=pictures()),
-    ),
-    "evaluation.label_efficiency.curve_scores": lambda: (
-        label_efficiency.curve_scores,
-        dict(curve=curve()),
-    ),
 }
 EXAMPLES |= {
     "evaluation.study.Study": lambda: (
@@ -255,6 +217,4 @@ SKIP = {
     "evaluation.scores.Reliability": "a record that `reliability` fills",
     "evaluation.probes.LinearProbe": "a record that `fit_linear` fills; its call is an example",
     "evaluation.comparison.Difference": "a record that `difference` fills",
-    "evaluation.label_efficiency.CHOICES": "a constant",
-    "evaluation.label_efficiency.card_metrics": "trains five arms twice, which takes seconds",
 }
