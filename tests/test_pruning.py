@@ -46,7 +46,7 @@ from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet, EfficientNetLite, ResNet, VGG
 from foundation.models.pretrained import load_weights, read_card
 from foundation.models.vit import ViT
-from foundation.recipes import vgg_pruned
+from foundation.recipes import vgg_pruned, vgg_supervised
 from foundation.recipes.vgg_pruned import SLIM, compare_pruning, recover, slim_vgg
 from foundation.training.checkpoint import BadCheckpoint
 
@@ -868,6 +868,9 @@ def test_a_weight_that_an_embedding_has_too_is_told_and_one_that_is_skipped_stay
     assert set(magnitude_masks(net, 0.5, skip=["2"])) == {"1.weight"}, (
         "2 is left alone, under all its names"
     )
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    assert list(layer_weights(tied, skip="1")) == ["2.weight"], "what is skipped stays for all"
     twice = nn.ModuleDict(dict(a=other))
     twice["b"] = other
     assert list(layer_weights(twice)) == ["a.weight"]
@@ -1136,6 +1139,16 @@ def test_what_is_shipped_is_trained_anew_the_next_time(few, tmp_path, monkeypatc
             and read_card("b", tmp_path / "out")["steps"] == 4
         )
         assert sparsity(load_weights("a", folder=tmp_path / "out")) == pytest.approx(0.9, abs=0.01)
+
+
+def test_the_recipe_of_the_large_network_writes_its_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(vgg_supervised, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(vgg_supervised, "load_images", lambda: load_images("digits"))
+    vgg_supervised.make("a", epochs=1, device="cpu", folder=tmp_path / "out")
+    card, shipped = read_card("a", tmp_path / "out"), read_card("vgg_supervised")
+    assert card.keys() - {"loss_first"} == shipped.keys() - {"loss_first"}
+    assert card["loss_last"] < card["loss_first"] and not (tmp_path / "runs" / "a").exists()
+    assert load_weights("a", folder=tmp_path / "out").config == shipped["config"]
 
 
 @pytest.mark.parametrize(

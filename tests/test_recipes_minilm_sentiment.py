@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from foundation.compression.distillation import match_logits
 from foundation.compression.transformers import keep_layers
 from foundation.core.basics import count_macs, count_parameters
 from foundation.data.sources import DataUnavailable, fetch
@@ -324,6 +325,21 @@ def test_the_recipe_from_nothing_stopped_and_resumed(recipe, tmp_path, monkeypat
     assert not (tmp_path / "runs" / "tiny").exists(), (
         "what is shipped is trained anew the next time"
     )
+
+
+def test_the_distilled_arm_learns_the_teachers_logits_for_the_whole_pool(tokenizer, tmp_path):
+    task = sentiment_task(tokenizer, pool=80, dev=20, test=40)
+    plan = dict(labels=40, steps=2, student_steps=3)
+    runs = minilm_sentiment.SentimentRuns(task, encoder(), tmp_path, plan)
+    teacher = runs.teacher(0, 1e-3)
+    assert runs.teacher(0, 1e-3) is teacher, "students of a draw share it"
+    by_hand, pool = keep_layers(teacher, (0, 2)), task.inputs[task.pool]
+    logits = text_logits(teacher, pool)
+    train_texts(by_hand, pool, logits, objective=match_logits(2.0), steps=3, lr=1e-3, seed=0)
+    student = minilm_sentiment._student(runs, "distilled", 0, ((0, 2), 1e-3), 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), by_hand.parameters()))
+    control = minilm_sentiment._student(runs, "no teacher", 0, ((0, 2), 1e-3), 1e-3)
+    assert not torch.equal(control.head.weight, student.head.weight)
 
 
 def stopped_at(count, monkeypatch, recipe):

@@ -29,6 +29,7 @@ from foundation.compression.codes import (
     pack,
     unpack,
 )
+from foundation.compression.distillation import distil
 from foundation.compression.folding import fold_batch_norm
 from foundation.compression.formats import decode, encode
 from foundation.compression.pruning import apply_masks, magnitude_masks
@@ -44,6 +45,7 @@ from foundation.recipes import vgg_compressed
 from foundation.recipes.vgg_compressed import compress
 from foundation.training.checkpoint import BadCheckpoint
 from foundation.training.optim import adamw
+from foundation.training.schedules import one_cycle
 
 FORMATS = [
     ("fp32", "fp16"),
@@ -433,6 +435,44 @@ def test_the_chain_gives_few_values_and_goes_on_where_it_was_stopped(tmp_path):
             compress(model, images, teacher, **options)
 
 
+def test_the_recipe_writes_file_and_card_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    data, dense, calls = tiny_set(), VGG(widths=(4, 6), depths=(1, 1)).eval(), []
+    count, score = torch.arange(5320) % 320, vgg_compressed._score
+    many = dataclasses.replace(
+        data, train_images=data.train_images[count], train_labels=data.train_labels[count]
+    )
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    for name, value in dict(
+        cache_folder=lambda: tmp_path,
+        load_images=lambda: many,
+        load_weights=lambda name: dense,
+        _score=stopping,
+    ).items():
+        monkeypatch.setattr(vgg_compressed, name, value)
+    plan = dict(folder=tmp_path / "out", seeds=range(2), zeros=0.5, steps=4, tune=2)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        vgg_compressed.make("tiny", **plan)
+    kept = sorted(path.name for path in (tmp_path / "runs" / "tiny").glob("*.safetensors"))
+    assert kept == [f"1-{stage}.safetensors" for stage in ("control", "pruned", "shared")]
+    path = vgg_compressed.make("tiny", **plan)
+    card = read_card("tiny", tmp_path / "out")
+    shipped = read_card("vgg_compressed")
+    assert card.keys() == shipped.keys() and card["metrics"].keys() == shipped["metrics"].keys()
+    scores = card["metrics"]["accuracy"]
+    assert list(scores) == list(shipped["metrics"]["accuracy"])
+    assert all(len(runs) == 2 for arm, runs in scores.items() if arm != "fp32")
+    assert path.stat().st_size == card["metrics"]["bytes"]["compressed"][0]
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
 # The shipped file ---------------------------------------------------------------------------------
 
 
@@ -704,6 +744,17 @@ def test_no_bytes_make_the_decoder_stumble(data):
         assert torch.equal(huffman_encode(symbols)[:4], payload[:4])
 
 
+def test_what_stands_behind_the_last_word_is_damage():
+    payload = huffman_encode(torch.tensor([0, 0, 0, 1, 1, 2]))
+    assert huffman_decode(payload).tolist() == [0, 0, 0, 1, 1, 2]
+    for wrong in (
+        torch.cat([payload, torch.zeros(1, dtype=torch.uint8)]),
+        torch.cat([payload[:-1], payload[-1:] | 1]),
+    ):
+        with pytest.raises(ValueError, match="damaged"):
+            huffman_decode(wrong)
+
+
 def test_a_damaged_code_ends_soon():
     head = (10**9).to_bytes(4, "little") + bytes([0, 0])  # a billion symbols and no word
     with pytest.raises(ValueError, match="damaged"):
@@ -820,6 +871,18 @@ def test_layers_of_zeros_and_half_precision_are_shared(dtype):
     torch.testing.assert_close(shared(x), net(x), rtol=0.02, atol=0.02)
     assert not shared[0].weight.any() and shared[1].weight.dtype == dtype
     shared(x).sum().backward()
+
+
+def test_the_chain_learns_half_from_labels_and_half_from_the_teacher():
+    data, logits = tiny_set(), torch.randn(320, 10)
+    torch.manual_seed(0)
+    one = ConvNet(widths=(4,))
+    two = copy.deepcopy(one)
+    vgg_compressed._train(one, data, logits, 3, lr=1e-3, seed=0)
+    images, how = data.floats(data.train_images), dict(labels=data.train_labels, hard=0.5)
+    how |= dict(temperature=2.0, batch_size=32, schedule=one_cycle(3, 0.1), steps=3, lr=1e-3)
+    distil(two, images, logits, precision="fp32", clip=None, **how)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 
 
 def test_a_run_is_kept_and_its_data_belong_to_it(tmp_path):
