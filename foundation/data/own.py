@@ -7,6 +7,7 @@ __all__ = ['read_image', 'number_labels', 'check_classes', 'check_disjoint']
 
 # %% ../../nbs/02_data/07_own.ipynb #3dc9a336
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def _odd(file) -> str:
         )
     return ""
 
-
+# %% ../../nbs/02_data/07_own.ipynb #374d8266
 def _eight_bits(image, mode):
     "A PIL image in 8 bits: scaled, not cut off; what one can see through lies on white"
     from PIL import Image
@@ -50,37 +51,39 @@ def _eight_bits(image, mode):
 @checked
 def read_image(
     path: Path | str,
-    channels: int = 3,  # 3 (red, green, blue) or 1 (grey)
+    channels: int = 3,  # 3 (red, green, blue) or 1 (gray)
 ) -> Tensor:  # (c, h, w) uint8
-    """Read an image file, the way up that its camera says. 16 bits become v // 256, see-through
-    parts white.
+    """Read an image file, the way up that its camera says; 16 bits become 8, see-through white.
 
-    Raises `FileNotFoundError`, and `ValueError` for what is damaged or no single picture of 8 or 16
+    Raises `FileNotFoundError`; `ValueError` for what is damaged or no single picture of 8 or 16
     bits."""
-    from PIL import Image, ImageOps
-
     check_choice(channels, "channels", (3, 1))
     path = Path(path)
     try:
-        with Image.open(path) as file:
-            odd = _odd(file)
-            if not odd:
-                mode = "RGB" if channels == 3 else "L"
-                pixels = np.array(_eight_bits(ImageOps.exif_transpose(file), mode))
+        pixels = _pixels(path, "RGB" if channels == 3 else "L")
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"there is no image {path.name}; look at the list of paths"
-        ) from None
-    except Exception as error:  # readers of formats raise whatever a damaged byte leads to
-        said = str(error).replace(str(path), path.name)[:80]
-        reason = f"{type(error).__name__}: {said}"
-        raise ValueError(
-            f"{path.name} cannot be read as an image ({reason}); replace it, or leave "
-            "it out of the list"
-        ) from None
-    if odd:
-        raise ValueError(f"{path.name} {odd}")
+        said = f"there is no image {path.name}; look at the list of paths"
+        raise FileNotFoundError(said) from None
     return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
+
+# %% ../../nbs/02_data/07_own.ipynb #80c75102
+def _pixels(path, mode) -> np.ndarray:
+    "The bytes of one picture"
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            if not (odd := _odd(file)):
+                return np.array(_eight_bits(ImageOps.exif_transpose(file), mode))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        said = str(error).replace(str(path), path.name)[:80]
+        raise ValueError(
+            f"{path.name} cannot be read as an image ({type(error).__name__}: {said}); replace it, "
+            "or leave it out of the list"
+        ) from None
+    raise ValueError(f"{path.name} {odd}")
 
 # %% ../../nbs/02_data/07_own.ipynb #48a3fb63
 def _check_names(names, what):
@@ -103,7 +106,7 @@ def _check_names(names, what):
         raise TypeError(f"{what} hold {got(names[0])}; expected texts or numbers") from None
     return names
 
-
+# %% ../../nbs/02_data/07_own.ipynb #ecc60646
 def _missing(name) -> bool:
     "None, NaN, an empty text; pandas.NA refuses to be compared"
     try:
@@ -151,7 +154,7 @@ def check_classes(
         )
     return labels
 
-
+# %% ../../nbs/02_data/07_own.ipynb #95e14152
 def _outputs(model: nn.Module) -> int:
     "How many classes a model can give: outputs of the last linear layer in its head, or at all"
     for part in (getattr(model, "head", None), model):
@@ -173,18 +176,11 @@ def _images(part, name):
         )
     return (images[i] for i in range(len(images)))
 
-
+# %% ../../nbs/02_data/07_own.ipynb #292c0206
 def _digest(image, name) -> tuple[str, bytes]:
     "What kind of thing it is, and a hash of the pixels and their shape, or of a file's bytes"
     if isinstance(image, (str, Path)):
-        try:
-            return "a file", hashlib.sha256(Path(image).read_bytes()).digest()
-        except FileNotFoundError:
-            place = Path(image).name
-            raise FileNotFoundError(f"there is no image {place}; look at the paths") from None
-        except (OSError, ValueError) as error:
-            reason = type(error).__name__
-            raise ValueError(f"{Path(image).name[:60]} cannot be read ({reason})") from None
+        return "a file", hashlib.sha256(_content(Path(image))).digest()
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = image.view(torch.int16) if image.dtype == torch.bfloat16 else image
@@ -197,6 +193,15 @@ def _digest(image, name) -> tuple[str, bytes]:
     about = f"{image.dtype} {image.shape}".encode()
     return str(image.dtype), hashlib.sha256(about + image.tobytes()).digest()
 
+# %% ../../nbs/02_data/07_own.ipynb #7bb675dc
+def _content(path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no image {path.name}; look at the paths") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.name[:60]} cannot be read ({type(error).__name__})") from None
+
 # %% ../../nbs/02_data/07_own.ipynb #1a35d205
 def check_disjoint(
     **parts: Dataset | Sequence,  # name -> data set, or sequence of images, arrays or paths
@@ -204,6 +209,20 @@ def check_disjoint(
     """Raise `ValueError` when two parts share an image, judged by the hash of its content.
 
     Also for parts that hashes cannot compare, such as files and pixels, or bytes and floats."""
+    found = _digests(parts)
+    for a, b in itertools.combinations(found, 2):
+        if both := found[a].keys() & found[b].keys():
+            first = min(both, key=found[b].get)
+            raise ValueError(
+                f"{a} and {b} share {len(both)} images, such as {a}[{found[a][first]}] ="
+                f" {b}[{found[b][first]}]; take them out of one of the two, or the score on {b}"
+                " is too good"
+            )
+    return len({digest for part in found.values() for digest in part})
+
+# %% ../../nbs/02_data/07_own.ipynb #dde670dd
+def _digests(parts) -> dict[str, dict[bytes, int]]:
+    "Name -> hash -> place of the last image that has it, for things of one kind"
     found, kinds = {}, {}
     for name, part in parts.items():
         found[name] = {}
@@ -216,14 +235,4 @@ def check_disjoint(
                 raise ValueError(
                     f"{x} is {a} and {y} is {b}, which hashes cannot compare; make them alike"
                 )
-    names = list(found)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            if both := found[a].keys() & found[b].keys():
-                first = min(both, key=found[b].get)
-                raise ValueError(
-                    f"{a} and {b} share {len(both)} images, such as {a}[{found[a][first]}] ="
-                    f" {b}[{found[b][first]}]; take them out of one of the two, or the score on {b}"
-                    " is too good"
-                )
-    return len({digest for part in found.values() for digest in part})
+    return found

@@ -18,8 +18,24 @@ from .images import ImageSet, few_labels, split
 from .text import TextSet, glosses, reviews, split_texts
 
 # %% ../../nbs/02_data/06_tasks.ipynb #9ef0134a
+class _Parts:
+    "What a task can be asked"
+
+    def draw(self, count: int, seed: int) -> Tensor:  # (count,) indices
+        "A balanced draw from the pool: as many of each class. Raises `ValueError` for too many."
+        return self.pool[few_labels(self.labels[self.pool], count, seed)]
+
+    def part(self, name: str) -> Tensor:  # (m,) indices
+        'The indices of "pool", "dev" or "test".'
+        return getattr(self, check_choice(name, "name", ("pool", "dev", "test")))
+
+    def read(self, index: Tensor) -> tuple[Tensor, Tensor]:  # what a model reads, labels
+        "The examples with these indices."
+        return self.transform(self.inputs[index]), self.labels[index]
+
+# %% ../../nbs/02_data/06_tasks.ipynb #62f66c9e
 @dataclass(frozen=True, repr=False)
-class Task:
+class Task(_Parts):
     """Labelled examples in three parts that share nothing.
 
     Raises `TypeError`, `ValueError` for parts that overlap or name examples that are not there."""
@@ -38,18 +54,6 @@ class Task:
         check_rows(inputs=self.inputs, labels=labels)
         object.__setattr__(self, "labels", labels)
         _check_parts(self)
-
-    def draw(self, count: int, seed: int) -> Tensor:  # (count,) indices
-        "A balanced draw from the pool: as many of each class. Raises `ValueError` for too many."
-        return self.pool[few_labels(self.labels[self.pool], count, seed)]
-
-    def part(self, name: str) -> Tensor:  # (m,) indices
-        'The indices of "pool", "dev" or "test".'
-        return getattr(self, check_choice(name, "name", ("pool", "dev", "test")))
-
-    def read(self, index: Tensor) -> tuple[Tensor, Tensor]:  # what a model reads, labels
-        "The examples with these indices."
-        return self.transform(self.inputs[index]), self.labels[index]
 
     def __repr__(self):
         sizes = ", ".join(f"{name} {len(self.part(name)):,}" for name in ("pool", "dev", "test"))
@@ -101,13 +105,7 @@ def text_task(
 ) -> Task:
     "A seeded choice of texts, encoded. Raises `ValueError` for more texts than there are."
     check_sizes(pool=pool, dev=dev, test=test, longest=longest or 2)
-    if pool + dev > len(train) or test > len(held):
-        raise ValueError(
-            f"asked for {pool} + {dev} texts to learn from and {test} to judge; "
-            f"there are {len(train):,} and {len(held):,}"
-        )
-    if train.classes != held.classes:
-        raise ValueError(f"the sides have the classes {train.classes} and {held.classes}")
+    _check_sides(train, held, pool, dev, test)
     train, held = _some(train, pool + dev), _some(held, test)
     texts = train.texts + held.texts
     tokens, real = pad([_cut(row, longest) for row in encode(list(texts))])
@@ -116,7 +114,7 @@ def text_task(
     labels = torch.cat([train.labels, held.labels])
     return Task(tokens, labels, train.classes, parts[0], *by_length, texts)
 
-
+# %% ../../nbs/02_data/06_tasks.ipynb #b78caf19
 def _some(data, count):
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     return data.take(order[:count])
@@ -126,6 +124,16 @@ def _cut(row, longest):
     "A row of at most so many tokens, with its last one"
     row = list(row)
     return row if longest is None or len(row) <= longest else row[: longest - 1] + row[-1:]
+
+
+def _check_sides(train, held, pool, dev, test):
+    if pool + dev > len(train) or test > len(held):
+        raise ValueError(
+            f"asked for {pool} + {dev} texts to learn from and {test} to judge; "
+            f"there are {len(train):,} and {len(held):,}"
+        )
+    if train.classes != held.classes:
+        raise ValueError(f"the sides have the classes {train.classes} and {held.classes}")
 
 # %% ../../nbs/02_data/06_tasks.ipynb #e2736ba0
 @checked

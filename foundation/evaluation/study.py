@@ -58,8 +58,7 @@ class _Plan:
         **options,  # of `Comparison`: level, method, lower_is_better
     ):
         self.arms, self.options = dict(arms), options
-        self.seeds = [check_whole(seed, "a seed") for seed in seeds]
-        self.draws = [check_whole(draw, "a draw") for draw in draws]
+        self.seeds, self.draws = _wholes(seeds, "a seed"), _wholes(draws, "a draw")
         settings = {arm: [None] for arm in arms} | dict(settings or {})
         self.settings = {arm: _listed(choice) for arm, choice in settings.items()}
         _check_plan(self)
@@ -90,6 +89,10 @@ def _check_plan(study):
 def _listed(choice) -> list:
     return choice.tolist() if isinstance(choice, Tensor) else list(choice)
 
+
+def _wholes(numbers, name) -> list[int]:
+    return [check_whole(number, name) for number in numbers]
+
 # %% ../../nbs/06_evaluation/05_study.ipynb #cb195959
 def _score(study, bar, arm, seed, setting, part) -> float:
     "One run's score, from what is kept if it is there"
@@ -104,7 +107,7 @@ def _score(study, bar, arm, seed, setting, part) -> float:
     bar.update()
     return study.done[key]
 
-
+# %% ../../nbs/06_evaluation/05_study.ipynb #b9c9957f
 def _fresh(study, arm, seed, setting, part) -> float:
     "Run it"
     worst = math.inf if study.options.get("lower_is_better") else -math.inf
@@ -120,7 +123,7 @@ def _fresh(study, arm, seed, setting, part) -> float:
     why = "is a return missing, or did the run diverge?"
     return check_number(score, f"the score of arm {arm!r} for seed {seed}", why=why)
 
-
+# %% ../../nbs/06_evaluation/05_study.ipynb #d9865bf5
 def _bar(study, title):
     "One bar for all runs"
     from tqdm.auto import tqdm
@@ -130,7 +133,40 @@ def _bar(study, title):
     return tqdm(total=total, desc=title, disable=not title, leave=False)
 
 # %% ../../nbs/06_evaluation/05_study.ipynb #8f2a6ce5
-class Study(_Plan):
+class _Settled(_Plan):
+    "A plan that picks its settings, and tells what it found"
+
+    def _pick(self, arm, bar):
+        "The setting with the best mean dev score; of equals the first"
+        if len(self.settings[arm]) == 1:
+            return self.settings[arm][0]
+        row = self.tuning[arm] = {}
+        for setting in self.settings[arm]:
+            scores = [_score(self, bar, arm, draw, setting, "dev") for draw in self.draws]
+            row[setting] = sum(scores) / len(scores)
+        return (min if self.options.get("lower_is_better") else max)(row, key=row.get)
+
+    def card(self) -> dict:
+        """What a card tells of a finished study: seeds, settings picked, dev and test scores.
+
+        Raises `ValueError` before it has run to its end."""
+        return dict(
+            seeds=self.seeds,
+            picked=self.picked,
+            tuning={arm: {str(k): v for k, v in row.items()} for arm, row in self.tuning.items()},
+            scores={arm: _tested(self, arm) for arm in self.arms},
+        )
+
+# %% ../../nbs/06_evaluation/05_study.ipynb #40a24928
+def _tested(study, arm) -> list[float]:
+    "The test scores of an arm, one for each seed"
+    keys = [_key(arm, seed, study.picked.get(arm), "test") for seed in study.seeds]
+    if missing := [key for key in keys if key not in study.done]:
+        raise ValueError(f"there is no score of {missing[0]}; run the study to its end first")
+    return [study.done[key] for key in keys]
+
+# %% ../../nbs/06_evaluation/05_study.ipynb #2f213b8c
+class Study(_Settled):
     """Arms × seeds: each arm picks its setting by its dev scores, then each seed judges it.
 
     A score is kept as soon as it is there: stopped or killed, a study with a `path` goes on where
@@ -152,26 +188,3 @@ class Study(_Plan):
                 warnings.warn(f"interrupted: the comparison holds {held}", stacklevel=2)
         scores = dict(zip(self.arms, zip(*rows)))
         return Comparison.from_scores(scores, self.seeds[: len(rows)], **self.options)
-
-    def _pick(self, arm, bar):
-        "The setting with the best mean dev score; of equals the first"
-        if len(self.settings[arm]) == 1:
-            return self.settings[arm][0]
-        row = self.tuning[arm] = {}
-        for setting in self.settings[arm]:
-            scores = [_score(self, bar, arm, draw, setting, "dev") for draw in self.draws]
-            row[setting] = sum(scores) / len(scores)
-        return (min if self.options.get("lower_is_better") else max)(row, key=row.get)
-
-    def card(self) -> dict:
-        "What a card tells of a finished study: seeds, settings picked, dev scores, test scores."
-
-        def test(arm, seed):
-            return self.done[_key(arm, seed, self.picked[arm], "test")]
-
-        return dict(
-            seeds=self.seeds,
-            picked=self.picked,
-            tuning={arm: {str(k): v for k, v in row.items()} for arm, row in self.tuning.items()},
-            scores={arm: [test(arm, seed) for seed in self.seeds] for arm in self.picked},
-        )

@@ -52,23 +52,36 @@ class TextClassifier(nn.Module):
     ):
         super().__init__()
         check_model(encoder, "encoder", "encode")
-        check_whole(classes, "classes", 1)
+        self.head = _head(encoder, check_whole(classes, "classes", 1), zero)
         self.encoder, self.padding, self.dim = encoder, padding, encoder.dim
-        self.head = nn.Linear(encoder.dim, classes)
-        if zero:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
 
     def encode(self, tokens: Tensor) -> Tensor:  # (b, n) -> (b, d); 0 for padding only
-        tokens = check_tokens(tokens)
-        real = tokens != self.padding
-        columns = torch.arange(1, 1 + tokens.shape[1], device=tokens.device)
-        used = int((real.any(0) * columns).max()) or 1
-        tokens, real = tokens[:, :used], real[:, :used]
+        tokens, real = _without_padding(check_tokens(tokens), self.padding)
         return mean_tokens(self.encoder.encode(tokens, real), real)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.encode(tokens))
+
+# %% ../../nbs/04_models/06_heads.ipynb #ec1e0dea
+def _without_padding(tokens, padding):
+    "Tokens without the columns that only pad, and a mask of the real ones, both (b, used)"
+    real = tokens != padding
+    columns = torch.arange(1, 1 + tokens.shape[1], device=tokens.device)
+    used = int((real.any(0) * columns).max()) or 1
+    return tokens[:, :used], real[:, :used]
+
+
+def _head(encoder, classes, zero):
+    "A linear layer on the encoder's features"
+    if not isinstance(dim := getattr(encoder, "dim", None), int):
+        raise TypeError(
+            f"encoder is {got(encoder)} with dim={got(dim)}; expected the width of its features"
+        )
+    head = nn.Linear(dim, classes)
+    if zero:
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    return head
 
 # %% ../../nbs/04_models/06_heads.ipynb #41277754
 @checked

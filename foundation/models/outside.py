@@ -49,8 +49,7 @@ def load_vgg(
     """torchvision's VGG with ImageNet weights and a fresh last layer. Downloads nothing, runs no
     code of a file.
 
-    Raises `FileNotFoundError`, `ValueError`; `BadWeights` for a file whose hash is not the one in
-    its name."""
+    Raises `FileNotFoundError`, `ValueError`; `BadWeights` for a file with another hash."""
     from torchvision import models
 
     check_whole(classes, "classes", 2)
@@ -59,10 +58,8 @@ def load_vgg(
     url = models.get_model_weights(name).DEFAULT.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not file.is_file():
-        raise FileNotFoundError(
-            f"VGG's ImageNet weights, {file.name}, are not on this machine; "
-            f"run torchvision.models.{name}(weights='DEFAULT') once, online (500 MB)"
-        )
+        mend = f"run torchvision.models.{name}(weights='DEFAULT') once, online (500 MB)"
+        raise FileNotFoundError(f"VGG's weights, {file.name}, are not on this machine; {mend}")
     model = models.get_model(name, weights=None, init_weights=False)
     model.load_state_dict(_checked_weights(file))
     model.classifier[-1] = nn.Linear(model.classifier[-1].in_features, classes)

@@ -69,7 +69,7 @@ def account(
         speeds = compare_latency(predicts, data.floats(data.test_images[:256])[:1])
     return [row | speed for row, speed in zip(rows, speeds.values())]
 
-
+# %% ../../nbs/14_recipes/90_account.ipynb #f3e1057c
 def _judged(predict, data) -> dict:
     "Accuracy on the test pictures, 500 at a time, with its interval"
     count = len(data.test_labels)
@@ -114,7 +114,7 @@ COLUMNS = {  # what stands above a column -> what a row says there
     "pictures/s": lambda row: f"{row['images_per_second']:,.0f}",
 }
 
-
+# %% ../../nbs/14_recipes/90_account.ipynb #f0d2961c
 @checked
 def account_table(
     stages: Sequence[dict],  # as `account` gives them
@@ -162,7 +162,7 @@ def gains(
 
     return {f"{row['name']} ({row['runtime']})": gain(row) for row in stages}
 
-
+# %% ../../nbs/14_recipes/90_account.ipynb #4c8d9bc6
 @checked
 def not_faster(stages: Sequence[dict]) -> list[str]:
     "Rows less than a tenth faster than the same network before, in the same runtime."

@@ -31,7 +31,7 @@ FACTS = {  # key of the card -> what it is called in the table
     "hardware": "made on",
 }
 
-
+# %% ../../nbs/14_recipes/00_card.ipynb #ac49ba22
 @checked
 def card_facts(name: str, folder: Path | str = WEIGHTS) -> dict[str, str]:
     "How a file was made, in words. Raises `BadWeights` without a card."
