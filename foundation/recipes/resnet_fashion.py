@@ -39,27 +39,15 @@ def tune_all(
     seed: int = 0,
     title: str = "",
 ) -> tuple[nn.Module, Tensor, float]:  # the model, its losses, seconds of training
-    "All labels: the shipped encoder with a head fitted on 5,000 pictures, or a fresh net, then everything at one rate."
+    "All labels, one rate: the shipped encoder with a head that was fitted, or a fresh network."
     torch.manual_seed(seed)
-    began, mirror = (
-        time.perf_counter(),
-        Augment((1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std),
-    )
+    began, x, y = time.perf_counter(), data.train_images, data.train_labels
+    mirror = Augment((1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std)
     model = load_weights("resnet_simclr") if pretrained else ResNet()
     if pretrained:
-        fit_head(model, data.floats(data.train_images[:5000]), data.train_labels[:5000])
-    losses = finetune(
-        model,
-        data.train_images,
-        data.train_labels,
-        mirror,
-        steps=steps,
-        lr=lr,
-        head_lr=lr,
-        batch_size=256,
-        seed=seed,
-        title=title,
-    )
+        fit_head(model, data.floats(x[:5000]), y[:5000])
+    how = dict(steps=steps, lr=lr, head_lr=lr, batch_size=256, seed=seed, title=title)
+    losses = finetune(model, x, y, mirror, **how)
     return model, losses, time.perf_counter() - began
 
 # %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #f31d4e59
@@ -73,6 +61,19 @@ def _on_dev(data, pretrained, steps, lr) -> float:
     )
 
 # %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #ffe546f1
+def _all_labels(data, pretrained, seeds, rates, steps, arm) -> dict:
+    "One arm with all labels: the rate picked, test scores, seconds, and the first seed's model"
+    rate = max(rates, key=lambda lr: _on_dev(data, pretrained, steps // 3, lr))
+    scores, seconds, first = [], [], None
+    for seed in seeds:
+        model, losses, took = tune_all(data, pretrained, steps, rate, seed, f"{arm}, seed {seed}")
+        logits = predict(model, data.test_images, transform=data.floats)
+        scores.append(round(accuracy(logits, data.test_labels), 4))
+        seconds.append(round(took, 1))
+        first = first or (model, losses)
+    return dict(rates=rate, scores=scores, seconds=seconds, first=first)
+
+# %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #fc2ee991
 FILES = ("resnet_fashion",)
 
 
@@ -89,40 +90,33 @@ def make(
     data, arms = load_images(), {}
     for arm, pretrained in (("from scratch", False), ("pretrained", True)):
         arms[arm] = _all_labels(data, pretrained, seeds, rates, steps, arm)
-    model, losses = arms["pretrained"].pop("first")  # the first seed's, not the best on the test
-    arms["from scratch"].pop("first")
+    (model, losses), _ = arms["pretrained"].pop("first"), arms["from scratch"].pop("first")
     every = dict(steps=steps, batch_size=256)
     every |= {key: {arm: arms[arm][key] for arm in arms} for key in ("rates", "scores", "seconds")}
-    photos = {
-        arm: [round(tune_photos(data, arm, seed=seed), 4) for seed in range(5)]
-        for arm in PHOTO_ARMS
-    }
-    card = dict(
+    photos = {arm: _photo_scores(data, arm) for arm in PHOTO_ARMS}
+    metrics = dict(all_labels=every, few_labels=compare_arms(data, **options), photos=photos)
+    return save_weights(model, name, _card(data, losses, metrics), folder)
+
+# %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #d051ba14
+def _photo_scores(data, arm, seeds=range(5)) -> list[float]:
+    return [round(tune_photos(data, arm, seed=seed), 4) for seed in seeds]
+
+
+def _card(data, losses, metrics) -> dict:
+    "What is told of the first seed's model"
+    every = metrics["all_labels"]
+    return dict(
         data=f"{data.name}, {len(data.train_images):,} training images with labels",
         method="fine-tuned from resnet_simclr",
         classes=data.classes,
-        steps=steps,
-        batch_size=256,
-        seconds=arms["pretrained"]["seconds"][0],
+        steps=every["steps"],
+        batch_size=every["batch_size"],
+        seconds=every["seconds"]["pretrained"][0],
         loss_first=float(losses[0]),
         loss_last=float(losses[-50:].mean()),
-        metrics=dict(all_labels=every, few_labels=compare_arms(data, **options), photos=photos),
+        metrics=metrics,
         normalisation=dict(mean=data.mean, std=data.std),
     )
-    return save_weights(model, name, card, folder)
-
-
-def _all_labels(data, pretrained, seeds, rates, steps, arm) -> dict:
-    "One arm with all labels: the rate picked, test scores, seconds, and the first seed's model"
-    rate = max(rates, key=lambda lr: _on_dev(data, pretrained, steps // 3, lr))
-    scores, seconds, first = [], [], None
-    for seed in seeds:
-        model, losses, took = tune_all(data, pretrained, steps, rate, seed, f"{arm}, seed {seed}")
-        logits = predict(model, data.test_images, transform=data.floats)
-        scores.append(round(accuracy(logits, data.test_labels), 4))
-        seconds.append(round(took, 1))
-        first = first or (model, losses)
-    return dict(rates=rate, scores=scores, seconds=seconds, first=first)
 
 # %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #eac9b2ae
 ARMS = {  # from a rate to options of `finetune`
@@ -134,12 +128,12 @@ ARMS = {  # from a rate to options of `finetune`
     "gradual": lambda rate: dict(lr=rate, gradual=True),
     "head fitted first": lambda rate: dict(lr=rate, head_lr=rate),
 }
-RATES = {
+RATES = {  # to pick from; all others: 3e-4 to 1e-2
     "from scratch": (3e-4, 1e-3, 3e-3),
     "head only": (1e-2, 3e-2, 1e-1),
-}  # to pick from; all others: 3e-4 to 1e-2
+}
 
-
+# %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #9d2db1de
 @checked
 def run_arm(
     arm: str,  # of `ARMS`
@@ -150,27 +144,19 @@ def run_arm(
     batch_size: int = 64,
     seed: int = 0,
 ) -> nn.Module:
-    "One way to fine-tune the shipped encoder, or its control, from a head that depends on the seed."
+    "One way to fine-tune the shipped encoder, or its control, from a head of the seed."
     check_choice(arm, "arm", ARMS)
     index = check_labels(index, "index")
     check_number(index.max().item(), "the largest index", most=len(data.train_labels) - 1)
     torch.manual_seed(seed)
     model = ResNet() if arm == "from scratch" else load_weights("resnet_simclr")
     replace_head(model, len(data.classes))
-    images, labels = data.train_images[index], data.train_labels[index]
+    x, y = data.train_images[index], data.train_labels[index]
     if arm == "head fitted first":
-        fit_head(model, data.floats(images), labels)
+        fit_head(model, data.floats(x), y)
     augment = Augment(area=(0.6, 1.0), contrast=0.2, brightness=0.2, mean=data.mean, std=data.std)
-    finetune(
-        model,
-        images,
-        labels,
-        augment,
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        **ARMS[arm](rate),
-    )
+    how = dict(steps=steps, batch_size=batch_size, seed=seed, **ARMS[arm](rate))
+    finetune(model, x, y, augment, **how)
     return model
 
 # %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #46fc29c1
@@ -185,32 +171,35 @@ def compare_arms(
 ) -> dict:  # rates: arm -> the one picked; scores: arm -> test accuracies
     "Every arm picks its rate on dev pictures, then each seed judges it once."
     arms = [check_choice(arm, "arms", ARMS) for arm in arms]
-    task = image_task(data)
-
-    def arm(name):
-        def run(seed, rate, part):
-            model = run_arm(name, data, task.draw(labels, seed), rate, seed=seed, **options)
-            where = task.part(part)
-            logits = predict(model, task.inputs[where], transform=data.floats)
-            return accuracy(logits, task.labels[where])
-
-        return run
-
     settings = {name: rates.get(name, (3e-4, 1e-3, 3e-3, 1e-2)) for name in arms}
-    study = Study({name: arm(name) for name in arms}, seeds, settings, draws=(100, 101))
+    task = image_task(data)
+    runs = {name: _arm(name, data, task, labels, options) for name in arms}
+    study = Study(runs, seeds, settings, draws=(100, 101))
     scores = study.run(f"{labels} labels").scores
     rounded = {name: [round(v, 4) for v in row.tolist()] for name, row in scores.items()}
     return dict(labels=labels, rates=study.picked, scores=rounded)
 
+# %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #35f08954
+def _arm(name, data, task, labels, options):
+    "An arm of a study: one run, judged on a part of the task"
+
+    def run(seed, rate, part):
+        model = run_arm(name, data, task.draw(labels, seed), rate, seed=seed, **options)
+        where = task.part(part)
+        logits = predict(model, task.inputs[where], transform=data.floats)
+        return accuracy(logits, task.labels[where])
+
+    return run
+
 # %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #c83904ca
-PHOTO_ARMS = {  # rate of the body (0: it stays), its factor from layer to layer, care; the head learns at 0.001
+PHOTO_ARMS = {  # rate of the body (0: it stays), its factor from layer to layer, care
     "head only": (0.0, 1.0, True),
     "as printed": (1e-3, 1.0, False),
     "with care, same rate": (1e-3, 1.0, True),
     "with care, falling rates": (1e-4, 0.8, True),
 }
 
-
+# %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #8d5cc2b3
 @checked
 def tune_photos(
     data: ImageSet,
@@ -221,7 +210,7 @@ def tune_photos(
     tests: int = 500,  # test pictures
     size: int = 64,  # of the pictures that the network gets
 ) -> float:  # test accuracy
-    "EfficientNet-lite0 on a few grey pictures. Care: the head is fitted first, and batch norms keep their statistics."
+    "EfficientNet-lite0 on a few gray pictures."
     lr, decay, care = PHOTO_ARMS[check_choice(arm, "arm", PHOTO_ARMS)]
     check_sizes(labels=labels, epochs=epochs, tests=tests, size=size)
     torch.manual_seed(seed)
@@ -231,9 +220,14 @@ def tune_photos(
     if care:
         fit_head(model, photos.images, photos.labels)
     if lr:
-        optimizer = torch.optim.AdamW(layer_groups(model, lr, decay, head_lr=1e-3))
-        with frozen_norms(model, every=True) if care else nullcontext():
-            for _ in range(epochs):
-                train_epoch(model, photos, 16, optimizer)
+        _tune_body(model, photos, epochs, lr, decay, care)
     unseen = imagenet_inputs(data.test_images[:tests], size)
     return accuracy(predict(model, unseen, 100), data.test_labels[:tests])
+
+# %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #ce86d149
+def _tune_body(model, photos, epochs, lr, decay, care):
+    "Everything learns, earlier layers more slowly where the factor is below 1"
+    optimizer = torch.optim.AdamW(layer_groups(model, lr, decay, head_lr=1e-3))
+    with frozen_norms(model, every=True) if care else nullcontext():
+        for _ in range(epochs):
+            train_epoch(model, photos, 16, optimizer)
