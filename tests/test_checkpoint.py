@@ -1,5 +1,5 @@
-"""A run that is killed at any moment and resumed ends in the same bytes, and whatever lies there in the
-end can be told."""
+"""A run that is killed at any moment and resumed ends in the same bytes,
+and whatever lies there in the end can be told."""
 
 import json
 import os
@@ -1141,7 +1141,7 @@ def test_going_on_longer_is_the_longer_run(tmp_path):
 
 
 def test_the_same_network_and_optimizer_may_be_handed_in_again(tmp_path):
-    "As a cell that was interrupted and is run once more; the rate has moved along its schedule meanwhile"
+    "As a cell that was interrupted and is run once more; the rate has moved along meanwhile"
     net, opt = fresh()
 
     def stream(start):

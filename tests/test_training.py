@@ -1,5 +1,5 @@
-"""The loop, its speed and its log: against plain loops and PyTorch, killed and interrupted for real,
-and bad input, one sentence each"""
+"""The loop, its speed and its log:
+against plain loops and PyTorch, killed and interrupted for real, and bad input, a sentence each"""
 
 import contextlib
 import json

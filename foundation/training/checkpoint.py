@@ -131,8 +131,8 @@ def save_checkpoint(
 ) -> None:
     """Write all that the next step depends on; the checkpoint before stays as `<name>.old`.
 
-    Raises `TypeError` or `ValueError` for what cannot be saved, and for weights that are not finite
-    (those would push the last good checkpoint out), `BadCheckpoint` while another process saves
+    Raises `TypeError` or `ValueError` for what cannot be saved and for weights that are not finite
+    (they would push the last good checkpoint out), `BadCheckpoint` while another process saves
     there, `OSError` for a full disk; a whole one is there at every moment."""
     check_whole(step, "step", 0)
     _check_weights(_look(model, opt), model, step)
