@@ -169,7 +169,7 @@ class Comparison(_Judged):
         return _sentence(self, a, b, _tries(self, tries))
 
     def plot(self, *, alt: str | None = None, title: str | None = None) -> Picture:
-        "Scores and differences from the control, one dot a seed. By default the verdicts are `alt`."
+        "Scores and differences from the control, a dot for each seed; `alt` is the verdicts."
         control, *rivals = self.scores
         return _plot(self, alt or " ".join(self.verdict(arm, control) for arm in rivals), title)
 
