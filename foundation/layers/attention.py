@@ -95,7 +95,7 @@ def attend(
 ) -> Tensor:  # (b, h, n, e); a query that sees nothing gets zeros
     """`softmax(q kᵀ / √e) v` by hand, with the whole table of weights, in float32 at least.
 
-    Raises TypeError or ValueError for what does not fit, or NaN. Vaswani et al. 2017, equation 1."""
+    Raises TypeError or ValueError for a misfit, or NaN. Vaswani et al. 2017, equation 1."""
     _check_heads(q, k, v)
     scores = precise(q) @ precise(k).transpose(-2, -1) / math.sqrt(q.shape[-1])  # (b, h, n, m)
     visible = _visible(mask, causal, scores.shape, q.device)
