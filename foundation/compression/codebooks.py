@@ -68,8 +68,8 @@ class SharedWeight(nn.Module):
     def __init__(self, weight: Tensor, size: int):
         super().__init__()
         used, self.size = check_floats(weight, "weight", "(...)") != 0, size
-        index = torch.zeros_like(weight, dtype=torch.long)  # 0: a zero, k: centre k - 1
-        self.register_buffer("index", index)
+        index = torch.zeros(weight.shape, dtype=torch.long, device=weight.device)
+        self.register_buffer("index", index)  # 0: a zero, k: centre k - 1
         self.centres = weight.new_zeros(size)
         if used.any():  # otherwise there is nothing to share
             centres, found = codebook(weight[used], size)
