@@ -90,7 +90,8 @@ def cache_folder() -> Path:
     with suppress(RuntimeError, OSError):  # no home; ~nobody; from a folder that was deleted
         if chosen:
             return Path(chosen).expanduser().absolute()
-        return Path(platformdirs.user_cache_dir("foundation", appauthor=False, opinion=False))
+        folder = platformdirs.user_cache_dir("foundation", appauthor=False, opinion=False)
+        return Path(folder).expanduser()  # without a home it still begins with ~
     if chosen:
         wrong = f"FOUNDATION_DATA is {chosen!r}, which leads nowhere"
         raise DataUnavailable(f"{wrong}; expected a full path")
