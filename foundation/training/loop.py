@@ -24,20 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import in_order, memory_order, pick_precision
-from foundation.core.checks import (
-    check_labels,
-    check_like,
-    check_number,
-    check_whole,
-    checked,
-    got,
-    refuse_nan,
-)
+from ..core.checks import check_labels, check_like, check_number, check_whole
+from ..core.checks import checked, got, refuse_nan
 
 # %% ../../nbs/05_training/01_loop.ipynb #870812f5
-Objective = Callable[
-    [nn.Module, Any], tuple[Tensor, dict]
-]  # (model, batch) -> loss, things worth logging
+# (model, batch) -> loss, things worth logging
+Objective = Callable[[nn.Module, Any], tuple[Tensor, dict]]
 
 
 @dataclass(frozen=True)
@@ -63,23 +55,18 @@ def train(
     opt: torch.optim.Optimizer,
     *,
     steps: int,
-    schedule: (
-        Sequence[float] | Tensor | None
-    ) = None,  # factor on each group's lr, one for each step
+    schedule: Sequence[float] | Tensor | None = None,  # factor on each lr, one for each step
     accum: int = 1,  # batches whose gradients are averaged into one step
     clip: Real | None = None,  # largest gradient norm; infinity measures it only
     precision: str = "fp32",  # or "bf16", "fp16"; "auto": bf16 where the hardware multiplies it
     start: int = 0,  # first step: a resumed run passes the number of steps it has done
     check_every: int = 50,  # steps between looks at the loss on a GPU, where a look costs a wait
-    scaler: (
-        torch.amp.GradScaler | None
-    ) = None,  # of your own, for "fp16": to save it, or to begin elsewhere
+    scaler: torch.amp.GradScaler | None = None,  # of your own, for "fp16": to save it
 ) -> Iterator[Step]:
     """Train, one `Step` at a time: `break` stops the run, `start` goes on with it.
 
     Raises ValueError or TypeError for what cannot be trained, TrainingDiverged when the loss or the
-    norm
-    to be clipped is not finite; the modes of all layers are then as they were."""
+    norm to be clipped is not finite; the modes of all layers are then as they were."""
     _check_plan(model, objective, opt, steps, schedule, accum, clip, start, check_every)
     device, stream = next(model.parameters()).device, iter(batches)
     cast, scaler = _half(precision, device, scaler, opt)
@@ -93,32 +80,21 @@ def train(
             opt.zero_grad(set_to_none=True)
             loss = 0.0
             for _ in range(accum):
-                batch = _to(
-                    _next(stream, n, steps), device, order
-                )  # the data know nothing of the precision
+                batch = _to(_next(stream, n, steps), device, order)
                 with cast():
                     part, extra = _judged(objective(model, batch))
                 scaler.scale(part / accum).backward()
                 loss = loss + part.detach() / accum
             norm = _clip(opt, clip, scaler)
             guard(n, loss, norm, opt)
-            scaler.step(
-                opt
-            )  # with fp16 it leaves out a step whose gradient overflowed, else it is opt.step()
+            scaler.step(opt)  # opt.step(), but for fp16 gradients that overflowed
             scaler.update()
             yield Step(n, loss, opt.param_groups[0].get("lr", math.nan), norm, extra)
 
 # %% ../../nbs/05_training/01_loop.ipynb #ddf93593
 def _check_plan(model, objective, opt, steps, schedule, accum, clip, start, check_every):
     "Refuse what cannot be trained, a sentence each"
-    try:
-        inspect.signature(objective).bind(model, None)
-    except TypeError as error:
-        raise TypeError(
-            f"objective is {got(objective)}; expected a function of (model, batch): {error}"
-        ) from None
-    except ValueError:  # some that are written in C do not tell
-        pass
+    _check_objective(objective, model)
     if next(model.parameters(), None) is None:
         raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to train")
     check_whole(steps, "steps", 0)
@@ -127,28 +103,42 @@ def _check_plan(model, objective, opt, steps, schedule, accum, clip, start, chec
     check_whole(check_every, "check_every", 1)
     if clip is not None:
         check_number(clip, "clip", above=0, infinite=True, why="a norm, or None for no clipping")
-    needed = [
-        p
-        for p in inspect.signature(opt.step).parameters.values()
-        if p.default is p.empty and p.kind < p.VAR_POSITIONAL
-    ]
-    if needed:
-        raise ValueError(
-            f"{type(opt).__name__}.step needs a {needed[0].name}, so that it can compute the "
-            "loss several times "
-            "in one step; `train` computes it once: write the loop yourself, or use another "
-            "optimizer"
-        )
+    _check_optimizer(opt)
     if schedule is not None:
         _check_schedule(schedule, steps, opt)
 
 
+def _set_rates(opt, schedule, n):
+    "Each group's rate at step n: the one it began with, times the factor"
+    if schedule is not None:
+        for group in opt.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * float(schedule[n])
+
+# %% ../../nbs/05_training/01_loop.ipynb #33b9594a
+def _check_objective(objective, model):
+    try:
+        inspect.signature(objective).bind(model, None)
+    except TypeError as error:
+        wanted = "expected a function of (model, batch)"
+        raise TypeError(f"objective is {got(objective)}; {wanted}: {error}") from None
+    except ValueError:  # some that are written in C do not tell
+        pass
+
+
+def _check_optimizer(opt):
+    for p in inspect.signature(opt.step).parameters.values():
+        if p.default is p.empty and p.kind < p.VAR_POSITIONAL:
+            raise ValueError(
+                f"{type(opt).__name__}.step needs a {p.name}, so that it can compute the loss "
+                "several times in one step; `train` computes it once: write the loop yourself, or "
+                "use another optimizer"
+            )
+
+# %% ../../nbs/05_training/01_loop.ipynb #b9d206d2
 def _check_schedule(schedule, steps, opt):
     if len(schedule) < steps:
-        raise ValueError(
-            f"the schedule has {len(schedule)} factors for {steps} steps; expected one for each "
-            "step"
-        )
+        said = f"the schedule has {len(schedule)} factors for {steps} steps"
+        raise ValueError(f"{said}; expected one for each step")
     factors = torch.as_tensor(schedule)[:steps]
     if factors.ndim != 1 or factors.is_complex() or not (factors.isfinite() & (factors >= 0)).all():
         raise ValueError(
@@ -160,9 +150,17 @@ def _check_schedule(schedule, steps, opt):
         )
 
 
+def _next(stream, n, steps):
+    "The next batch, or a sentence instead of a silent end"
+    try:
+        return next(stream)
+    except StopIteration:
+        said = f"the batches ran out at step {n} of {steps}"
+        raise ValueError(f"{said}; give an endless stream or fewer steps") from None
+
+# %% ../../nbs/05_training/01_loop.ipynb #b4d4e339
 def _half(precision, device, scaler, opt):
-    """A function that makes the context in which losses are computed, and a scaler, idle unless it
-    is fp16"""
+    "What makes the context in which losses are computed, and a scaler, idle unless it is fp16"
     if precision == "auto":
         precision = pick_precision(device)
     kinds = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
@@ -170,28 +168,22 @@ def _half(precision, device, scaler, opt):
         raise ValueError(f"precision is {precision!r}; expected 'fp32', 'bf16', 'fp16' or 'auto'")
     if scaler is not None and precision != "fp16":
         raise ValueError(f"got a scaler with precision {precision!r}; only 'fp16' scales its loss")
-    if precision == "fp16" and any(
-        p.dtype == torch.float16 for group in opt.param_groups for p in group["params"]
-    ):
+    weights = [p for group in opt.param_groups for p in group["params"]]
+    if precision == "fp16" and any(p.dtype == torch.float16 for p in weights):
         raise ValueError(
             "precision 'fp16' needs weights in float32, where small steps are not lost; expected "
             "model.float()"
         )
-    cast = (
-        nullcontext
-        if precision == "fp32"
-        else partial(torch.autocast, device.type, kinds[precision])
-    )
-    return cast, (
-        torch.amp.GradScaler(device.type, enabled=precision == "fp16") if scaler is None else scaler
-    )
+    kind = kinds[precision]
+    cast = partial(torch.autocast, device.type, kind) if kind else nullcontext
+    if scaler is None:
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return cast, scaler
 
 # %% ../../nbs/05_training/01_loop.ipynb #888623d8
 @checked
 @contextmanager
-def modes_back(
-    model: nn.Module,
-) -> Iterator[None]:
+def modes_back(model: nn.Module) -> Iterator[None]:
     """If the block ends in an error or in Ctrl-C, each layer is in train or eval mode as it was
     before."""
     modes = {layer: layer.training for layer in model.modules()}
@@ -204,7 +196,7 @@ def modes_back(
             layer.training = mode
         raise
 
-
+# %% ../../nbs/05_training/01_loop.ipynb #b7ad656a
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits until the block is done.
@@ -223,7 +215,7 @@ def uninterrupted() -> Iterator[None]:
         if pressed:
             own(*pressed[0])
 
-
+# %% ../../nbs/05_training/01_loop.ipynb #5fde41b1
 def load_optimizers() -> None:
     """Import what PyTorch imports when it makes the first optimizer of a process; Ctrl-C waits for
     it.
@@ -233,38 +225,38 @@ def load_optimizers() -> None:
         with uninterrupted():
             import torch._dynamo  # noqa: F401
 
+
+def _safe_order(model, opt):
+    """None, or the plain order for a model that PyTorch cannot train in another; its weights and
+    their moments are brought into it"""
+    if memory_order(model) != torch.contiguous_format:
+        return None
+    model.to(memory_format=torch.contiguous_format)
+    for p, values in opt.state.items():
+        alike = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.shape == p.shape}
+        values |= {k: v.contiguous() for k, v in alike.items()}
+    return torch.contiguous_format
+
 # %% ../../nbs/05_training/01_loop.ipynb #19a2ab5b
-def _set_rates(opt, schedule, n):
-    "Each group's rate at step n: the one it began with, times the factor"
-    if schedule is not None:
-        for group in opt.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * float(schedule[n])
-
-
 def _clip(opt, clip, scaler):
-    """Shorten the gradient to the norm `clip`; the norm it had before, None if nothing is to be
-    clipped"""
+    "Shorten the gradient to the norm `clip`; the norm before, None if nothing is to be clipped"
     if clip is None:
         return None
     scaler.unscale_(opt)
-    return nn.utils.clip_grad_norm_(
-        [p for group in opt.param_groups for p in group["params"]], clip
-    )
+    weights = [p for group in opt.param_groups for p in group["params"]]
+    return nn.utils.clip_grad_norm_(weights, clip)
 
 
 def _judged(result):
     "What an objective gave back, if that is a loss to go down and a dictionary"
-    if not (
-        isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[0], Tensor)
-    ):
-        raise TypeError(
-            f"the objective gave back {type(result).__name__}; expected a pair: loss, dictionary "
-            "of extras"
-        )
-    if result[0].numel() != 1 or not result[0].requires_grad:
+    pair = isinstance(result, (tuple, list)) and len(result) == 2
+    if not pair or not isinstance(result[0], Tensor):
+        said = f"the objective gave back {type(result).__name__}"
+        raise TypeError(f"{said}; expected a pair: loss, dictionary of extras")
+    loss = result[0]
+    if loss.numel() != 1 or not loss.requires_grad:
         raise ValueError(
-            f"the loss has shape {tuple(result[0].shape)} and "
-            f"requires_grad={result[0].requires_grad}; "
+            f"the loss has shape {tuple(loss.shape)} and requires_grad={loss.requires_grad}; "
             "expected one number that depends on parameters which are not frozen"
         )
     return result
@@ -284,36 +276,9 @@ def _to(batch, device, order=None):
         return {k: _to(v, device, order) for k, v in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_to(v, device, order) for v in batch))
-    return (
-        type(batch)(_to(v, device, order) for v in batch)
-        if isinstance(batch, (tuple, list))
-        else batch
-    )
-
-
-def _safe_order(model, opt):
-    """None, or the plain order for a model that PyTorch cannot train in another; its weights and
-    their moments are brought into it"""
-    if memory_order(model) != torch.contiguous_format:
-        return None
-    model.to(memory_format=torch.contiguous_format)
-    for p, values in opt.state.items():
-        values |= {
-            k: v.contiguous()
-            for k, v in values.items()
-            if isinstance(v, Tensor) and v.shape == p.shape
-        }
-    return torch.contiguous_format
-
-
-def _next(stream, n, steps):
-    "The next batch, or a sentence instead of a silent end"
-    try:
-        return next(stream)
-    except StopIteration:
-        raise ValueError(
-            f"the batches ran out at step {n} of {steps}; give an endless stream or fewer steps"
-        ) from None
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_to(v, device, order) for v in batch)
+    return batch
 
 # %% ../../nbs/05_training/01_loop.ipynb #34038800
 class _Guard:
@@ -323,9 +288,7 @@ class _Guard:
         self.every, self.steps, self.scaler, self.total = every, steps, scaler, 0.0
 
     def __call__(self, n, loss, norm, opt):
-        if (
-            norm is None or self.scaler.is_enabled()
-        ):  # with fp16 an infinite norm is the scaler's business
+        if norm is None or self.scaler.is_enabled():  # with fp16 it is the scaler's business
             norm = torch.zeros_like(loss)
         self.total = self.total + loss + norm  # finite only if all of them are
         if (n + 1) % self.every and n + 1 < self.steps:
@@ -333,12 +296,11 @@ class _Guard:
         if not math.isfinite(self.total):
             raise TrainingDiverged(_advice(n, self.every, loss, norm, opt))
         if self.scaler.is_enabled() and self.scaler.get_scale() < 2.0**-20:
-            raise TrainingDiverged(
-                f"no loss scale gives finite fp16 gradients at step {n}; try precision='fp32'"
-            )
+            said = f"no loss scale gives finite fp16 gradients at step {n}"
+            raise TrainingDiverged(f"{said}; try precision='fp32'")
         self.total = 0.0
 
-
+# %% ../../nbs/05_training/01_loop.ipynb #dfc067cf
 def _advice(n, every, loss, norm, opt):
     "What happened, when, at which rate, and what to try"
     name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
@@ -346,8 +308,7 @@ def _advice(n, every, loss, norm, opt):
     lrs = ", ".join(f"{group['lr']:.3g}" for group in opt.param_groups)
     return (
         f"the {name} became {float(value):.3g} {when} (lr {lrs}). Try a lower lr, a warmup, "
-        "clip=1.0 or "
-        "precision='fp32', and look for NaN in the data"
+        "clip=1.0 or precision='fp32', and look for NaN in the data"
     )
 
 # %% ../../nbs/05_training/01_loop.ipynb #d4f4c4b3
@@ -375,11 +336,8 @@ def _as_labels(labels, logits):
     "Class numbers as int64; probabilities in the logits' float32"
     if isinstance(labels, Tensor) and labels.is_floating_point():
         return labels.float()
-    if isinstance(labels, Tensor) and labels.dtype not in (
-        torch.bool,
-        torch.complex64,
-        torch.complex128,
-    ):
+    odd = torch.bool, torch.complex64, torch.complex128
+    if isinstance(labels, Tensor) and labels.dtype not in odd:
         return labels.long()
     return check_labels(labels).to(logits.device)
 
