@@ -856,6 +856,12 @@ def test_settling_a_copy_leaves_the_other_alone():
     )
 
 
+def test_a_shared_weight_lies_in_plain_order_whatever_the_network_does():
+    net = make_net().to(memory_format=torch.channels_last)
+    shared = share_weights(net, 4)
+    assert all(shared[i].weight.is_contiguous() for i in (0, 3))  # the digits depend on it
+
+
 def test_shared_weights_take_what_is_assigned():
     layer = share_weights(nn.Linear(8, 8), 4)
     before = layer.weight.detach().clone()
