@@ -2,6 +2,7 @@
 the library peft, broken variants, bad input"""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,34 +12,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from foundation.finetuning.peft import (
-    LINEAR,
-    METHODS,
-    RATES,
-    VARIANTS,
-    Adapter,
-    Delta,
-    LoRA,
-    MeanClassifier,
-    NounTask,
-    Prefix,
-    adapt,
-    add_adapters,
-    add_lora,
-    add_prefix,
-    find_layers,
-    merge,
-    optimizer_bytes,
-    prepared,
-    score,
-    step_costs,
-    train_biases,
-    unmerge,
-)
+from foundation.data.tasks import Task
+from foundation.finetuning.adapters import Adapter, Prefix, add_adapters, add_prefix, train_biases
+from foundation.finetuning.peft import LINEAR, LoRA, adapt, add_lora, find_layers, merge, unmerge
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.gpt import GPT
+from foundation.models.heads import TextClassifier
 from foundation.models.pretrained import BadWeights, load_weights, read_card, save_weights
+from foundation.recipes import minilm_glosses_lora as recipes
+from foundation.recipes.minilm_glosses_lora import METHODS, RATES, VARIANTS, method_score
+from foundation.recipes.minilm_glosses_lora import optimizer_bytes, prepared, step_costs
 
 IDS = torch.tensor([[2, 5, 9, 11, 3], [2, 7, 3, 0, 0]])
 
@@ -67,8 +51,8 @@ def task():
     labels = torch.arange(60) % 3
     tokens[:, 1] = labels + 1  # what there is to learn
     tokens[::4, 6:] = 0
-    at = torch.arange(60)
-    return NounTask(("a",) * 60, tokens, labels, ("x", "y", "z"), at[:40], at[40:50], at[50:])
+    parts = torch.arange(60).split([40, 10, 10])
+    return Task(tokens, labels, ("x", "y", "z"), *parts, ("a cat", "an owl") * 30)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +140,7 @@ def test_only_what_is_meant_moves(method, task):
     model = prepared(bert(), method, task)
     before = {n: p.clone() for n, p in model.named_parameters()}
     may = {n for n, p in model.named_parameters() if p.requires_grad}
-    adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=5, precision="fp32")
+    adapt(model, task.inputs[task.pool], task.labels[task.pool], steps=5, precision="fp32")
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved <= may and {"head.weight", "head.bias"} <= moved
     spare = {
@@ -190,7 +174,7 @@ def test_only_what_is_meant_moves(method, task):
 def test_a_base_that_is_not_frozen_would_be_seen(task):
     model = prepared(bert(), "LoRA", task)
     model.encoder.requires_grad_(True)  # the broken variant
-    adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=2, precision="fp32")
+    adapt(model, task.inputs[task.pool], task.labels[task.pool], steps=2, precision="fp32")
     assert not torch.equal(
         model.encoder.blocks[0].mlp[0].base.weight, bert().blocks[0].mlp[0].weight
     )
@@ -229,9 +213,10 @@ def test_equal_to_the_library_peft():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_delta_on_a_fresh_base_gives_the_same_outputs(method, task, tmp_path):
     model = prepared(bert(), method, task)
-    adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=3, precision="fp32")
-    save_weights(Delta(model, method=method), "delta", {}, tmp_path, dtype=torch.float32)
-    fresh = load_weights("delta", Delta(prepared(bert(), method, task, seed=5)), tmp_path).model
+    adapt(model, task.inputs[task.pool], task.labels[task.pool], steps=3, precision="fp32")
+    about = dict(config={})
+    save_weights(model, "delta", about, tmp_path, dtype=torch.float32, only="learnt")
+    fresh = load_weights("delta", prepared(bert(), method, task, seed=5), tmp_path, only="learnt")
     with torch.no_grad():
         assert torch.equal(fresh(IDS), model.eval()(IDS))
     size = (tmp_path / "delta.safetensors").stat().st_size
@@ -239,30 +224,55 @@ def test_a_delta_on_a_fresh_base_gives_the_same_outputs(method, task, tmp_path):
 
 
 def test_a_delta_of_another_shape_is_refused(task, tmp_path):
-    save_weights(Delta(prepared(bert(), "LoRA", task)), "delta", {}, tmp_path)
+    lora, other = prepared(bert(), "LoRA", task), prepared(bert(), "adapters", task)
+    save_weights(lora, "delta", dict(config={}), tmp_path, only="learnt")
     with pytest.raises(BadWeights, match="does not fit"):
-        load_weights("delta", Delta(prepared(bert(), "adapters", task)), tmp_path)
+        load_weights("delta", other, tmp_path, only="learnt")
 
 
-def test_it_learns_and_the_optimizer_is_measured(task):
+def test_it_learns(task):
     model = prepared(bert(), "LoRA", task)
-    opt = adapt(
-        model, task.tokens[task.pool], task.labels[task.pool], steps=60, lr=1e-2, precision="fp32"
-    )
-    assert (model(task.tokens[task.test]).argmax(1) == task.labels[task.test]).float().mean() > 0.6
-    k = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    texts, labels = task.read(task.pool)
+    losses = adapt(model, texts, labels, steps=60, lr=1e-2, precision="fp32")
+    assert len(losses) == 60 and losses[-10:].mean() < losses[:10].mean()
+    texts, labels = task.read(task.test)
+    assert (model(texts).argmax(1) == labels).float().mean() > 0.6
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(task, tmp_path):
+    models = [prepared(bert(), "LoRA", task) for _ in range(2)]
+    plan = dict(steps=6, precision="fp32", checkpoint=tmp_path / "c.safetensors", save_every=2)
+
+    def stop(step):
+        if step.n == 3:
+            raise KeyboardInterrupt
+
+    whole = adapt(models[0], *task.read(task.pool), steps=6, precision="fp32")
+    with pytest.raises(KeyboardInterrupt):
+        adapt(models[1], *task.read(task.pool), each=stop, **plan)
+    losses = adapt(models[1], *task.read(task.pool), **plan)
+    assert torch.equal(losses, whole)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+def test_the_optimizer_is_measured():
+    model = add_lora(bert(), 2)
+    learns = [p for p in model.parameters() if p.requires_grad]
+    opt, k = torch.optim.AdamW(learns), sum(p.numel() for p in learns)
+    assert optimizer_bytes(opt) == 0
+    model.encode(IDS, IDS != 0).square().mean().backward()
+    opt.step()
     assert 8 * k <= optimizer_bytes(opt) <= 8 * k + 8 * len(opt.state)
-    assert optimizer_bytes(torch.optim.AdamW(model.parameters())) == 0
 
 
 def test_costs_and_scores(task, monkeypatch):
-    monkeypatch.setattr(NounTask, "draw", lambda self, seed, count=40: self.pool)
+    monkeypatch.setattr(recipes, "LABELS", 30)
     costs = step_costs(bert(), task, rounds=1)
     assert list(costs) == list(METHODS) and costs["full"]["share"] == 1 == costs["full"]["step"]
     assert costs["BitFit"]["optimizer_bytes"] < costs["full"]["optimizer_bytes"]
     rates = {method: RATES["LoRA"] for method in VARIANTS} | RATES
     for method in [*METHODS, *VARIANTS]:
-        assert 0 <= score(bert(), method, task, rates[method][0], 0, task.test, steps=2) <= 1
+        assert 0 <= method_score(bert(), task, method, 0, rates[method][0], steps=2) <= 1
 
 
 def test_targets_match_whole_names():
@@ -357,7 +367,7 @@ def test_a_refused_change_leaves_the_model_alone():
 )
 def test_bad_training(labels, options, match):
     with pytest.raises((ValueError, TypeError), match=match):
-        adapt(MeanClassifier(bert(), 3), IDS, labels, **options)
+        adapt(TextClassifier(bert(), 3), IDS, labels, **options)
 
 
 def test_unknown_method(task):
@@ -704,7 +714,7 @@ def test_real_words_are_read_without_dropout_and_hooks_are_taken_off():
 
 
 def test_a_text_of_padding_has_features_of_zero_and_padding_may_stand_anywhere():
-    model = MeanClassifier(bert(), 3).eval()
+    model = TextClassifier(bert(), 3).eval()
     nn.init.normal_(model.head.weight)
     with torch.no_grad():
         out = model(torch.tensor([[1, 2, 0], [0, 0, 0]]))
@@ -722,7 +732,7 @@ def test_a_text_of_padding_has_features_of_zero_and_padding_may_stand_anywhere()
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int32, "numpy", "list"])
 def test_labels_and_tokens_of_any_whole_number_type_train_alike(task, kind):
-    labels, tokens = task.labels[task.pool], task.tokens[task.pool]
+    labels, tokens = task.labels[task.pool], task.inputs[task.pool]
     other = (
         labels.tolist()
         if kind == "list"
@@ -742,36 +752,32 @@ def test_labels_and_tokens_of_any_whole_number_type_train_alike(task, kind):
 def test_batches_are_of_the_size_asked_for_and_of_like_length(task):
     model, seen = prepared(bert(), "head only", task), []
     model.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=8, batch_size=10)
+    adapt(model, task.inputs[task.pool], task.labels[task.pool], steps=8, batch_size=10)
     assert {len(x) for x in seen} == {10}
 
     def spread(x):
         return (x != 0).sum(1).float().std()
 
-    mixed = spread(task.tokens[task.pool])
+    mixed = spread(task.inputs[task.pool])
     assert sum(map(spread, seen)) / len(seen) < 0.8 * mixed
 
 
 def test_a_head_that_is_adapted_itself_can_be_trained(task):
-    model = MeanClassifier(bert(), 3)
+    model = TextClassifier(bert(), 3)
     model.head = LoRA(model.head, 2)
     before = model.head.B.clone()
-    adapt(model, task.tokens[task.pool], task.labels[task.pool], steps=2, precision="fp32")
+    adapt(model, task.inputs[task.pool], task.labels[task.pool], steps=2, precision="fp32")
     assert not torch.equal(model.head.B, before)
 
 
-def test_a_head_tied_to_the_encoder_stands_in_one_group(task):
-    model = MeanClassifier(BERT(3, context=16, dim=32, depth=1, heads=4), 3)
+def test_a_head_tied_to_the_encoder_is_trained_once(task):
+    model = TextClassifier(BERT(3, context=16, dim=32, depth=1, heads=4), 3)
     model.head.weight = model.encoder.embedding.token.weight
-    opt = adapt(
-        model,
-        task.tokens[task.pool].clamp(max=2),
-        task.labels[task.pool],
-        steps=1,
-        precision="fp32",
-    )
-    ids = [id(p) for group in opt.param_groups for p in group["params"]]
-    assert len(ids) == len(set(ids)) == len([*model.parameters()])
+    before = model.head.weight.clone()
+    texts = task.inputs[task.pool].clamp(max=2)
+    adapt(model, texts, task.labels[task.pool], steps=1, precision="fp32")
+    assert model.head.weight is model.encoder.embedding.token.weight
+    assert not torch.equal(model.head.weight, before)
 
 
 def test_every_kind_of_bias_is_trained():
@@ -780,81 +786,89 @@ def test_every_kind_of_bias_is_trained():
     assert learn == {"in_proj_bias", "bias", "bias_ih_l0", "bias_hh_l0"}
 
 
-def test_a_delta_holds_statistics_too_and_takes_no_other_names():
+def test_what_was_learnt_holds_statistics_too_and_takes_no_other_names(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     model[0].requires_grad_(False)
-    state = Delta(model).state_dict()
-    assert set(state) == {
-        "1.weight",
-        "1.bias",
-        "1.running_mean",
-        "1.running_var",
-        "1.num_batches_tracked",
-    }
-    with pytest.raises(ValueError, match="1.bias is not in the state"):
-        Delta(model).load_state_dict({k: v for k, v in state.items() if k != "1.bias"})
-    with pytest.raises(ValueError, match="2.x is not in this model"):
-        Delta(model).load_state_dict(state | {"2.x": torch.ones(1)})
+    model[1].running_mean.fill_(3)
+    save_weights(model, "delta", dict(config={}), tmp_path, only="learnt")
+    fresh = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(BadWeights, match="0.bias has shape None in the file"):
+        load_weights("delta", fresh, tmp_path, only="learnt")
+    fresh[0].requires_grad_(False)
+    load_weights("delta", fresh, tmp_path, only="learnt")
+    assert torch.equal(fresh[1].running_mean, model[1].running_mean)
+    fresh[1].bias.requires_grad_(False)
+    with pytest.raises(BadWeights, match="1.bias has shape .* None in the model"):
+        load_weights("delta", fresh, tmp_path, only="learnt")
 
 
 # The recipe ---------------------------------------------------------------------------------------
 
 
-def recipe(task, tmp_path, monkeypatch, encoder, spy=None, **options):
-    from foundation.finetuning import peft
+def run_recipe(task, tmp_path, monkeypatch, encoder, spy, seeds=range(1)):
+    def arm(method):
+        return lambda seed, rate, part: spy(method)
 
     for name, value in dict(
         load_minilm=lambda: (encoder, None),
-        noun_task=lambda tokenizer: task,
+        gloss_task=lambda tokenizer: task,
         cache_folder=lambda: tmp_path,
-        RATES={"LoRA": (1e-3,), "prefix": (1e-3,)},
-        VARIANTS={},
+        method_arms=lambda *args: {m: arm(m) for m in ("LoRA", "prefix", "prefix of real words")},
+        RATES={"LoRA": (1e-3, 1e-2), "prefix": (1e-3, 1e-2)},
         BEYOND={},
+        LABELS=30,
+        step_costs=lambda *args: {},
+        adapt=lambda *args, **options: None,
     ).items():
-        monkeypatch.setattr(peft, name, value)
-    monkeypatch.setattr(NounTask, "draw", lambda self, seed, count=40: self.pool)
-    monkeypatch.setattr(peft, "step_costs", lambda *a: {})
-    monkeypatch.setattr(peft, "score", spy)
-    monkeypatch.setattr(peft, "adapt", lambda *a, **k: None)
-    return peft.make_adapter("delta", range(1), tmp_path / "out", **options)
+        monkeypatch.setattr(recipes, name, value)
+    return recipes.make("delta", seeds, tmp_path / "out")
 
 
 def test_scores_of_an_interrupted_run_are_kept_for_the_same_run_alone(task, tmp_path, monkeypatch):
-    asked = []
+    asked, kept = [], tmp_path / "runs" / "delta.json"
 
-    def spy(encoder, method, *rest):
+    def spy(method):
         asked.append(method)
         if len(asked) == 2:
             raise KeyboardInterrupt
         return 0.5
 
-    (tmp_path / "out").mkdir()
-
     def make(encoder, task=task):
-        return recipe(task, tmp_path, monkeypatch, encoder, spy)
+        return run_recipe(task, tmp_path, monkeypatch, encoder, spy)
 
+    (tmp_path / "out").mkdir()
     with pytest.raises(KeyboardInterrupt):
         make(bert())
-    make(bert())
-    assert len(asked) == 2 + 4 and not list(
-        (tmp_path / "runs").glob("*")
-    )  # one was done; what is shipped is not kept
-    for encoder, other in ((bert(1), task), (bert(), task._replace(labels=(task.labels + 1) % 3))):
+    card = read_card(make(bert()).stem, tmp_path / "out")
+    assert len(asked) == 2 + 6 and not kept.exists()  # one was done; what is shipped is not kept
+    assert card["rates"]["prefix of real words"] == card["rates"]["prefix"] == 1e-3
+    assert card["metrics"]["shipped"] == 0.5 and card["config"]["base"] == "minilm"
+    for encoder, other in ((bert(1), task), (bert(), replace(task, labels=(task.labels + 1) % 3))):
         asked.clear()
         with pytest.raises(KeyboardInterrupt):
             make(bert())
-        asked.append("more")
-        make(encoder, other)
-        assert len(asked) == 3 + 5  # nothing of the other run was taken
-    for text in ("", "{", "[]", '{"recipe": 1}'):
-        (tmp_path / "runs").mkdir(exist_ok=True)
-        (tmp_path / "runs" / "delta.json").write_text(text)
+        with pytest.raises(ValueError, match="delta.json is of another study"):
+            make(encoder, other)
+        kept.unlink()
+    kept.write_text("{")
+    with pytest.raises(ValueError, match="delta.json is damaged"):
         make(bert())
 
 
-def test_the_draw_that_rates_are_picked_on_is_not_counted(task, tmp_path, monkeypatch):
-    from foundation.finetuning import peft
+def test_nothing_is_shipped_before_every_seed_is_there(task, tmp_path, monkeypatch):
+    asked = []
 
-    monkeypatch.setattr(peft, "load_minilm", lambda: (bert(), None))
-    with pytest.raises(ValueError, match="without 999"):
-        peft.make_adapter(seeds=[0, 999], folder=tmp_path)
+    def spy(method):
+        asked.append(method)
+        if len(asked) == 8:  # in the second seed, when one is whole
+            raise KeyboardInterrupt
+        return 0.5
+
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="1 of 2 seeds"):
+        run_recipe(task, tmp_path, monkeypatch, bert(), spy, range(2))
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_the_draw_that_rates_are_picked_on_is_not_counted(task, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="seed 999 is also a draw"):
+        run_recipe(task, tmp_path, monkeypatch, bert(), None, [0, 999])

@@ -13,11 +13,12 @@ from foundation.data.augment import Augment
 from foundation.data import own
 from foundation.data.images import ImageDataset, ImageSet
 from foundation.data.tasks import Task
-from foundation.finetuning import learning_rate, loop, peft, search
+from foundation.finetuning import adapters, learning_rate, loop, peft, search
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
 from foundation.models.gpt import GPT
+from foundation.models.heads import TextClassifier
 from foundation.recipes import resnet_fashion
 from foundation.training.loop import classify
 
@@ -58,26 +59,6 @@ def adapted():
 
 def tokens(n=6):
     return torch.randint(1, 20, (n, 5), generator=luck())
-
-
-def nouns():
-    at = torch.arange(12)
-    return peft.NounTask(
-        ("a cat", "an owl", "the sea") * 4,
-        tokens(12),
-        at % 3,
-        ("x", "y", "z"),
-        at[:6],
-        at[6:9],
-        at[9:],
-    )
-
-
-class FewNouns(peft.NounTask):
-    "One that draws what it has"
-
-    def draw(self, seed, count=6):
-        return self.pool
 
 
 def picture():
@@ -173,14 +154,6 @@ def lora_then(do, *before):
     for first in before:
         first(model)
     return do, dict(model=model)
-
-
-def optimizer_after_a_step():
-    model = net()
-    opt = torch.optim.AdamW(model.parameters())
-    model(floats()).square().mean().backward()
-    opt.step()
-    return opt
 
 
 EXAMPLES = {
@@ -298,41 +271,32 @@ EXAMPLES = {
     ),
     "finetuning.peft.merge": lambda: lora_then(peft.merge),
     "finetuning.peft.unmerge": lambda: lora_then(peft.unmerge, peft.merge),
-    "finetuning.peft.Adapter": lambda: (peft.Adapter, dict(base=nn.Linear(4, 3), width=2)),
-    "finetuning.peft.add_adapters": lambda: (
-        peft.add_adapters,
+    "finetuning.adapters.Adapter": lambda: (adapters.Adapter, dict(base=nn.Linear(4, 3), width=2)),
+    "finetuning.adapters.add_adapters": lambda: (
+        adapters.add_adapters,
         dict(model=bert(), width=2, targets=["mlp.3"]),
     ),
-    "finetuning.peft.Prefix": lambda: (
-        peft.Prefix,
+    "finetuning.adapters.Prefix": lambda: (
+        adapters.Prefix,
         dict(base=Attention(4, 2), keys=torch.ones(3, 4), values=torch.zeros(3, 4)),
     ),
-    "finetuning.peft.add_prefix": lambda: (
-        peft.add_prefix,
+    "finetuning.adapters.add_prefix": lambda: (
+        adapters.add_prefix,
         dict(model=bert(), length=3, words=torch.tensor([1, 2, 3])),
     ),
-    "finetuning.peft.train_biases": lambda: (
-        peft.train_biases,
+    "finetuning.adapters.train_biases": lambda: (
+        adapters.train_biases,
         dict(model=GPT(20, 8, 8, 1, 2)),
     ),
-    "finetuning.peft.Delta": lambda: (peft.Delta, dict(model=adapted())),
-    "finetuning.peft.optimizer_bytes": lambda: (
-        peft.optimizer_bytes,
-        dict(opt=optimizer_after_a_step()),
+    "finetuning.peft.kind_beside": lambda: (peft.kind_beside, dict(base=nn.Linear(4, 3))),
+    "finetuning.peft.swap_layers": lambda: (
+        peft.swap_layers,
+        dict(model=bert(), targets=["mlp.0"], kind=nn.Linear, make=peft.LoRA, readers=()),
     ),
-    "finetuning.peft.MeanClassifier": lambda: (
-        peft.MeanClassifier,
-        dict(encoder=bert(), classes=3),
-    ),
-    "finetuning.peft.MeanClassifier.encode": lambda: (
-        peft.MeanClassifier(bert(), 3).encode,
-        dict(tokens=torch.tensor([[1, 2, 0], [3, 4, 5]])),
-    ),
-    "finetuning.peft.NounTask": lambda: (lambda **parts: peft.NounTask(**parts), nouns()._asdict()),
     "finetuning.peft.adapt": lambda: (
         peft.adapt,
         dict(
-            model=peft.MeanClassifier(adapted(), 3),
+            model=TextClassifier(adapted(), 3),
             tokens=tokens(),
             labels=labels(),
             steps=1,
@@ -341,22 +305,6 @@ EXAMPLES = {
             batch_size=3,
             seed=0,
             precision="fp32",
-        ),
-    ),
-    "finetuning.peft.prepared": lambda: (
-        peft.prepared,
-        dict(encoder=bert(), method="BitFit", task=nouns(), seed=0),
-    ),
-    "finetuning.peft.score": lambda: (
-        peft.score,
-        dict(
-            encoder=bert(),
-            method="BitFit",
-            task=FewNouns(*nouns()),
-            rate=2**-10,
-            seed=0,
-            where=torch.arange(9, 12),
-            steps=1,
         ),
     ),
 }
@@ -370,12 +318,4 @@ SKIP = {
     "recipes.resnet_fashion.tune_photos": "needs EfficientNet's weights from the network",
     "models.outside.load_vgg": "needs 500 MB of torchvision's weights",
     "finetuning.peft.LINEAR": "a constant",
-    "finetuning.peft.METHODS": "a constant",
-    "finetuning.peft.VARIANTS": "a constant",
-    "finetuning.peft.RATES": "a constant",
-    "finetuning.peft.BEYOND": "a constant",
-    "finetuning.peft.noun_task": "needs WordNet and MiniLM's tokenizer from the network",
-    "finetuning.peft.step_costs": "measures seconds, other ones at each call",
-    "finetuning.peft.make_adapter": "a recipe, half an hour",
-    "finetuning.peft.load_adapter": "needs MiniLM from the network",
 }
