@@ -19,8 +19,8 @@ NAMES = sorted(EXAMPLES)
 COARSE = {}  # name -> why half precision may differ by more than rounding
 RANDOM = {  # name -> why another kind gives another result
     "core.checks.got": "it says what it was handed",
-    "compression.distillation.text_costs": "it measures time",
-    "compression.pruning.recover": "it tells its seconds",
+    "recipes.minilm_sentiment.text_costs": "it measures time",
+    "recipes.vgg_pruned.recover": "it tells its seconds",
 }
 NO_GRADIENT = {  # name -> why its gradient is not asked for
     f"objectives.descent.{rule}": "a step of an optimizer, whose root has no slope at zero"
@@ -36,7 +36,7 @@ KEEPS_NAN = (
         f"compression.distillation.{name}": (
             "part of a training step: the loop stops on NaN and knows the rate"
         )
-        for name in ("match_answers", "match_hints", "match_teacher", "tap")
+        for name in ("match_logits", "match_hints", "match_teacher", "tap")
     }
     | {
         name: "what the network gives, which scores and probes refuse"
