@@ -174,17 +174,17 @@ def pretrain(
 ) -> Run:  # losses, seconds
     "Masked language modelling on packed rows (Devlin et al. 2018). Raises `ValueError`."
     plan = dict(batch_size=batch_size, ratio=ratio, seed=seed)
-    stream = _stream(model, documents, tokenizer, steps, plan)
+    stream = _stream(model, documents, tokenizer, steps, **plan)
     opt = adamw(model, lr, weight_decay)
     schedule = warmup_cosine(steps, steps // 10)
-    options = dict(title="pretraining", precision="auto", clip=1.0) | options
     if options.get("checkpoint"):
-        options["recipe"] = plan | dict(weight_decay=weight_decay) | _told(documents, tokenizer)
+        plan["data"] = fingerprint(documents.tokens, documents.ends, tokenizer.special)
+    options = dict(title="pretraining", precision="auto", clip=1.0, recipe=plan) | options
     torch.manual_seed(seed)
     return resumable(model, stream, masked_tokens, opt, steps=steps, schedule=schedule, **options)
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #65fff431
-def _stream(model, documents, tokenizer, steps, plan):
+def _stream(model, documents, tokenizer, steps, **plan):
     "From a step to batches; what cannot be is refused now, before anything is touched"
     check_whole(steps, "steps", 1)
     context = _check_fit(model, tokenizer).config["context"]
@@ -196,8 +196,15 @@ def _stream(model, documents, tokenizer, steps, plan):
     return stream
 
 
-def _told(documents, tokenizer) -> dict:
-    return dict(data=fingerprint(documents.tokens, documents.ends, tokenizer.special))
+def _check_fit(model, tokenizer) -> nn.Module:
+    "A model with a vocabulary, and the tokenizer that was made for it"
+    size, made = getattr(model, "config", {}).get("vocab_size"), tokenizer.vocab_size
+    if size is None:
+        raise TypeError(f"model is {got(model)} without `vocab_size` in a config; expected a BERT")
+    if size != made:
+        why = "expected the one it was trained with"
+        raise ValueError(f"the model knows {size:,} tokens and the tokenizer makes {made:,}; {why}")
+    return model
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #a9bb441c
 @checked
@@ -268,16 +275,3 @@ def _named(tokenizer, ids, shares) -> dict[str, float]:
     names = [tokenizer.decode([i]) for i in ids]
     names = [n if names.count(n) == 1 else f"{n} (token {i})" for n, i in zip(names, ids)]
     return dict(zip(names, shares))
-
-
-def _check_fit(model, tokenizer) -> nn.Module:
-    "A model with a vocabulary, and the tokenizer that was made for it"
-    size = getattr(model, "config", {}).get("vocab_size")
-    if size is None:
-        raise TypeError(f"model is {got(model)} without `vocab_size` in a config; expected a BERT")
-    if size != tokenizer.vocab_size:
-        raise ValueError(
-            f"the model knows {size:,} tokens and the tokenizer makes "
-            f"{tokenizer.vocab_size:,}; expected the one it was trained with"
-        )
-    return model
