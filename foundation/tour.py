@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'Plan', 'choose_plan', 'load_data', 'Live', 'pretrain_live', 'fresh_encoder', 'shipped_encoder',
-           'fresh_student', 'neighbours', 'Few', 'learn_from_few', 'few_label_model', 'pixel_arm', 'gentle', 'score',
-           'learn_from_teacher', 'train_for_use', 'is_small', 'run', 'collect', 'check_claims', 'report',
-           'first_pictures', 'pretraining_pictures', 'few_label_picture']
+           'fresh_student', 'neighbours', 'Few', 'learn_from_few', 'few_label_model', 'pixel_arm', 'gentle',
+           'part_accuracy', 'learn_from_teacher', 'train_for_use', 'is_small', 'run', 'collect', 'check_claims',
+           'report', 'first_pictures', 'few_label_picture', 'pretraining_pictures']
 
 # %% ../nbs/00_tour.ipynb #39975f25
 import copy
@@ -30,6 +30,8 @@ from .core.basics import memory_order, pick_device, pick_precision, seed_everyth
 from .core.checks import check_number, check_whole, checked
 from .core.files import atomic_write
 from .core.plots import plot_bars, plot_curves, show_images
+
+# %% ../nbs/00_tour.ipynb #c9af0b4d
 from .data.augment import Augment
 from .data.images import ImageSet, load_images
 from .data.tasks import Task, image_task
@@ -46,8 +48,7 @@ from .recipes.account import account, account_table, gains, not_faster
 # %% ../nbs/00_tour.ipynb #6ece6062
 @dataclass(frozen=True)
 class Plan:
-    """How long the parts of the tour run, in steps and never in seconds, so that every machine does
-    the same work."""
+    "How long the parts run, in steps and not in seconds: every machine does the same work."
 
     pretrain: int = 80  # live, 256 pictures each
     looks: int = 4  # measurements on the way
@@ -67,11 +68,15 @@ class Plan:
     checked: bool = True  # a short tour is too short for its accuracies to mean anything
 
     def __post_init__(self):
-        for field in fields(self):
-            _check_field(field.name, getattr(self, field.name))
-        check_whole(self.looks, "looks", most=self.pretrain, why="one look for each step at most")
+        _check_plan(self)
 
 # %% ../nbs/00_tour.ipynb #6630b603
+def _check_plan(plan):
+    for field in fields(plan):
+        _check_field(field.name, getattr(plan, field.name))
+    check_whole(plan.looks, "looks", most=plan.pretrain, why="one look for each step at most")
+
+
 def _check_field(name, value):
     "A number of the plan, or a tuple of them"
     if name in ("seeds", "trials", "rates", "gentle_rates", "student_rates"):
@@ -84,23 +89,10 @@ def _check_field(name, value):
         check_whole(value, name, 1)
 
 
-SHORT = Plan(
-    pretrain=6,
-    looks=2,
-    seeds=(0, 1),
-    rates=(1e-3,),
-    gentle_rates=(1e-3,),
-    student_rates=(1e-2,),
-    trials=(100,),
-    finetune=6,
-    distil=8,
-    teacher=8,
-    student=12,
-    recover=10,
-    pictures=4096,
-    tests=1000,
-    checked=False,
-)
+_STEPS = dict(pretrain=6, looks=2, finetune=6, distil=8, teacher=8, student=12, recover=10)
+_RATES = dict(rates=(1e-3,), gentle_rates=(1e-3,), student_rates=(1e-2,))
+_SIZES = dict(seeds=(0, 1), trials=(100,), pictures=4096, tests=1000)
+SHORT = Plan(**_STEPS, **_RATES, **_SIZES, checked=False)
 
 # %% ../nbs/00_tour.ipynb #32bae586
 @checked
@@ -144,9 +136,8 @@ def pretrain_live(data: ImageSet, plan: Plan) -> Live:
             knn[step.n + 1] = neighbours(encoder, data)
 
     augment = Augment(mean=data.mean, std=data.std)
-    run = pretrain(
-        encoder, data.train_images, augment, steps=plan.pretrain, title="pretraining", each=look
-    )
+    how = dict(steps=plan.pretrain, title="pretraining", each=look)
+    run = pretrain(encoder, data.train_images, augment, **how)
     return Live(encoder, run.losses, knn, run.seconds)
 
 # %% ../nbs/00_tour.ipynb #1488edc5
@@ -170,7 +161,7 @@ def fresh_student(data: ImageSet) -> nn.Module:
 def _placed(model):
     return model.to(pick_device(), memory_format=memory_order(model))
 
-
+# %% ../nbs/00_tour.ipynb #82a359db
 @checked
 def neighbours(encoder: nn.Module, data: ImageSet, bank: int = 5000, tests: int = 2000) -> float:
     "Accuracy of the 20 nearest neighbours among `bank` training pictures, on `tests` test ones."
@@ -198,31 +189,14 @@ class Few(NamedTuple):
 @checked
 def learn_from_few(data: ImageSet, plan: Plan) -> Few:
     "Pretrained against scratch against pixels: same labels, same steps, each tuned."
-    task, teachers = image_task(data, dev=1000), {}
-
-    def network(pretrained):
-        def arm(seed, rate, part):
-            model = few_label_model(data, task, plan, pretrained, rate, seed)
-            if pretrained:
-                teachers[seed, rate] = model
-            return score(model, task, part)
-
-        return arm
-
-    study = Study(
-        {
-            "pixels": pixel_arm(data, task, plan),
-            "from scratch": network(False),
-            "pretrained": network(True),
-        },
-        plan.seeds,
-        {
-            "pixels": (1e-2, 1e-1, 1.0),  # penalties
-            "from scratch": plan.rates,
-            "pretrained": plan.gentle_rates,
-        },
-        draws=plan.trials,
-    )
+    task, teachers, penalties = image_task(data, dev=1000), {}, (1e-2, 1e-1, 1.0)
+    arms = {
+        "pixels": pixel_arm(data, task, plan),
+        "from scratch": _network_arm(data, task, plan),
+        "pretrained": _network_arm(data, task, plan, teachers),
+    }
+    rates = {"pixels": penalties, "from scratch": plan.rates, "pretrained": plan.gentle_rates}
+    study = Study(arms, plan.seeds, rates, draws=plan.trials)
     return Few(study.run("a hundred labels"), study.picked, teachers, task)
 
 # %% ../nbs/00_tour.ipynb #fd6ccce9
@@ -241,7 +215,7 @@ def few_label_model(
     finetune(model, images, labels, gentle(data), steps=plan.finetune, seed=seed, **rates)
     return model
 
-
+# %% ../nbs/00_tour.ipynb #e0449916
 @checked
 def pixel_arm(data: ImageSet, task: Task, plan: Plan) -> Callable:
     "Logistic regression on pixels: an arm of a `Study`."
@@ -255,6 +229,18 @@ def pixel_arm(data: ImageSet, task: Task, plan: Plan) -> Callable:
     return arm
 
 
+def _network_arm(data, task, plan, teachers=None):
+    "A network fine-tuned on the same labels; a pretrained one where `teachers` keep it"
+
+    def arm(seed, rate, part):
+        model = few_label_model(data, task, plan, teachers is not None, rate, seed)
+        if teachers is not None:
+            teachers[seed, rate] = model
+        return part_accuracy(model, task, part)
+
+    return arm
+
+# %% ../nbs/00_tour.ipynb #0cb17dc3
 @checked
 def gentle(data: ImageSet) -> Augment:
     "Augmentation for training with labels: milder than for contrast."
@@ -262,7 +248,7 @@ def gentle(data: ImageSet) -> Augment:
 
 
 @checked
-def score(model: nn.Module, task: Task, part: str) -> float:
+def part_accuracy(model: nn.Module, task: Task, part: str) -> float:
     "Accuracy on a part of the task."
     index = task.part(part)
     logits = predict(model, task.inputs[index], precision=_fast(), transform=task.transform)
@@ -282,7 +268,15 @@ def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Study:
         student, plain = _seeded_student(data, seed), gentle(data)
         how = dict(steps=plan.distil, lr=rate, seed=seed, title=f"student {seed}")
         distil(student, data.train_images, teacher_logits(seed), plain, **how)
-        return score(student, few.task, part)
+        return part_accuracy(student, few.task, part)
+
+    arms = {"no teacher": _alone(data, few, plan), "distilled": taught}
+    rates = dict.fromkeys(arms, plan.student_rates)
+    return Study(arms, plan.seeds, rates, draws=plan.trials[:1])
+
+# %% ../nbs/00_tour.ipynb #4bb1e700
+def _alone(data, few, plan):
+    "The control: an arm without a teacher"
 
     def alone(seed, rate, part):
         student, index = _seeded_student(data, seed), few.task.draw(plan.labels, seed)
@@ -290,11 +284,9 @@ def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Study:
         x, y = few.task.inputs[index], few.task.labels[index]
         how = dict(steps=plan.distil, lr=rate, head_lr=rate, batch_size=256, seed=seed)
         finetune(student, x, y, gentle(data), title=f"control {seed}", **how)
-        return score(student, few.task, part)
+        return part_accuracy(student, few.task, part)
 
-    arms = {"no teacher": alone, "distilled": taught}
-    rates = dict.fromkeys(arms, plan.student_rates)
-    return Study(arms, plan.seeds, rates, draws=plan.trials[:1])
+    return alone
 
 
 def _seeded_student(data, seed):
@@ -324,12 +316,8 @@ def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     tune(sparse, "pruning the teacher", steps=plan.recover, head_lr=1e-3, each=each)
     small, each = _pruner(student, 0.5, plan)
     teach(small, "pruning the student", steps=plan.recover, lr=2e-3, each=each)
-    return {
-        "teacher": teacher,
-        "teacher, 90 % pruned": sparse,
-        "student": student,
-        "student, 50 % pruned": small,
-    }
+    large = {"teacher": teacher, "teacher, 90 % pruned": sparse}
+    return large | {"student": student, "student, 50 % pruned": small}
 
 # %% ../nbs/00_tour.ipynb #5ea8a356
 def _pruner(model, sparsity, plan):
@@ -354,6 +342,18 @@ def run(
     "The whole tour, headless. Raises `AssertionError` when a claim of a full one does not hold."
     began, plan, out = time.perf_counter(), choose_plan(short), _roomy(out)
     data = load_data(plan)
+    live, shipped, few, distilled, rates, stages = _walk(data, plan, out, say)
+    metrics = collect(data, plan, live, shipped, few, distilled, rates, stages)
+    metrics["seconds"] = time.perf_counter() - began
+    _write(out, metrics, report(data, plan, live, few, distilled, metrics))
+    say(f"{metrics['seconds']:.0f} s; wrote {out / 'tour.html'} and {out / 'metrics.json'}")
+    if plan.checked:
+        check_claims(metrics)
+    return metrics
+
+# %% ../nbs/00_tour.ipynb #a3a139ee
+def _walk(data, plan, out, say):
+    "The five parts, each with a word before it and its result after it"
     say(f"{data}\n1/5 pretraining without labels")
     live, shipped = pretrain_live(data, plan), neighbours(shipped_encoder(), data)
     looks = {"at random": live.knn[0], f"after {plan.pretrain} steps": live.knn[plan.pretrain]}
@@ -369,13 +369,7 @@ def run(
     say("5/5 the account")
     stages = account(nets, data, out)
     say(_indent(account_table(stages)))
-    metrics = collect(data, plan, live, shipped, few, distilled, study.picked, stages)
-    metrics["seconds"] = time.perf_counter() - began
-    _write(out, metrics, report(data, plan, live, few, distilled, metrics))
-    say(f"{metrics['seconds']:.0f} s; wrote {out / 'tour.html'} and {out / 'metrics.json'}")
-    if plan.checked:
-        check_claims(metrics)
-    return metrics
+    return live, shipped, few, distilled, study.picked, stages
 
 # %% ../nbs/00_tour.ipynb #1895022c
 def _roomy(out) -> Path:
@@ -403,27 +397,21 @@ def _indent(thing) -> str:
 # %% ../nbs/00_tour.ipynb #be750b13
 def collect(data, plan, live, shipped, few, distilled, student_rates, stages) -> dict:
     "All numbers of the tour in one dictionary, as JSON can hold it."
+    arms, losses = few.comparison, live.losses
+    pretraining = dict(steps=plan.pretrain, seconds=live.seconds)
+    pretraining |= dict(loss_first=float(losses[0]), loss_last=float(losses[-10:].mean()))
+    knn = dict(knn_before=live.knn[0], knn_after=live.knn[plan.pretrain], knn_shipped=shipped)
     return {
         "data": {"name": data.name, "source": data.source},
-        "pretrain": {
-            "steps": plan.pretrain,
-            "seconds": live.seconds,
-            "loss_first": float(live.losses[0]),
-            "loss_last": float(live.losses[-10:].mean()),
-            "knn_before": live.knn[0],
-            "knn_after": live.knn[plan.pretrain],
-            "knn_shipped": shipped,
-        },
+        "pretrain": pretraining | knn,
         "finetune": {
-            "labels": plan.labels,
-            "seeds": list(plan.seeds),
-            "rates": few.picked,
-            "pretrained": few.comparison["pretrained"].tolist(),
-            "scratch": few.comparison["from scratch"].tolist(),
-            "pixels": few.comparison["pixels"].tolist(),
+            **dict(labels=plan.labels, seeds=list(plan.seeds), rates=few.picked),
+            "pretrained": arms["pretrained"].tolist(),
+            "scratch": arms["from scratch"].tolist(),
+            "pixels": arms["pixels"].tolist(),
         },
         "distill": {
-            "teacher": few.comparison.mean("pretrained"),
+            "teacher": arms.mean("pretrained"),
             "student": distilled["distilled"].tolist(),
             "control": distilled["no teacher"].tolist(),
             "rates": student_rates,
@@ -436,20 +424,15 @@ def collect(data, plan, live, shipped, few, distilled, student_rates, stages) ->
 def check_claims(metrics: dict) -> None:
     """The promises of the tour. Raises `AssertionError` that names the first one broken,
     `ValueError` where numbers are missing."""
-
-    def mean(values):
-        return sum(values) / len(values)
-
     try:
         knn, few, distilled = metrics["pretrain"], metrics["finetune"], metrics["distill"]
-        pretrained, scratch = mean(few["pretrained"]), mean(few["scratch"])
-        student, control = mean(distilled["student"]), mean(distilled["control"])
+        pretrained, scratch = _mean(few["pretrained"]), _mean(few["scratch"])
+        student, control = _mean(distilled["student"]), _mean(distilled["control"])
         helped = knn["knn_shipped"] > knn["knn_after"] > knn["knn_before"]
         small = [g for g in gains(metrics["stages"]).values() if is_small(g)]
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"metrics are not those of `run`: {type(error).__name__}: {error}"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"metrics are not those of `run`: {reason}") from None
     for holds, otherwise in [  # no `assert`: with `python -O` it would promise nothing
         (helped, "pretraining did not help"),
         (pretrained >= 0.78, f"fine-tuned accuracy {pretrained:.3f} is below .78"),
@@ -476,7 +459,7 @@ _HEAD = (
     '<meta name="viewport" content="width=device-width"><title>The tour</title>'
 )
 
-
+# %% ../nbs/00_tour.ipynb #6b1e52e1
 def report(data, plan, live, few, distilled, metrics) -> str:
     "The tour as one page that needs nothing else."
     slow = "".join(f"<li>{html.escape(line)}</li>" for line in not_faster(metrics["stages"]))
@@ -505,6 +488,20 @@ def first_pictures(data):
     return [show_images(eight, titles=data.classes[:8], alt=alt)]
 
 
+def few_label_picture(few):
+    "A bar for each arm"
+    scores = few.comparison.scores
+    return plot_bars(
+        {arm: [100 * value for value in values.tolist()] for arm, values in scores.items()},
+        xlabel="test accuracy, %",
+        alt="Test accuracy of pixels, scratch and pretrained",
+    )
+
+
+def _mean(values) -> float:
+    return sum(values) / len(values)
+
+# %% ../nbs/00_tour.ipynb #7279fe5f
 def pretraining_pictures(plan, live, metrics):
     "Loss and neighbours"
     knn = metrics["pretrain"]
@@ -526,13 +523,3 @@ def pretraining_pictures(plan, live, metrics):
             alt="Nearest-neighbour accuracy at random, after the live steps and as shipped",
         ),
     ]
-
-
-def few_label_picture(few):
-    "A bar for each arm"
-    scores = few.comparison.scores
-    return plot_bars(
-        {arm: [100 * value for value in values.tolist()] for arm, values in scores.items()},
-        xlabel="test accuracy, %",
-        alt="Test accuracy of pixels, scratch and pretrained",
-    )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from foundation import command
-from foundation.command import Finding, check_software, check_weights, doctor, main
+from foundation.command import Finding, check_software, check_shipped, doctor, main
 from foundation.data.sources import SOURCES
 
 
@@ -303,7 +303,7 @@ def test_doctor_notices_a_missing_or_old_requirement(monkeypatch):
 
 
 def test_doctor_notices_sick_weights(tmp_path):
-    (none,) = check_weights(tmp_path)
+    (none,) = check_shipped(tmp_path)
     assert not none.ok and none.needed
     (tmp_path / "a.safetensors").write_bytes(b"cut off")
     (tmp_path / "b.safetensors").write_bytes(b"cut off")
@@ -311,7 +311,7 @@ def test_doctor_notices_sick_weights(tmp_path):
         json.dumps({"sha256": "0", "architecture": "ResNet", "config": {}})
     )
     (tmp_path / "c.json").write_text("{half")
-    found = list(check_weights(tmp_path))
+    found = list(check_shipped(tmp_path))
     assert [f.name for f in found] == ["weights a", "weights b", "weights c"] and not any(
         f.ok for f in found
     )

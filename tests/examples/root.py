@@ -92,8 +92,8 @@ EXAMPLES = {
         dict(encoder=tour.fresh_student(data()), data=data(), bank=30, tests=10),
     ),
     "tour.gentle": lambda: (tour.gentle, dict(data=data())),
-    "tour.score": lambda: (
-        tour.score,
+    "tour.part_accuracy": lambda: (
+        tour.part_accuracy,
         dict(model=tour.fresh_student(data()), task=image_task(data(), dev=2), part="test"),
     ),
     "tour.is_small": lambda: (
@@ -111,7 +111,7 @@ SKIP = {
     "command.check_software": "takes nothing",
     "command.check_hardware": "takes nothing",
     "command.check_data": "takes nothing, and hashes all data",
-    "command.check_weights": "hashes all weights",
+    "command.check_shipped": "hashes all weights",
     "command.check_extras": "takes nothing",
     "command.tour": MINUTES,
     "command.list_data": "takes nothing, and hashes all data",
@@ -123,7 +123,6 @@ SKIP = {
     "tour.Live": TYPE,
     "tour.Few": TYPE,
     "tour.pretrain_live": MINUTES,
-    "tour.embedding": "t-SNE takes seconds",
     "tour.few_label_model": MINUTES,
     "tour.learn_from_few": MINUTES,
     "tour.pixel_arm": MINUTES,
