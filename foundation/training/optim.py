@@ -85,7 +85,7 @@ def layers(
     found[next(iter(found))] += model.parameters(recurse=False)  # they enter with the input
     return found
 
-
+# %% ../../nbs/05_training/06_optim.ipynb #447abb8e
 def _parts(model):
     "Name and module: the members of each row of modules, then the row itself for what it has left"
     for name, child in model.named_children():

@@ -194,7 +194,7 @@ def _check_plan(name, state, plan, longer, fit):
     mend = f"Delete it, name another file{how if more else ''}"
     raise BadCheckpoint(f"{name} is of another run: {what}. {mend}")
 
-
+# %% ../../nbs/05_training/07_run.ipynb #e4da38ec
 def _short(text):
     return text if len(text) < 50 else text[:40] + " …"
 

@@ -31,7 +31,7 @@ def warmup_cosine(
     fall = end + (1 - end) * 0.5 * (1 + torch.cos(math.pi * (t - warmup) / max(steps - warmup, 1)))
     return torch.where(t < warmup, rise, fall).float()
 
-
+# %% ../../nbs/05_training/02_schedules.ipynb #17bb1da9
 def one_cycle(
     steps: int,
     warmup: float = 0.3,  # share of the steps spent rising

@@ -104,26 +104,19 @@ def _append(file, data):
         return False
     return True
 
-
+# %% ../../nbs/05_training/05_track.ipynb #08dad70e
 def _row(step, more, seconds):
     "What is known of a step; tensors stay where they are, without their graph"
     if wrong := [
         f"{name} is {got(value)}" for name, value in more.items() if not _is_number(value)
     ]:
         raise TypeError(f"{wrong[0]}; expected a number or a tensor with one entry")
-    extra = {name: value for name, value in step.extra.items() if _is_number(value)}
-    known = (
-        extra
-        | dict(n=step.n, loss=step.loss, lr=step.lr, grad_norm=step.grad_norm, seconds=seconds)
-        | more
-    )
-    return {
-        name: v.detach() if isinstance(v, Tensor) else v
-        for name, v in known.items()
-        if v is not None
-    }
+    known = {name: value for name, value in step.extra.items() if _is_number(value)}
+    known |= dict(n=step.n, loss=step.loss, lr=step.lr, grad_norm=step.grad_norm, seconds=seconds)
+    row = {name: value for name, value in (known | more).items() if value is not None}
+    return {name: v.detach() if isinstance(v, Tensor) else v for name, v in row.items()}
 
-
+# %% ../../nbs/05_training/05_track.ipynb #bb00309d
 def _is_number(value):
     "A real number, or a tensor or array with one entry"
     if hasattr(value, "item") and not isinstance(value, np.generic):
@@ -144,7 +137,7 @@ def _line(row):
     }
     return json.dumps(known, ensure_ascii=False, default=float) + "\n"
 
-
+# %% ../../nbs/05_training/05_track.ipynb #5d3ff3c2
 def _drop_lines(path, start):
     """Keep the whole lines of steps before `start`; if anything goes, the file as it was stays as
     `<name>.old`"""
@@ -173,23 +166,17 @@ def read_log(
     rows = [_parsed(line) for line in lines]
     torn = [number for number, row in enumerate(rows, 1) if row is None]
     if torn and len(torn) == len(rows):
-        raise ValueError(
-            f"{path.name} is no log: its first line is {lines[0][:40]!r}; expected JSON lines, "
-            "as `Log` writes them"
-        )
+        said = f"{path.name} is no log: its first line is {lines[0][:40]!r}"
+        raise ValueError(f"{said}; expected JSON lines, as `Log` writes them")
     if torn:
-        which = (
-            f"line {torn[0]}"
-            if len(torn) == 1
-            else f"{len(torn)} lines, the first is line {torn[0]},"
-        )
-        warnings.warn(
-            f"{which} of {path.name} cannot be read: {lines[torn[0] - 1][:40]!r}; left out",
-            stacklevel=3,
-        )
+        which = f"line {torn[0]}"
+        if len(torn) > 1:
+            which = f"{len(torn)} lines, the first is {which},"
+        said = f"{which} of {path.name} cannot be read: {lines[torn[0] - 1][:40]!r}; left out"
+        warnings.warn(said, stacklevel=3)
     return [row for row in rows if row is not None]
 
-
+# %% ../../nbs/05_training/05_track.ipynb #1bdca00c
 def _content(path):
     "The bytes of a log, or the sentence that says why there are none"
     try:
@@ -197,11 +184,8 @@ def _content(path):
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"there is no log at {path.name}; `Log` makes one") from None
     except (OSError, ValueError) as error:
-        what = (
-            "is a folder"
-            if path.name and os.path.isdir(path)
-            else getattr(error, "strerror", "") or error
-        )
+        folder = path.name and os.path.isdir(path)
+        what = "is a folder" if folder else getattr(error, "strerror", "") or error
         raise ValueError(
             f"{path.name[:40]} cannot be read as a log: {what}; expected a file of JSON lines, "
             "as `Log` writes them"
@@ -217,7 +201,7 @@ def _parsed(line):
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return None
 
-
+# %% ../../nbs/05_training/05_track.ipynb #016592a1
 @checked
 def curve(
     rows: Sequence[dict],  # as `read_log` gives them
@@ -281,11 +265,8 @@ class TensorBoard(Log):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            why = (
-                "TensorBoard is not installed: "
-                "pip install tensorboard, or use Log, which needs nothing"
-            )
-            raise ImportError(why) from None
+            how = "pip install tensorboard, or use Log, which needs nothing"
+            raise ImportError(f"TensorBoard is not installed: {how}") from None
         self.writer = SummaryWriter(str(self.path), purge_step=start or None)
 
     def _write(self, rows):
