@@ -29,14 +29,18 @@ def got(
     "What a message says of a value: kind, dtype and shape, or the value itself if that is short."
     kind = type(value).__name__
     if isinstance(value, (Tensor, np.ndarray)):
-        name = "tensor" if isinstance(value, Tensor) else "array"
-        return f"a {name} of {str(value.dtype).removeprefix('torch.')}, shape {tuple(value.shape)}"
+        name = "a tensor" if isinstance(value, Tensor) else "an array"
+        return f"{name} of {str(value.dtype).removeprefix('torch.')}, shape {tuple(value.shape)}"
     if value is None or isinstance(value, (bool, int, float, complex, np.generic, str, bytes)):
         text = repr(value.item() if isinstance(value, np.generic) else value)
         return text if len(text) <= 60 else f"{text[:40]}… ({kind}, {len(text)} characters)"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+    return _article(kind)
+
+
+def _article(noun) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 # %% ../../nbs/00_core/00_checks.ipynb #dd9a7e8b
 def _plain(value):
@@ -79,8 +83,7 @@ def check_number(
     wanted = ("a number" if infinite else "a finite number") + _span(*limits)
     if isinstance(plain, bool) or not isinstance(plain, Real):
         raise TypeError(f"{name} is {got(value)}; expected {_so(wanted, why)}")
-    finite = math.isfinite(plain) or infinite and not math.isnan(plain)
-    if not finite or not _within(plain, *limits):
+    if not _is_finite(plain, infinite) or not _within(plain, *limits):
         raise ValueError(f"{name} is {got(plain)}; expected {_so(wanted, why)}")
     return float(plain)
 
@@ -95,6 +98,14 @@ def _within(x, least, most, above, below) -> bool:
     )
 
 
+def _is_finite(x, infinite) -> bool:
+    "Whether a float can hold a number; NaN never, infinity where it may pass"
+    try:
+        return math.isfinite(x) or infinite and not math.isnan(x)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
+
+# %% ../../nbs/00_core/00_checks.ipynb #f7c75f81
 def _span(least, most, above, below):
     "The limits in words"
     low, high = least is not None or above is not None, most is not None or below is not None
@@ -334,8 +345,9 @@ def _listed(x, name, what):
         ) from None
     found = found if found.size else found.astype(np.int64)
     if found.dtype.kind not in "iu":
+        mend = ", which `number_labels` makes of names" if found.dtype.kind == "U" else ""
         raise TypeError(
-            f"{name} is a list of {found.dtype.name} values; expected {what}, whole numbers"
+            f"{name} is a list of {found.dtype.name} values; expected {what}, whole numbers{mend}"
         )
     return found
 
@@ -527,7 +539,7 @@ def _of_kind(value, name, options, infinite=False):
 # %% ../../nbs/00_core/00_checks.ipynb #682920fd
 def _wanted(value, options) -> str:
     "The kinds in words, None last, and how to mend a list that should be a tensor"
-    words = {k: _WORDS.get(k) or got(k).replace("the class", "a") for k in options}
+    words = {k: _WORDS.get(k) or _article(k.__name__) for k in options}
     wanted = " or ".join(sorted(words.values(), key=lambda w: (w == "None", w)))
     mend = Tensor in options and isinstance(value, (list, tuple))
     return wanted + ("; torch.tensor(...) makes one" if mend else "")
