@@ -31,9 +31,7 @@ from foundation.core.checks import (
 # %% ../../nbs/05_training/04_speed.ipynb #583a7ed9
 @dataclass(frozen=True, eq=False, repr=False)
 class Throughput:
-    """Several ways of doing the same work, timed in turns; ratios are to the first.
-
-    `throughput` makes one."""
+    "Several ways of doing the same work, timed in turns by `throughput`; ratios are to the first."
 
     items: int  # done in one call
     seconds: dict[str, list[float]]  # way -> seconds of each round
@@ -44,9 +42,8 @@ class Throughput:
 
     def ratios(self, way: str) -> list[float]:
         "How many times as fast as the first way, round by round."
-        return [
-            base / own for base, own in zip(next(iter(self.seconds.values())), self.seconds[way])
-        ]
+        first = next(iter(self.seconds.values()))
+        return [base / own for base, own in zip(first, self.seconds[way])]
 
     def ratio(self, way: str) -> float:
         "How many times as fast as the first way: the median of the rounds."
@@ -117,7 +114,7 @@ class Kept:
         "Megabytes at the fullest moment."
         return self.peak / 1e6
 
-
+# %% ../../nbs/05_training/04_speed.ipynb #ee3f39b0
 @checked
 @contextmanager
 def kept_for_backward(
@@ -171,7 +168,7 @@ class Peak:
 
     mb: float = float("nan")
 
-
+# %% ../../nbs/05_training/04_speed.ipynb #11e8e89b
 @checked
 @contextmanager
 def peak_memory(
@@ -205,7 +202,7 @@ def _cuda_memory(device):
     torch.cuda.synchronize(device)
     most.append(torch.cuda.max_memory_allocated(device) - before)
 
-
+# %% ../../nbs/05_training/04_speed.ipynb #56fe83cc
 @contextmanager
 def _resident_memory(every):
     "The same for the memory of this process, which a thread reads now and then"
