@@ -185,13 +185,13 @@ def _digest(image, name) -> tuple[str, bytes]:
         image = image.detach().cpu()
         image = image.view(torch.int16) if image.dtype == torch.bfloat16 else image
     try:
-        image = np.ascontiguousarray(image)
+        pixels = np.ascontiguousarray(image)
     except ValueError:
-        image = np.array(None)
-    if image.dtype.hasobject or image.dtype.kind in "US":
+        pixels = np.array(None)
+    if pixels.dtype.hasobject or pixels.dtype.kind in "US":
         raise TypeError(f"{name} is {got(image)}; expected an image as tensor, array or path")
-    about = f"{image.dtype} {image.shape}".encode()
-    return str(image.dtype), hashlib.sha256(about + image.tobytes()).digest()
+    about = f"{pixels.dtype} {pixels.shape}".encode()
+    return str(pixels.dtype), hashlib.sha256(about + pixels.tobytes()).digest()
 
 # %% ../../nbs/02_data/07_own.ipynb #7bb675dc
 def _content(path) -> bytes:

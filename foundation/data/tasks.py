@@ -9,10 +9,19 @@ __all__ = ['Task', 'image_task', 'text_task', 'encoder_of', 'gloss_task', 'senti
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.checks import check_choice, check_labels, check_rows, check_sizes, checked, got
+from foundation.core.checks import (
+    check_choice,
+    check_labels,
+    check_rows,
+    check_sizes,
+    check_whole,
+    checked,
+    got,
+)
 from .batches import pad
 from .images import ImageSet, few_labels, split
 from .text import TextSet, glosses, reviews, split_texts
@@ -50,9 +59,6 @@ class Task(_Parts):
     transform: Callable = torch.as_tensor  # inputs -> what a model reads, as `ImageSet.floats`
 
     def __post_init__(self):
-        labels = check_labels(self.labels, "labels", classes=len(self.classes))
-        check_rows(inputs=self.inputs, labels=labels)
-        object.__setattr__(self, "labels", labels)
         _check_parts(self)
 
     def __repr__(self):
@@ -61,9 +67,19 @@ class Task(_Parts):
 
 # %% ../../nbs/02_data/06_tasks.ipynb #2fe1c06e
 def _check_parts(task):
-    "Parts of whole numbers that name examples, none of them twice"
+    "Parts of whole numbers that name examples, none of them twice; arrays become tensors"
+    if not isinstance(task.classes, Sequence):
+        raise TypeError(
+            f"classes are {got(task.classes)}; expected their names, such as ('a', 'b')"
+        )
+    if isinstance(task.inputs, np.ndarray):
+        object.__setattr__(task, "inputs", torch.from_numpy(task.inputs))
+    labels = check_labels(task.labels, "labels", classes=len(task.classes))
+    object.__setattr__(task, "labels", labels)
+    count = check_rows(inputs=task.inputs, labels=labels)
     for name in ("pool", "dev", "test"):
-        part = check_labels(task.part(name), name, classes=len(task.inputs))
+        part = check_labels(task.part(name), name)
+        check_whole(part.max().item(), f"the largest index of {name}", most=count - 1)
         object.__setattr__(task, name, part)
     every = torch.cat([task.pool, task.dev, task.test])
     if len(every.unique()) < len(every):

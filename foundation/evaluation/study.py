@@ -9,13 +9,14 @@ __all__ = ['Study']
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from ..core.files import atomic_write
-from ..core.checks import check_number, check_whole, checked
+from ..core.checks import check_number, check_whole, checked, got
 from .comparison import Comparison
 from ..training.loop import TrainingDiverged
 
@@ -41,6 +42,16 @@ def _read(path, recipe) -> dict[str, float]:
         )
     return scores
 
+# %% ../../nbs/06_evaluation/05_study.ipynb #e585611e
+def _plain(recipe) -> dict:
+    "As JSON gives it back"
+    try:
+        return json.loads(json.dumps(dict(recipe)))
+    except TypeError:
+        raise TypeError(
+            "recipe holds what JSON cannot; expected numbers and texts, of data its `fingerprint`"
+        ) from None
+
 # %% ../../nbs/06_evaluation/05_study.ipynb #f9e282c5
 class _Plan:
     "What a study runs, and the scores it has"
@@ -63,7 +74,7 @@ class _Plan:
         self.settings = {arm: _listed(choice) for arm, choice in settings.items()}
         _check_plan(self)
         self.path = None if path is None else Path(path)
-        self.recipe = json.loads(json.dumps(dict(recipe or {})))
+        self.recipe = _plain(recipe or {})
         self.done = _read(self.path, self.recipe)  # run -> score
         self.tuning, self.picked = {}, {}  # arm -> setting -> dev score; arm -> setting
 
@@ -77,6 +88,8 @@ def _check_plan(study):
     for arm, choice in study.settings.items():
         if not choice or len({*map(str, choice)}) < len(choice):
             raise ValueError(f"{arm} may pick from {choice}; expected one or more that differ")
+    if not study.draws and max(map(len, study.settings.values())) > 1:
+        raise ValueError("draws are empty; expected one or more seeds on which settings are picked")
     if both := {*study.seeds} & {*study.draws}:
         raise ValueError(
             f"seed {min(both)} is also a draw on which settings are picked; "
@@ -85,9 +98,15 @@ def _check_plan(study):
     blank = {arm: [0.0] * len(study.seeds) for arm in study.arms}
     Comparison.from_scores(blank, study.seeds, **study.options)
 
-
+# %% ../../nbs/06_evaluation/05_study.ipynb #fb321d87
 def _listed(choice) -> list:
-    return choice.tolist() if isinstance(choice, Tensor) else list(choice)
+    "Settings as a list of what can be a key"
+    if isinstance(choice, str) or not isinstance(choice, (Sequence, Tensor, np.ndarray)):
+        raise TypeError(f"an arm may pick from {got(choice)}; expected a list, such as (0.1, 0.3)")
+    choice = choice.tolist() if isinstance(choice, (Tensor, np.ndarray)) else list(choice)
+    if odd := [one for one in choice if not isinstance(one, Hashable)]:
+        raise TypeError(f"a setting is {got(odd[0])}; expected numbers, texts or tuples")
+    return choice
 
 
 def _wholes(numbers, name) -> list[int]:
@@ -117,7 +136,7 @@ def _fresh(study, arm, seed, setting, part) -> float:
         if part == "test":
             raise
         return worst
-    score = score.detach().squeeze().item() if isinstance(score, Tensor) else score
+    score = score.item() if isinstance(score, Tensor) and score.numel() == 1 else score
     if part == "dev" and isinstance(score, float) and math.isnan(score):
         return worst
     why = "is a return missing, or did the run diverge?"

@@ -52,8 +52,8 @@ class TextClassifier(nn.Module):
     ):
         super().__init__()
         check_model(encoder, "encoder", "encode")
-        self.head = _head(encoder, check_whole(classes, "classes", 1), zero)
-        self.encoder, self.padding, self.dim = encoder, padding, encoder.dim
+        self.encoder, self.padding, self.dim = encoder, padding, _width(encoder)
+        self.head = _linear(self.dim, check_whole(classes, "classes", 1), zero)
 
     def encode(self, tokens: Tensor) -> Tensor:  # (b, n) -> (b, d); 0 for padding only
         tokens, real = _without_padding(check_tokens(tokens), self.padding)
@@ -70,13 +70,17 @@ def _without_padding(tokens, padding):
     used = int((real.any(0) * columns).max()) or 1
     return tokens[:, :used], real[:, :used]
 
-
-def _head(encoder, classes, zero):
-    "A linear layer on the encoder's features"
+# %% ../../nbs/04_models/06_heads.ipynb #33ddda29
+def _width(encoder) -> int:
     if not isinstance(dim := getattr(encoder, "dim", None), int):
         raise TypeError(
-            f"encoder is {got(encoder)} with dim={got(dim)}; expected the width of its features"
+            f"encoder is {got(encoder)} with dim {got(dim)}; expected the width of its features"
         )
+    return dim
+
+
+def _linear(dim, classes, zero):
+    "A linear layer, of zeros where that is wanted"
     head = nn.Linear(dim, classes)
     if zero:
         nn.init.zeros_(head.weight)

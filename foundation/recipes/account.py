@@ -16,7 +16,7 @@ from torch import nn
 
 from ..compression.storage import save_model
 from ..core.basics import count_macs, count_nonzero, count_parameters
-from ..core.checks import check_number, checked
+from ..core.checks import check_model, check_number, checked
 from ..data.images import ImageSet
 from ..deployment.export import OnnxModel, compare_latency, export_onnx, quantize_onnx
 from ..evaluation.scores import accuracy, wilson_interval
@@ -53,7 +53,7 @@ def account(
     "Write each network in each form, and measure all of them in turns."
     rows, predicts = [], {}
     for i, (name, net) in enumerate(nets.items()):
-        net = copy.deepcopy(net).cpu()
+        net = copy.deepcopy(check_model(net, name)).cpu()
         costs = dict(
             parameters=count_parameters(net),
             nonzero=count_nonzero(net),
@@ -85,7 +85,7 @@ class Table:
 
     @checked
     def __init__(self, heads: Sequence[str], rows: Sequence[Sequence[str]]):
-        self.heads, self.rows = list(heads), [list(row) for row in rows]
+        self.heads, self.rows = list(map(str, heads)), [list(map(str, row)) for row in rows]
 
     def _repr_html_(self):
         def cells(tag, row):

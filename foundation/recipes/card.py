@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from ..core.checks import check_choice, checked, got
+from ..core.checks import check_choice, checked
 from ..core.plots import Picture, plot_curves
 from ..evaluation.comparison import Comparison
 from ..models.pretrained import WEIGHTS, read_card
@@ -55,11 +56,14 @@ def card_scores(
     **options,  # of `Comparison`
 ) -> Comparison:
     "The scores of a card as a comparison. Raises `ValueError` if fewer than two arms are left."
-    rows = {arm: row for arm, row in scores.items() if isinstance(row, (list, tuple))}
+    kinds = (list, tuple, np.ndarray, torch.Tensor)
+    rows = {arm: row for arm, row in scores.items() if isinstance(row, kinds)}
     most = max(map(len, rows.values()), default=0)
     rows = {arm: row for arm, row in rows.items() if len(row) == most}
     if len(rows) < 2:
-        raise ValueError(f"scores hold {got(scores)}; expected two arms or more, a list for each")
+        raise ValueError(
+            f"scores are of the arms {[*scores]}; expected a list for each of two or more"
+        )
     if control is not None:
         check_choice(control, "control", rows)
         rows = {control: rows.pop(control), **rows}
