@@ -251,7 +251,11 @@ def gentle(data: ImageSet) -> Augment:
 def part_accuracy(model: nn.Module, task: Task, part: str) -> float:
     "Accuracy on a part of the task."
     index = task.part(part)
-    logits = predict(model, task.inputs[index], precision=_fast(), transform=task.transform)
+    try:
+        logits = predict(model, task.inputs[index], precision=_fast(), transform=task.transform)
+    except RuntimeError as error:
+        size = tuple(task.inputs.shape[1:])
+        raise ValueError(f"the model failed on inputs {size}; expected one for them") from error
     return accuracy(logits, task.labels[index])
 
 # %% ../nbs/00_tour.ipynb #7946bd79
@@ -330,6 +334,8 @@ def _pruner(model, sparsity, plan):
 @checked
 def is_small(gain: dict) -> bool:
     "20 times smaller, 3 times faster, at most 3 points worse."
+    if missing := {"points_lost", "times_smaller", "times_faster"} - gain.keys():
+        raise ValueError(f"gain has no {min(missing)!r}; expected one of `gains`")
     return gain["times_smaller"] >= 20 and gain["points_lost"] <= 3 and gain["times_faster"] >= 3
 
 # %% ../nbs/00_tour.ipynb #169e8124
