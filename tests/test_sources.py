@@ -1,4 +1,5 @@
-"What a notebook cannot say about foundation.data.sources: killed processes, full disks, closed folders, no network."
+"""What a notebook cannot say about foundation.data.sources: killed processes, full disks,
+closed folders, no network."""
 
 import errno
 import gzip
@@ -305,7 +306,10 @@ def get(scratch):
     time.sleep(seconds)
     (scratch / "line.txt").write_bytes(text)
     return scratch
-source = Source("tiny", "", "", "", .1, {"line": File("line.txt", (hashlib.sha256(text).hexdigest(),))}, (Place("slow", get),))
+source = Source(
+    "tiny", "", "", "", .1,
+    {"line": File("line.txt", (hashlib.sha256(text).hexdigest(),))}, (Place("slow", get),),
+)
 print(fetch(source, cache)["line"].read_bytes() == text)
 """
 
@@ -354,7 +358,8 @@ def test_a_killed_process_leaves_no_lock_and_its_scraps_are_cleared(tmp_path):
 def test_an_interrupted_fetch_ends_its_tool_and_clears_up(tmp_path):
     script = (
         "import sys; from pathlib import Path; from foundation.data.sources import *; from"
-        " foundation.data import places; from foundation.data.places import Place\ndef get(scratch):\n    places._run(sys.executable,"
+        " foundation.data import places; from foundation.data.places import Place\n"
+        "def get(scratch):\n    places._run(sys.executable,"
         " '-c', 'import os, time; open(\"pid\", \"w\").write(str(os.getpid())); time.sleep(60)',"
         " cwd=scratch)\nfetch(Source('tiny', '', '', '', .1, {'a': File('a', ('0',))},"
         f" (Place('slow', get),)), Path({str(tmp_path)!r}))"
@@ -656,7 +661,8 @@ def test_a_tool_has_an_end_in_size_and_in_time(tmp_path, monkeypatch):
 
 @pytest.fixture
 def homeless(tmp_path, monkeypatch):
-    "A user without an entry in the password file and without HOME, whose folder for temporary files is ours"
+    """A user without an entry in the password file and without HOME, whose folder for
+    temporary files is ours"""
 
     def nobody(self):
         if str(self).startswith("~"):
@@ -774,7 +780,10 @@ import hashlib, json, tempfile
 text = b"one small line\\n"
 os.setgid(4711); os.setuid(4711)
 os.environ["FOUNDATION_DATA"] = sys.argv[1]
-source = Source(sys.argv[2], "", "", "", .1, {{"line": File("line.txt", (hashlib.sha256(text).hexdigest(),))}}, (folder(sys.argv[3]),))
+source = Source(
+    sys.argv[2], "", "", "", .1,
+    {{"line": File("line.txt", (hashlib.sha256(text).hexdigest(),))}}, (folder(sys.argv[3]),),
+)
 try:
     print(fetch(source)["line"].read_bytes() == text)
 except DataUnavailable as error:
