@@ -991,7 +991,8 @@ def test_a_pruned_place_never_wins_against_a_weight_that_happens_to_be_zero():
 
 
 def test_heads_with_weights_of_their_own_around_are_refused():
-    from foundation.finetuning.peft import add_lora, add_prefix
+    from foundation.finetuning.adapters import add_prefix
+    from foundation.finetuning.lora import add_lora
 
     def make():
         return BERT(50, 16, 32, 2, 4)

@@ -17,7 +17,7 @@ from foundation.compression.codebooks import share_weights
 from foundation.compression.storage import load_model, save_model
 from foundation.core.basics import EMA, count_macs, count_nonzero, count_parameters
 from foundation.deployment.export import OnnxModel, export_onnx
-from foundation.finetuning.peft import LoRA, add_lora, merge, unmerge
+from foundation.finetuning.lora import LoRA, add_lora, merge, unmerge
 from foundation.training.checkpoint import load_checkpoint, save_checkpoint
 from laws import is_sentence, same
 from zoo import BODIES, ZOO, animal, lively, pictures

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..core.basics import evaluating, freeze
 from ..core.checks import check_model, check_tokens, check_whole, checked, got, precise
-from .peft import kind_beside, swap_layers
+from .lora import kind_beside, swap_layers
 from ..layers.attention import Attention, KeyValueCache
 
 # %% ../../nbs/08_finetuning/05_adapters.ipynb #574a7a74

@@ -26,7 +26,7 @@ from ..evaluation.probes import encode_all
 from ..evaluation.scores import accuracy, predict
 from ..evaluation.study import Study
 from ..finetuning.adapters import add_adapters, add_prefix, train_biases
-from ..finetuning.peft import LoRA, adapt, add_lora
+from ..finetuning.lora import LoRA, adapt, add_lora
 
 # %% ../../nbs/14_recipes/06_minilm_glosses_lora.ipynb #d4b00005
 from ..models.heads import TextClassifier, without_head

@@ -13,7 +13,7 @@ from foundation.data.augment import Augment
 from foundation.data import own
 from foundation.data.images import ImageDataset, ImageSet
 from foundation.data.tasks import Task
-from foundation.finetuning import adapters, learning_rate, loop, peft, search
+from foundation.finetuning import adapters, learning_rate, loop, lora, search
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
@@ -50,9 +50,9 @@ def bert():
 
 
 def adapted():
-    model = peft.add_lora(bert(), 2)
+    model = lora.add_lora(bert(), 2)
     for layer in model.modules():
-        if isinstance(layer, peft.LoRA):
+        if isinstance(layer, lora.LoRA):
             nn.init.normal_(layer.B, std=0.1, generator=luck())
     return model
 
@@ -253,24 +253,24 @@ EXAMPLES = {
             recipe=dict(data="x"),
         ),
     ),
-    "finetuning.peft.LoRA": lambda: (
-        peft.LoRA,
+    "finetuning.lora.LoRA": lambda: (
+        lora.LoRA,
         dict(base=nn.Linear(4, 3), rank=2, alpha=4.0),
     ),
-    "finetuning.peft.LoRA.merge": lambda: (
-        lora_then(peft.LoRA.merge)[1]["model"].blocks[0].mlp[0].merge,
+    "finetuning.lora.LoRA.merge": lambda: (
+        lora_then(lora.LoRA.merge)[1]["model"].blocks[0].mlp[0].merge,
         {},
     ),
-    "finetuning.peft.find_layers": lambda: (
-        peft.find_layers,
+    "finetuning.lora.find_layers": lambda: (
+        lora.find_layers,
         dict(model=bert(), targets=["attention.query"]),
     ),
-    "finetuning.peft.add_lora": lambda: (
-        peft.add_lora,
+    "finetuning.lora.add_lora": lambda: (
+        lora.add_lora,
         dict(model=bert(), rank=2, alpha=4.0, targets=["mlp.0"]),
     ),
-    "finetuning.peft.merge": lambda: lora_then(peft.merge),
-    "finetuning.peft.unmerge": lambda: lora_then(peft.unmerge, peft.merge),
+    "finetuning.lora.merge": lambda: lora_then(lora.merge),
+    "finetuning.lora.unmerge": lambda: lora_then(lora.unmerge, lora.merge),
     "finetuning.adapters.Adapter": lambda: (adapters.Adapter, dict(base=nn.Linear(4, 3), width=2)),
     "finetuning.adapters.add_adapters": lambda: (
         adapters.add_adapters,
@@ -288,13 +288,13 @@ EXAMPLES = {
         adapters.train_biases,
         dict(model=GPT(20, 8, 8, 1, 2)),
     ),
-    "finetuning.peft.kind_beside": lambda: (peft.kind_beside, dict(base=nn.Linear(4, 3))),
-    "finetuning.peft.swap_layers": lambda: (
-        peft.swap_layers,
-        dict(model=bert(), targets=["mlp.0"], kind=nn.Linear, make=peft.LoRA, readers=()),
+    "finetuning.lora.kind_beside": lambda: (lora.kind_beside, dict(base=nn.Linear(4, 3))),
+    "finetuning.lora.swap_layers": lambda: (
+        lora.swap_layers,
+        dict(model=bert(), targets=["mlp.0"], kind=nn.Linear, make=lora.LoRA, readers=()),
     ),
-    "finetuning.peft.adapt": lambda: (
-        peft.adapt,
+    "finetuning.lora.adapt": lambda: (
+        lora.adapt,
         dict(
             model=TextClassifier(adapted(), 3),
             tokens=tokens(),
@@ -317,5 +317,5 @@ SKIP = {
     "recipes.resnet_fashion.make": "a recipe, half an hour",
     "recipes.resnet_fashion.tune_photos": "needs EfficientNet's weights from the network",
     "models.outside.load_vgg": "needs 500 MB of torchvision's weights",
-    "finetuning.peft.LINEAR": "a constant",
+    "finetuning.lora.LINEAR": "a constant",
 }

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from foundation.data.tasks import Task
 from foundation.finetuning.adapters import Adapter, Prefix, add_adapters, add_prefix, train_biases
-from foundation.finetuning.peft import LINEAR, LoRA, adapt, add_lora, find_layers, merge, unmerge
+from foundation.finetuning.lora import LINEAR, LoRA, adapt, add_lora, find_layers, merge, unmerge
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.gpt import GPT
