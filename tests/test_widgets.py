@@ -221,8 +221,8 @@ def test_values_may_be_arrays_and_the_start_one_of_them():
             lambda: widgets.overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3, 3), np.uint8)),
             "as many in both",
         ),
-        (lambda: widgets.padded([]), "one or more pictures"),
-        (lambda: widgets.padded([3]), "one or more pictures"),
+        (lambda: widgets.same_size([]), "one or more pictures"),
+        (lambda: widgets.same_size([3]), "one or more pictures"),
         (lambda: widgets.debounced(print, -1), "seconds is -1"),
     ],
 )

@@ -24,7 +24,7 @@ import platformdirs
 
 # %% ../../nbs/02_data/00_sources.ipynb #5683079e
 from ..core.files import PATH, check_kind, locked
-from foundation.data.places import (
+from foundation.data.downloads import (
     Place,
     apt_archive,
     contents,

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 # %% ../../nbs/04_models/05_pretrained.ipynb #2f67239a
 import foundation
-from ..core.basics import atomic_write, evaluating
+from ..core.basics import evaluating
+from ..core.files import atomic_write
 from foundation.core.checks import (
     check_choice,
     check_images,

@@ -153,7 +153,7 @@ EXAMPLES = {
         dict(value=len, name="fn", takes="(x)"),
     ),
     # plots
-    "core.plots.encode": lambda: (plots.encode, dict(pixels=PIXELS, keep=None, colours=8)),
+    "core.plots.encode_png": lambda: (plots.encode_png, dict(pixels=PIXELS, keep=None, colours=8)),
     "core.plots.Picture": lambda: (
         plots.Picture,
         dict(pixels=PIXELS, alt=ALT, scale=1.5, colours=8),
@@ -231,7 +231,10 @@ EXAMPLES = {
     "core.widgets.make_dial": lambda: (widgets.make_dial, dict(name="n", spec=(1, 3), start=2)),
     "core.widgets.as_frame": lambda: (widgets.as_frame, dict(result="text", alt=ALT, at="n = 1")),
     "core.widgets.overlay": lambda: (widgets.overlay, dict(base=PIXELS, other=PIXELS // 2)),
-    "core.widgets.padded": lambda: (widgets.padded, dict(pictures=[plots.Picture(PIXELS, ALT)])),
+    "core.widgets.same_size": lambda: (
+        widgets.same_size,
+        dict(pictures=[plots.Picture(PIXELS, ALT)]),
+    ),
     "core.widgets.debounced": lambda: (widgets.debounced, dict(fn=list, seconds=0.1)),
     "core.widgets.Explorer": lambda: (
         widgets.Explorer,

@@ -1,6 +1,6 @@
-"One sound call for each public name of data.places and data.sources; the laws start from them"
+"One sound call for each public name of data.downloads and data.sources; the laws start from them"
 
-from foundation.data import places, sources
+from foundation.data import downloads, sources
 
 from .core import scratch
 
@@ -19,8 +19,8 @@ def tiny(*places):
 
 EXAMPLES = {
     "data.sources.File": lambda: (sources.File, dict(name="a.txt", sha256=("0" * 64,))),
-    "data.places.Place": lambda: (
-        places.Place,
+    "data.downloads.Place": lambda: (
+        downloads.Place,
         dict(label="a desk", get=lambda scratch: scratch, online=False),
     ),
     "data.sources.Source": lambda: (
@@ -37,24 +37,27 @@ EXAMPLES = {
     ),
     "data.sources.DataUnavailable": lambda: (sources.DataUnavailable, ("it cannot be had",), {}),
     "data.sources.cache_folder": lambda: (sources.cache_folder, {}),
-    "data.places.short_path": lambda: (places.short_path, dict(path="/usr/share")),
+    "data.downloads.short_path": lambda: (downloads.short_path, dict(path="/usr/share")),
     "data.sources.matches_hash": lambda: (
         sources.matches_hash,
         dict(path=scratch("a", b"1"), file=sources.File("a", ("0" * 64,))),
     ),
-    "data.places.folder": lambda: (places.folder, dict(path=scratch(), hint="mkdir")),
-    "data.places.installed": lambda: (
-        places.installed,
+    "data.downloads.folder": lambda: (downloads.folder, dict(path=scratch(), hint="mkdir")),
+    "data.downloads.installed": lambda: (
+        downloads.installed,
         dict(package="sklearn", inside="datasets/data"),
     ),
-    "data.places.apt_archive": lambda: (places.apt_archive, dict(package="wordnet-base")),
-    "data.places.wheel_archive": lambda: (places.wheel_archive, dict(requirement="tiny==1.0")),
-    "data.places.pip_archive": lambda: (places.pip_archive, dict(requirement="tiny==1.0")),
-    "data.places.npm_archive": lambda: (places.npm_archive, dict(package="tiny@1.0.0")),
-    "data.places.web": lambda: (places.web, ("https://example.org/a.txt",), {}),
-    "data.places.limited": lambda: (places.limited, dict(most=1e6, seconds=3.0)),
-    "data.places.within": lambda: (places.within, dict(size=10)),
-    "data.places.contents": lambda: (places.contents, dict(folder=scratch(), most=1000)),
+    "data.downloads.apt_archive": lambda: (downloads.apt_archive, dict(package="wordnet-base")),
+    "data.downloads.wheel_archive": lambda: (
+        downloads.wheel_archive,
+        dict(requirement="tiny==1.0"),
+    ),
+    "data.downloads.pip_archive": lambda: (downloads.pip_archive, dict(requirement="tiny==1.0")),
+    "data.downloads.npm_archive": lambda: (downloads.npm_archive, dict(package="tiny@1.0.0")),
+    "data.downloads.web": lambda: (downloads.web, ("https://example.org/a.txt",), {}),
+    "data.downloads.limited": lambda: (downloads.limited, dict(most=1e6, seconds=3.0)),
+    "data.downloads.within": lambda: (downloads.within, dict(size=10)),
+    "data.downloads.contents": lambda: (downloads.contents, dict(folder=scratch(), most=1000)),
     "data.sources.fetch": lambda: (sources.fetch, dict(source="digits", cache=None)),
     "data.sources.Status": lambda: (
         sources.Status,

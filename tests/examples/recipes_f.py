@@ -64,7 +64,7 @@ SKIP = {
     "recipes.minilm_glosses_lora.BEYOND": "a constant",
     "recipes.minilm_glosses_lora.LABELS": "a constant",
     "recipes.minilm_glosses_lora.PICKED_ON": "a constant",
-    "recipes.minilm_glosses_lora.method_arms": "gives functions, which tests/test_peft.py calls",
+    "recipes.minilm_glosses_lora.method_arms": "gives functions, which tests/test_lora.py calls",
     "recipes.minilm_glosses_lora.compare_methods": "trains many networks, minutes",
     "recipes.minilm_glosses_lora.step_costs": "measures seconds, other ones at each call",
     "recipes.minilm_glosses_lora.make": "a recipe, a quarter of an hour",
