@@ -1,4 +1,5 @@
-"Measure all rows, print them and write bench/results.json; where rows are named, measure and print only those."
+"""Measure all rows, print them and write bench/results.json; where rows are named, measure and
+print only those."""
 
 import argparse
 import json
@@ -90,7 +91,8 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> str | int:
-    "Exit status: a sentence when peers are missing or results differ, else 0, also for a ratio below its limit."
+    """Exit status: a sentence when peers are missing or results differ, else 0, also for a ratio
+    below its limit."""
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     parser.add_argument(
         "rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all where none is named"

@@ -1,6 +1,7 @@
 """The same result from the same weights, then the same work in turns.
 
-A row of the benchmark is a function that builds a `Duel`; `measure` turns it into what results.json holds.
+A row of the benchmark is a function that builds a `Duel`; `measure` turns it into what
+results.json holds.
 """
 
 import importlib
@@ -54,7 +55,8 @@ class Duel:
 
 
 def measure(name: str, duel: Duel, rounds: int = 9, warmup: int = 1) -> dict:
-    "Time all sides in turns: a row of results.json. The ratio is the median of the rounds, `spread` their quartiles."
+    """Time all sides in turns: a row of results.json. The ratio is the median of the rounds,
+    `spread` their quartiles."""
     with tqdm(
         total=(rounds + warmup) * (1 + len(duel.peers)), desc=f"{name:18}", leave=False
     ) as bar:
@@ -89,7 +91,7 @@ def _ticking(way, bar):
     return call
 
 
-# What rows are made of ------------------------------------------------------------------------------------------------
+# What rows are made of ----------------------------------------------------------------------------
 
 
 def carry(
@@ -97,7 +99,8 @@ def carry(
     theirs: nn.Module,
     names: dict[str, str],  # our name of a weight -> theirs; others stay as they are
 ) -> None:
-    "Copy our weights into their model. Where theirs has a row more in front, for a class token, that row stays."
+    """Copy our weights into their model. Where theirs has a row more in front, for a class token,
+    that row stays."""
     source, target = ours.state_dict(), theirs.state_dict()
     for mine, other in names.items():
         value, place = source[mine], target[other]
@@ -126,7 +129,8 @@ def our_steps(
 def plain_steps(
     model: nn.Module, batches: Iterable, loss_of: Callable, precision: str
 ) -> Iterator[Tensor]:
-    "The loop that a user of the peer would write, with the same fused AdamW: a training step for each `next`."
+    """The loop that a user of the peer would write, with the same fused AdamW: a training step for
+    each `next`."""
     opt = adamw(model, 1e-3)
     model.train()
     for batch in batches:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from configparser import ConfigParser
 from pathlib import Path
@@ -26,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 200_000  # bytes of outputs that one notebook may hold
 BADGE = re.compile(r"\n*\[!\[[^\]]*\]\([^)]*colab-badge\.svg\)\]\([^)]*\)")
 PRIVATE = re.compile(
-    r"(?<![\w.%/-])(?:/(?:home|root|Users|work|tmp|mnt|private|work\w*)/[\w.@+-]+|[A-Z]:\\+Users\\+\w+)"
+    r"(?<![\w.%/-])(?:/(?:home|root|Users|work|tmp|mnt|private|work\w*)/[\w.@+-]+"
+    r"|[A-Z]:\\+Users\\+\w+)"
 )
 EMBEDDED = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=\s\\n]+")
 SKIPPED = re.compile(r"^#\|\s*eval:\s*false", re.M)
@@ -100,7 +102,8 @@ def code_cells(nb):
 def badge(path, cfg, root=ROOT):
     "The Colab button of the notebook at `path`"
     place = Path(path).resolve().relative_to(Path(root).resolve()).as_posix()
-    url = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{place}"
+    base = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}"
+    url = f"{base}/blob/{cfg['branch']}/{place}"
     return f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
 
 
@@ -109,13 +112,14 @@ def colab_cell(cfg):
     Colab's torch fits its driver, so it stays as it is"""
     rest = [r for r in cfg["requirements"].split() if not re.match(r"torch(vision)?\b", r)]
     url = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
+    words, whole = " ".join(map(quoted, rest)), dict(break_on_hyphens=False, break_long_words=False)
     lines = [
         "#| hide",
         "# @title On Colab: install the library; elsewhere this cell does nothing",
         "import sys",
         "",
         'if "google.colab" in sys.modules:',
-        f"    %pip install -q {' '.join(map(quoted, rest))}",
+        *(f"    %pip install -q {part}" for part in textwrap.wrap(words, 75, **whole)),
         f"    %pip install -q --no-deps {quoted(url)}",
     ]
     return dict(
@@ -163,10 +167,10 @@ def readable(folder):
 
 def number(page):
     """`07_pretraining/03_contrastive` → `7.3`;
-    lessons outside of a folder, in an appendix and groundwork (00) go without"""
+    lessons outside of a folder and in an appendix go without"""
     page = Path(page)
     m = re.match(r"(\d+)_.*/(\d+)_", page.as_posix())
-    return f"{int(m[1])}.{int(m[2])}" if m and int(m[1]) < 90 and int(m[2]) else ""
+    return f"{int(m[1])}.{int(m[2])}" if m and int(m[1]) < 90 else ""
 
 
 def title(path):

@@ -142,7 +142,14 @@ def write_tensors(
     tensors: dict[str, Tensor],
     notes: dict[str, str] | None = None,  # kept in the file's header, with a hash over everything
 ) -> Path:
-    "Write a safetensors file, whole or not at all. `read_tensors` refuses it when it was changed."
+    """Write a safetensors file, whole or not at all. `read_tensors` refuses it when it was changed.
+
+    Raises `TypeError` for what is no tensor, or notes that are no texts."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {got(value)}; expected a tensor")
+    if odd := [name for name, text in (notes or {}).items() if not isinstance(text, str)]:
+        raise TypeError(f"the note {odd[0]} is {got(notes[odd[0]])}; expected a string")
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     if notes:
         notes = notes | {"sha256": _tensors_hash(tensors, notes)}
