@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from foundation.core.basics import supports_bf16
+from foundation.core.precision import supports_bf16
 from foundation.core.files import atomic_write
 
 from .duel import MissingPeer, measure, peer

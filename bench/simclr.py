@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from foundation.core.basics import in_order, memory_order
 from foundation.data.augment import Augment
-from foundation.data.batches import two_views
+from foundation.data.views import two_views
 from foundation.models.convnets import ResNet
 from foundation.pretraining.contrastive import ContrastiveModel, match_views
 

@@ -99,7 +99,8 @@ _NO_FOLDER = "set FOUNDATION_DATA to a folder that you may write to"
 def _check_device() -> Iterator[Finding]:
     "What PyTorch computes on; one finding if PyTorch itself is sick"
     try:
-        from foundation.core.basics import pick_device, supports_bf16
+        from foundation.core.basics import pick_device
+        from foundation.core.precision import supports_bf16
         import torch
 
         device = pick_device()

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from .compression.distillation import distil
 from .compression.pruning import Pruner
-from .core.basics import memory_order, pick_device, pick_precision, seed_everything
+from .core.basics import memory_order, pick_device, seed_everything
+from .core.precision import pick_precision
 from .core.checks import check_number, check_whole, checked
 from .core.files import atomic_write
 from .core.plots import plot_bars, plot_curves, show_images

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from foundation.core import basics
+from foundation.core import basics, precision
 from foundation.core.basics import (
     EMA,
     Timing,
@@ -22,11 +22,10 @@ from foundation.core.basics import (
     freeze,
     measure,
     pick_device,
-    pick_precision,
     seed_everything,
-    supports_bf16,
     unfreeze,
 )
+from foundation.core.precision import pick_precision, supports_bf16
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="no such files there")
 
@@ -349,7 +348,7 @@ def test_bf16_is_a_matter_of_the_processors_flags(monkeypatch):
         ({"bf16"}, True),
         (set(), False),
     ]:
-        monkeypatch.setattr(basics, "cpu_flags", lambda: flags)
+        monkeypatch.setattr(precision, "cpu_flags", lambda: flags)
         assert supports_bf16("cpu") is want
         assert pick_precision("cpu") == ("bf16" if want else "fp32")
 
@@ -357,16 +356,16 @@ def test_bf16_is_a_matter_of_the_processors_flags(monkeypatch):
 def test_flags_are_those_that_pytorch_found_and_none_where_it_does_not_tell(monkeypatch):
     told = {"avx2": True, "avx512_bf16": False, "l2_cache_size": 1, "architecture": "x86_64"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
-    assert basics.cpu_flags() == {"avx2"}
+    assert precision.cpu_flags() == {"avx2"}
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert basics.cpu_flags() == set() and pick_precision("cpu") == "fp32"
+    assert precision.cpu_flags() == set() and pick_precision("cpu") == "fp32"
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells it there")
 def test_flags_are_those_of_the_operating_system():
     known = set(Path("/proc/cpuinfo").read_text(errors="replace").split())
     for flag in ("avx512_bf16", "amx_bf16", "avx512_vnni"):
-        assert (flag in basics.cpu_flags()) <= (flag in known)
+        assert (flag in precision.cpu_flags()) <= (flag in known)
 
 
 def test_inputs_that_the_model_does_not_take_are_named():

@@ -28,8 +28,8 @@ from foundation.data.batches import (
     same_document,
     store,
     store_documents,
-    two_views,
 )
+from foundation.data.views import two_views
 
 rows_of_tokens = st.lists(
     st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=12

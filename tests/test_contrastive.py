@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from foundation.core.checks import complaint
 from foundation.data.augment import Augment
-from foundation.data.batches import two_views
+from foundation.data.views import two_views
 from foundation.data.images import load_images
 from foundation.models.convnets import ConvNet
 from foundation.objectives.contrast import info_nce, nt_xent

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from foundation.core.basics import freeze, pick_precision, unfreeze
+from foundation.core.basics import freeze, unfreeze
+from foundation.core.precision import pick_precision
 from foundation.data.augment import Augment
 from foundation.data.batches import augmented
 from foundation.data.images import few_labels, load_images
@@ -35,7 +36,7 @@ from foundation.models.heads import replace_head
 from foundation.models.outside import load_vgg
 from foundation.recipes.resnet_fashion import ARMS, PHOTO_ARMS
 from foundation.training.optim import head_groups, layer_groups, layers
-from foundation.training.run import EarlyStopping
+from foundation.training.early_stopping import EarlyStopping
 from foundation.models.bert import BERT
 from foundation.models.convnets import VGG, ConvNet, EfficientNetLite, ResNet
 from foundation.models.pretrained import BadWeights, load_weights, read_card, save_weights

@@ -11,7 +11,8 @@ from foundation.core.basics import seed_everything
 from foundation.data.batches import endless
 from foundation.training.loop import classify, train
 from foundation.training.optim import adamw
-from foundation.training.run import EarlyStopping, fit, resumable
+from foundation.training.early_stopping import EarlyStopping
+from foundation.training.run import fit, resumable
 from foundation.training.schedules import warmup_cosine
 
 DATA = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))

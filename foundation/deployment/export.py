@@ -26,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 # %% ../../nbs/10_deployment/02_export.ipynb #68a06a2e
-from ..core.basics import cpu_flags, evaluating, measure
+from ..core.basics import evaluating, measure
+from ..core.precision import cpu_flags
 from ..core.files import atomic_write
 from foundation.core.checks import (
     check_callable,

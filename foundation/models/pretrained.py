@@ -157,7 +157,7 @@ def write_tensors(
         file.write(save(tensors, notes))
     return Path(path)
 
-
+# %% ../../nbs/04_models/05_pretrained.ipynb #a7c1e5f2
 def _tensors_hash(tensors, notes):
     "The hash over notes and names, types, shapes and bytes of all tensors"
     found = hashlib.sha256(repr(sorted(notes.items())).encode())

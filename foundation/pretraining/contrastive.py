@@ -17,7 +17,7 @@ from ..core.basics import copy_model, freeze, memory_order
 from ..core.checks import check_floats, check_like, check_model, check_number
 from ..core.checks import check_shares, check_sizes, check_temperature, check_whole
 from ..core.checks import checked, got, precise, refuse_nan
-from ..data.batches import two_views
+from ..data.views import two_views
 from ..objectives.contrast import info_nce, nt_xent
 from ..core.fingerprint import fingerprint
 from ..training.run import Run, resumable

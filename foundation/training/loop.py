@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.basics import in_order, memory_order, pick_precision
+from ..core.basics import in_order, memory_order
+from ..core.precision import pick_precision
 from ..core.checks import check_labels, check_like, check_number, check_whole
 from ..core.checks import checked, got, refuse_nan
 

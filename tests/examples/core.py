@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from foundation.core import basics, checks, exercises, files, plots, widgets
+from foundation.core import basics, checks, exercises, files, plots, precision, widgets
 from foundation.core.fingerprint import fingerprint
 
 
@@ -67,9 +67,9 @@ EXAMPLES = {
     # basics
     "core.basics.seed_everything": lambda: (basics.seed_everything, dict(seed=3)),
     "core.basics.pick_device": lambda: (basics.pick_device, dict(name="cpu")),
-    "core.basics.supports_bf16": lambda: (basics.supports_bf16, dict(device="cpu")),
-    "core.basics.pick_precision": lambda: (basics.pick_precision, dict(device="cpu")),
-    "core.basics.cpu_flags": lambda: (basics.cpu_flags, {}),
+    "core.precision.supports_bf16": lambda: (precision.supports_bf16, dict(device="cpu")),
+    "core.precision.pick_precision": lambda: (precision.pick_precision, dict(device="cpu")),
+    "core.precision.cpu_flags": lambda: (precision.cpu_flags, {}),
     "core.basics.count_parameters": lambda: (
         basics.count_parameters,
         dict(model=network(), trainable=False),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from foundation.data import augment, batches, images, text, tokenizer
+from foundation.data import augment, batches, images, text, tokenizer, views
 
 WORDNET = '00001740 03 n 02 entity 0 whole_thing 0 001 ~ 00001930 n 0000 | a thing; "it is"\n'
 TEXTS = ["the cat sat on the mat", "a mat for the cat", "the owl sat"]
@@ -108,8 +108,8 @@ EXAMPLES = {
         (shares(), labels()),
         dict(augment=shift, batch_size=2, seed=1, start=4, views=2),
     ),
-    "data.batches.two_views": lambda: (
-        first(batches.two_views),
+    "data.views.two_views": lambda: (
+        first(views.two_views),
         dict(images=shares(), augment=shift, batch_size=2, seed=0, start=1),
     ),
     "data.batches.by_length": lambda: (

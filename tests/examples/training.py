@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from foundation.data.batches import endless
-from foundation.training import checkpoint, loop, optim, run, schedules, speed, track
+from foundation.training import (
+    checkpoint,
+    early_stopping,
+    loop,
+    optim,
+    run,
+    schedules,
+    speed,
+    track,
+)
 
 
 def net():
@@ -53,7 +62,7 @@ def headed():
 
 
 def scored():
-    stopping = run.EarlyStopping(net())
+    stopping = early_stopping.EarlyStopping(net())
     stopping.update(0.5)
     return stopping
 
@@ -177,15 +186,15 @@ EXAMPLES = {
             each=None,
         ),
     ),
-    "training.run.EarlyStopping": lambda: (
-        run.EarlyStopping,
+    "training.early_stopping.EarlyStopping": lambda: (
+        early_stopping.EarlyStopping,
         dict(model=net(), patience=2),
     ),
-    "training.run.EarlyStopping.update": lambda: (
-        run.EarlyStopping(net()).update,
+    "training.early_stopping.EarlyStopping.update": lambda: (
+        early_stopping.EarlyStopping(net()).update,
         dict(score=0.5),
     ),
-    "training.run.EarlyStopping.restore": lambda: (scored().restore, {}),
+    "training.early_stopping.EarlyStopping.restore": lambda: (scored().restore, {}),
     "training.optim.head_groups": lambda: (
         optim.head_groups,
         dict(model=headed(), lr=1e-3, head_lr=1e-2),
