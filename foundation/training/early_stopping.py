@@ -13,16 +13,31 @@ from torch import nn
 
 from ..core.checks import check_number, check_whole, checked
 
+# %% ../../nbs/05_training/08_early_stopping.ipynb #b9e2d471
+def _tensors(model):
+    "All tensors of the model, buffers that its state dict leaves out too"
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _put_back(model, weights):
+    "All of them, or the sentence and none"
+    held = _tensors(model)
+    for name in weights | held:
+        kept, now = weights.get(name), held.get(name)
+        if kept is None or now is None or kept.shape != now.shape:
+            raise ValueError(
+                f"{name} is not what it was when the score came; expected the same model"
+            )
+    with torch.no_grad():
+        for name, value in held.items():
+            value.copy_(weights[name])
+
 # %% ../../nbs/05_training/08_early_stopping.ipynb #4eb5de1d
 class EarlyStopping:
     "Keeps the weights with the best dev score, by value, says when to stop, and gives them back."
 
     @checked
-    def __init__(
-        self,
-        model: nn.Module,
-        patience: int = 3,  # epochs without a better score before it says stop
-    ):
+    def __init__(self, model: nn.Module, patience: int = 3):  # looks without a better score
         check_whole(patience, "patience", 1)
         self.model, self.patience = model, patience
         self.score, self.epoch, self.seen, self.weights = -math.inf, 0, 0, {}
@@ -33,25 +48,12 @@ class EarlyStopping:
         self.seen += 1
         if score > self.score:
             self.score, self.epoch = score, self.seen
-            self.weights = {name: t.detach().clone() for name, t in self._held().items()}
+            self.weights = {name: t.detach().clone() for name, t in _tensors(self.model).items()}
         return self.seen - self.epoch >= self.patience
 
     def restore(self) -> nn.Module:
         "The model, with its best weights. Raises `ValueError` before the first score."
         if not self.weights:
             raise ValueError("there is no score yet; call update(score) after each epoch")
-        held = self._held()
-        for name in self.weights | held:
-            kept, now = self.weights.get(name), held.get(name)
-            if kept is None or now is None or kept.shape != now.shape:
-                raise ValueError(
-                    f"{name} is not what it was when the score came; expected the same model"
-                )
-        with torch.no_grad():
-            for name, value in held.items():
-                value.copy_(self.weights[name])
+        _put_back(self.model, self.weights)
         return self.model
-
-    def _held(self):
-        "All tensors of the model, buffers that its state dict leaves out too"
-        return dict([*self.model.named_parameters(), *self.model.named_buffers()])
