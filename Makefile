@@ -27,7 +27,7 @@ test: lint ## lines in form, the export is fresh, every notebook runs, pytest pa
 	$(BIN)/python tools/lessons.py
 	$(SHORT) $(BIN)/python -m pytest
 
-check: setup ## some tests on the short plan: make check ARGS="tests/test_peft.py -k merge"
+check: setup ## some tests on the short plan: make check ARGS="tests/test_lora.py -k merge"
 	$(SHORT) $(BIN)/python -m pytest $(ARGS)
 
 test-faults: setup ## the long forms: 1,000 odd calls of each function, kills, damaged files, the package broken on purpose (hours)
