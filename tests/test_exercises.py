@@ -104,8 +104,11 @@ def calls(cells, owner, method):
 def made(cells):
     "(index, name, arguments) of each `name = Exercise(...)`"
     words = ["lesson", "title", "check", "hints"]
+    values = {}  # of names that were given beforehand
     for i, cell in enumerate(cells):
         for node in cell.body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.List)):
+                values |= dict.fromkeys(defined(node), node.value)
             if (
                 isinstance(node, ast.Assign)
                 and isinstance(node.value, ast.Call)
@@ -114,7 +117,8 @@ def made(cells):
                 given = dict(zip(words, node.value.args)) | {
                     k.arg: k.value for k in node.value.keywords
                 }
-                yield i, defined(node)[0], given
+                told = {k: values.get(getattr(v, "id", None), v) for k, v in given.items()}
+                yield i, defined(node)[0], told
 
 
 def faults(nb, lesson):

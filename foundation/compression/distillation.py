@@ -13,20 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import evaluating
-from foundation.core.checks import (
-    check_choice,
-    check_floats,
-    check_images,
-    check_labels,
-    check_number,
-    check_sizes,
-    check_temperature,
-    checked,
-    got,
-    precise,
-)
-
-# %% ../../nbs/09_compression/01_distillation.ipynb #ffce05c1
+from ..core.checks import check_choice, check_floats, check_images, check_labels
+from ..core.checks import check_number, check_sizes, check_temperature, checked, got
+from ..core.checks import precise
 from ..core.fingerprint import fingerprint
 from ..data.batches import augmented, endless
 from ..objectives.divergence import distillation_loss

@@ -81,7 +81,9 @@ class LoRA(_Branch):
 @checked
 def kind_beside(base: nn.Module) -> dict:
     "Dtype and device of what learns beside a layer: its own, but float32 at least."
-    like = next(base.parameters())
+    like = next(base.parameters(), None)
+    if like is None:
+        raise TypeError(f"base is {got(base)} without weights; expected a layer such as nn.Linear")
     if nn.parameter.is_lazy(like):
         raise ValueError("the layer has no weights yet; run one batch through the model first")
     return dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
