@@ -300,3 +300,18 @@ def test_nbdev_can_prepare_the_notebooks_for_quarto(tmp_path):
     assert (
         "title: " in text and "colab-badge" not in text and "<code>" in text and "show_doc" in text
     )
+
+
+def test_what_leads_in_an_unseen_cell_is_not_shown_without_it():
+    import nb2myst
+
+    def cell(kind, text):
+        return dict(cell_type=kind, source=text, metadata={})
+
+    glue, shown = cell("code", "#| export\ndef f(): ..."), cell("code", "#| exports\ndef g(): ...")
+    lead, two = cell("markdown", "The helper:"), cell("markdown", "## Parts\n\nThe helper:")
+    told = cell("markdown", "Nothing is lost.")
+    assert nb2myst.without_lead_ins([lead, glue, told]) == [glue, told]
+    assert nb2myst.without_lead_ins([lead, shown]) == [lead, shown]
+    assert nb2myst.without_lead_ins([told, glue]) == [told, glue]
+    assert [c["source"] for c in nb2myst.without_lead_ins([two, glue])][0] == "## Parts"

@@ -206,10 +206,27 @@ def module_name(raw):
     return next((m[1] for m in found if m), "")
 
 
+def without_lead_ins(cells):
+    """A paragraph that ends in a colon leads in the next cell; where the page does not show that
+    cell (`#| export`, `#| hide`), the paragraph goes too"""
+    shown = []
+    for cell, after in zip(cells, [*cells[1:], None]):
+        unseen = after and re.match(r"#\|\s*(export|hide)\s*\n", notebooks.source(after))
+        text = notebooks.source(cell).rstrip()
+        if cell["cell_type"] == "markdown" and unseen and text.endswith(":"):
+            text = text.rpartition("\n\n")[0]
+            if not text:
+                continue
+            cell = cell | {"source": text}
+        shown.append(cell)
+    return shown
+
+
 def convert(text, page):
     "The notebook `text` of `page` (a path below the notebooks folder), ready for myst-nb"
     config, pages = get_config(), site_pages()
     raw = json.loads(text)
+    raw["cells"] = without_lead_ins(raw["cells"])
     map_ids = [c["id"] for c in raw["cells"] if "map" in c["metadata"].get("tags", [])]
     nb = dict2nb(raw)
     nb["path_"] = page
