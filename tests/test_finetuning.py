@@ -1,7 +1,6 @@
 """Fine-tuning beyond what its lesson shows: modes, frozen layers,
 groups, early stopping, leaks, bad input."""
 
-import copy
 import hashlib
 import io
 import json
@@ -355,41 +354,6 @@ def test_one_example_left_over_is_no_batch(digits):
 
 
 # Early stopping -----------------------------------------------------------------------------------
-
-
-def test_the_best_weights_come_back_and_not_the_last():
-    model = small()
-    best, kept = EarlyStopping(model, patience=2), None
-    for score, stop in ((0.3, False), (0.8, False), (0.8, False), (0.7, True)):
-        with torch.no_grad():
-            for value in model.state_dict().values():
-                value += 1
-        if score == 0.8 and kept is None:
-            kept = copy.deepcopy(model.state_dict())
-        assert best.update(score) is stop
-    last = state(model)
-    best.restore()
-    assert best.epoch == 2 and all(
-        torch.equal(value, kept[name]) for name, value in model.state_dict().items()
-    )
-    assert changed(last, model) and any("running" in name for name in changed(last, model))
-
-
-def test_keeping_the_last_weights_is_caught():
-    class Last(EarlyStopping):
-        def update(self, score):
-            self.score = -1.0  # every score looks like the best
-            return super().update(score)
-
-    kept = {}
-    for kind in (EarlyStopping, Last):
-        model = nn.Linear(1, 1)
-        best = kind(model, patience=2)
-        for score in (0.3, 0.8, 0.7):
-            nn.init.constant_(model.weight, score)
-            best.update(score)
-        kept[kind] = round(best.restore().weight.item(), 2)
-    assert kept == {EarlyStopping: 0.8, Last: 0.7}
 
 
 def test_weights_kept_by_reference_are_caught():
@@ -881,39 +845,6 @@ def test_a_sequence_with_a_parameter_of_its_own_has_a_rate_for_it():
     }
     thaw(model, 1)
     assert not model["body"].scale.requires_grad and model["head"].weight.requires_grad
-
-
-def test_a_new_head_is_of_the_bodys_type_and_stands_under_each_name():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(4, 10)
-            self.fc = self.head
-
-    model = replace_head(Two().bfloat16(), 3)
-    assert (
-        model.fc is model.head
-        and model.head.weight.dtype == torch.bfloat16
-        and model.head.out_features == 3
-    )
-
-
-def test_the_best_state_holds_buffers_outside_the_state_dict_and_no_other_model():
-    class Counts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(1))
-            self.register_buffer("n", torch.zeros(()), persistent=False)
-
-    model = Counts()
-    best = EarlyStopping(model)
-    best.update(0.5)
-    model.n += 3
-    best.update(np.float32(0.25))
-    assert best.restore().n == 0
-    model.w = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="w is not what it was"):
-        best.restore()
 
 
 # Bad input ----------------------------------------------------------------------------------------

@@ -7,31 +7,15 @@ import torch
 
 from foundation.compression.transformers import keep_layers
 from foundation.data.images import ImageSet
-from foundation.models.bert import BERT
 from foundation.models.convnets import VGG, ConvNet
 from foundation.models.pretrained import save_weights
 from foundation.recipes import minilm_sentiment as m
 from foundation.recipes import vgg_compressed, vgg_pruned
 from foundation.training.loop import classify, load_optimizers
 
+from .compression_1 import draw, encoder, made, whole
+
 load_optimizers()  # PyTorch's late imports take seconds: no call's clock should count them
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def whole(high, *shape, seed=0):
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def made(kind, *args, **sizes):
-    torch.manual_seed(0)
-    return kind(*args, **sizes)
-
-
-def encoder():
-    return made(BERT, vocab_size=20, context=8, dim=8, depth=2, heads=2)
 
 
 def texts(count=6):
