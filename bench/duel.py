@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from foundation.training.loop import Objective, train
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 from foundation.training.speed import throughput
 
 CLOSE = 1e-4  # relative: as near as float32 brings two orders of the same sums

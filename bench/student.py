@@ -10,7 +10,7 @@ from foundation.compression.distillation import match_logits
 from foundation.evaluation.scores import predict
 from foundation.models.convnets import VGG, ConvNet
 from foundation.training.loop import train
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 
 from .duel import Duel, outcome, paired
 from .quantize import by_torch_ao

@@ -38,7 +38,7 @@ from foundation.training.checkpoint import (
     sole_writer,
 )
 from foundation.training.loop import classify, train
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 from foundation.training.run import resumable
 
 # Killed -------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ from foundation.core.basics import seed_everything
 from foundation.data.batches import endless
 from foundation.training import checkpoint
 from foundation.training.loop import classify, train
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -1460,7 +1460,7 @@ from torch import nn
 from foundation.data.batches import endless
 from foundation.training.run import resumable
 from foundation.training.loop import classify
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 torch.manual_seed(0)
 x = torch.randn(60, 6); y = x[:, :3].argmax(1)
 net = nn.Linear(6, 3); opt = adamw(net, 1e-2)

@@ -29,7 +29,7 @@ from foundation.pretraining.contrastive import (
     match_views,
     pretrain,
 )
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 
 few = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 10**6)

@@ -25,7 +25,7 @@ from foundation.data.images import few_labels, load_images
 from foundation.evaluation.scores import predict
 from foundation.finetuning import loop
 from foundation.recipes import resnet_fashion
-from foundation.training import optim
+from foundation.training import parameter_groups
 from foundation.training.checkpoint import BadCheckpoint
 from foundation.training.schedules import warmup_cosine
 from foundation.data.images import ImageDataset
@@ -34,7 +34,7 @@ from foundation.finetuning.loop import evaluate, finetune, frozen_norms, thaw, t
 from foundation.models.heads import replace_head
 from foundation.models.outside import load_vgg
 from foundation.recipes.resnet_fashion import ARMS, PHOTO_ARMS
-from foundation.training.optim import head_groups, layer_groups, layers
+from foundation.training.parameter_groups import head_groups, layer_groups, layers
 from foundation.training.early_stopping import EarlyStopping
 from foundation.models.bert import BERT
 from foundation.models.convnets import VGG, ConvNet, EfficientNetLite, ResNet
@@ -228,13 +228,13 @@ def test_the_head_is_fast_and_the_stem_slow():
 
 
 def test_rates_in_the_wrong_order_are_caught(monkeypatch):
-    model, right = small(), optim.layers
+    model, right = small(), parameter_groups.layers
 
     def order(parts):
         return dict([*reversed(list(parts.items())[:-1]), list(parts.items())[-1]])
 
     monkeypatch.setattr(
-        optim, "layers", lambda model: order(right(model))
+        parameter_groups, "layers", lambda model: order(right(model))
     )  # the stem next to the head
     assert (
         rates_of(model, model.head) == {7.0}

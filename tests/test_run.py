@@ -10,7 +10,7 @@ from torch import nn
 from foundation.core.basics import seed_everything
 from foundation.data.batches import endless
 from foundation.training.loop import classify, train
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 from foundation.training.early_stopping import EarlyStopping
 from foundation.training.run import fit, resumable
 from foundation.training.schedules import warmup_cosine

@@ -44,7 +44,7 @@ from foundation.models.pretrained import WEIGHTS, BadWeights, load_weights, read
 from foundation.recipes import vgg_compressed
 from foundation.recipes.vgg_compressed import compress
 from foundation.training.checkpoint import BadCheckpoint
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 from foundation.training.schedules import one_cycle
 
 FORMATS = [

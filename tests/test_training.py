@@ -35,7 +35,7 @@ from foundation.training.loop import (
     train,
     uninterrupted,
 )
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 from foundation.training.run import fit
 from foundation.training.schedules import one_cycle, warmup_cosine
 from foundation.training.speed import Throughput, kept_for_backward, peak_memory, throughput
@@ -589,7 +589,7 @@ LATE = """
 import signal, sys, time, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from foundation.training.loop import load_optimizers, uninterrupted
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 from foundation.training.run import fit
 import torch
 from torch import nn

@@ -20,7 +20,7 @@ from ..core.fingerprint import fingerprint
 from ..data.batches import augmented, endless
 from ..objectives.divergence import distillation_loss
 from ..training.loop import Objective
-from ..training.optim import adamw
+from ..training.parameter_groups import adamw
 from ..training.run import Run, resumable
 from ..training.schedules import warmup_cosine
 

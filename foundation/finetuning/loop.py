@@ -22,7 +22,7 @@ from ..data.batches import augmented
 from ..data.own import check_classes
 from ..evaluation.scores import accuracy
 from ..training.loop import Step, classify, train
-from ..training.optim import layer_groups, layers
+from ..training.parameter_groups import layer_groups, layers
 from ..training.run import resumable
 from ..training.schedules import warmup_cosine
 

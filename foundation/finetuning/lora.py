@@ -21,7 +21,7 @@ from ..core.fingerprint import fingerprint
 from ..data.batches import by_length
 from ..data.own import check_classes
 from ..training.loop import classify
-from ..training.optim import head_groups, make_optimizer
+from ..training.parameter_groups import head_groups, make_optimizer
 from ..training.run import resumable
 from ..training.schedules import warmup_cosine
 

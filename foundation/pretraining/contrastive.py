@@ -22,7 +22,7 @@ from ..objectives.contrast import info_nce, nt_xent
 from ..core.fingerprint import fingerprint
 from ..training.run import Run, resumable
 from ..training.loop import Objective
-from ..training.optim import adamw
+from ..training.parameter_groups import adamw
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/07_pretraining/03_contrastive.ipynb #864d8125

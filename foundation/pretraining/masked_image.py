@@ -20,7 +20,7 @@ from ..layers.embedding import patchify
 from ..models.vit import ViT
 from ..core.fingerprint import fingerprint
 from ..training.run import Run, resumable
-from ..training.optim import make_optimizer
+from ..training.parameter_groups import make_optimizer
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #de574078

@@ -21,7 +21,7 @@ from ..data.batches import Documents, join, packed, same_document
 from ..data.tokenizer import Tokenizer
 from ..core.fingerprint import fingerprint
 from ..training.run import Run, resumable
-from ..training.optim import adamw
+from ..training.parameter_groups import adamw
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #e8dfc47c

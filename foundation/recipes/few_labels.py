@@ -26,7 +26,7 @@ from ..evaluation.probes import knn_accuracy, linear_probe
 from ..evaluation.scores import accuracy, predict
 from ..evaluation.study import Study
 from ..training.loop import classify, train
-from ..training.optim import head_groups, make_optimizer
+from ..training.parameter_groups import head_groups, make_optimizer
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/06_evaluation/04_label_efficiency.ipynb #4ec73f10

@@ -33,7 +33,7 @@ from ..models.heads import TextClassifier, without_head
 from ..models.pretrained import WEIGHTS, load_minilm, load_weights, save_weights
 from .bert_glosses import count_words, counting_arm
 from ..training.loop import classify, train
-from ..training.optim import head_groups, make_optimizer
+from ..training.parameter_groups import head_groups, make_optimizer
 from ..training.speed import throughput
 
 # %% ../../nbs/14_recipes/06_minilm_glosses_lora.ipynb #d4b0000a

@@ -35,7 +35,7 @@ from ..models.pretrained import WEIGHTS, BadWeights, load_minilm, load_weights
 from ..models.pretrained import read_card, save_weights
 from ..training.checkpoint import read_checkpoint
 from ..training.loop import classify
-from ..training.optim import head_groups
+from ..training.parameter_groups import head_groups
 from ..training.run import Run, resumable
 from ..training.schedules import warmup_cosine
 from ..training.speed import throughput

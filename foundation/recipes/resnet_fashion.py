@@ -27,7 +27,7 @@ from ..models.convnets import ResNet
 from ..models.heads import replace_head
 from ..models.pretrained import WEIGHTS, imagenet_inputs
 from ..models.pretrained import load_efficientnet_lite0, load_weights, save_weights
-from ..training.optim import layer_groups
+from ..training.parameter_groups import layer_groups
 
 # %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #b7d6c579
 @checked

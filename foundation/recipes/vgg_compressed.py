@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..compression.codebooks import settle_weights, share_weights
 from ..compression.distillation import distil
 from ..compression.folding import fold_batch_norm
-from ..compression.integers import quantize_static
+from ..compression.integer_layers import quantize_static
 from ..compression.pruning import Pruner
 from ..compression.quantization import quantize_weights
 from ..compression.storage import load_model, save_model

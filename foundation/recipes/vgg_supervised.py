@@ -19,7 +19,7 @@ from ..evaluation.scores import accuracy, predict
 from ..models.convnets import VGG
 from ..models.pretrained import WEIGHTS, save_weights
 from ..training.loop import classify
-from ..training.optim import adamw
+from ..training.parameter_groups import adamw
 from ..training.run import Run, resumable
 from ..training.schedules import one_cycle
 

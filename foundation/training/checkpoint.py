@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['random_states', 'restore_random', 'Snapshot', 'BadCheckpoint', 'snapshot', 'restore', 'save_checkpoint',
-           'load_checkpoint', 'sole_writer', 'as_json', 'read_checkpoint', 'check_fit', 'unwrapped']
+           'load_checkpoint', 'sole_writer', 'as_json', 'read_checkpoint', 'check_fit']
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #8cd331c0
 import hashlib
@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from ..core.checks import check_whole, checked, got
 from ..core.files import atomic_write, sync_folder
+from ..core.modules import unwrapped
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #bd8331e6
 def random_states() -> tuple[dict[str, Tensor], dict]:
@@ -417,15 +418,6 @@ def _check_luck(name, state):
         ) from None
 
 # %% ../../nbs/05_training/03_checkpoint.ipynb #d3e57fee
-@checked
-def unwrapped(model: nn.Module) -> nn.Module:
-    "The network itself, out of what compiles or distributes it."
-    spread = nn.DataParallel, nn.parallel.DistributedDataParallel
-    while isinstance(model, spread) or hasattr(model, "_orig_mod"):
-        model = getattr(model, "_orig_mod", None) or model.module
-    return model
-
-
 class _Live(NamedTuple):
     "What a snapshot is taken of, by the names that it has where nothing is compiled"
 

@@ -24,9 +24,10 @@ from ..core.checks import check_whole, checked, got
 from ..core.fingerprint import fingerprint
 from .checkpoint import BadCheckpoint, as_json, check_fit, load_checkpoint
 from .checkpoint import random_states, restore_random, save_checkpoint
-from .checkpoint import sole_writer, unwrapped
+from ..core.modules import unwrapped
+from .checkpoint import sole_writer
 from .loop import Objective, Step, classify, modes_back, progress, train
-from .optim import adamw
+from .parameter_groups import adamw
 
 # %% ../../nbs/05_training/07_run.ipynb #d58291b3
 class Run(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from foundation.core import basics, checks, exercises, files, plots, precision, widgets
+from foundation.core import basics, checks, exercises, files, modules, plots, precision, widgets
 from foundation.core.fingerprint import fingerprint
 
 
@@ -24,6 +24,12 @@ def scratch(name="", content=None):
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
+
+
+def named_head():
+    net = nn.Sequential(nn.Linear(4, 5))
+    net.add_module("head", nn.Linear(5, 3))
+    return net
 
 
 def near_enough(double):
@@ -290,6 +296,12 @@ EXAMPLES = {
     "core.exercises.list_exercises": lambda: (exercises.list_exercises, dict(folder=scratch())),
     "core.exercises.Progress": lambda: (exercises.Progress, dict(rows=[], note="")),
     "core.exercises.progress": lambda: (static(exercises.progress), dict(lesson="00_core/05")),
+    "core.modules.head_of": lambda: (modules.head_of, dict(model=named_head())),
+    "core.modules.logits_of": lambda: (
+        modules.logits_of,
+        dict(model=nn.Linear(4, 3), inputs=torch.randn(2, 4)),
+    ),
+    "core.modules.unwrapped": lambda: (modules.unwrapped, dict(model=network())),
 }
 SKIP = {
     "core.plots.PALETTE": "a constant",

@@ -13,7 +13,7 @@ from foundation.data.augment import Augment
 from foundation.data import own
 from foundation.data.images import ImageDataset, ImageSet
 from foundation.data.tasks import Task
-from foundation.finetuning import adapters, learning_rate, loop, lora, search
+from foundation.finetuning import adapters, loop, lora, rate_search, search
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
@@ -104,7 +104,7 @@ def entered(context, **options):
 
 def restored():
     model = net()
-    return partial(entered, learning_rate.restored), dict(model=model, opt=sgd(model))
+    return partial(entered, rate_search.restored), dict(model=model, opt=sgd(model))
 
 
 def epoch(batch_size):
@@ -116,7 +116,7 @@ def epoch(batch_size):
 
 def scores_on_the_way():
     model = net()
-    return learning_rate.dev_scores, dict(
+    return rate_search.dev_scores, dict(
         model=model,
         task=task(),
         opt=sgd(model),
@@ -130,7 +130,7 @@ def scores_on_the_way():
 
 def ranging():
     model = net()
-    return learning_rate.range_test, dict(
+    return rate_search.range_test, dict(
         model=model,
         batches=[(floats(), labels())] * 25,
         objective=classify,
@@ -146,7 +146,7 @@ def falling(n=20):
 
 
 def swept():
-    return learning_rate.sweep(lambda lr, seed: 1 - lr + seed / 100, [0.1, 0.2, 0.3], range(2))
+    return rate_search.sweep(lambda lr, seed: 1 - lr + seed / 100, [0.1, 0.2, 0.3], range(2))
 
 
 def lora_then(do, *before):
@@ -212,23 +212,23 @@ EXAMPLES = {
         lambda **options: resnet_fashion.tune_all(**options)[:2],
         dict(data=images(10), pretrained=False, steps=1, lr=2**-20, seed=0),
     ),
-    "finetuning.learning_rate.dev_scores": scores_on_the_way,
-    "finetuning.learning_rate.restored": restored,
-    "finetuning.learning_rate.RangeTest": lambda: (
-        learning_rate.RangeTest,
+    "finetuning.rate_search.dev_scores": scores_on_the_way,
+    "finetuning.rate_search.restored": restored,
+    "finetuning.rate_search.RangeTest": lambda: (
+        rate_search.RangeTest,
         dict(rates=torch.logspace(-5, -1, 20), losses=falling()),
     ),
-    "finetuning.learning_rate.RangeTest.suggest": lambda: (
-        learning_rate.RangeTest(torch.logspace(-5, -1, 20), falling()).suggest,
+    "finetuning.rate_search.RangeTest.suggest": lambda: (
+        rate_search.RangeTest(torch.logspace(-5, -1, 20), falling()).suggest,
         dict(rule="steepest"),
     ),
-    "finetuning.learning_rate.range_test": ranging,
-    "finetuning.learning_rate.Sweep": lambda: (
-        learning_rate.Sweep,
+    "finetuning.rate_search.range_test": ranging,
+    "finetuning.rate_search.Sweep": lambda: (
+        rate_search.Sweep,
         dict(rates=torch.tensor([0.1, 0.2]), comparison=swept().comparison),
     ),
-    "finetuning.learning_rate.sweep": lambda: (
-        learning_rate.sweep,
+    "finetuning.rate_search.sweep": lambda: (
+        rate_search.sweep,
         dict(
             run=lambda lr, seed: 1 - lr + seed / 100, rates=[0.1, 0.2], seeds=[0, 1], diverged=0.0
         ),

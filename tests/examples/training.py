@@ -11,7 +11,7 @@ from foundation.training import (
     checkpoint,
     early_stopping,
     loop,
-    optim,
+    parameter_groups,
     run,
     schedules,
     speed,
@@ -139,7 +139,10 @@ EXAMPLES = {
             each=None,
         ),
     ),
-    "training.optim.adamw": lambda: (optim.adamw, dict(model=net(), lr=0.1, weight_decay=0.01)),
+    "training.parameter_groups.adamw": lambda: (
+        parameter_groups.adamw,
+        dict(model=net(), lr=0.1, weight_decay=0.01),
+    ),
     "training.schedules.warmup_cosine": lambda: (
         schedules.warmup_cosine,
         dict(steps=9, warmup=2, end=0.1),
@@ -159,7 +162,6 @@ EXAMPLES = {
         checkpoint.as_json,
         dict(value={"a": [1, 2.5]}, what="the recipe"),
     ),
-    "training.checkpoint.unwrapped": lambda: (checkpoint.unwrapped, dict(model=net())),
     "training.checkpoint.snapshot": lambda: (checkpoint.snapshot, pair()),
     "training.checkpoint.restore": lambda: (checkpoint.restore, taken()),
     "training.checkpoint.save_checkpoint": lambda: (
@@ -195,18 +197,18 @@ EXAMPLES = {
         dict(score=0.5),
     ),
     "training.early_stopping.EarlyStopping.restore": lambda: (scored().restore, {}),
-    "training.optim.head_groups": lambda: (
-        optim.head_groups,
+    "training.parameter_groups.head_groups": lambda: (
+        parameter_groups.head_groups,
         dict(model=headed(), lr=1e-3, head_lr=1e-2),
     ),
-    "training.optim.layers": lambda: (optim.layers, dict(model=headed())),
-    "training.optim.layer_groups": lambda: (
-        optim.layer_groups,
+    "training.parameter_groups.layers": lambda: (parameter_groups.layers, dict(model=headed())),
+    "training.parameter_groups.layer_groups": lambda: (
+        parameter_groups.layer_groups,
         dict(model=headed(), lr=1e-3, decay=0.5, head_lr=1e-2),
     ),
-    "training.optim.make_optimizer": lambda: (
-        optim.make_optimizer,
-        dict(name="adamw", groups=optim.head_groups(headed(), 1e-3), weight_decay=0.1),
+    "training.parameter_groups.make_optimizer": lambda: (
+        parameter_groups.make_optimizer,
+        dict(name="adamw", groups=parameter_groups.head_groups(headed(), 1e-3), weight_decay=0.1),
     ),
     "training.speed.Throughput": lambda: (
         speed.Throughput,

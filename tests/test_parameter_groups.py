@@ -10,8 +10,14 @@ from torch import nn
 
 from foundation.models.convnets import ConvNet, ResNet
 from foundation.models.vit import ViT
-from foundation.training import optim
-from foundation.training.optim import adamw, head_groups, layer_groups, layers, make_optimizer
+from foundation.training import parameter_groups
+from foundation.training.parameter_groups import (
+    adamw,
+    head_groups,
+    layer_groups,
+    layers,
+    make_optimizer,
+)
 
 
 class Tied(nn.Module):
@@ -104,9 +110,12 @@ def test_the_head_is_fast_and_the_stem_slow():
 
 
 def test_rates_in_the_wrong_order_are_caught(monkeypatch):
-    model, right = ResNet(channels=1, widths=(8, 8), classes=3, depths=(1, 1)), optim.layers
+    model, right = (
+        ResNet(channels=1, widths=(8, 8), classes=3, depths=(1, 1)),
+        parameter_groups.layers,
+    )
     *body, head = right(model).items()
-    monkeypatch.setattr(optim, "layers", lambda model: dict([*reversed(body), head]))
+    monkeypatch.setattr(parameter_groups, "layers", lambda model: dict([*reversed(body), head]))
     rates = {group["name"]: group["lr"] for group in layer_groups(model, 1.0, 0.1)}
     assert rates["body.0"] == 1.0  # and the sound one gives it the slowest
     monkeypatch.undo()

@@ -16,9 +16,9 @@ from torch import nn
 from foundation.core.basics import seed_everything
 from foundation.data.batches import endless
 from foundation.data.tasks import Task
-from foundation.finetuning.learning_rate import RangeTest, dev_scores, range_test, sweep
+from foundation.finetuning.rate_search import RangeTest, dev_scores, range_test, sweep
 from foundation.training.loop import TrainingDiverged, classify
-from foundation.training.optim import head_groups, make_optimizer
+from foundation.training.parameter_groups import head_groups, make_optimizer
 
 few = settings(max_examples=8, deadline=None)
 
@@ -170,7 +170,7 @@ def test_it_comes_back_after_an_error_too_and_a_test_that_keeps_its_weights_is_s
     with pytest.raises(RuntimeError, match="midst"):
         range_test(model, stream(task), breaks, opt)
     assert same() and not opt.state
-    with patch("foundation.finetuning.learning_rate.restore"):
+    with patch("foundation.finetuning.rate_search.restore"):
         range_test(model, stream(task), classify, opt)
     assert not same()
 
