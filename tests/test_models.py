@@ -273,6 +273,53 @@ def test_gpt_writes_what_transformers_writes():
     assert torch.equal(logits[:, 5:].argmax(-1), want[:, 6:])
 
 
+def left_padded():
+    "Beginnings of 6, 3 and 1 tokens, and what of them is real"
+    real = torch.arange(6) >= torch.tensor([[0], [3], [5]])
+    return torch.randint(1, 99, (3, 6)) * real, real
+
+
+def test_padding_on_the_left_equals_transformers_and_each_row_alone():
+    theirs, ours = transformers_gpt()
+    tokens, real = left_padded()
+    places = (real.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        want = theirs(tokens, attention_mask=real.long(), position_ids=places).logits
+        got = ours(tokens, real=real)
+        torch.testing.assert_close(got[real], want[real], **CLOSE)
+        for row, keep, logits in zip(tokens, real, got):
+            torch.testing.assert_close(logits[keep], ours(row[keep][None])[0], **CLOSE)
+        caches = ours.new_caches()
+        pieces = [ours(tokens[:, :4], caches, real[:, :4]), ours(tokens[:, 4:], caches, real)]
+        torch.testing.assert_close(torch.cat(pieces, 1)[real], got[real], **CLOSE)
+
+
+def test_unequal_beginnings_are_written_on_as_by_transformers_until_the_end():
+    theirs, ours = transformers_gpt()
+    tokens, real = left_padded()
+    alone = [ours.generate(t[r][None], 8, temperature=0)[0, -8:] for t, r in zip(tokens, real)]
+    assert torch.equal(
+        ours.generate(tokens, 8, temperature=0, real=real)[:, 6:], torch.stack(alone)
+    )
+    end = int(alone[0][2])
+    options = dict(do_sample=False, eos_token_id=end, pad_token_id=end)
+    want = theirs.generate(tokens, max_new_tokens=8, attention_mask=real.long(), **options)
+    got = ours.generate(tokens, 8, temperature=0, real=real, end=end)
+    assert torch.equal(got[:, : want.shape[1]], want) and (got[:, want.shape[1] :] == end).all()
+
+
+@pytest.mark.parametrize("size", [120, 99, 50])
+def test_a_resized_vocabulary_keeps_its_rows_and_the_tied_head(size):
+    _, ours = transformers_gpt()
+    tokens = torch.randint(50, (2, 5))
+    before, kept = ours(tokens), min(size, 99)
+    after = ours.resize_vocab(size)(tokens)
+    assert after.shape[-1] == size == ours.config["vocab_size"]
+    assert torch.equal(after[..., :kept], before[..., :kept])
+    after.sum().backward()
+    assert ours.embedding.token.weight.grad.shape == (size, 48)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 3), st.integers(0, 99))
 def test_a_cache_filled_in_any_pieces_equals_the_full_pass(pieces, batch, seed):
@@ -349,6 +396,12 @@ IDS = torch.zeros(2, 6, dtype=torch.long)
         ),
         (lambda: GPT(9).generate(IDS, 3, temperature=-1), "temperature is -1"),
         (lambda: GPT(9).generate(IDS[:, :0], 3), "tokens is empty"),
+        (lambda: GPT(9).generate(IDS, 3, end=9), "end is 9"),
+        (lambda: GPT(9).resize_vocab(0), "vocab_size is 0"),
+        (
+            lambda: GPT(9)(IDS, real=torch.arange(6).expand(2, 6) < 1),
+            "padding on the left only",
+        ),
         (
             lambda: EfficientNetLite()(torch.zeros(1, 1, 64, 64)),
             r"images has shape \(1, 1, 64, 64\); expected \(b, 3, h, w\)",

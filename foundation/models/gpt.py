@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import evaluating
-from ..core.checks import check_number, check_shares, check_sizes, check_tokens
-from ..core.checks import check_whole, checked, got, refuse_nan
+from ..core.checks import check_mask, check_number, check_shares, check_sizes
+from ..core.checks import check_tokens, check_whole, checked, got, may_look, refuse_nan
 from ..layers.attention import KeyValueCache
 from ..layers.block import Block
 from ..layers.embedding import TokenEmbedding
@@ -49,18 +49,22 @@ class _Reader(_Parts):
         self,
         tokens: Tensor,  # ids, (b, n): with caches only the new ones
         caches: list[KeyValueCache] | None = None,  # of the tokens before; all grow, or none
+        real: Tensor | None = None,  # False = padding on the left, (b, cached + n)
     ) -> Tensor:  # (b, n, d)
-        "What each token means after all before it."
+        "What each token means after all real ones before it."
         if caches is None:
-            return self._read(tokens, [None] * len(self.blocks), 0)
+            return self._read(tokens, [None] * len(self.blocks), 0, real)
         start = _check_caches(caches, self.blocks)
         with _all_or_none(caches):
-            return self._read(tokens, caches, start)
+            return self._read(tokens, caches, start, real)
 
-    def _read(self, tokens, caches, start):
-        x = self.drop(self.embedding(tokens, start=start))
+    def _read(self, tokens, caches, start, real=None):
+        x = self.embedding(tokens, start=start)
+        if real is not None:
+            x, real = _from_first(self.embedding, x, start, real)
+        x = self.drop(x)
         for block, cache in zip(self.blocks, caches):
-            x = block(x, causal=True, cache=cache)
+            x = block(x, real, causal=True, cache=cache)
         return self.norm(x)
 
 # %% ../../nbs/04_models/04_gpt.ipynb #687f36f5
@@ -74,21 +78,45 @@ class _Writer(_Reader):
         count: int,  # how many to add
         temperature: float = 1.0,  # below 1 bolder choices of the likely; 0 takes the likeliest
         seed: int = 0,  # another seed, another text
+        real: Tensor | None = None,  # False = padding on the left of shorter beginnings, (b, n)
+        end: int | None = None,  # the end of a text: a row that drew it is filled up with it
     ) -> Tensor:  # (b, n + count) int64
         """Write on, token by token, without dropout; afterwards the model is in the mode it was in.
 
         Raises TypeError or ValueError for bad ids or numbers, or what would not fit the context."""
-        tokens = _check_writing(self.config, tokens, count, temperature, seed)
+        tokens = _check_writing(self.config, tokens, count, temperature, seed, end)
         rng = torch.Generator(tokens.device).manual_seed(seed)
-        caches, new = self.new_caches(), tokens
+        caches, new, over = self.new_caches(), tokens, torch.zeros_like(tokens[:, :1]).bool()
         with evaluating(self):
             for _ in range(count):
-                new = _choose(self(new, caches)[:, -1], temperature, rng)
+                new = _choose(self(new, caches, real)[:, -1], temperature, rng)
+                if end is not None:
+                    new = new.masked_fill(over, end)
+                    over = over | (new == end)
                 tokens = torch.cat([tokens, new], 1)
+                real = None if real is None else nn.functional.pad(real, (0, 1), value=True)
         return tokens
 
+# %% ../../nbs/04_models/04_gpt.ipynb #f15a0002
+class _Sized(_Writer):
+    "How many tokens it knows"
+
+    @checked
+    def resize_vocab(self, vocab_size: int) -> "GPT":
+        "More or fewer tokens, in place: old rows stay, new ones begin small, the head stays tied."
+        check_sizes(vocab_size=vocab_size)
+        old = self.embedding.token
+        new = nn.Embedding(vocab_size, self.dim).to(old.weight)
+        kept = min(vocab_size, old.num_embeddings)
+        with torch.no_grad():
+            nn.init.normal_(new.weight, std=0.55 / math.sqrt(self.dim))
+            new.weight[:kept] = old.weight[:kept]
+        new.weight.requires_grad_(old.weight.requires_grad)
+        self.embedding.token, self.config["vocab_size"] = new, vocab_size
+        return self
+
 # %% ../../nbs/04_models/04_gpt.ipynb #81594b46
-class GPT(_Writer):
+class GPT(_Sized):
     """A decoder that sees only the past: ids (b, n) → logits of the next token (b, n, v).
 
     Raises TypeError or ValueError for sizes, ids or caches that do not fit. Radford et al. 2019."""
@@ -107,9 +135,14 @@ class GPT(_Writer):
     ):
         super().__init__(vocab_size, context, dim, depth, heads, mlp_ratio, dropout, eps)
 
-    def forward(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        caches: list[KeyValueCache] | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:
         "Logits (b, n, v) of the token that follows each of (b, n)."
-        return nn.functional.linear(self.encode(tokens, caches), self.embedding.token.weight)
+        return nn.functional.linear(self.encode(tokens, caches, real), self.embedding.token.weight)
 
 # %% ../../nbs/04_models/04_gpt.ipynb #f07e9869
 def _start_small(model):
@@ -137,13 +170,15 @@ def _all_or_none(caches):
         raise
 
 # %% ../../nbs/04_models/04_gpt.ipynb #5f3ffd99
-def _check_writing(config, tokens, count, temperature, seed):
+def _check_writing(config, tokens, count, temperature, seed, end):
     "The beginning as a tensor; the sentence for what cannot be written on"
     tokens = check_tokens(tokens, "tokens", config["vocab_size"])
     room = config["context"] - tokens.shape[1]
     check_whole(count, "count", 0, room, "what is left of the context")
     check_number(temperature, "temperature", 0)
     check_whole(seed, "seed", 0, 2**63 - 1)
+    if end is not None:
+        check_whole(end, "end", 0, config["vocab_size"] - 1, "a token of the vocabulary")
     return tokens
 
 
@@ -165,3 +200,14 @@ def _check_caches(caches, blocks):
     if len(places := {cache.places for cache in caches}) != 1:
         raise ValueError(f"the caches hold {sorted(places)} tokens; expected one text in all")
     return places.pop()
+
+
+def _from_first(embedding, x, start, real):
+    "Places counted from each row's first real token, and the mask as attention wants it"
+    b, n = x.shape[:2]
+    real = check_mask(real, "real", (b, start + n)).to(x.device)
+    if may_look(real) and not (real.diff(dim=1) <= real[:, 1:]).all():
+        raise ValueError("real hides tokens behind real ones; expected padding on the left only")
+    places = (real.cumsum(1) - 1).clamp(min=0)[:, start:]
+    counted = torch.arange(start, start + n, device=x.device)
+    return x + embedding.position(places) - embedding.position(counted), real[:, None, None]

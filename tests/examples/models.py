@@ -77,6 +77,10 @@ EXAMPLES = {
     ),
     "models.gpt.GPT": lambda: (GPT, TEXT | TINY | dict(mlp_ratio=2.0, dropout=0.1, eps=1e-5)),
     "models.gpt.GPT.forward": lambda: (made(GPT, **TEXT, **TINY).forward, dict(tokens=ids())),
+    "models.gpt.GPT.resize_vocab": lambda: (
+        made(GPT, **TEXT, **TINY).resize_vocab,
+        dict(vocab_size=20),
+    ),
     "models.gpt.GPT.generate": lambda: (
         made(GPT, **TEXT, **TINY).generate,
         dict(tokens=ids(), count=3, temperature=0.5, seed=1),
