@@ -14,12 +14,14 @@ from torch.testing import assert_close
 
 from foundation.data.tasks import Task
 from foundation.finetuning.adapters import Adapter, Prefix, add_adapters, add_prefix, train_biases
-from foundation.finetuning.lora import LINEAR, LoRA, adapt, add_lora, find_layers, merge, unmerge
+from foundation.finetuning.lora import LINEAR, LoRA, adapt, add_lora, merge, unload, unmerge
+from foundation.finetuning.targets import find_layers
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.gpt import GPT
 from foundation.models.heads import TextClassifier
-from foundation.models.pretrained import BadWeights, load_weights, read_card, save_weights
+from foundation.models.card import BadWeights, read_card
+from foundation.models.pretrained import load_weights, save_weights
 from foundation.recipes import minilm_glosses_lora as recipes
 from foundation.recipes.minilm_glosses_lora import METHODS, RATES, VARIANTS, method_score
 from foundation.recipes.minilm_glosses_lora import optimizer_bytes, prepared, step_costs
@@ -657,6 +659,63 @@ def test_modes_and_devices_of_new_layers_are_those_of_the_old():
         not any(m.training for m in model.modules() if isinstance(m, Adapter))
         and model is add_lora_free
     )
+
+
+# Which layers, dropout, unload --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r"blocks\.\d\.mlp\.[03]", ["query"]])
+def test_unloading_gives_the_bare_model_and_after_merging_the_sum(targets):
+    model, plain = add_lora(bert(), 2, targets=targets, dropout=0.3), bert().state_dict()
+    randomise(model)
+    apart = read(model)
+    other = deepcopy(model)
+    state = unload(model).state_dict()
+    assert set(state) == set(plain) and all(torch.equal(v, plain[k]) for k, v in state.items())
+    assert_close(read(unload(merge(other))), apart, rtol=0, atol=1e-5)
+    assert set(other.state_dict()) == set(plain)
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        unload(model)
+
+
+def test_dropout_with_the_same_luck_is_that_of_peft():
+    peft, x = pytest.importorskip("peft"), torch.randn(64, 8)
+    ours = nn.Sequential(nn.Linear(8, 6))
+    plan = dict(r=2, lora_alpha=4, target_modules=["0"], lora_dropout=0.4)
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(**plan), deepcopy(ours))
+    randomise(add_lora(ours, 2, 4.0, ["0"], dropout=0.4))
+    theirs[0].lora_A["default"].weight.data.copy_(ours[0].A)
+    theirs[0].lora_B["default"].weight.data.copy_(ours[0].B)
+    outs = []
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        outs.append(model(x))
+        outs[-1].square().sum().backward()
+    assert_close(*outs)
+    assert_close(ours[0].A.grad, theirs[0].lora_A["default"].weight.grad)
+    assert_close(ours[0].B.grad, theirs[0].lora_B["default"].weight.grad)
+    assert_close(ours.eval()(x), theirs.eval()(x))
+    assert (outs[0] - ours(x)).abs().max() > 1e-3
+
+
+def test_all_linear_spares_the_head_and_what_is_named_learns_beside():
+    transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
+    size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    text = transformers.BertForSequenceClassification(transformers.BertConfig(**size))
+    images = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    for model, head in ((text, "classifier"), (images, "head")):
+        before = deepcopy(model.state_dict())
+        add_lora(model, 2, targets="all-linear", train=[head])
+        learns = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+        assert learns - {head} == {n for n, m in model.named_modules() if isinstance(m, LoRA)}
+        assert head in learns and len(learns) > 8
+        assert all(torch.equal(v, before[k]) for k, v in unload(model).state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [1.0, -0.1, float("nan")])
+def test_a_dropout_of_everything_is_refused(bad):
+    with pytest.raises(ValueError, match="dropout is"):
+        add_lora(bert(), dropout=bad)
 
 
 # A prefix and its cache ---------------------------------------------------------------------------

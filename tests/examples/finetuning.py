@@ -13,7 +13,7 @@ from foundation.data.augment import Augment
 from foundation.data import own
 from foundation.data.images import ImageDataset, ImageSet
 from foundation.data.tasks import Task
-from foundation.finetuning import adapters, loop, lora, rate_search, search
+from foundation.finetuning import adapters, loop, lora, rate_search, search, targets
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
@@ -261,8 +261,8 @@ EXAMPLES = {
         lora_then(lora.LoRA.merge)[1]["model"].blocks[0].mlp[0].merge,
         {},
     ),
-    "finetuning.lora.find_layers": lambda: (
-        lora.find_layers,
+    "finetuning.targets.find_layers": lambda: (
+        targets.find_layers,
         dict(model=bert(), targets=["attention.query"]),
     ),
     "finetuning.lora.add_lora": lambda: (
@@ -270,6 +270,7 @@ EXAMPLES = {
         dict(model=bert(), rank=2, alpha=4.0, targets=["mlp.0"]),
     ),
     "finetuning.lora.merge": lambda: lora_then(lora.merge),
+    "finetuning.lora.unload": lambda: lora_then(lora.unload),
     "finetuning.lora.unmerge": lambda: lora_then(lora.unmerge, lora.merge),
     "finetuning.adapters.Adapter": lambda: (adapters.Adapter, dict(base=nn.Linear(4, 3), width=2)),
     "finetuning.adapters.add_adapters": lambda: (
