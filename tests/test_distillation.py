@@ -1,11 +1,13 @@
 """Distillation: the gradient, the law of T², teachers that are left alone, hints, one front door"""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
@@ -537,3 +539,15 @@ def test_a_stopped_run_goes_on_and_fits_its_own_data_alone(tmp_path):
     for other in others:
         with pytest.raises(BadCheckpoint):
             run(**kept | other)
+
+
+def test_answers_with_logits_are_read_as_the_logits():
+    class Answer(nn.Linear):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    teacher, student, x = Answer(5, 3), Answer(5, 3), torch.randn(4, 5)
+    told, said = (net(x).logits for net in (teacher, student))
+    loss, _ = match_teacher(teacher, 2.0)(student, x)
+    assert torch.equal(loss, distillation_loss(said, told, 2.0))
+    assert torch.equal(match_teacher(nn.DataParallel(teacher), 2.0)(student, x)[0], loss)

@@ -66,8 +66,8 @@ def match_logits(
 # %% ../../nbs/09_compression/01_distillation.ipynb #c9ca2fcf
 def _soft_and_hard(logits, told, labels, temperature, hard):
     "The mixed loss, in float32 at least, and its soft part for the log"
-    logits = check_floats(logits, "the student's logits")
-    told = check_floats(told, "the teacher's logits").to(precise(logits))
+    logits = check_floats(getattr(logits, "logits", logits), "the student's logits")
+    told = check_floats(getattr(told, "logits", told), "the teacher's logits").to(precise(logits))
     if logits.shape != told.shape:
         raise ValueError(
             f"the student gives {tuple(logits.shape)} logits and the teacher "
