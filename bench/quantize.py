@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from foundation.compression.integers import IntegerLayer, quantize_static
+from foundation.compression.integer_layers import IntegerLayer, quantize_static
 from foundation.models.convnets import VGG
 
 from .duel import Duel, peer

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.testing import assert_close
 
 from foundation.compression.folding import fold_batch_norm, plain_copy
-from foundation.compression.integers import (
+from foundation.compression.integer_layers import (
     IntegerLayer,
     calibrate,
     integer_matmul,
@@ -35,7 +35,7 @@ from foundation.compression.quantization import (
 )
 from foundation.core.checks import complaint
 from foundation.training.loop import train
-from foundation.training.optim import adamw
+from foundation.training.parameter_groups import adamw
 
 DEPRECATED = pytest.mark.filterwarnings(
     "ignore:torch.quantize_per"

@@ -11,7 +11,7 @@ from torch import nn
 from foundation.compression.channels import channel_masks, mask_channels, remove_channels
 from foundation.compression.pruning import apply_masks, magnitude_masks
 from foundation.compression.folding import fold_batch_norm
-from foundation.compression.integers import quantize_dynamic, quantize_static
+from foundation.compression.integer_layers import quantize_dynamic, quantize_static
 from foundation.compression.quantization import quantize_weights
 from foundation.compression.codebooks import share_weights
 from foundation.compression.storage import load_model, save_model

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from foundation.compression import folding, integers, quantization
+from foundation.compression import folding, integer_layers, quantization
 from foundation.training.loop import load_optimizers
 
 load_optimizers()  # PyTorch's late imports take seconds: no call's clock should count them
@@ -23,7 +23,7 @@ def pictures(n=4):
     return numbers(n, 1, 8, 8)
 
 
-F, N = "compression.folding.", "compression.integers."
+F, N = "compression.folding.", "compression.integer_layers."
 Q = "compression.quantization."
 EXAMPLES = {
     Q + "integer_range": lambda: (quantization.integer_range, dict(bits=4, symmetric=True)),
@@ -54,9 +54,9 @@ EXAMPLES = {
         quantization.quantize_tensor,
         dict(x=numbers(3, 8), bits=4, axis=0, symmetric=True, group=4, scale_dtype=torch.float32),
     ),
-    N + "value_range": lambda: (integers.value_range, dict(x=numbers(50), percentile=99.0)),
+    N + "value_range": lambda: (integer_layers.value_range, dict(x=numbers(50), percentile=99.0)),
     N + "calibrate": lambda: (
-        integers.calibrate,
+        integer_layers.calibrate,
         dict(
             batches=[numbers(30), numbers(20)],
             bits=4,
@@ -96,23 +96,23 @@ EXAMPLES = {
         dict(model=network(), example=pictures()),
     ),
     N + "integer_matmul": lambda: (
-        integers.integer_matmul,
+        integer_layers.integer_matmul,
         dict(a=(10 * numbers(3, 5)).to(torch.int8), b=(10 * numbers(5, 2)).to(torch.int8)),
     ),
     N + "IntegerLayer": lambda: (
-        integers.IntegerLayer,
+        integer_layers.IntegerLayer,
         dict(layer=nn.Linear(4, 3), qparams=(torch.tensor(0.1), torch.tensor(9)), bits=8),
     ),
     N + "linear_in_bytes": lambda: (
-        integers.linear_in_bytes,
-        dict(layer=integers.IntegerLayer(nn.Linear(4, 3)), x=numbers(5, 4)),
+        integer_layers.linear_in_bytes,
+        dict(layer=integer_layers.IntegerLayer(nn.Linear(4, 3)), x=numbers(5, 4)),
     ),
     N + "quantize_dynamic": lambda: (
-        integers.quantize_dynamic,
+        integer_layers.quantize_dynamic,
         dict(model=network(), bits=8, skip=("4",), example=pictures()),
     ),
     N + "quantize_static": lambda: (
-        integers.quantize_static,
+        integer_layers.quantize_static,
         dict(model=network(), batches=[pictures()], bits=8, skip=(), percentile=99.9),
     ),
 }
