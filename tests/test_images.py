@@ -20,8 +20,11 @@ from foundation.data.images import (
     load_images,
     read_idx,
     split,
+    standard_of,
     to_float,
 )
+from foundation.data.sources import DataUnavailable
+from foundation.data.tasks import image_task
 
 IMAGES = torch.randint(
     256, (6, 1, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -667,3 +670,55 @@ def test_image_dataset_is_the_articles():
     ] == dict(image="b", label=1)
     batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
     assert batch["image"].shape == (4, 1, 9, 9) and batch["label"].tolist() == [0, 1, 2, 3]
+
+
+# In colour -----------------------------------------------
+
+
+COLOUR = torch.randint(
+    256, (6, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+)
+
+
+def test_channels_are_standardised_each_by_its_own_numbers():
+    mean, std = standard_of(COLOUR)
+    floats = to_float(COLOUR, mean, std)
+    known = V.normalize(COLOUR.float() / 255, list(mean), list(std))
+    torch.testing.assert_close(floats, known, atol=1e-5, rtol=1e-5)
+    for kind in (list, np.array, torch.tensor):
+        assert torch.equal(to_float(COLOUR, kind(mean), kind(std)), floats)
+    one = to_float(COLOUR[:, :1], mean[:1], std[:1])
+    torch.testing.assert_close(one, to_float(COLOUR[:, :1], mean[0], std[0]))
+    assert all(isinstance(x, float) for x in standard_of(COLOUR[:, :1]))
+    assert standard_of(COLOUR[:1, :, :1, :1])[1] == (1e-4,) * 3  # one pixel does not spread
+
+
+def test_a_colour_set_needs_a_number_a_channel_or_one():
+    labels = torch.arange(6) % 2
+    parts = COLOUR, labels, COLOUR, labels, ("a", "b"), "own", "here"
+    data = ImageSet(*parts, *standard_of(COLOUR), train_groups=torch.arange(6) // 2)
+    assert data.floats(COLOUR).shape == COLOUR.shape and isinstance(data.mean, tuple)
+    for mean, std, says in (
+        ((0.1, 0.2), 1.0, "2 numbers for images of 3 channels"),
+        (0.1, (1.0, 1.0, 0.0), "a value of std"),
+        ((), 1.0, "mean is empty"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ImageSet(*parts, mean, std)
+    with pytest.raises(ValueError, match="groups"):
+        ImageSet(*parts, 0.0, 1.0, train_groups=torch.arange(5))
+
+
+def test_emoji_of_one_concept_stay_on_one_side_of_every_split():
+    try:
+        data = load_images("emoji")
+    except DataUnavailable as error:
+        pytest.skip(str(error))
+    assert data.train_images.shape[1:] == (3, 64, 64) and len(data.classes) == 9
+    assert not len(duplicates(data.test_images, data.train_images))
+    task = image_task(data)
+    sides = [set(data.train_groups[part].tolist()) for part in (task.pool, task.dev)]
+    assert not sides[0] & sides[1]
+    assert data.test_labels.bincount().min() >= 19 and data.train_labels.bincount().min() >= 66
+    white = data.test_images[:, :, 0, 0].float().mean()
+    assert white > 230  # what one can see through is laid on white

@@ -296,6 +296,23 @@ _DIGITS = Source(
     (installed("sklearn", "datasets/data"),),
 )
 
+# %% ../../nbs/02_data/00_sources.ipynb #6878b566
+_NOTO = "emoji-datasource-google@16.0.0"
+_EMOJI = Source(
+    "emoji",
+    "Noto emoji: 3,786 colour pictures, 64×64, of 1,911 emoji in 10 categories",
+    "Apache-2.0",
+    "https://github.com/iamcal/emoji-data",
+    16,
+    _files("""
+        table     emoji.json
+        1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f
+        sheet     64.png
+        795a0c598d162c9a4aae23f2188c607b8c9bc1912cb7d84382459f8de91a3ae1
+    """),
+    (npm_archive(_NOTO),),
+)
+
 # %% ../../nbs/02_data/00_sources.ipynb #c22a8c9a
 _WORDS = _files("""
     noun         data.noun
@@ -394,10 +411,18 @@ _EFFICIENTNET_LITE0 = Source(
     ),
 )
 
-
+# %% ../../nbs/02_data/00_sources.ipynb #6fe582d8
 SOURCES = {
     source.name: source
-    for source in (_FASHION_MNIST, _DIGITS, _GLOSSES, _REVIEWS, _MINILM, _EFFICIENTNET_LITE0)
+    for source in (
+        _FASHION_MNIST,
+        _DIGITS,
+        _EMOJI,
+        _GLOSSES,
+        _REVIEWS,
+        _MINILM,
+        _EFFICIENTNET_LITE0,
+    )
 }
 
 # %% ../../nbs/02_data/00_sources.ipynb #a9f1046c

@@ -95,7 +95,8 @@ def image_task(
 ) -> Task:  # inputs are bytes; `read` gives standardised floats
     "The task of an image set. The same parts on every machine."
     check_sizes(dev=dev)
-    pool, others = split(len(data.train_labels), (0.9, 0.1), seed=99)
+    groups = data.train_groups
+    pool, others = split(len(data.train_labels), (0.9, 0.1), seed=99, groups=groups)
     first = len(data.train_labels)
     return Task(
         torch.cat([data.train_images, data.test_images]),

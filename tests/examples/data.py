@@ -164,6 +164,9 @@ EXAMPLES = {
         dict(path=place("x", b"\0\0\x08\x02\0\0\0\2\0\0\0\2abcd")),
     ),
     "data.images.load_images": lambda: (images.load_images, dict(name="digits", fallback=False)),
+    "data.images.by_channel": lambda: (images.by_channel, dict(value=(0.1, 0.2), name="mean")),
+    "data.images.as_column": lambda: (images.as_column, dict(value=0.5, images=pixels())),
+    "data.images.standard_of": lambda: (images.standard_of, dict(images=pixels())),
     "data.images.few_labels": lambda: (
         images.few_labels,
         dict(labels=labels(30), count=7, seed=1),
