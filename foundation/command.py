@@ -147,7 +147,7 @@ def check_shipped(
 ) -> Iterator[Finding]:
     "Whether the shipped weights are there, whole, and the ones that their cards describe."
     try:
-        from foundation.models.pretrained import WEIGHTS, read_file
+        from foundation.models.card import WEIGHTS, read_file
     except ImportError:
         return  # the software is not complete, as has been said
     folder, remedy = Path(folder or WEIGHTS), "reinstall the library, or run `make weights`"
@@ -265,8 +265,8 @@ def fetch_data(
 # %% ../nbs/01_command.ipynb #623cc7a8
 def list_weights() -> int:
     "Print each file of shipped weights, its size and its recipe."
-    from foundation.models.pretrained import WEIGHTS
-    from foundation.recipes.card import recipes
+    from foundation.models.card import WEIGHTS
+    from foundation.recipes.page import recipes
 
     print(f"Weights in {short_path(WEIGHTS)}:")
     for name, module in sorted(recipes().items()):
@@ -280,8 +280,8 @@ def make_weights(
     folder: str | Path | None = None,  # where to write; None: where the shipped ones stand
 ) -> int:
     "Run the recipes of these files, each once. Raises `ValueError` for a name without one."
-    from foundation.models.pretrained import WEIGHTS
-    from foundation.recipes.card import make, recipes
+    from foundation.models.card import WEIGHTS
+    from foundation.recipes.page import make, recipes
 
     known = recipes()
     if "all" in names:

@@ -345,8 +345,8 @@ def test_weights_are_listed_with_their_recipes_and_made_once_each(tmp_path, monk
 
 
 def test_every_shipped_file_has_a_recipe():
-    from foundation.models.pretrained import WEIGHTS
-    from foundation.recipes.card import recipes
+    from foundation.models.card import WEIGHTS
+    from foundation.recipes.page import recipes
 
     shipped = {p.stem for p in WEIGHTS.glob("*.json") if not p.stem.endswith(".tokenizer")}
     assert shipped == set(recipes())

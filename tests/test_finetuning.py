@@ -38,7 +38,8 @@ from foundation.training.parameter_groups import head_groups, layer_groups, laye
 from foundation.training.early_stopping import EarlyStopping
 from foundation.models.bert import BERT
 from foundation.models.convnets import VGG, ConvNet, EfficientNetLite, ResNet
-from foundation.models.pretrained import BadWeights, load_weights, read_card, save_weights
+from foundation.models.card import BadWeights, read_card
+from foundation.models.pretrained import load_weights, save_weights
 from foundation.models.vit import ViT
 
 

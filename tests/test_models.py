@@ -19,27 +19,25 @@ from safetensors.torch import load_file
 from foundation.core.basics import count_macs, count_parameters
 from foundation.data.sources import DataUnavailable, fetch
 from foundation.models.bert import BERT
+from foundation.layers.convolution import SameConv
 from foundation.models.convnets import (
-    VGG,
     Backbone,
     ConvNet,
     EfficientNetLite,
     InvertedBlock,
     ResNet,
-    SameConv,
+    VGG,
 )
 from foundation.models.gpt import GPT
+from foundation.models.card import BadWeights, read_card, write_card
 from foundation.models.pretrained import (
-    BadWeights,
     embed_texts,
     imagenet_inputs,
     load_efficientnet_lite0,
     load_minilm,
     load_weights,
-    read_card,
     rename_bert,
     save_weights,
-    write_card,
 )
 from foundation.models.vit import ViT
 

@@ -20,20 +20,16 @@ from foundation.models import pretrained
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
 from foundation.models.gpt import GPT
+from foundation.models.card import BadWeights, WEIGHTS, read_card, read_file, write_card
 from foundation.models.pretrained import (
-    WEIGHTS,
-    BadWeights,
     embed_texts,
     imagenet_inputs,
     load_efficientnet_lite0,
     load_minilm,
     load_weights,
-    read_card,
-    read_file,
     read_tensors,
     rename_bert,
     save_weights,
-    write_card,
     write_tensors,
 )
 

@@ -16,7 +16,8 @@ from foundation.evaluation.probes import encode_all, fit_head, fit_linear
 from foundation.evaluation.scores import predict
 from foundation.finetuning.loop import finetune
 from foundation.models.convnets import ResNet
-from foundation.models.pretrained import WEIGHTS, load_weights, read_card
+from foundation.models.card import WEIGHTS, read_card
+from foundation.models.pretrained import load_weights
 from foundation.pretraining.masked_image import PatchDecoder
 
 STAGES = dict(epochs=2, lr=1e-3, temperature=0.2), dict(epochs=2, lr=1e-3, temperature=0.5)

@@ -44,7 +44,8 @@ from foundation.data.images import load_images
 from foundation.evaluation.scores import accuracy, predict
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet, EfficientNetLite, ResNet, VGG
-from foundation.models.pretrained import load_weights, read_card
+from foundation.models.card import read_card
+from foundation.models.pretrained import load_weights
 from foundation.models.vit import ViT
 from foundation.recipes import vgg_pruned, vgg_supervised
 from foundation.recipes.vgg_pruned import SLIM, compare_pruning, recover, slim_vgg

@@ -12,7 +12,8 @@ from foundation.data.tasks import Task
 from foundation.data.text import _key, glosses, split_texts
 from foundation.data.tokenizer import Tokenizer, train_bpe
 from foundation.models.bert import BERT
-from foundation.models.pretrained import WEIGHTS, load_weights, read_card
+from foundation.models.card import WEIGHTS, read_card
+from foundation.models.pretrained import load_weights
 from foundation.pretraining.masked_text import encode_documents, fill_mask, masked_accuracy
 from foundation.recipes.bert_glosses import (
     compare_features,

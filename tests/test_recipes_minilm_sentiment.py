@@ -17,14 +17,8 @@ from foundation.data.tasks import sentiment_task
 from foundation.evaluation.scores import accuracy
 from foundation.models.bert import BERT
 from foundation.models.heads import TextClassifier
-from foundation.models.pretrained import (
-    WEIGHTS,
-    BadWeights,
-    load_minilm,
-    load_weights,
-    read_card,
-    save_weights,
-)
+from foundation.models.card import BadWeights, WEIGHTS, read_card
+from foundation.models.pretrained import load_minilm, load_weights, save_weights
 from foundation.recipes import minilm_sentiment
 from foundation.recipes.minilm_sentiment import (
     load_student,

@@ -10,7 +10,8 @@ import foundation.recipes.vit_mae as vit_mae
 import foundation.recipes.vit_short as vit_short
 from foundation.data.images import load_images
 from foundation.evaluation.comparison import Comparison
-from foundation.models.pretrained import load_weights, read_card
+from foundation.models.card import read_card
+from foundation.models.pretrained import load_weights
 from foundation.models.vit import ViT
 from foundation.pretraining.masked_image import MaskedAutoencoder
 

@@ -40,7 +40,8 @@ from foundation.core.checks import complaint
 from foundation.data.batches import endless
 from foundation.data.images import ImageSet
 from foundation.models.convnets import VGG, ConvNet
-from foundation.models.pretrained import WEIGHTS, BadWeights, load_weights, read_card
+from foundation.models.card import BadWeights, WEIGHTS, read_card
+from foundation.models.pretrained import load_weights
 from foundation.recipes import vgg_compressed
 from foundation.recipes.vgg_compressed import compress
 from foundation.training.checkpoint import BadCheckpoint

@@ -16,7 +16,8 @@ from torch import fx, nn
 
 from .weights import check_weights
 from ..core.checks import checked
-from ..models.convnets import Backbone, SameConv
+from ..layers.convolution import SameConv
+from ..models.convnets import Backbone
 
 # %% ../../nbs/09_compression/07_channel_groups.ipynb #a29f048d
 @dataclass(eq=False)

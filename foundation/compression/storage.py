@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .formats import DTYPES, GROUP, bits_of, decode, encode, fits, narrow
 from ..core.checks import check_choice, check_whole, checked, got
 from ..core.files import atomic_write
-from ..models.pretrained import BadWeights
+from ..models.card import BadWeights
 
 # %% ../../nbs/09_compression/04_storage.ipynb #90d6b781
 @checked

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.basics import evaluating
 from ..core.checks import check_images, check_whole, checked, got
 from ..core.modules import head_of, unwrapped
-from .pretrained import BadWeights
+from .card import BadWeights
 
 # %% ../../nbs/04_models/07_outside.ipynb #fe84593b
 def _without(model, path):

@@ -23,7 +23,8 @@ from ..data.tokenizer import Tokenizer, train_bpe
 from ..evaluation.probes import encode_all, fit_head, knn_accuracy
 from ..models.bert import BERT
 from ..models.heads import TextClassifier
-from ..models.pretrained import WEIGHTS, embed_texts, load_minilm, save_weights
+from ..models.card import WEIGHTS
+from ..models.pretrained import embed_texts, load_minilm, save_weights
 from ..pretraining.masked_text import encode_documents, masked_accuracy, pretrain
 from ..pretraining.masked_text import unigram_accuracy
 from .few_labels import Arm, label_studies, probe_arm, training_arm

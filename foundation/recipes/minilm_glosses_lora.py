@@ -30,7 +30,8 @@ from ..finetuning.lora import LoRA, adapt, add_lora
 
 # %% ../../nbs/14_recipes/06_minilm_glosses_lora.ipynb #d4b00005
 from ..models.heads import TextClassifier, without_head
-from ..models.pretrained import WEIGHTS, load_minilm, load_weights, save_weights
+from ..models.card import WEIGHTS
+from ..models.pretrained import load_minilm, load_weights, save_weights
 from .bert_glosses import count_words, counting_arm
 from ..training.loop import classify, train
 from ..training.parameter_groups import head_groups, make_optimizer

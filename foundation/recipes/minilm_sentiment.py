@@ -31,8 +31,10 @@ from ..data.tasks import Task, sentiment_task
 from ..evaluation.scores import accuracy, predict
 from ..evaluation.study import Study
 from ..models.heads import TextClassifier, without_head
-from ..models.pretrained import WEIGHTS, BadWeights, load_minilm, load_weights
-from ..models.pretrained import read_card, save_weights
+from ..models.card import BadWeights, WEIGHTS
+from ..models.pretrained import load_minilm, load_weights
+from ..models.card import read_card
+from ..models.pretrained import save_weights
 from ..training.checkpoint import read_checkpoint
 from ..training.loop import classify
 from ..training.parameter_groups import head_groups

@@ -25,7 +25,8 @@ from ..evaluation.study import Study
 from ..finetuning.loop import finetune, frozen_norms, train_epoch
 from ..models.convnets import ResNet
 from ..models.heads import replace_head
-from ..models.pretrained import WEIGHTS, imagenet_inputs
+from ..models.card import WEIGHTS
+from ..models.pretrained import imagenet_inputs
 from ..models.pretrained import load_efficientnet_lite0, load_weights, save_weights
 from ..training.parameter_groups import layer_groups
 

@@ -15,7 +15,8 @@ from ..data.augment import Augment
 from ..data.images import load_images
 from ..data.sources import cache_folder
 from ..models.convnets import ResNet
-from ..models.pretrained import WEIGHTS, save_weights
+from ..models.card import WEIGHTS
+from ..models.pretrained import save_weights
 from ..pretraining.contrastive import ContrastiveModel, pretrain
 from .few_labels import card_metrics
 

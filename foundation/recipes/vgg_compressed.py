@@ -29,7 +29,8 @@ from ..data.images import ImageSet, load_images
 from ..data.sources import cache_folder
 from ..evaluation.scores import accuracy, predict
 from ..evaluation.study import Study
-from ..models.pretrained import WEIGHTS, load_weights, write_card
+from ..models.card import WEIGHTS, write_card
+from ..models.pretrained import load_weights
 from ..training.checkpoint import read_checkpoint
 from ..training.schedules import one_cycle
 

@@ -27,7 +27,8 @@ from ..evaluation.comparison import Comparison
 from ..evaluation.scores import accuracy, predict
 from ..evaluation.study import Study
 from ..models.convnets import VGG
-from ..models.pretrained import WEIGHTS, load_weights, save_weights
+from ..models.card import WEIGHTS
+from ..models.pretrained import load_weights, save_weights
 from ..training.schedules import one_cycle
 
 # %% ../../nbs/14_recipes/09_vgg_pruned.ipynb #931d4839

@@ -17,7 +17,8 @@ from ..data.images import load_images
 from ..data.sources import cache_folder
 from ..evaluation.scores import accuracy, predict
 from ..models.convnets import VGG
-from ..models.pretrained import WEIGHTS, save_weights
+from ..models.card import WEIGHTS
+from ..models.pretrained import save_weights
 from ..training.loop import classify
 from ..training.parameter_groups import adamw
 from ..training.run import Run, resumable

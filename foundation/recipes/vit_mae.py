@@ -21,7 +21,8 @@ from ..data.images import ImageSet, load_images
 from ..data.sources import cache_folder
 from ..evaluation.comparison import Comparison
 from ..evaluation.study import Study
-from ..models.pretrained import WEIGHTS, save_weights
+from ..models.card import WEIGHTS
+from ..models.pretrained import save_weights
 from ..models.vit import ViT
 from ..layers.embedding import patchify, unpatchify
 from ..pretraining.masked_image import MaskedAutoencoder, hidden_error, patch_moments

@@ -14,7 +14,8 @@ from ..core.checks import check_whole, checked
 from ..data.augment import Augment
 from ..data.images import load_images
 from ..data.sources import cache_folder
-from ..models.pretrained import WEIGHTS, save_weights
+from ..models.card import WEIGHTS
+from ..models.pretrained import save_weights
 from ..models.vit import ViT
 from ..pretraining import contrastive, masked_image
 from .few_labels import curve_scores, label_efficiency, probe_features

@@ -86,4 +86,4 @@ EXAMPLES = {
         dict(tokens=ids(), count=3, temperature=0.5, seed=1),
     ),
 }
-SKIP = {"models.convnets.SameConv": "its constructor is that of PyTorch's convolution"}
+SKIP = {"layers.convolution.SameConv": "its constructor is that of PyTorch's convolution"}

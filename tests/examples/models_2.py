@@ -5,7 +5,7 @@ import tempfile
 
 import torch
 
-from foundation.models import pretrained
+from foundation.models import card, pretrained
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
 
@@ -55,10 +55,11 @@ EXAMPLES = {
             dtype=torch.float32,
         ),
     ),
-    "models.pretrained.write_card": lambda: (
-        pretrained.write_card,
+    "models.card.write_card": lambda: (
+        card.write_card,
         dict(path=f"{shelf()}/it.safetensors", card=dict(steps=1)),
     ),
+    "models.card.card_text": lambda: (card.card_text, dict(card=dict(steps=1))),
     "models.pretrained.write_tensors": lambda: (
         pretrained.write_tensors,
         dict(path=f"{tempfile.mkdtemp()}/it", tensors=dict(x=torch.ones(2)), notes=dict(of="twos")),
@@ -67,9 +68,9 @@ EXAMPLES = {
         pretrained.read_tensors,
         dict(path=f"{shelf()}/it.safetensors"),
     ),
-    "models.pretrained.hardware": lambda: (pretrained.hardware, {}),
-    "models.pretrained.read_card": lambda: (pretrained.read_card, dict(name="it", folder=shelf())),
-    "models.pretrained.read_file": lambda: (pretrained.read_file, dict(name="it", folder=shelf())),
+    "models.card.hardware": lambda: (card.hardware, {}),
+    "models.card.read_card": lambda: (card.read_card, dict(name="it", folder=shelf())),
+    "models.card.read_file": lambda: (card.read_file, dict(name="it", folder=shelf())),
     "models.pretrained.load_weights": lambda: (
         pretrained.load_weights,
         dict(name="it", model=small(), folder=shelf()),

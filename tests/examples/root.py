@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from foundation import command, tour
+from foundation.core import tables
 from foundation.data.images import ImageSet
 from foundation.data.tasks import image_task
 from foundation.recipes import account
@@ -100,7 +101,7 @@ EXAMPLES = {
         tour.is_small,
         dict(gain=dict(times_smaller=30.0, times_faster=4.0, points_lost=1.0)),
     ),
-    "recipes.account.Table": lambda: (account.Table, dict(heads=["a", "b"], rows=[["1", "2"]])),
+    "core.tables.Table": lambda: (tables.Table, dict(heads=["a", "b"], rows=[["1", "2"]])),
     "recipes.account.account_table": lambda: (account.account_table, dict(stages=stages())),
     "recipes.account.gains": lambda: (account.gains, dict(stages=stages(), control="teacher")),
     "recipes.account.not_faster": lambda: (account.not_faster, dict(stages=stages())),
