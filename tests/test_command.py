@@ -330,7 +330,7 @@ def test_doctor_tells_a_damaged_set(tmp_path):
 
 
 def test_weights_are_listed_with_their_recipes_and_made_once_each(tmp_path, monkeypatch, capsys):
-    from foundation.recipes import card
+    from foundation.recipes import page as card
 
     made = []
     monkeypatch.setattr(card, "recipes", lambda: dict(vgg_pruned="r.p", vgg_slim="r.p", net="r.n"))
