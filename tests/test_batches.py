@@ -911,3 +911,63 @@ def test_streams_stay_where_their_tensors_are():
     assert next(augmented(torch.zeros(4, 1, 2, 2, device="cuda"), augment=noise, batch_size=2))[
         0
     ].is_cuda
+
+
+# Data sets that decode as they go ------------------------
+
+
+class Counted(torch.utils.data.Dataset):
+    "Pictures with their number, which note what was opened"
+
+    def __init__(self, count=40, form=tuple):
+        self.count, self.form, self.opened = count, form, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        self.opened.append(i)
+        x = torch.full((1, 2, 2), i, dtype=torch.uint8)
+        return dict(image=x, label=i) if self.form is dict else (x, i)
+
+
+@pytest.mark.parametrize("form", [tuple, dict])
+@pytest.mark.parametrize("start", [0, 3, 11])
+def test_a_data_set_streams_as_its_tensors_would_and_opens_no_more(form, start):
+    data, numbers = Counted(form=form), torch.arange(40)
+    x = numbers.to(torch.uint8).view(40, 1, 1, 1).expand(40, 1, 2, 2)
+    plan = dict(batch_size=6, seed=4, start=start)
+    before = torch.random.get_rng_state()
+    for (a, i), (b, j) in islice(zip(endless(data, **plan), endless(x, numbers, **plan)), 9):
+        assert torch.equal(a, b) and torch.equal(i, j)
+    assert len(data.opened) <= 6 * 10 and len(data.opened) >= 6 * 9
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_workers_change_nothing():
+    one, two = (islice(endless(Counted(), batch_size=8, seed=1, workers=w), 7) for w in (0, 2))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, two))
+
+
+def test_views_of_a_data_set_are_those_of_its_pictures():
+    x = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 1, 2, 2)
+
+    def shift(x, generator):
+        return x + torch.rand(len(x), 1, 1, 1, generator=generator)
+
+    plan = dict(augment=shift, batch_size=5, seed=2, start=9)
+    for a, b in islice(zip(two_views(Counted(), **plan), two_views(x, **plan)), 4):
+        assert torch.equal(a, b)
+
+
+def test_a_data_set_that_does_not_fit_gets_a_sentence():
+    class Odd(Counted):
+        def __getitem__(self, i):
+            return torch.zeros(1, 2 + i % 2, 2)
+
+    with pytest.raises(ValueError, match="expected one: resize in"):
+        next(endless(Odd(), batch_size=8))
+    with pytest.raises(ValueError, match="batch_size is 50"):
+        endless(Counted(), batch_size=50)
+    with pytest.raises(ValueError, match="workers is -1"):
+        endless(Counted(), batch_size=5, workers=-1)

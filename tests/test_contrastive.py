@@ -359,7 +359,7 @@ def test_a_stopped_moco_goes_on_with_its_queue(digits, tmp_path):
 def test_a_queue_needs_its_objective_and_a_projector_an_encoder(digits):
     with pytest.raises(ValueError, match=r"expected objective=match_queue\(\)"):
         pretrain(queued(), digits.train_images, Augment(), steps=1, batch_size=8, title="")
-    with pytest.raises(TypeError, match="encoder is a Linear without `encode`"):
+    with pytest.raises(TypeError, match="Linear does not say how wide"):
         pretrain(nn.Linear(2, 2), digits.train_images, Augment(), steps=1, batch_size=8, title="")
 
 

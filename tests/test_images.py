@@ -6,11 +6,15 @@ import struct
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
-from foundation.data.augment import Augment, sample_boxes
+from foundation.data.augment import Augment, PerImage, _blur, _saturate, _turn_hue, sample_boxes
+from foundation.data import own
+from foundation.data.batches import endless
 from foundation.data.images import (
     ImageDataset,
     ImageSet,
@@ -23,6 +27,7 @@ from foundation.data.images import (
     standard_of,
     to_float,
 )
+from foundation.data.own import image_set
 from foundation.data.sources import DataUnavailable
 from foundation.data.tasks import image_task
 
@@ -412,7 +417,7 @@ def test_ranges_that_make_no_sense_are_refused(options):
         dict(flip="x"),
         dict(flip=None),
         dict(aspect=True),
-        dict(std=[1.0]),
+        dict(std=["x"]),
         dict(mean=1j),
     ],
 )
@@ -722,3 +727,157 @@ def test_emoji_of_one_concept_stay_on_one_side_of_every_split():
     assert data.test_labels.bincount().min() >= 19 and data.train_labels.bincount().min() >= 66
     white = data.test_images[:, :, 0, 0].float().mean()
     assert white > 230  # what one can see through is laid on white
+
+
+def colors(n=16, h=10, w=14):
+    x = torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(2))
+    x[0], x[1], x[2, 1] = 0.3, 0, x[2, 0]  # gray, black, and ties
+    return x
+
+
+def test_colors_change_as_torchvisions():
+    x, u = colors(), torch.linspace(-0.5, 0.5, 16)
+    each = [V.adjust_hue(p, t.item()) for p, t in zip(x, u)]
+    torch.testing.assert_close(_turn_hue(x, u), torch.stack(each), atol=1e-5, rtol=0)
+    each = [V.adjust_saturation(p, 1 + t.item()) for p, t in zip(x, u)]
+    torch.testing.assert_close(_saturate(x, 1 + u), torch.stack(each), atol=1e-5, rtol=0)
+    each = [V.gaussian_blur(p, 3, 0.7 + t.item()) for p, t in zip(x, u)]
+    torch.testing.assert_close(_blur(x, 0.7 + u), torch.stack(each), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (1, 9), (2, 1), (41, 3)])
+def test_a_blur_of_any_size_keeps_a_plain_picture(h, w):
+    plain = torch.full((2, 3, h, w), 0.4)
+    torch.testing.assert_close(_blur(plain, torch.tensor([0.1, 2.0])), plain)
+    assert (
+        Augment(hue=0.5, saturation=1, gray=0.5, blur=1, solarize=0.5)(plain).shape == plain.shape
+    )
+
+
+def test_colors_of_a_batch_are_drawn_for_each_picture_and_repeat():
+    same = colors()[3:4].expand(32, -1, -1, -1)
+    still = dict(area=(1, 1), aspect=1, flip=0, contrast=0, brightness=0)
+    for name, share in dict(hue=0.5, saturation=1, gray=0.5, blur=0.5, solarize=0.5).items():
+        augment = Augment(**still, **{name: share})
+        a, b = (augment(same, torch.Generator().manual_seed(1)) for _ in range(2))
+        assert torch.equal(a, b) and len(a.flatten(1).unique(dim=0)) > 1, name
+        assert 0 <= a.min() and a.max() <= 1
+
+
+def test_dials_of_color_leave_gray_pictures_alone():
+    plain = Augment()(IMAGES, torch.Generator().manual_seed(1))
+    color = Augment(hue=0.3, saturation=0.4, gray=0.5)
+    assert torch.equal(color(IMAGES, torch.Generator().manual_seed(1)), plain)
+    with pytest.raises(ValueError, match="2 channels"):
+        color(torch.rand(2, 2, 4, 4))
+    for wrong in (dict(hue=0.6), dict(gray=2), dict(blur=-1), dict(solarize=float("nan"))):
+        with pytest.raises(ValueError):
+            Augment(**wrong)
+
+
+def test_transforms_of_torchvision_repeat_and_leave_other_numbers_alone():
+    steps = [v2.RandomResizedCrop(8, antialias=True), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]
+    coat = PerImage(v2.Compose(steps), *standard_of(COLOUR))
+    before = torch.random.get_rng_state()
+    a, b = (coat(COLOUR, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == (6, 3, 8, 8) and a.dtype == torch.float32
+    assert torch.equal(torch.random.get_rng_state(), before)
+    views = PerImage(steps[0])(COLOUR[:1].expand(9, -1, -1, -1))
+    assert len(views.flatten(1).unique(dim=0)) > 5
+    plain = PerImage(lambda x: x, *standard_of(COLOUR))(COLOUR)
+    torch.testing.assert_close(plain, to_float(COLOUR, *standard_of(COLOUR)), atol=1e-5, rtol=1e-5)
+
+
+# Your own ------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        kind = ("Hund", "猫")[i % 2]
+        (tmp_path / kind / "deeper").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(256, size=(9 + i, 20 - i, 3), dtype=np.uint8)
+        place = tmp_path / kind / ("deeper" if i == 4 else "") / f"{i}.PNG"
+        Image.fromarray(pixels).save(place)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "Hund" / ".DS_Store.png").write_bytes(b"x")
+    (tmp_path / "Hund" / "notes.txt").write_text("x")
+    Image.new("CMYK", (6, 9)).save(tmp_path / "Hund" / "cmyk.jpg")
+    Image.new("P", (1, 1)).save(tmp_path / "猫" / "one.gif")
+    (tmp_path / "猫" / "link.png").symlink_to(tmp_path / "猫" / "1.PNG")
+    return tmp_path
+
+
+def test_a_folder_becomes_a_set_whose_equal_pictures_stay_together(folder):
+    data = image_set(folder, size=(8, 12))
+    count = len(data.train_images) + len(data.test_images)
+    assert (
+        count == 15 and data.classes == ("Hund", "猫") and data.train_images.shape[1:] == (3, 8, 12)
+    )
+    assert data.test_labels.bincount().tolist() in ([1, 1], [1, 2])
+    assert not len(duplicates(data.test_images, data.train_images))
+    assert len(image_task(data).dev)
+    again = image_set(folder, size=(8, 12))
+    assert torch.equal(again.test_images, data.test_images)
+    assert image_set(folder, size=8, channels=1).train_images.shape[1:] == (1, 8, 8)
+
+
+def test_files_are_opened_only_when_asked_for(folder, monkeypatch):
+    opened, read = [], own.read_image
+    monkeypatch.setattr(own, "read_image", lambda path, c: opened.append(path) or read(path, c))
+    files = own.ImageFiles(folder, size=8)
+    assert not opened and len(files) == 15
+    next(endless(files, batch_size=4))
+    assert len(opened) == 4
+
+
+def test_every_kind_of_source_gives_one_set():
+    y = torch.arange(6) % 2
+    first = image_set(COLOUR, y, test=0.3)
+    last, share = COLOUR.permute(0, 2, 3, 1).numpy(), COLOUR / 255
+    pairs = ImageDataset(COLOUR, y)
+    for source, labels in ((last, y.tolist()), (share, y.numpy()), (pairs, None)):
+        other = image_set(source, labels, test=0.3)
+        assert torch.equal(other.train_images, first.train_images)
+        assert torch.equal(other.test_labels, first.test_labels)
+    pictures = [(Image.fromarray(x), int(k)) for x, k in zip(last, y)]
+    assert torch.equal(image_set(pictures, test=0.3).train_images, first.train_images)
+    assert image_set(COLOUR, y, classes=("a", "b"), test=0.3).classes == ("a", "b")
+    assert image_set(COLOUR[:, 0], y, channels=1).train_images.shape[1:] == (1, 5, 7)
+
+
+@pytest.mark.parametrize(
+    "source, labels, options, words",
+    [
+        (COLOUR, None, {}, "a label for each picture"),
+        (COLOUR, [0, 1], {}, "with 2 labels"),
+        (COLOUR.float(), [0, 1] * 3, {}, "take the standardising transform away"),
+        (COLOUR[:, :2], [0, 1] * 3, {}, "1 or 3 channels"),
+        (COLOUR, [0, 0, 0, 0, 0, 1], {}, "1 has 1 pictures"),
+        (COLOUR, [0, 1] * 3, dict(size=0), "size is 0"),
+        (COLOUR, [0, 1] * 3, dict(size=(1, 2, 3)), "one side in pixels"),
+        (COLOUR, [0, 1] * 3, dict(test=1.0), "test is 1"),
+        (COLOUR[[0, 0, 1]], ["a", "b", "a"], {}, "equal but of two classes"),
+        ([], None, {}, "there are no pictures"),
+        ([5, 6], None, {}, "expected .picture, label."),
+        ("nowhere", [0], {}, "leave labels"),
+    ],
+)
+def test_what_makes_no_set_gets_a_sentence(source, labels, options, words):
+    with pytest.raises(ValueError, match=words):
+        image_set(source, labels, **options)
+
+
+def test_folders_without_pictures_and_damaged_files_are_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder gone"):
+        image_set(tmp_path / "gone")
+    with pytest.raises(ValueError, match="a folder for each class"):
+        image_set(folder / "Hund" / "deeper")
+    whole = (folder / "Hund" / "0.PNG").read_bytes()
+    (folder / "Hund" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut.png cannot be read.*damaged_images"):
+        image_set(folder, size=8)
+    assert [path.name for path in own.damaged_images(folder)] == ["cut.png"]
+    with pytest.raises(TypeError, match="hand in its .dataset"):
+        image_set(iter([1]))

@@ -19,23 +19,25 @@ class Table:
     def __init__(self, heads: Sequence[str], rows: Sequence[Sequence[str]]):
         self.heads, self.rows = list(map(str, heads)), [list(map(str, row)) for row in rows]
         if odd := [row for row in self.rows if len(row) != len(self.heads)]:
-            raise ValueError(
-                f"a row has {len(odd[0])} cells; expected {len(self.heads)}, one a head"
-            )
+            count = len(self.heads)
+            raise ValueError(f"a row has {len(odd[0])} cells; expected {count}, one a head")
 
     def _repr_html_(self):
-        def cells(tag, row):
-            return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-
-        head = f"<thead><tr>{cells('th', self.heads)}</tr></thead>"
-        body = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
-        return f"<table>{head}<tbody>{body}</tbody></table>"
+        return _as_html(self.heads, self.rows)
 
     def _repr_markdown_(self):
         sides = ["---" if column < 2 else "---:" for column in range(len(self.heads))]
         rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.heads, *self.rows)]
-        lines = [rows[0], sides, *rows[1:]]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return "\n".join("| " + " | ".join(line) + " |" for line in (rows[0], sides, *rows[1:]))
 
     def __repr__(self):
         return self._repr_markdown_()
+
+# %% ../../nbs/00_core/08_tables.ipynb #5a3c0e09
+def _as_html(heads, rows):
+    def cells(tag, row):
+        return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+
+    head = f"<thead><tr>{cells('th', heads)}</tr></thead>"
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table>{head}<tbody>{body}</tbody></table>"

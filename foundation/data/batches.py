@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..core.files import atomic_write, sync_folder
 from ..core.checks import check_callable, check_images, check_whole, checked, got
@@ -37,16 +38,19 @@ def epoch_order(
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(count, generator=generator)
 
-
+# %% ../../nbs/02_data/05_batches.ipynb #e8fcb688
 def endless(
-    *tensors: Tensor,  # as long as one another, on any device
+    *tensors: Tensor | Dataset,  # as long as one another, on any device; or one data set
     batch_size: int,
     seed: int = 0,
     start: int = 0,  # first step to yield: a resumed run passes the number of steps it has done
+    workers: int = 0,  # processes that read a data set, as of a `DataLoader`
 ) -> Iterator[tuple[Tensor, ...]]:  # batches of exactly batch_size, each as a tuple
     """Shuffled batches for ever; each epoch visits as many whole batches as fit.
 
     What does not fill a batch waits for the next shuffle. Raises `TypeError`, `ValueError`."""
+    if (data := _as_dataset(tensors)) is not None:
+        return _loaded(data, *_check_stream(len(data), batch_size, seed, start), workers)
     tensors, count = _check_tensors(tensors)
     return _endless(tensors, count, *_check_stream(count, batch_size, seed, start))
 
@@ -60,6 +64,16 @@ def _endless(tensors, count, batch_size, seed, start):
             current, order = epoch, epoch_order(count, seed, epoch).to(device)
         index = order[place * batch_size : (place + 1) * batch_size]
         yield tuple(t[index] for t in tensors)
+
+
+def _check_stream(count, batch_size, seed, start):
+    "The numbers of a stream as plain ones; the sentence if it cannot yield a single batch"
+    batch_size = check_whole(batch_size, "batch_size", 1)
+    if batch_size > count:
+        raise ValueError(
+            f"batch_size is {batch_size} for a set of {count} examples; expected 1 to {count}"
+        )
+    return batch_size, check_whole(seed, "seed"), check_whole(start, "start", 0)
 
 # %% ../../nbs/02_data/05_batches.ipynb #eeaaf2e3
 @checked
@@ -79,40 +93,39 @@ def _check_tensors(tensors, one_device=True):
         raise ValueError(f"tensors are on {sorted(devices)}; expected one device, so use .to(...)")
     return tensors, sizes.pop()
 
-# %% ../../nbs/02_data/05_batches.ipynb #ff498444
-def _check_stream(count, batch_size, seed, start):
-    "The numbers of a stream as plain ones; the sentence if it cannot yield a single batch"
-    batch_size = check_whole(batch_size, "batch_size", 1)
-    if batch_size > count:
-        raise ValueError(
-            f"batch_size is {batch_size} for a set of {count} examples; expected 1 to {count}"
-        )
-    return batch_size, check_whole(seed, "seed"), check_whole(start, "start", 0)
+
+def _as_dataset(tensors):
+    "The one data set that was handed in, or None"
+    alone = tensors[0] if len(tensors) == 1 else None
+    return alone if isinstance(alone, Dataset) or hasattr(alone, "__getitems__") else None
 
 # %% ../../nbs/02_data/05_batches.ipynb #9b1a51be
 def augmented(
-    *tensors: Tensor,  # images (n, c, h, w) first, then whatever belongs to them
+    *tensors: Tensor | Dataset,  # images (n, c, h, w) first, then what belongs to them; or one set
     augment: Callable,  # (images, generator) -> images, as `foundation.data.augment.Augment`
     batch_size: int,
     seed: int = 0,
     start: int = 0,  # first step
     views: int = 1,  # views of each picture, one below the other: (views · b, c, h, w)
+    workers: int = 0,  # processes that read a data set
 ) -> Iterator[tuple[Tensor, ...]]:
     """Endless batches whose first tensor is augmented, in the memory order that convolutions like.
 
     Raises `TypeError`, `ValueError`."""
-    tensors, count = _check_tensors(tensors)
-    check_images(tensors[0])
+    if _as_dataset(tensors) is None:
+        tensors, _ = _check_tensors(tensors)
+        check_images(tensors[0])
     check_callable(augment, "augment", "(images, generator)")
-    plan = _check_stream(count, batch_size, seed, start)
-    return _augmented(tensors, count, plan, augment, check_whole(views, "views", 1))
+    plan = dict(batch_size=batch_size, seed=seed, start=start, workers=workers)
+    stream = endless(*tensors, **plan)
+    return _augmented(stream, int(seed), int(start), augment, check_whole(views, "views", 1))
 
 # %% ../../nbs/02_data/05_batches.ipynb #ebd3be9c
-def _augmented(tensors, count, plan, augment, views):
+def _augmented(stream, seed, start, augment, views):
     "The generator behind `augmented`"
-    _, seed, start = plan
-    generator = torch.Generator(tensors[0].device)
-    for step, (x, *rest) in enumerate(_endless(tensors, count, *plan), start):
+    generator = None
+    for step, (x, *rest) in enumerate(stream, start):
+        generator = generator or torch.Generator(x.device)
         generator.manual_seed((seed * 1_000_003 + step) % 2**63)
         seen = [augment(x, generator) for _ in range(views)]
         if not all(isinstance(v, Tensor) and v.ndim == 4 and len(v) == len(x) for v in seen):
@@ -545,3 +558,33 @@ def _is_one_set(folder):
         return note == {name: _mark(folder / name) for name in ("tokens.npy", "ends.npy")}
     except (ValueError, RecursionError):
         return False
+
+# %% ../../nbs/02_data/05_batches.ipynb #f0e14044
+def _loaded(data, batch_size, seed, start, workers):
+    "Batches of a data set, by worker processes, in the order of `endless`"
+    places = [torch.arange(len(data))], len(data), batch_size, seed, start
+    order = (index.tolist() for (index,) in _endless(*places))
+    own = torch.Generator().manual_seed(seed % 2**63)  # nobody else's numbers are drawn
+    options = dict(num_workers=check_whole(workers, "workers", 0), generator=own)
+    return iter(DataLoader(data, batch_sampler=order, collate_fn=_stacked, **options))
+
+
+def _stacked(rows):
+    "Examples, each a picture, a tuple or a dictionary, as one tuple of tensors"
+    rows = [tuple(row.values()) if isinstance(row, Mapping) else row for row in rows]
+    rows = [row if isinstance(row, (tuple, list)) else (row,) for row in rows]
+    return tuple(map(_column, zip(*rows)))
+
+# %% ../../nbs/02_data/05_batches.ipynb #3ce9d010
+def _column(items):
+    if hasattr(items[0], "convert"):  # PIL
+        arrays = [np.array(item) for item in items]
+        arrays = [a[None] if a.ndim == 2 else a.transpose(2, 0, 1) for a in arrays]
+        items = [torch.from_numpy(a) for a in arrays]
+    sizes = {tuple(getattr(item, "shape", ())) for item in items}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the pictures of a batch have the shapes {sorted(sizes)[:3]}; expected one: resize in "
+            "the data set, as `foundation.data.own.ImageFiles` does"
+        )
+    return default_collate(list(items))

@@ -136,7 +136,7 @@ def by_channel(
         return tuple(check_number(v, f"a value of {name}", least, most) for v in value)
     return check_number(value, name, least, most)
 
-
+# %% ../../nbs/02_data/01_images.ipynb #9f587108
 def as_column(
     value: float | Sequence,  # as `by_channel` gives it
     images: Tensor,  # (b, c, h, w)

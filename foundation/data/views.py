@@ -9,6 +9,7 @@ __all__ = ['two_views']
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..core.checks import checked
 from .batches import augmented
@@ -16,12 +17,13 @@ from .batches import augmented
 # %% ../../nbs/02_data/05_views.ipynb #639f2be5
 @checked
 def two_views(
-    images: Tensor,  # (n, c, h, w) uint8, on the device where the views shall be made
+    images: Tensor | Dataset,  # (n, c, h, w) uint8, where the views shall be made; or a data set
     augment: Callable,  # an `Augment`
     batch_size: int,
     seed: int = 0,
     start: int = 0,  # first step
+    workers: int = 0,  # processes that read a data set
 ) -> Iterator[Tensor]:  # (2b, c, h, w): rows i and b + i are views of the same picture
-    "Endless pairs of views."
-    plan = dict(batch_size=batch_size, seed=seed, start=start)
-    return (views for (views,) in augmented(images, augment=augment, views=2, **plan))
+    "Endless pairs of views; of a data set's examples the first part is the picture."
+    plan = dict(batch_size=batch_size, seed=seed, start=start, workers=workers)
+    return (views for views, *_ in augmented(images, augment=augment, views=2, **plan))

@@ -27,7 +27,7 @@ from ..training.run import resumable
 from ..training.schedules import warmup_cosine
 
 # %% ../../nbs/08_finetuning/04_lora.ipynb #d1aa1429
-class _Branch(nn.Module):
+class _Thin(nn.Module):
     "A frozen linear layer plus a trainable product of two thin matrices, W + alpha/r · B A."
 
     @checked
@@ -43,16 +43,14 @@ class _Branch(nn.Module):
         check_whole(rank, "rank", 1, min(out, into), "the smaller side of the layer")
         check_number(alpha, "alpha", above=0)
         self.dropout = check_number(dropout, "dropout", 0, below=1)
-        self.base, self.rank, self.alpha, self.merged = (
-            base.requires_grad_(False),
-            rank,
-            alpha,
-            False,
-        )
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.merged = rank, alpha, False
         A = nn.init.kaiming_uniform_(torch.empty(rank, into, **new), math.sqrt(5))
         self.A = nn.Parameter(A)  # (r, in)
         self.B = nn.Parameter(torch.zeros(out, rank, **new))  # zero: the layer starts as it was
 
+# %% ../../nbs/08_finetuning/04_lora.ipynb #5a3c1004
+class _Branch(_Thin):
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), in the dtype of the base
         h = self.base(x)
         if self.merged:
@@ -201,7 +199,7 @@ def _made(model, layers, make):
         torch.set_rng_state(luck)
         raise
 
-# %% ../../nbs/08_finetuning/04_lora.ipynb #f2a0000a
+
 def _check_called(model, name, readers):
     "Refuse a layer inside a module that reads its weight and does not call it"
     parts = name.split(".")

@@ -58,7 +58,7 @@ def _matching(model, names, pattern):
         )
     return hits
 
-
+# %% ../../nbs/08_finetuning/03_targets.ipynb #5a3c1003
 def _heads(model):
     "What a model ends in: its classes, or its words"
     words = getattr(model, "get_output_embeddings", lambda: None)()

@@ -38,12 +38,25 @@ class _Parts(nn.Module):
         _start_small(self)
 
 # %% ../../nbs/04_models/04_gpt.ipynb #d178b049
-class _Reader(_Parts):
-    "From ids to what each token means"
+class _Stack(_Parts):
+    "The embedding, and one block after the other"
 
     def new_caches(self) -> list[KeyValueCache]:
         "An empty cache for each block."
         return [KeyValueCache() for _ in self.blocks]
+
+    def _read(self, tokens, caches, start, real=None):
+        x = self.embedding(tokens, start=start)
+        if real is not None:
+            x, real = _from_first(self.embedding, x, start, real)
+        x = self.drop(x)
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, real, causal=True, cache=cache)
+        return self.norm(x)
+
+# %% ../../nbs/04_models/04_gpt.ipynb #5a3c1001
+class _Reader(_Stack):
+    "From ids to what each token means"
 
     def encode(
         self,
@@ -58,19 +71,8 @@ class _Reader(_Parts):
         with _all_or_none(caches):
             return self._read(tokens, caches, start, real)
 
-    def _read(self, tokens, caches, start, real=None):
-        x = self.embedding(tokens, start=start)
-        if real is not None:
-            x, real = _from_first(self.embedding, x, start, real)
-        x = self.drop(x)
-        for block, cache in zip(self.blocks, caches):
-            x = block(x, real, causal=True, cache=cache)
-        return self.norm(x)
-
 # %% ../../nbs/04_models/04_gpt.ipynb #687f36f5
 class _Writer(_Reader):
-    "From ids to more ids"
-
     @checked
     def generate(
         self,
@@ -90,12 +92,18 @@ class _Writer(_Reader):
         with evaluating(self):
             for _ in range(count):
                 new = _choose(self(new, caches, real)[:, -1], temperature, rng)
-                if end is not None:
-                    new = new.masked_fill(over, end)
-                    over = over | (new == end)
+                new, over = _ended(new, over, end)
                 tokens = torch.cat([tokens, new], 1)
-                real = None if real is None else nn.functional.pad(real, (0, 1), value=True)
+                real = real if real is None else nn.functional.pad(real, (0, 1), value=True)
         return tokens
+
+# %% ../../nbs/04_models/04_gpt.ipynb #5a3c1002
+def _ended(new, over, end):
+    "Rows whose text is over write its end again"
+    if end is None:
+        return new, over
+    new = new.masked_fill(over, end)
+    return new, over | (new == end)
 
 # %% ../../nbs/04_models/04_gpt.ipynb #f15a0002
 class _Sized(_Writer):
@@ -135,12 +143,7 @@ class GPT(_Sized):
     ):
         super().__init__(vocab_size, context, dim, depth, heads, mlp_ratio, dropout, eps)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        caches: list[KeyValueCache] | None = None,
-        real: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, caches: list | None = None, real=None) -> Tensor:
         "Logits (b, n, v) of the token that follows each of (b, n)."
         return nn.functional.linear(self.encode(tokens, caches, real), self.embedding.token.weight)
 

@@ -97,6 +97,14 @@ EXAMPLES = {
         augment.Augment(erase=0.5),
         dict(images=shares(), generator=seeded()),
     ),
+    "data.augment.PerImage": lambda: (
+        augment.PerImage,
+        dict(transform=torch.flipud, mean=0.3, std=0.4),
+    ),
+    "data.augment.PerImage.__call__": lambda: (
+        augment.PerImage(torch.flipud),
+        dict(images=shares(), generator=seeded()),
+    ),
     "data.batches.epoch_order": lambda: (batches.epoch_order, dict(count=9, seed=3, epoch=2)),
     "data.batches.endless": lambda: (
         first(batches.endless),

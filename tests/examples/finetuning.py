@@ -156,8 +156,27 @@ def lora_then(do, *before):
     return do, dict(model=model)
 
 
+def class_folder():
+    "Two classes, each of one picture"
+    home = picture().parent
+    for name in ("a", "b"):
+        (home / name).mkdir(exist_ok=True)
+        (home / name / "x.png").write_bytes(picture().read_bytes())
+    return home
+
+
 EXAMPLES = {
     "data.own.read_image": lambda: (own.read_image, dict(path=picture(), channels=3)),
+    "data.own.list_images": lambda: (own.list_images, dict(folder=class_folder())),
+    "data.own.damaged_images": lambda: (own.damaged_images, dict(folder=class_folder())),
+    "data.own.ImageFiles": lambda: (
+        own.ImageFiles,
+        dict(folder=class_folder(), size=8, channels=3, classes=["a", "b"]),
+    ),
+    "data.own.image_set": lambda: (
+        own.image_set,
+        dict(source=pixels(), labels=labels(), size=8, channels=1, test=0.3, seed=1),
+    ),
     "data.own.number_labels": lambda: (
         own.number_labels,
         dict(names=["b", "a", "b"], classes=["a", "b"]),

@@ -13,6 +13,7 @@ from foundation.models.convnets import (
     ResNet,
 )
 from foundation.models.gpt import GPT
+from foundation.models.heads import Classifier
 from foundation.models.vit import ViT
 
 
@@ -81,9 +82,16 @@ EXAMPLES = {
         made(GPT, **TEXT, **TINY).resize_vocab,
         dict(vocab_size=20),
     ),
+    "models.heads.Classifier": lambda: (
+        Classifier,
+        dict(encoder=made(ConvNet, widths=(4,)), classes=3, zero=True),
+    ),
     "models.gpt.GPT.generate": lambda: (
         made(GPT, **TEXT, **TINY).generate,
         dict(tokens=ids(), count=3, temperature=0.5, seed=1),
     ),
 }
-SKIP = {"layers.convolution.SameConv": "its constructor is that of PyTorch's convolution"}
+SKIP = {
+    "layers.convolution.SameConv": "its constructor is that of PyTorch's convolution",
+    "models.outside.as_encoder": "runs the network that it is handed on what it is handed",
+}

@@ -90,7 +90,8 @@ EXAMPLES = {
     ),
 }
 SKIP = {
-    "models.pretrained.WEIGHTS": "a path",
+    "models.card.WEIGHTS": "a path",
+    "models.card.BadWeights": "an error",
     "models.pretrained.load_minilm": "takes nothing, and reads 91 MB",
     "models.pretrained.load_efficientnet_lite0": "takes nothing, and reads 19 MB",
 }
