@@ -110,13 +110,12 @@ def measure(name: str, place: Place, results: dict) -> dict:
 
 
 def write(path: Path, results: dict) -> None:
-    "The results as numbers, as a page, and where matplotlib is there as a figure."
+    "The results as numbers and as a page."
     with atomic_write(path, "w") as file:
         json.dump(results, file, indent=1, ensure_ascii=False)
         file.write("\n")
     with atomic_write(path.with_suffix(".md"), "w") as file:
         file.write(page(results))
-    draw(results, path.with_suffix(".svg"))
 
 
 def page(results: dict) -> str:
@@ -212,6 +211,8 @@ def main(argv: list[str] | None = None) -> str | int:
             torch.manual_seed(0)
             results["parts"][name] = part = measure(name, place, results)
             write(path, results)
+            if name.startswith("train"):
+                draw(results, path.with_suffix(".svg"))
             print(f"{part['seconds']:7.1f} s  {part['status']}  {part['note']}")
     bad = [name for name, part in results["parts"].items() if part["status"] == "failed"]
     return f"failed: {', '.join(bad)}; the same command tries them again" if bad else 0

@@ -148,7 +148,7 @@ def waits(place: Place) -> Iterator[Counter]:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         for w in told:
-            if "synchroniz" in str(w.message):
+            if "called a synchronizing" in str(w.message):
                 found[_place(w.filename, w.lineno)] += 1
     else:
         with mock.patch("torch.compiler.is_compiling", return_value=True), Operations() as seen:

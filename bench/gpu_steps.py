@@ -390,12 +390,19 @@ def find_batch(place: Place, task: Task) -> int:
 
 
 def started(place: Place, task: Task, b: int) -> tuple[int, dict, str]:
-    "All ways after a first step each, with half the batch for all if one is out of memory."
+    """All ways after a first step each, with half the batch for all if one is out of memory; one
+    that fails otherwise is left out, and that is said."""
     while True:
         try:
             ways, said = ways_of(place, task, b)
-            for way in ways.values():
-                way()
+            for name, way in [*ways.items()]:
+                try:
+                    way()
+                except RuntimeError as error:  # without a compiler for its kernels, say
+                    if name == "ours" or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    del ways[name]
+                    said += f"; {name} failed: {str(error).partition(chr(10))[0][:120]}"
             return b, ways, said
         except torch.OutOfMemoryError:
             if b == 1:

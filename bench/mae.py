@@ -129,7 +129,10 @@ def without_class_token(model):
     "Inside the block no token looks at the first: what is left is a model of patches alone."
 
     def hide(module, args):
-        return (args[0], torch.arange(args[0].shape[1])[None, None, None] > 0)
+        return (
+            args[0],
+            torch.arange(args[0].shape[1], device=args[0].device)[None, None, None] > 0,
+        )
 
     layers = [layer.attention for layer in (*model.vit.layers, *model.decoder.decoder_layers)]
     hooks = [layer.register_forward_pre_hook(hide) for layer in layers]

@@ -103,6 +103,19 @@ def test_who_is_out_of_memory_halves_the_batch_of_all(monkeypatch):
     assert gpu_steps.started(TOY, None, 16)[0] == 2
 
 
+def test_a_way_that_fails_is_left_out_and_said(monkeypatch):
+    def fail():
+        raise RuntimeError("no compiler\nat all")
+
+    ways = {"ours": lambda: None, "ours, compiled": fail}
+    monkeypatch.setattr(gpu_steps, "ways_of", lambda *args: (dict(ways), "peer"))
+    b, left, said = gpu_steps.started(TOY, None, 4)
+    assert (b, [*left], said) == (4, ["ours"], "peer; ours, compiled failed: no compiler")
+    ways["ours"] = fail
+    with pytest.raises(RuntimeError, match="no compiler"):
+        gpu_steps.started(TOY, None, 4)
+
+
 # The work of a step -------------------------------------------------------------------------------
 
 
