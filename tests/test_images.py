@@ -720,6 +720,7 @@ def test_emoji_of_one_concept_stay_on_one_side_of_every_split():
     except DataUnavailable as error:
         pytest.skip(str(error))
     assert data.train_images.shape[1:] == (3, 64, 64) and len(data.classes) == 9
+    assert (len(data.train_images), len(data.test_images)) == (2850, 387)  # no skin tones here
     assert not len(duplicates(data.test_images, data.train_images))
     task = image_task(data)
     sides = [set(data.train_groups[part].tolist()) for part in (task.pool, task.dev)]
@@ -779,7 +780,10 @@ def test_transforms_of_torchvision_repeat_and_leave_other_numbers_alone():
     steps = [v2.RandomResizedCrop(8, antialias=True), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]
     coat = PerImage(v2.Compose(steps), *standard_of(COLOUR))
     before = torch.random.get_rng_state()
-    a, b = (coat(COLOUR, torch.Generator().manual_seed(3)) for _ in range(2))
+    a = coat(COLOUR, torch.Generator().manual_seed(3))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(99)
+        b = coat(COLOUR, torch.Generator().manual_seed(3))
     assert torch.equal(a, b) and a.shape == (6, 3, 8, 8) and a.dtype == torch.float32
     assert torch.equal(torch.random.get_rng_state(), before)
     views = PerImage(steps[0])(COLOUR[:1].expand(9, -1, -1, -1))
@@ -821,6 +825,14 @@ def test_a_folder_becomes_a_set_whose_equal_pictures_stay_together(folder):
     again = image_set(folder, size=(8, 12))
     assert torch.equal(again.test_images, data.test_images)
     assert image_set(folder, size=8, channels=1).train_images.shape[1:] == (1, 8, 8)
+
+
+def test_copies_of_a_picture_are_never_torn_apart():
+    copies = COLOUR.repeat(5, 1, 1, 1)
+    for seed in range(5):
+        data = image_set(copies, torch.arange(30) % 2, test=0.4, seed=seed)
+        assert not len(duplicates(data.test_images, data.train_images))
+        assert len(data.test_images) == 10 and len(data.train_groups.unique()) == 4
 
 
 def test_files_are_opened_only_when_asked_for(folder, monkeypatch):

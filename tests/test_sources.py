@@ -227,7 +227,7 @@ def test_web_place_downloads(tmp_path):
 def test_unknown_name_lists_the_known():
     with pytest.raises(
         ValueError,
-        match="no data set 'fashion'; there are: fashion_mnist, digits, glosses, reviews",
+        match="no data set 'fashion'; there are: fashion_mnist, digits, emoji, glosses, reviews",
     ):
         fetch("fashion")
 
