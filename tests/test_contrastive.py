@@ -482,7 +482,7 @@ def test_rank_and_spread_of_zeros_and_of_tiny_features():
         (lambda d: match_queue(math.nan), "temperature is nan"),
         (lambda d: match_views()(fresh(), [1, 2]), "views is a list"),
         (lambda d: match_queue()(fresh(), draw(0, 8, 1, 8, 8)), "without `follow`"),
-        (lambda d: ContrastiveModel(nn.Linear(2, 2)), "without `encode`"),
+        (lambda d: ContrastiveModel(nn.Linear(2, 2)), "does not say how wide"),
         (lambda d: ContrastiveModel(ConvNet(), dim=0), "dim is 0"),
         (lambda d: MomentumContrast(nn.Linear(2, 2)), "model.dim is None"),
         (lambda d: queued().enqueue(draw(0, 2, 5)), r"(b, 6)"),

@@ -5,19 +5,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 import foundation.pretraining.contrastive as contrastive
+import foundation.pretraining.masked_image as masked_image
 import foundation.recipes.few_labels as few_labels_recipe
 import foundation.recipes.resnet_simclr as resnet_simclr
 import foundation.training.run as training_run
-from foundation.data.augment import Augment
+from foundation.data.augment import Augment, PerImage
 from foundation.data.images import few_labels, load_images
 from foundation.evaluation.probes import encode_all, fit_head, fit_linear
 from foundation.evaluation.scores import predict
 from foundation.finetuning.loop import finetune
 from foundation.models.convnets import ResNet
 from foundation.models.card import WEIGHTS, read_card
+from foundation.models.outside import as_encoder
 from foundation.models.pretrained import load_weights
+from foundation.models.vit import ViT
 from foundation.pretraining.masked_image import PatchDecoder
 
 STAGES = dict(epochs=2, lr=1e-3, temperature=0.2), dict(epochs=2, lr=1e-3, temperature=0.5)
@@ -283,3 +287,216 @@ def test_contrast_and_masked_images_had_the_same_encoder_data_and_steps():
     assert all(
         len(scores) >= 3 for card in (a, b) for scores in card["metrics"]["linear_probe"].values()
     )
+
+
+# networks and pictures from outside
+
+
+def tv_resnet():
+    from torchvision.models.resnet import BasicBlock
+    from torchvision.models.resnet import ResNet as Theirs
+
+    torch.manual_seed(0)
+    return Theirs(BasicBlock, [1, 1, 1, 1], num_classes=3)
+
+
+def timm_vit(size=16, **options):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    sizes = dict(patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    return timm.models.VisionTransformer(size, **sizes | options)
+
+
+def hf_vit(size=16):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = transformers.ViTConfig(image_size=size, patch_size=4, **sizes)
+    return transformers.ViTModel(config, add_pooling_layer=False)
+
+
+def tv_vit(size=16):
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    return VisionTransformer(size, 4, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32)
+
+
+def colors(n=8, h=16, w=16):
+    bits = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=bits)
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+PLAN = dict(steps=2, batch_size=4, title="", precision="fp32")
+
+
+@pytest.mark.parametrize("make", [tv_resnet, timm_vit, hf_vit, tv_vit])
+def test_contrast_trains_networks_from_outside(make):
+    net = make()
+    before = weights(net)
+    run = contrastive.pretrain(net, colors(), Augment(hue=0.1), **PLAN)
+    assert run.losses.isfinite().all() and not torch.equal(before, weights(net))
+
+
+def test_contrast_takes_a_compiled_network():
+    plain, net = tv_resnet(), tv_resnet()
+    a = contrastive.pretrain(plain, colors(), Augment(), **PLAN).losses
+    b = contrastive.pretrain(torch.compile(net, backend="eager"), colors(), Augment(), **PLAN)
+    torch.testing.assert_close(b.losses, a)
+    assert not torch.equal(weights(net), weights(tv_resnet()))  # it is this network that has learnt
+
+
+class Outside(torch.nn.Module):
+    "One of ours as a stranger: pictures in, features out"
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net.encode(x)
+
+
+def test_ours_as_a_stranger_learns_the_same(digits):
+    images, known = digits.train_images[:64], small()
+    stranger = Outside(small())
+    example = torch.zeros(2, 1, 28, 28)
+    a = contrastive.pretrain(known, images, Augment(), **PLAN)
+    b = contrastive.pretrain(as_encoder(stranger, example), images, Augment(), **PLAN)
+    torch.testing.assert_close(a.losses, b.losses, rtol=0, atol=0)
+    torch.testing.assert_close(weights(known), weights(stranger), rtol=0, atol=0)
+    with pytest.raises(TypeError, match="hand in inputs to try it on"):
+        contrastive.pretrain(Outside(small()), images, Augment(), **PLAN)
+
+
+class Lazy(torch.utils.data.Dataset):
+    "Pictures with a label, one at a time"
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], 7
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_data_set_gives_what_its_tensor_gives(masked):
+    images = colors()
+
+    def losses(source, augment=Augment(hue=0.1)):
+        if masked:
+            net = masked_image.MaskedAutoencoder(timm_vit(), dim=8, depth=1, heads=2)
+            return masked_image.pretrain(net, source, augment, **PLAN).losses
+        return contrastive.pretrain(timm_vit(), source, augment, **PLAN).losses
+
+    torch.testing.assert_close(losses(Lazy(images)), losses(images), rtol=0, atol=0)
+    flip = PerImage(v2.RandomHorizontalFlip())  # a transform of torchvision in the place of ours
+    torch.testing.assert_close(losses(images, flip), losses(images, flip), rtol=0, atol=0)
+    assert not torch.equal(losses(images, flip), losses(images))
+
+
+@pytest.mark.parametrize("make", [timm_vit, hf_vit, tv_vit])
+def test_masking_trains_transformers_from_outside(make):
+    net = make()
+    model = masked_image.MaskedAutoencoder(net, dim=8, depth=1, heads=2)
+    before = weights(net)
+    run = masked_image.pretrain(model, colors(), Augment(), **PLAN)
+    assert run.losses.isfinite().all() and not torch.equal(before, weights(net))
+    x = colors().float() / 255
+    keep = masked_image.random_masking(8, 16)
+    hidden = torch.kron(
+        1 - masked_image.visible(keep, 16).float().view(8, 1, 4, 4), torch.ones(4, 4)
+    )
+    with torch.no_grad():  # whatever stands at hidden places
+        torch.testing.assert_close(
+            model.encode_visible(x + 9 * hidden, keep), model.encode_visible(x, keep)
+        )
+        assert not torch.allclose(
+            model.encode_visible(x + 9 * (1 - hidden), keep), model.encode_visible(x, keep)
+        )
+
+
+def test_masking_takes_pictures_that_are_not_square():
+    model = masked_image.MaskedAutoencoder(timm_vit(size=(8, 16)), dim=8, depth=1, heads=2)
+    losses = masked_image.pretrain(model, colors(h=8), Augment(), **PLAN).losses
+    assert losses.isfinite().all() and model.encoder.patches.count == 8
+
+
+def test_masking_says_why_a_convolution_does_not_fit():
+    with pytest.raises(TypeError, match="reads the visible patches alone.*by contrast"):
+        masked_image.MaskedAutoencoder(tv_resnet())
+
+
+def test_a_compiled_masked_autoencoder_is_one():
+    def model():
+        torch.manual_seed(0)
+        return masked_image.MaskedAutoencoder(timm_vit(), dim=8, depth=1, heads=2)
+
+    a = masked_image.pretrain(model(), colors(), Augment(), **PLAN).losses
+    b = masked_image.pretrain(torch.compile(model(), backend="eager"), colors(), Augment(), **PLAN)
+    torch.testing.assert_close(b.losses, a)
+
+
+def as_timm(ours):
+    "The same weights in timm's ViT, without a class token"
+    options = dict(embed_dim=ours.dim, depth=len(ours.blocks), class_token=False)
+    theirs = timm_vit(**options, num_heads=4, global_pool="avg", fc_norm=False)
+    a, b = ours.state_dict(), theirs.state_dict()
+    new = {"pos_embed": a["position"][None]}
+    new["patch_embed.proj.weight"] = a["patches.project.weight"].view(-1, 3, 4, 4)
+    new["patch_embed.proj.bias"] = a["patches.project.bias"]
+    for name in b:
+        if ".attn.qkv." in name:
+            block, kind = name.split(".attn.qkv.")
+            parts = [a[f"{block}.attention.{q}.{kind}"] for q in ("query", "key", "value")]
+            new[name] = torch.cat(parts)
+        elif name not in new and not name.startswith("head"):
+            swap = (("attn.proj", "attention.out"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"))
+            key = name
+            for old, mine in swap:
+                key = key.replace(old, mine)
+            new[name] = a[key]
+    theirs.load_state_dict(new, strict=False)
+    return theirs
+
+
+def test_our_vit_and_the_same_weights_in_timms_paint_the_same():
+    torch.manual_seed(0)
+    ours = ViT(image_size=16, patch_size=4, channels=3, dim=16, depth=2)
+    models = []
+    for encoder in (ours, as_timm(ours)):
+        torch.manual_seed(1)
+        models.append(masked_image.MaskedAutoencoder(encoder, dim=8, depth=1, heads=2))
+    runs = [masked_image.pretrain(m, colors(), Augment(), **PLAN | dict(steps=3)) for m in models]
+    torch.testing.assert_close(runs[0].losses, runs[1].losses, atol=1e-5, rtol=1e-5)
+    x, keep = colors().float() / 255, masked_image.random_masking(8, 16)
+    torch.testing.assert_close(models[0](x, keep), models[1](x, keep), atol=1e-4, rtol=1e-4)
+
+
+def test_what_the_encoder_says_of_visible_patches_is_what_transformers_vitmae_says():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    sizes |= dict(image_size=16, patch_size=4, decoder_hidden_size=8, decoder_num_hidden_layers=1)
+    torch.manual_seed(0)
+    config = transformers.ViTMAEConfig(**sizes, decoder_num_attention_heads=2, mask_ratio=0.75)
+    theirs = transformers.ViTMAEForPreTraining(config).eval()
+    vit = transformers.ViTModel(transformers.ViTConfig(**config.to_dict()), add_pooling_layer=False)
+    vit.load_state_dict(theirs.vit.state_dict())
+    model = masked_image.MaskedAutoencoder(vit.eval())
+    x, noise = torch.randn(3, 3, 16, 16), torch.rand(3, 16)
+    keep = noise.argsort(1)[:, :4]
+    with torch.no_grad():
+        said = theirs.vit(x, noise=noise).last_hidden_state[:, 1:]
+        torch.testing.assert_close(model.encode_visible(x, keep), said, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(model.encode_visible(x, keep.flip(1)), said, atol=1e-3)
+        out = theirs(x, noise=noise)  # and the loss is theirs, but for where a patch's pixels stand
+    guess = out.logits.view(3, 16, 4, 4, 3).permute(0, 1, 4, 2, 3).flatten(2)
+    loss = masked_image.hidden_error(guess, masked_image.patchify(x, 4), keep)
+    torch.testing.assert_close(loss, out.loss)

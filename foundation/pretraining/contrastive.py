@@ -12,16 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.data import Dataset
 
 from ..core.basics import copy_model, freeze, memory_order
 from ..core.checks import check_floats, check_like, check_model, check_number
 from ..core.checks import check_shares, check_sizes, check_temperature, check_whole
 from ..core.checks import checked, got, precise, refuse_nan
 from ..data.views import two_views
+from ..models.outside import as_encoder
 from ..objectives.contrast import info_nce, nt_xent
 from ..core.fingerprint import fingerprint
 from ..training.run import Run, resumable
-from ..training.loop import Objective
 from ..training.parameter_groups import adamw
 from ..training.schedules import warmup_cosine
 
@@ -32,11 +33,11 @@ class ContrastiveModel(nn.Module):
     @checked
     def __init__(
         self,
-        encoder: nn.Module,  # with `encode` and `dim`, such as `ResNet`
+        encoder: nn.Module,  # ours, or one of torchvision, timm, transformers: see `as_encoder`
         dim: int = 128,
         hidden: int = 256,
     ):
-        check_model(encoder, "encoder", "encode")
+        encoder = encoder if hasattr(encoder, "encode") else as_encoder(encoder)
         check_whole(getattr(encoder, "dim", None), "encoder.dim", 1)
         check_sizes(dim=dim, hidden=hidden)
         super().__init__()
@@ -51,7 +52,7 @@ class ContrastiveModel(nn.Module):
 @checked
 def match_views(
     temperature: float | Tensor = 0.2,
-) -> Objective:
+) -> Callable:
     "Objective: NT-Xent between the two halves of a batch of views."
     check_temperature(temperature)
 
@@ -88,8 +89,8 @@ def _check_float32(model, name: str) -> torch.device:
 @checked
 def pretrain(
     encoder: nn.Module,  # trained in place; or a ContrastiveModel or MomentumContrast as a whole
-    images: Tensor,  # (n, c, h, w) uint8
-    augment: Callable,  # an `Augment`
+    images: Tensor | Dataset,  # (n, c, h, w) uint8; or a data set, whose first part is the picture
+    augment: Callable,  # an `Augment`, or `PerImage` around a transform of torchvision
     *,
     steps: int,
     batch_size: int = 256,
@@ -98,13 +99,14 @@ def pretrain(
     weight_decay: float = 0.05,
     objective: Callable | None = None,  # of the model and its views; None: NT-Xent
     seed: int = 0,
+    workers: int = 0,  # processes that read a data set
     **options,  # of `resumable`: checkpoint, title, each …
 ) -> Run:  # losses, seconds
     "SimCLR (Chen et al. 2020), or MoCo with `match_queue`. Raises `TypeError`, `ValueError`."
     device = _check_plan(encoder, steps, batch_size, lr, weight_decay, objective)
     objective = objective or match_views(temperature)
     plan = dict(batch_size=batch_size, seed=seed)
-    model, stream = _begin(encoder, images, augment, plan, device)
+    model, stream = _begin(encoder, images, augment, plan | dict(workers=workers), device)
     options = _options(options, steps, images, augment, plan | dict(temperature=temperature))
     opt = adamw(model, lr, weight_decay)
     return resumable(model, stream, objective, opt, **options)
@@ -116,8 +118,6 @@ def _check_plan(encoder, steps, batch_size, lr, weight_decay, objective) -> torc
     check_whole(batch_size, "batch_size", 2, why="one picture has nothing to be told from")
     check_number(lr, "lr", above=0)
     check_number(weight_decay, "weight_decay", 0)
-    if not hasattr(encoder, "encoder"):
-        check_model(encoder, "encoder", "encode")
     if hasattr(encoder, "queue") and objective is None:
         raise ValueError("the encoder learns from its queue; expected objective=match_queue()")
     return _check_float32(encoder, "encoder")
@@ -139,11 +139,13 @@ def _begin(encoder, images, augment, plan, device):
     "The model on its device, and from a step to views; what cannot be is refused at once"
     two_views(images, augment, **plan)
     torch.manual_seed(plan["seed"])
-    model = encoder if hasattr(encoder, "encoder") else ContrastiveModel(encoder)
-    model, images = model.to(device, memory_format=memory_order(model)), images.to(device)
+    whole = hasattr(getattr(encoder, "encoder", None), "encode") and not hasattr(encoder, "encode")
+    model = encoder if whole else ContrastiveModel(encoder)
+    model = model.to(device, memory_format=memory_order(model))
+    images = images.to(device) if isinstance(images, Tensor) else images
 
     def stream(start):
-        return two_views(images, augment, **plan, start=start)
+        return (views.to(device) for views in two_views(images, augment, **plan, start=start))
 
     return model, stream
 
@@ -295,7 +297,7 @@ def _pairs(slow, fast) -> list[tuple[Tensor, Tensor]]:
 @checked
 def match_queue(
     temperature: float | Tensor = 0.2,
-) -> Objective:
+) -> Callable:
     "Objective: each first view picks its partner's key among those of the batch and the queue."
     check_temperature(temperature)
 

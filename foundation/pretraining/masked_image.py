@@ -11,13 +11,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..core.checks import check_floats, check_like, check_number, check_sizes, check_whole
 from ..core.checks import checked, got, may_look, precise, refuse_nan
 from ..data.batches import augmented
 from ..layers.block import Block
 from ..layers.embedding import patchify
-from ..models.vit import ViT
+from .patches import open_vit
 from ..core.fingerprint import fingerprint
 from ..training.run import Run, resumable
 from ..training.parameter_groups import make_optimizer
@@ -166,42 +167,41 @@ class PatchDecoder(_DecoderParts):
 class MaskedAutoencoder(nn.Module):
     """A ViT that sees only the visible patches, and a small decoder that paints all of them.
 
-    Raises `TypeError`, `ValueError` for no `ViT` with pool="mean". He et al. 2021, figure 1."""
+    Raises `TypeError`, `ValueError` for what is no ViT, or one of ours with another pool than
+    "mean". He et al. 2021, figure 1."""
 
     @checked
     def __init__(self, encoder: nn.Module, dim: int = 64, depth: int = 2, heads: int = 4):
         super().__init__()
-        pixels = _check_encoder(encoder)["channels"] * encoder.config["patch_size"] ** 2
-        self.encoder = encoder
+        self.encoder = encoder = open_vit(encoder)
+        pixels = encoder.config["channels"] * encoder.config["patch_size"] ** 2
         self.decoder = PatchDecoder(encoder.patches.count, encoder.dim, pixels, dim, depth, heads)
 
     def encode_visible(self, images: Tensor, keep: Tensor) -> Tensor:
         "Features of the visible patches, (b, m, d); the others never enter a block."
         x = self.encoder.embed(images)
-        x = take(x, _check_keep(keep, *x.shape[:2]))
+        first, n = x.shape[1] - self.encoder.patches.count, self.encoder.patches.count
+        keep = _check_keep(keep, len(x), n)
+        x = torch.cat([x[:, :first], take(x[:, first:], keep)], 1)  # class tokens stay
         for block in self.encoder.blocks:
             x = block(x)
-        return self.encoder.norm(x)
+        return self.encoder.norm(x)[:, first:]
 
     def forward(self, images: Tensor, keep: Tensor) -> Tensor:  # -> (b, n, c·p·p)
         return self.decoder(self.encode_visible(images, keep), keep)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #68b88a79
-def _check_encoder(encoder) -> dict:
-    "The sizes of a ViT that can leave tokens out"
-    if not isinstance(encoder, ViT):
-        raise TypeError(f"encoder is {got(encoder)}; expected a ViT: tokens can be left out")
-    if encoder.config["pool"] != "mean":
-        pool, why = encoder.config["pool"], "expected pool='mean', without a class token"
-        raise ValueError(f"encoder pools by {pool!r}; {why}")
-    return encoder.config
-
-
 def _patch_size(model) -> int:
-    config = getattr(getattr(model, "encoder", None), "config", {})
+    config = getattr(getattr(_inside(model), "encoder", None), "config", {})
     if "patch_size" not in config:
         raise TypeError(f"model is {got(model)}; expected a MaskedAutoencoder")
     return config["patch_size"]
+
+
+def _inside(model):
+    "The model itself, out of what compiles or distributes it"
+    model = getattr(model, "module", model)
+    return getattr(model, "_orig_mod", model)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #efc868a4
 @checked
@@ -251,8 +251,8 @@ def masked_patches(
 @checked
 def pretrain(
     model: nn.Module,  # a `MaskedAutoencoder`, trained in place
-    images: Tensor,  # (n, c, h, w) uint8
-    augment: Callable,  # an `Augment`
+    images: Tensor | Dataset,  # (n, c, h, w) uint8; or a data set, whose first part is the picture
+    augment: Callable,  # an `Augment`, or `PerImage` around a transform of torchvision
     *,
     steps: int,
     batch_size: int = 256,
@@ -261,12 +261,13 @@ def pretrain(
     normalise: bool = True,
     weight_decay: float = 0.05,
     seed: int = 0,
+    workers: int = 0,  # processes that read a data set
     **options,  # of `resumable`: checkpoint, title, each …
 ) -> Run:  # losses, seconds
     "Masked autoencoding (He et al. 2021). Raises `TypeError`, `ValueError`."
     device = _check_plan(model, steps, lr, ratio, weight_decay)
     plan = dict(batch_size=batch_size, seed=seed)
-    stream = _begin(images, augment, plan, device)
+    stream = _begin(images, augment, plan | dict(workers=workers), device)
     recipe = plan | dict(ratio=ratio, normalise=normalise)
     options = _options(options, steps, images, augment, recipe)
     rates = dict(lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
@@ -276,7 +277,7 @@ def pretrain(
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #55bef7b6
 def _check_plan(model, steps, lr, ratio, weight_decay) -> torch.device:
     "The device of a model that can be trained as planned"
-    if not isinstance(model, MaskedAutoencoder):
+    if not isinstance(model := _inside(model), MaskedAutoencoder):
         raise TypeError(f"model is {got(model)}; expected a MaskedAutoencoder round the ViT")
     check_whole(steps, "steps", 1)
     _kept(model.encoder.patches.count, ratio)
@@ -293,10 +294,10 @@ def _begin(images, augment, plan, device):
     "From a step to augmented pictures; what cannot be is refused at once"
     augmented(images, augment=augment, **plan)
     torch.manual_seed(plan["seed"])
-    images = images.to(device)
+    images = images.to(device) if isinstance(images, Tensor) else images
 
     def stream(start):
-        return (x for (x,) in augmented(images, augment=augment, **plan, start=start))
+        return (x.to(device) for x, *_ in augmented(images, augment=augment, **plan, start=start))
 
     return stream
 

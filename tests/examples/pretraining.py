@@ -5,13 +5,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torchvision.models import VisionTransformer
 
 from foundation.data.augment import Augment
 from foundation.data.tokenizer import Tokenizer
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
 from foundation.models.vit import ViT
-from foundation.pretraining import contrastive, masked_image, masked_text
+from foundation.pretraining import contrastive, masked_image, masked_text, patches
 
 TEXTS = ["a cat sat", "the dog ran", "an owl", "the cat ran"] * 4
 
@@ -64,6 +65,11 @@ def painter():
     torch.manual_seed(0)
     encoder = ViT(image_size=8, patch_size=4, dim=8, depth=1, heads=2)
     return masked_image.MaskedAutoencoder(encoder, dim=8, depth=1, heads=2)
+
+
+def foreign():
+    torch.manual_seed(0)
+    return VisionTransformer(8, 4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8)
 
 
 def keep(b=2, n=4, m=2):
@@ -162,6 +168,7 @@ EXAMPLES = {
             temperature=0.2,
             weight_decay=0.05,
             objective=None,
+            workers=0,
             **plan(checkpoint=run("contrast")),
         ),
     ),
@@ -185,6 +192,24 @@ EXAMPLES = {
         queued().enqueue,
         dict(keys=randn(3, 6)),
     ),
+    "pretraining.patches.PatchEncoder": lambda: (patches.PatchEncoder, dict(model=foreign())),
+    "pretraining.patches.PatchEncoder.embed": lambda: (
+        patches.PatchEncoder(foreign()).embed,
+        dict(images=randn(2, 3, 8, 8)),
+    ),
+    "pretraining.patches.PatchEncoder.tokens": lambda: (
+        patches.PatchEncoder(foreign()).tokens,
+        dict(images=randn(2, 3, 8, 8)),
+    ),
+    "pretraining.patches.PatchEncoder.encode": lambda: (
+        patches.PatchEncoder(foreign()).encode,
+        dict(images=randn(2, 3, 8, 8)),
+    ),
+    "pretraining.patches.PatchEncoder.norm": lambda: (
+        patches.PatchEncoder(foreign()).norm,
+        dict(x=randn(2, 5, 8)),
+    ),
+    "pretraining.patches.open_vit": lambda: (patches.open_vit, dict(model=foreign())),
     "pretraining.masked_image.take": lambda: (
         masked_image.take,
         dict(x=randn(2, 4, 3), places=keep()),
@@ -233,6 +258,7 @@ EXAMPLES = {
             ratio=0.5,
             normalise=True,
             weight_decay=0.05,
+            workers=0,
             **plan(checkpoint=run("images")),
         ),
     ),
