@@ -6,6 +6,7 @@
 __all__ = ['adamw', 'head_groups', 'layers', 'layer_groups', 'make_optimizer']
 
 # %% ../../nbs/05_training/06_parameter_groups.ipynb #091cf7e8
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ..core.checks import check_choice, check_number, checked
+from ..core.modules import head_of, unwrapped
 from .loop import load_optimizers
 
 # %% ../../nbs/05_training/06_parameter_groups.ipynb #2dcfbe7d
@@ -44,7 +46,7 @@ def _trainable(params):
 # %% ../../nbs/05_training/06_parameter_groups.ipynb #5120a9ff
 @checked
 def head_groups(
-    model: nn.Module,  # with a `head`
+    model: nn.Module,  # with a `head`, or a last layer that `head_of` finds
     lr: float,  # of all but the head
     head_lr: float | None = None,  # None: 10 · lr
 ) -> list[dict]:  # for an optimizer: body, then head, each in the order of the model
@@ -53,16 +55,18 @@ def head_groups(
     A group without parameters is left out. Raises `TypeError`, `ValueError`."""
     check_number(lr, "lr", above=0)
     head_lr = check_number(10 * lr if head_lr is None else head_lr, "head_lr", above=0)
-    last = getattr(model, "head", None)
-    head = set(last.parameters()) if isinstance(last, nn.Module) else set()
-    if not head:
-        raise TypeError(
-            f"{type(model).__name__} has no `head` with parameters; expected one as its last layer"
-        )
+    head = _head_parameters(unwrapped(model))
     params = _trainable(model.parameters())
     body = dict(params=[p for p in params if p not in head], lr=lr)
     head = dict(params=[p for p in params if p in head], lr=head_lr)
     return [group for group in (body, head) if group["params"]]
+
+# %% ../../nbs/05_training/06_parameter_groups.ipynb #c048d4da
+def _head_parameters(net) -> set:
+    "Those of the whole `head`, else of the linear layer that the network ends in"
+    head = getattr(net, "head", None)
+    own = set(head.parameters()) if isinstance(head, nn.Module) else set()
+    return own or set(head_of(net)[1].parameters())
 
 # %% ../../nbs/05_training/06_parameter_groups.ipynb #379f3aca
 @checked
@@ -70,29 +74,59 @@ def layers(
     model: nn.Module,  # its children stand in the order of their work, the head last
 ) -> dict[str, list[nn.Parameter]]:  # from the input to the head; each parameter once
     """The parameters of a model, layer by layer: children, and the members of sequences and lists
-    of modules. Raises `ValueError` for a model of fewer than two layers."""
-    found, seen = {}, set(model.parameters(recurse=False))
-    for name, part in _parts(model):
-        own = [p for p in part.parameters() if p not in seen]
+    of modules, also inside of networks and stages. Raises `ValueError` for fewer than two."""
+    net = unwrapped(model)
+    found, seen = {}, set()
+    for name, params in _parts(net):
+        own = [p for p in dict.fromkeys(params) if p not in seen]
         seen.update(own)
         if own:
             found[name] = own
     if len(found) < 2:
         raise ValueError(
-            f"{type(model).__name__} has {len(found)} layers with parameters; expected a body and a"
+            f"{type(net).__name__} has {len(found)} layers with parameters; expected a body and a"
             " head"
         )
-    found[next(iter(found))] += model.parameters(recurse=False)  # they enter with the input
     return found
 
 # %% ../../nbs/05_training/06_parameter_groups.ipynb #447abb8e
-def _parts(model):
-    "Name and module: the members of each row of modules, then the row itself for what it has left"
-    for name, child in model.named_children():
-        if isinstance(child, (nn.Sequential, nn.ModuleList)):
-            for key, member in child.named_children():
-                yield f"{name}.{key}", member
-        yield name, child
+def _parts(module, path="", row=False):
+    "Names and parameters of the layers; what a module itself holds enters with its first layer"
+    found, children = [], dict(module.named_children())
+    for name, child in children.items():
+        if _opens(child, row, alone=len(children) == 1 and callable(getattr(module, "encode", 0))):
+            found += _parts(child, f"{path}{name}.", row or isinstance(child, _ROWS))
+        else:
+            found.append((f"{path}{name}", [*child.parameters()]))
+    own = [*module.parameters(recurse=False)]
+    first = next((params for _, params in found if params), None)
+    if first is None:
+        return [(path.rstrip("."), own)]
+    first[:] = [p for p in first if not any(p is q for q in own)] + own
+    return found
+
+# %% ../../nbs/05_training/06_parameter_groups.ipynb #989153ef
+_ROWS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _opens(child, row, alone) -> bool:
+    "Whether a child is made of layers and is not one; `row`: it is inside a row already"
+    if isinstance(child, _ROWS):
+        return not row or _of_blocks(child)
+    if row:
+        return any(_of_blocks(part) for part in child.children())
+    wraps = alone or callable(getattr(child, "encode", None))
+    return wraps or any(_of_blocks(part) for part in child.modules())
+
+
+def _of_blocks(module) -> bool:
+    "A row with two members of one kind that have more than one matrix; of a list one is enough"
+    if not isinstance(module, _ROWS):
+        return False
+    large = [m for m in module.children() if sum(p.ndim > 1 for p in m.parameters()) > 1]
+    kinds = Counter(type(m) for m in large)
+    alone = isinstance(module, nn.ModuleList) and len(large) == len(module) == 1
+    return alone or max(kinds.values(), default=0) > 1
 
 # %% ../../nbs/05_training/06_parameter_groups.ipynb #29a34b0c
 @checked
