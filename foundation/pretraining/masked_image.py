@@ -165,10 +165,9 @@ class PatchDecoder(_DecoderParts):
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #9d573ef4
 class MaskedAutoencoder(nn.Module):
-    """A ViT that sees only the visible patches, and a small decoder that paints all of them.
+    """A ViT that sees only the visible patches; a small decoder paints all (He 2021, figure 1).
 
-    Raises `TypeError`, `ValueError` for what is no ViT, or one of ours with another pool than
-    "mean". He et al. 2021, figure 1."""
+    Raises `TypeError`, `ValueError` for what is no ViT, or one of ours whose pool is not "mean"."""
 
     @checked
     def __init__(self, encoder: nn.Module, dim: int = 64, depth: int = 2, heads: int = 4):
@@ -268,10 +267,9 @@ def pretrain(
     device = _check_plan(model, steps, lr, ratio, weight_decay)
     plan = dict(batch_size=batch_size, seed=seed)
     stream = _begin(images, augment, plan | dict(workers=workers), device)
-    recipe = plan | dict(ratio=ratio, normalise=normalise)
-    options = _options(options, steps, images, augment, recipe)
-    rates = dict(lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-    opt = make_optimizer("adamw", model.parameters(), **rates)
+    plan |= dict(ratio=ratio, normalise=normalise)
+    options = _options(options, steps, images, augment, plan)
+    opt = _optimizer(model, lr, weight_decay)
     return resumable(model, stream, masked_patches(ratio, normalise), opt, **options)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #55bef7b6
@@ -285,9 +283,13 @@ def _check_plan(model, steps, lr, ratio, weight_decay) -> torch.device:
     check_number(weight_decay, "weight_decay", 0)
     p = next(model.parameters())
     if p.dtype != torch.float32:
-        why = "expected float32, in which small steps are not lost"
-        raise ValueError(f"weights of the model are {got(p)}; {why}")
+        raise ValueError(f"weights are {got(p)}; expected float32, which keeps small steps")
     return p.device
+
+
+def _optimizer(model, lr, weight_decay):
+    rates = dict(lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    return make_optimizer("adamw", model.parameters(), **rates)
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #c93c5c86
 def _begin(images, augment, plan, device):
@@ -295,11 +297,8 @@ def _begin(images, augment, plan, device):
     augmented(images, augment=augment, **plan)
     torch.manual_seed(plan["seed"])
     images = images.to(device) if isinstance(images, Tensor) else images
-
-    def stream(start):
-        return (x.to(device) for x, *_ in augmented(images, augment=augment, **plan, start=start))
-
-    return stream
+    parts = dict(plan, augment=augment)
+    return lambda start: (x.to(device) for x, *_ in augmented(images, **parts, start=start))
 
 
 def _options(options, steps, images, augment, recipe) -> dict:
