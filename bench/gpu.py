@@ -104,7 +104,8 @@ def measure(name: str, place: Place, results: dict) -> dict:
         part |= dict(status="failed", note=f"{type(error).__name__}: {first}"[:300])
     if place.cuda:
         torch.cuda.empty_cache()
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return part | dict(date=date, seconds=round(time.perf_counter() - began, 2))
 

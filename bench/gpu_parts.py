@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foundation.data.augment import Augment
 from foundation.layers.attention import Attention, KeyValueCache, padding_mask
 
 from bench.gpu_clock import ROOT, Operations, Place, checkpointed, rate, share, spread, turns, waits
@@ -140,11 +139,13 @@ def gpu_train(name: str, place: Place, results: dict):
             )
         )
     flops = f"FLOPs of two examples: {law[0]:.6g} by formula, {law[1]:.6g} counted"
-    return rows, f"{flops}; {task.library}: {said}"
+    return rows, f"{flops}; {said}"
 
 
 def gpu_augment(place: Place, results: dict):
     "Pictures augmented on the device, each with its own numbers, beside torchvision's transforms."
+    from foundation.data.augment import Augment
+
     shapes = place.pick({(1, 28): 4096, (3, 224): 256}, {(1, 28): 8, (3, 32): 4})
     rows, note = (
         [],
@@ -180,6 +181,8 @@ def _their_transform(channels, side):
 
 def gpu_waits(place: Place, results: dict):
     "How often the host waits for the device in a step; between looks at the loss it should be 0."
+    from foundation.data.augment import Augment
+
     rows, steps = [], 5
     for make in TASKS.values():
         task = make(place)
@@ -196,12 +199,15 @@ def gpu_waits(place: Place, results: dict):
                     task.objective(task.model, batch)[0].backward()
         per_step = sum(found.values()) / steps
         rows.append(dict(step=task.name, waits_per_step=per_step, where=dict(found)))
-    images = torch.zeros(8, 1, 28, 28, dtype=torch.uint8, device=place.device)
-    with waits(place) as found:
-        for _ in range(steps):
-            Augment()(images)
-    per_step = sum(found.values()) / steps
-    rows.append(dict(step="augmentation", waits_per_step=per_step, where=dict(found)))
+    images = torch.zeros(8, 3, 28, 28, dtype=torch.uint8, device=place.device)
+    colors = dict(hue=0.1, saturation=0.4, gray=0.2, blur=0.5, mean=(0.5,) * 3, std=(0.3,) * 3)
+    for name, augment in {"augmentation": Augment(), "in color": Augment(**colors)}.items():
+        augment(images)
+        with waits(place) as found:
+            for _ in range(steps):
+                augment(images)
+        per_step = sum(found.values()) / steps
+        rows.append(dict(step=name, waits_per_step=per_step, where=dict(found)))
     how = "as PyTorch tells" if place.cuda else "reads of values on a CPU, of scalars too"
     return rows, f"{how}; the loop's own look at the loss, every 50 steps, is not among them"
 
@@ -346,6 +352,7 @@ def gpu_memory(place: Place, results: dict):
 
 def gpu_simclr_run(place: Place, results: dict):
     "SimCLR on Fashion-MNIST, as the recipe of `resnet_simclr` trains it."
+    from foundation.data.augment import Augment
     from foundation.models.convnets import ResNet
     from foundation.pretraining.contrastive import ContrastiveModel, pretrain
     from foundation.recipes.resnet_simclr import STAGES

@@ -363,7 +363,8 @@ def ways_of(place: Place, task: Task, b: int) -> tuple[dict, str]:
     said = ", ".join(f"{name} {a:.6g} and {b:.6g}" for name, (a, b) in proof.items())
     ways[f"{task.library}"] = plainly(theirs, their_loss)
     ways[f"{task.library}, compiled"] = plainly(compiled(place, theirs), their_loss)
-    return ways, f"{'the same' if same(proof) else 'NOT THE SAME'} with equal weights: {said}"
+    verdict = "the same" if same(proof) else "NOT THE SAME"
+    return ways, f"{task.library}: {verdict} with equal weights: {said}"
 
 
 def fitting(total: float, base: float, each: float, most: int, copies: int = 5) -> int:
