@@ -27,6 +27,7 @@ from ..core.basics import in_order, memory_order
 from ..core.precision import pick_precision
 from ..core.checks import check_labels, check_like, check_number, check_whole
 from ..core.checks import checked, got, refuse_nan
+from .parallel import in_parallel, processes
 
 # %% ../../nbs/05_training/01_loop.ipynb #870812f5
 # (model, batch) -> loss, things worth logging
@@ -69,12 +70,13 @@ def train(
     Raises ValueError or TypeError for what cannot be trained, TrainingDiverged when the loss or the
     norm to be clipped is not finite; the modes of all layers are then as they were."""
     _check_plan(model, objective, opt, steps, schedule, accum, clip, start, check_every)
-    device, stream = next(model.parameters()).device, iter(batches)
+    device = next(model.parameters()).device
     cast, scaler = _half(precision, device, scaler, opt)
     guard = _Guard(1 if device.type == "cpu" else check_every, steps, scaler)
     order = _safe_order(model, opt)
     load_optimizers()
-    with modes_back(model):
+    with modes_back(model), in_parallel(model) as (shared, keep_together):
+        stream = iter(batches)
         for n in range(start, steps):
             model.train()
             _set_rates(opt, schedule, n)
@@ -83,11 +85,12 @@ def train(
             for _ in range(accum):
                 batch = _to(_next(stream, n, steps), device, order)
                 with cast():
-                    part, extra = _judged(objective(model, batch))
+                    part, extra = _judged(objective(shared, batch))
                 scaler.scale(part / accum).backward()
                 loss = loss + part.detach() / accum
             norm = _clip(opt, clip, scaler)
             guard(n, loss, norm, opt)
+            keep_together(n, loss)  # with other processes, if there are any
             scaler.step(opt)  # opt.step(), but for fp16 gradients that overflowed
             scaler.update()
             yield Step(n, loss, opt.param_groups[0].get("lr", math.nan), norm, extra)
@@ -363,9 +366,9 @@ class progress:
     def __init__(self, steps, title, start=0):
         from tqdm.auto import tqdm
 
-        self.bar = tqdm(
-            total=steps, initial=start, desc=title, disable=not title, leave=False, mininterval=0.5
-        )
+        # of several processes one shows it
+        look = dict(desc=title, disable=not title or processes().rank > 0, leave=False)
+        self.bar = tqdm(total=steps, initial=start, mininterval=0.5, **look)
         self.every = max(1, steps // 50)
 
     def __enter__(self):

@@ -27,6 +27,7 @@ from .checkpoint import random_states, restore_random, save_checkpoint
 from ..core.modules import unwrapped
 from .checkpoint import sole_writer
 from .loop import Objective, Step, classify, modes_back, progress, train
+from .parallel import first_one_first, processes, share_luck
 from .parameter_groups import adamw
 
 # %% ../../nbs/05_training/07_run.ipynb #d58291b3
@@ -63,7 +64,9 @@ def resumable(
     check_whole(save_every, "save_every", 1)
     options = _with_scaler(model, options)
     scaler = options.get("scaler")
-    with sole_writer(checkpoint) if checkpoint else nullcontext(), modes_back(model):
+    share_luck()
+    mine = checkpoint if not processes().rank else None  # one process saves
+    with sole_writer(mine) if mine else nullcontext(), modes_back(model):
         if checkpoint:
             plan = _plan(model, objective, opt, steps, recipe, options)
             batches, start, notes = _go_on(checkpoint, model, stream, opt, plan, longer)
@@ -78,11 +81,11 @@ def resumable(
                 bar(step)
                 if each:
                     each(step)
-                if checkpoint and ((step.n + 1) % save_every == 0 or step.n + 1 == steps):
+                if mine and ((step.n + 1) % save_every == 0 or step.n + 1 == steps):
                     losses = [float(loss) for loss in losses]
                     done = dict(losses=losses, seconds=time.perf_counter() - began, recipe=plan)
                     done["scaler"] = scaler and scaler.state_dict()
-                    save_checkpoint(checkpoint, model, opt, step.n + 1, done)
+                    save_checkpoint(mine, model, opt, step.n + 1, done)
     return Run(torch.tensor([float(loss) for loss in losses]), time.perf_counter() - began)
 
 # %% ../../nbs/05_training/07_run.ipynb #a039dcf8
@@ -157,7 +160,8 @@ def _go_on(checkpoint, model, stream, opt, plan, longer):
     first = list(itertools.islice(batches, min(1, plan["steps"])))
     plan["first batch"] = _mark(first)
     try:
-        start, notes = load_checkpoint(checkpoint, model, opt, accept)
+        with first_one_first():
+            start, notes = load_checkpoint(checkpoint, model, opt, accept)
     except BadCheckpoint:
         restore_random(*luck)
         raise
@@ -226,5 +230,7 @@ def fit(
     try:
         resumable(model, lambda start: batches, objective, opt, title=title, each=keep, **options)
     except KeyboardInterrupt:
-        print(f"stopped after {len(losses)} of {steps} steps; the model keeps what it has learnt")
+        said = f"stopped after {len(losses)} of {steps} steps; the model keeps what it has learnt"
+        if not processes().rank:
+            print(said)
     return torch.stack(losses).cpu() if losses else torch.empty(0)

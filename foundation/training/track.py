@@ -24,6 +24,7 @@ from ..core.files import atomic_write
 from ..core.checks import check_whole, checked, got
 from ..core.plots import Picture, plot_curves
 from .loop import Step
+from .parallel import processes
 
 # %% ../../nbs/05_training/05_track.ipynb #103f5c04
 class Log(AbstractContextManager):
@@ -31,7 +32,7 @@ class Log(AbstractContextManager):
     what cannot be logged.
 
     A disk that is full for a moment costs a warning: the lines wait, and none is left half
-    written."""
+    written. Of several processes one writes."""
 
     @checked
     def __init__(
@@ -43,16 +44,21 @@ class Log(AbstractContextManager):
         check_whole(every, "every", 1)
         check_whole(start, "start", 0)
         self.path, self.every, self.rows, self.began = Path(path), every, [], time.perf_counter()
-        self._open(start)
+        if not processes().rank:
+            self._open(start)
 
     def __call__(self, step: Step, **more) -> None:
         "Remember a step, the numbers among its extras, and whatever else is known: accuracy=.9"
+        if processes().rank:
+            return
         self.rows.append(_row(step, more, time.perf_counter() - self.began))
         if len(self.rows) >= self.every:
             self.flush()
 
     def flush(self) -> None:
         "Read what is waiting and write it."
+        if not self.rows:
+            return
         self.rows = [
             {name: v.item() if hasattr(v, "item") else v for name, v in row.items()}
             for row in self.rows
@@ -62,7 +68,8 @@ class Log(AbstractContextManager):
 
     def __exit__(self, *_):
         self.flush()
-        self._close()
+        if not processes().rank:
+            self._close()
 
     def _open(self, start):
         if "\0" in str(self.path):
