@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import check_images, checked
+from ..core.checks import check_images, check_type, checked
 from ..core.modules import unwrapped
 from ..models.vit import ViT
 
@@ -107,7 +107,8 @@ class PatchEncoder(_Parts):
 
     def embed(self, images: Tensor) -> Tensor:  # (b, c, h, w) -> (b, 1 + n, d)
         "Patches with their positions, as they enter the blocks; a class token comes first."
-        return _way_into(self.model)(self.model)[0](check_images(images, kind="floats"))
+        images = check_type(check_images(images, kind="floats"), "images", self)
+        return _way_into(self.model)(self.model)[0](images)
 
     def tokens(self, images: Tensor) -> Tensor:  # (b, c, h, w) -> (b, 1 + n, d)
         "What each token knows after the blocks."

@@ -193,21 +193,9 @@ EXAMPLES = {
         dict(keys=randn(3, 6)),
     ),
     "pretraining.patches.PatchEncoder": lambda: (patches.PatchEncoder, dict(model=foreign())),
-    "pretraining.patches.PatchEncoder.embed": lambda: (
-        patches.PatchEncoder(foreign()).embed,
-        dict(images=randn(2, 3, 8, 8)),
-    ),
-    "pretraining.patches.PatchEncoder.tokens": lambda: (
-        patches.PatchEncoder(foreign()).tokens,
-        dict(images=randn(2, 3, 8, 8)),
-    ),
     "pretraining.patches.PatchEncoder.encode": lambda: (
         patches.PatchEncoder(foreign()).encode,
         dict(images=randn(2, 3, 8, 8)),
-    ),
-    "pretraining.patches.PatchEncoder.norm": lambda: (
-        patches.PatchEncoder(foreign()).norm,
-        dict(x=randn(2, 5, 8)),
     ),
     "pretraining.patches.open_vit": lambda: (patches.open_vit, dict(model=foreign())),
     "pretraining.masked_image.take": lambda: (
