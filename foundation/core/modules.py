@@ -33,6 +33,9 @@ def head_of(model: nn.Module) -> tuple[str, nn.Linear]:  # its full name, and th
     net = unwrapped(model)
     last = net.get_classifier() if callable(getattr(net, "get_classifier", None)) else None
     parts = [last, *(getattr(net, name, None) for name in _HEADS)]
+    parts = (
+        [] if isinstance(last, (tuple, list)) else parts
+    )  # timm: two heads, one of them distilled
     for part in filter(lambda part: isinstance(part, nn.Module), parts):
         learns = [m for m in part.modules() if [*m.parameters(recurse=False)]]
         if learns and isinstance(learns[-1], nn.Linear):

@@ -21,12 +21,12 @@ from ..core.modules import head_of, unwrapped
 from .card import BadWeights
 
 # %% ../../nbs/04_models/07_outside.ipynb #fe84593b
-def _without(model, path):
-    "The same network, with nothing in the place of one layer; weights and layers are shared"
+def _without(model, path, instead=None):
+    "The same network, one layer of it exchanged; all others, and their weights, are shared"
     name, _, rest = path.partition(".")
     view = copy.copy(model)
     view._modules = dict(model._modules)
-    view._modules[name] = _without(model._modules[name], rest) if rest else nn.Identity()
+    view._modules[name] = _without(model._modules[name], rest, instead) if rest else instead
     return view
 
 # %% ../../nbs/04_models/07_outside.ipynb #c8ed0b1a
@@ -68,16 +68,22 @@ def _check_channels(model, x):
 
 # %% ../../nbs/04_models/07_outside.ipynb #18a2bd13
 class _PictureEncoder(nn.Module):
-    "Pictures (b, c, h, w) → features (b, dim): what the last layer of `model` reads"
+    "Pictures (b, c, h, w) → features (b, dim), which `model` gives"
 
-    def __init__(self, model, head, dim=None):
+    def __init__(self, model, dim=None):
         super().__init__()
-        self.model, self.head_name, self.dim = model, head, dim
+        self.model, self.dim = model, dim
 
     def encode(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             _check_channels(self.model, check_images(x, "x", kind="floats"))
-        return _vector((_without(self.model, self.head_name) if self.head_name else self.model)(x))
+        out = _vector(self.model(x))
+        if self.dim not in (None, out.shape[1]):
+            raise TypeError(
+                f"{type(self.model).__name__} gave {got(out)}; expected {self.dim} features as its "
+                f"settings say{_OWN}"
+            )
+        return out
 
     def forward(self, x):
         return self.encode(x)
@@ -93,12 +99,14 @@ class _TextEncoder(nn.Module):
                 f"{type(model).__name__} reads and writes; expected what reads alone, "
                 "as in as_encoder(model.get_encoder())"
             )
-        self.model, self.dim = model, model.config.hidden_size
+        body = getattr(model, "base_model", model)  # below the head
+        reads = getattr(body, "pooler", None) is not None  # only the first token; not learnt then
+        self.model = _without(body, "pooler") if reads else body
+        self.dim = model.config.hidden_size
 
     def encode(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         mask = None if real is None else real.long()
-        body = getattr(self.model, "base_model", self.model)
-        return body(tokens, attention_mask=mask).last_hidden_state
+        return self.model(tokens, attention_mask=mask).last_hidden_state
 
     def forward(self, tokens, real=None):
         return self.encode(tokens, real)
@@ -109,7 +117,8 @@ def as_encoder(
     model: nn.Module,  # torchvision, timm, transformers, or any that gives (b, d) or (b, d, h, w)
     example: Tensor | None = None,  # inputs to find the width by, where no setting says it
 ) -> nn.Module:
-    """A module with `encode` and `dim` that shares the weights of `model`, its attribute `model`.
+    """A module with `encode` and `dim`; its attribute `model` is the network without its last
+    layer, and shares all else with it.
 
     Pictures (b, c, h, w) → (b, dim); texts: tokens, mask (b, n) → (b, n, dim). What has both comes
     back as it is. Raises `TypeError` for what does not fit, and says how to adapt it."""
@@ -122,9 +131,9 @@ def as_encoder(
         return _TextEncoder(net)
     try:
         name, head = head_of(net)
-        encoder = _PictureEncoder(net, name, head.in_features)
+        encoder = _PictureEncoder(_without(net, name, nn.Identity()), head.in_features)
     except TypeError:
-        encoder = _PictureEncoder(net, None, _known_width(net))
+        encoder = _PictureEncoder(net, _known_width(net))
     if example is not None or encoder.dim is None:
         encoder.dim = _measured(encoder, example)
     return encoder
