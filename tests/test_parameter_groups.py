@@ -161,7 +161,7 @@ REFUSALS = {
     "lr is 0.0; expected a finite number above 0": lambda: head_groups(Loose(), 0),
     "lr is nan": lambda: head_groups(Loose(), float("nan")),
     "head_lr is -1.0; expected": lambda: head_groups(Loose(), 1e-3, -1),
-    "Linear has no `head` with parameters": lambda: head_groups(nn.Linear(2, 2), 1e-3),
+    "Linear has no linear `head`": lambda: head_groups(nn.Linear(2, 2), 1e-3),
     "lr is inf": lambda: layer_groups(Loose(), float("inf")),
     "decay is 1.5": lambda: layer_groups(Loose(), 1e-3, 1.5),
     "head_lr is 0": lambda: layer_groups(Loose(), 1e-3, 0.5, 0),

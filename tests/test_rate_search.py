@@ -357,7 +357,7 @@ def test_a_head_tied_to_the_body_is_in_one_group():
     groups = optimizer("adamw", model, 1e-3).param_groups
     ids = [id(p) for group in groups for p in group["params"]]
     assert len(ids) == len(set(ids)) == len([*model.parameters()])
-    with pytest.raises(TypeError, match="no `head` with parameters"):
+    with pytest.raises(TypeError, match="no linear `head`"):
         optimizer("sgd", nn.ModuleDict(dict(head=nn.Identity(), body=nn.Linear(2, 2))), 1.0)
 
 

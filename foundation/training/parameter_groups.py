@@ -91,7 +91,7 @@ def layers(
 
 # %% ../../nbs/05_training/06_parameter_groups.ipynb #447abb8e
 def _parts(module, path="", row=False):
-    "Names and parameters of the layers; what a module itself holds enters with its first layer"
+    "Names and parameters of the layers; what a network itself holds enters with its first layer"
     found, children = [], dict(module.named_children())
     for name, child in children.items():
         if _opens(child, row, alone=len(children) == 1 and callable(getattr(module, "encode", 0))):
@@ -100,8 +100,8 @@ def _parts(module, path="", row=False):
             found.append((f"{path}{name}", [*child.parameters()]))
     own = [*module.parameters(recurse=False)]
     first = next((params for _, params in found if params), None)
-    if first is None:
-        return [(path.rstrip("."), own)]
+    if first is None or isinstance(module, _ROWS):
+        return found + [(path.rstrip("."), own)]
     first[:] = [p for p in first if not any(p is q for q in own)] + own
     return found
 
