@@ -140,6 +140,7 @@ def _begin(encoder, images, augment, plan, device):
     two_views(images, augment, **plan)
     torch.manual_seed(plan["seed"])
     whole = hasattr(getattr(encoder, "encoder", None), "encode") and not hasattr(encoder, "encode")
+    whole = whole or isinstance(encoder, ContrastiveModel)
     model = encoder if whole else ContrastiveModel(encoder)
     model = model.to(device, memory_format=memory_order(model))
     images = images.to(device) if isinstance(images, Tensor) else images
