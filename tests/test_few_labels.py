@@ -75,7 +75,7 @@ def test_a_run_is_adamw_with_warmup_cosine_and_clipping():
 @pytest.mark.parametrize(
     "model, options, error, says",
     [
-        (nn.ReLU(), dict(lr=0.1), TypeError, "has no `head`"),
+        (nn.ReLU(), dict(lr=0.1), TypeError, "has no linear `head`"),
         (Headed(), dict(lr=0.0), ValueError, "lr is 0.0"),
         (Headed(), dict(lr=0.1, steps=0), ValueError, "steps is 0"),
     ],
