@@ -195,7 +195,7 @@ def _own_luck(device, rank):
         generators.append(torch.cuda.default_generators[device.index])
     before = [g.get_state() for g in generators]
     for g, state in zip(generators, before):
-        g.manual_seed(zlib.crc32(state.numpy()) + 2**32 * rank)
+        g.manual_seed(zlib.crc32(state.numpy(), rank))
     begun = [g.get_state() for g in generators]
     yield
     for g, state, own in zip(generators, before, begun):
@@ -217,7 +217,9 @@ class SplitBatch(nn.Module):
 
     def forward(self, *args, **kwargs):
         rank, count = processes()
-        rows = next((len(t) for t in tree_leaves((args, kwargs)) if _has_rows(t)), None)
+        rows = next((len(t) for t in tree_leaves((args, kwargs)) if _has_rows(t)), 0)
+        if rows < count:  # a row that cannot be cut: each process computes it, the average is it
+            return self._averaged(args, kwargs)(*args, **kwargs)
 
         def part(x):
             return x.tensor_split(count)[rank] if _has_rows(x) and len(x) == rows else x
