@@ -159,7 +159,7 @@ def _norm_all(norm, x):
     x = (centred * (variance + norm.eps).rsqrt().view(shape)).to(x.dtype)
     return x if norm.weight is None else x * norm.weight.view(shape) + norm.bias.view(shape)
 
-
+# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2001
 @contextmanager
 def _norms_together(net):
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
@@ -187,7 +187,7 @@ def share_luck() -> None:
     random.setstate(luck[2])
     np.random.set_state(luck[3])
 
-
+# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2002
 @contextmanager
 def _own_luck(device, rank):
     generators = [torch.default_generator]
@@ -205,15 +205,25 @@ def _own_luck(device, rank):
             torch.rand((), device=g.device, generator=g)
 
 # %% ../../nbs/05_training/00_parallel.ipynb #31ddc769
-class SplitBatch(nn.Module):
-    """A network whose rows are computed by all processes: each takes its part of the batch, through
-    PyTorch's `DistributedDataParallel`, and all get the answers for the whole of it.
-
-    Its methods and attributes are the network's; only calling it is shared out."""
+class _Borrowing(nn.Module):
+    "Its methods and attributes are those of the network inside"
 
     def __init__(self, net: nn.Module):
         super().__init__()
         self._orig_mod, self._learning = net, None  # the name by which `unwrapped` finds it
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_orig_mod"), name)
+
+# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2005
+class SplitBatch(_Borrowing):
+    """A network whose rows are computed by all processes: each takes its part of the batch, through
+    PyTorch's `DistributedDataParallel`, and all get the answers for the whole of it.
+
+    Its methods and attributes are the network's; only calling it is shared out."""
 
     def forward(self, *args, **kwargs):
         rank, count = processes()
@@ -228,12 +238,6 @@ class SplitBatch(nn.Module):
         with _norms_together(self._orig_mod), _own_luck(_device(self._orig_mod), rank):
             out = self._averaged(args, kwargs)(*args, **kwargs)
         return tree_map(lambda x: gather_rows(x) if isinstance(x, Tensor) else x, out)
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("_orig_mod"), name)
 
 # %% ../../nbs/05_training/00_parallel.ipynb #4077f766
 def _has_rows(x):
@@ -259,7 +263,7 @@ def _some_idle(net, args, kwargs):
     used = {id(node.variable) for node in seen if hasattr(node, "variable")}
     return any(p.requires_grad and id(p) not in used for p in net.parameters())
 
-
+# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2003
 def _averaged(self, args, kwargs):
     "The network whose gradients are averaged, anew when other weights learn than before"
     net = self._orig_mod
@@ -273,7 +277,7 @@ def _averaged(self, args, kwargs):
             self.__dict__["_ddp"] = ddp  # no module of this one: its names stay the network's
     return self.__dict__.get("_ddp", net)
 
-
+# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2004
 def _release(self):
     "From now on the network's gradients are its own again"
     if ddp := self.__dict__.pop("_ddp", None):

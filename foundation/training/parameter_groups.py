@@ -64,7 +64,7 @@ def head_groups(
 # %% ../../nbs/05_training/06_parameter_groups.ipynb #c048d4da
 def _head_parameters(net) -> set:
     "Those of the whole `head`, else of the linear layer that the network ends in"
-    head = getattr(net, "head", None)
+    head = getattr(net, "head", None) if not hasattr(net, "get_classifier") else None  # timm's
     own = set(head.parameters()) if isinstance(head, nn.Module) else set()
     return own or set(head_of(net)[1].parameters())
 

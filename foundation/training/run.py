@@ -155,8 +155,7 @@ def _go_on(checkpoint, model, stream, opt, plan, longer):
     def accept(name, state):
         _check_plan(name, state, plan, longer, lambda: check_fit(state, model, opt, name))
 
-    luck = random_states()
-    batches = _begun(stream, 0)
+    luck, batches = random_states(), _begun(stream, 0)
     first = list(itertools.islice(batches, min(1, plan["steps"])))
     plan["first batch"] = _mark(first)
     try:
