@@ -564,7 +564,7 @@ def test_a_probe_is_fitted_inside_no_grad_and_keeps_none(table):
         (lambda m: nn.utils.parametrizations.spectral_norm(m.head), "no plain parameter"),
         (lambda m: prune.random_unstructured(m.head, "weight", 0.5), "no plain parameter"),
         (lambda m: setattr(m, "head", nn.Linear(4, 3, bias=False)), "no plain parameter"),
-        (lambda m: setattr(m, "head", nn.Identity()), "without a `head`"),
+        (lambda m: setattr(m, "head", nn.Identity()), "no linear `head`"),
         (lambda m: setattr(m.other, "weight", m.head.weight), "shares its weight with 'other'"),
     ],
 )

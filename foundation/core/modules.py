@@ -48,7 +48,7 @@ def head_of(model: nn.Module) -> tuple[str, nn.Linear]:  # its full name, and th
 # %% ../../nbs/00_core/07_modules.ipynb #ad9d8ba8
 @checked
 def logits_of(
-    model: nn.Module,  # gives a tensor, or has it under `logits`, or first in a tuple
+    model: nn.Module,  # gives a tensor, or has one under `logits`
     inputs: Tensor,  # pictures, or tokens (b, n)
 ) -> Tensor:
     """What a network answers, as a plain tensor; padding is masked for networks of transformers.
@@ -59,8 +59,6 @@ def logits_of(
     out = model(inputs) if padding is None else model(inputs, attention_mask=inputs != padding)
     if isinstance(out, Mapping):
         out = out.get("logits")
-    while isinstance(out, (tuple, list)) and out:
-        out = out[0]
     if not isinstance(out, Tensor):
         raise TypeError(
             f"{type(unwrapped(model)).__name__} gave {got(out)}; expected logits: a tensor, or an "

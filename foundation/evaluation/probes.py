@@ -14,23 +14,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.checks import check_floats, check_images, check_labels, check_model
+from ..core.checks import check_floats, check_images, check_labels
 from ..core.checks import check_number, check_whole, checked, got, precise
-from .scores import in_batches
+from ..core.modules import head_of, unwrapped
+from .scores import in_batches, predict
+from ..models.bert import mean_tokens
+from ..models.outside import as_encoder, without_last
 from ..training.loop import load_optimizers
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #0a943be5
 @checked
 def encode_all(
-    model: nn.Module,  # with `encode`: (b, ...) -> (b, d)
+    model: nn.Module,  # with `encode`: (b, ...) -> (b, d), or one that `as_encoder` knows
     images: Tensor,  # (n, c, h, w), or any (n, ...) that the model takes
     batch_size: int = 512,
     precision: str = "fp32",  # or "bf16": autocast
     transform: Callable[[Tensor], Tensor] | None = None,  # done to a batch first, as `to_float`
 ) -> Tensor:  # features (n, d) float32, on the CPU
     "The features of a whole set, in eval mode, without gradients; the model comes back as it was."
-    check_model(model, "model", "encode")
-    return in_batches(model.encode, model, images, batch_size, precision, transform)
+    encode = _encode_of(unwrapped(model))
+    return in_batches(encode, model, images, batch_size, precision, transform)
+
+# %% ../../nbs/06_evaluation/02_probes.ipynb #9b8e083a
+def _encode_of(net) -> Callable:
+    "The `encode` of a network, or of the encoder it makes; of a text the mean of its real tokens"
+    if callable(getattr(net, "encode", None)):
+        return net.encode
+    encoder = as_encoder(net)
+    if getattr(net, "main_input_name", None) != "input_ids":
+        return encoder.encode
+    padding = -1 if net.config.pad_token_id is None else net.config.pad_token_id
+
+    def encode(tokens):
+        real = tokens != padding
+        return mean_tokens(encoder.encode(tokens, real), real)
+
+    return encode
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #8fb7aca2
 @checked
@@ -227,33 +246,36 @@ def pca(
 # %% ../../nbs/06_evaluation/02_probes.ipynb #ac6f9622
 @checked
 def fit_head(
-    model: nn.Module,  # has `encode` and a linear `head`, which is replaced in place
+    model: nn.Module,  # ends in a linear layer with a bias, which is set in place
     images: Tensor,  # (n, c, h, w) float, as the model takes them
     labels: Tensor | Sequence[int],  # (n,), every class among them
     l2: float = 1.0,  # strength of the penalty, see `fit_linear`
 ) -> nn.Module:
     "Set the head to the logistic regression on the model's features; returns the model."
-    k = _check_head(model).out_features
+    head = _check_head(unwrapped(model))
+    k = head.out_features
     labels = check_labels(labels, "labels", k, (len(images),))
     seen = len(torch.unique(labels))
     if seen != k:
         raise ValueError(
             f"labels hold {seen} classes; the head has {k} outputs, so expected all {k} among them"
         )
-    probe = fit_linear(encode_all(model, images), labels, l2)
+    own = callable(getattr(unwrapped(model), "encode", None))
+    features = encode_all(model, images) if own else predict(without_last(model), images)
+    probe = fit_linear(features, labels, l2)
     weight = probe.weight / probe.scale  # the probe's standardisation moves into the head
     with torch.no_grad():
-        model.head.weight.copy_(weight)
-        model.head.bias.copy_(probe.bias - weight @ probe.mean)
+        head.weight.copy_(weight)
+        head.bias.copy_(probe.bias - weight @ probe.mean)
     return model
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #c86b48e1
 def _check_head(model) -> nn.Module:
     "The model's head: a linear layer whose weight is its own and can be written into"
     head = getattr(model, "head", None)
-    if not isinstance(head, nn.Module) or next(head.parameters(), None) is None:
-        why = "expected a last layer of this name"
-        raise TypeError(f"model is {got(model)} without a `head` that learns; {why}")
+    learns = isinstance(head, nn.Module) and next(head.parameters(), None) is not None
+    if not learns or hasattr(model, "get_classifier"):  # timm's `head` may hold a norm too
+        head = head_of(model)[1]
     own = [name for name, p in head.named_parameters(recurse=False)]
     if not isinstance(head, nn.Linear) or sorted(own) != ["bias", "weight"]:
         raise TypeError(

@@ -7,7 +7,7 @@ __all__ = ['train_epoch', 'evaluate', 'thaw', 'thawed', 'frozen_norms', 'finetun
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #21a78b83
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -18,11 +18,12 @@ from ..core.basics import evaluating, freeze, unfreeze
 from ..core.checks import check_images, check_labels, check_number, check_rows
 from ..core.checks import check_shares, check_sizes, check_whole, checked, got
 from ..core.fingerprint import fingerprint
+from ..core.modules import head_of, logits_of
 from ..data.batches import augmented
 from ..data.own import check_classes
 from ..evaluation.scores import accuracy
 from ..training.loop import Step, classify, train
-from ..training.parameter_groups import layer_groups, layers
+from ..training.parameter_groups import head_groups, layer_groups, layers
 from ..training.run import resumable
 from ..training.schedules import warmup_cosine
 
@@ -43,7 +44,8 @@ def train_epoch(
         check_classes(dataset.labels, model)
     alone = count > 1 and batch_size > 1 and count % batch_size == 1
     loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=alone, collate_fn=_stack)
-    losses = [step.loss for step in train(model, loader, classify, optimizer, steps=len(loader))]
+    run = train(model, loader, _classify_answers, optimizer, steps=len(loader))
+    losses = [step.loss for step in run]
     return torch.stack(losses).mean().item()
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #9d3b4994
@@ -62,7 +64,9 @@ def evaluate(
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     with evaluating(model):
         for images, labels in DataLoader(dataset, batch_size, collate_fn=_stack):
-            right += round(accuracy(model(images.to(device)).cpu(), labels) * len(labels))
+            right += round(
+                accuracy(logits_of(model, images.to(device)).cpu(), labels) * len(labels)
+            )
     return right / count
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #f3efc7dd
@@ -100,6 +104,20 @@ def _stack(items: list[dict]) -> tuple[Tensor, Tensor]:  # (b, c, h, w), (b,)
             " resize in the transform"
         )
     return torch.stack(images), check_labels([item["label"] for item in items])
+
+
+def _classify_answers(model, batch):
+    "`classify` for whatever a network packs its logits in"
+    return classify(_Answers(model), batch)
+
+
+class _Answers(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs):
+        return logits_of(self.model, inputs)
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #38bdff6f
 @checked
@@ -152,10 +170,13 @@ def frozen_norms(
     def let_go(norm, inputs, output):
         norm.training = before.pop(norm, norm.training)
 
+    compiled = any(m._compiled_call_impl or hasattr(m, "_orig_mod") for m in model.modules())
+    plain = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     hooks = [norm.register_forward_pre_hook(hold) for norm in norms]
     hooks += [norm.register_forward_hook(let_go, always_call=True) for norm in norms]
     try:
-        yield model
+        with plain:  # a compiled network does not see hooks that come later
+            yield model
     finally:
         for hook in hooks:
             hook.remove()
@@ -165,9 +186,9 @@ def frozen_norms(
 # %% ../../nbs/08_finetuning/01_loop.ipynb #21116cb5
 @checked
 def finetune(
-    model: nn.Module,  # trained in place; has a linear `head`
-    images: Tensor,  # (n, c, h, w) uint8
-    labels: Tensor | Sequence,  # (n,) whole numbers
+    model: nn.Module,  # trained in place; ours, or one whose last layer `head_of` finds
+    images: Tensor | Dataset,  # (n, c, h, w) uint8; or a data set of (picture, label)
+    labels: Tensor | Sequence | None,  # (n,) whole numbers; None for a data set
     augment: Callable,  # (images, generator) -> floats, as `Augment`
     *,
     steps: int,
@@ -186,22 +207,23 @@ def finetune(
 
     What is frozen afterwards is what was before, after an error or Ctrl-C too. Raises `ValueError`,
     `TypeError`; `BadCheckpoint` for one of other data or settings."""
-    labels = _check_run(model, images, labels, lr, head_lr, gradual)
+    data = _check_data(model, images, labels)
+    _check_rates(model, lr, head_lr, gradual)
     check_sizes(steps=steps, batch_size=batch_size)
     check_shares(smoothing=smoothing)
     check_number(decay, "decay", above=0, most=1)
     check_number(weight_decay, "weight_decay", 0)
     device, count = next(model.parameters()).device, len(layers(model))
-    images, labels = images.to(device), labels.to(device)
-    plan = dict(augment=augment, batch_size=min(batch_size, len(labels)), seed=seed)
+    data = [part.to(device) if isinstance(part, Tensor) else part for part in data]
+    plan = dict(augment=augment, batch_size=min(batch_size, len(data[0])), seed=seed)
     if options.get("checkpoint"):
-        own = plan | dict(data=fingerprint(images, labels), augment=fingerprint(augment))
+        own = plan | dict(data=fingerprint(*data), augment=fingerprint(augment))
         options["recipe"] = (options.get("recipe") or {}) | own | dict(gradual=gradual)
 
     def stream(start):
         if gradual:
             thaw(model, thawed(start, steps, count))
-        return augmented(images, labels, start=start, **plan)
+        return augmented(*data, start=start, **plan)
 
     def after(step):
         if gradual:
@@ -218,15 +240,26 @@ def finetune(
         return run.losses
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #88a2edca
-def _check_run(model, images, labels, lr, head_lr, gradual) -> Tensor:
-    "The labels as int64, if model, pictures, labels and rates go together"
-    if not isinstance(getattr(model, "head", None), nn.Module):
-        raise TypeError(
-            f"{type(model).__name__} has no `head`; expected a model whose last layer is called so"
-        )
+def _check_data(model, images, labels) -> tuple:
+    "Pictures and int64 labels, or one data set, if model, pictures and labels go together"
+    head_of(model)
+    if isinstance(images, Dataset):
+        if labels is not None:
+            raise ValueError("a data set has its labels with its pictures; expected labels=None")
+        known = getattr(images, "labels", getattr(images, "targets", None))
+        if known is not None:
+            check_classes(known, model)
+        return (images,)
+    if labels is None:
+        raise TypeError("labels are None; expected a label for each picture, or a data set")
     check_images(images, "images", kind="bytes")
     labels = check_classes(labels, model)
     check_rows(images=images, labels=labels)
+    return images, labels
+
+
+def _check_rates(model, lr, head_lr, gradual) -> None:
+    "Refuse rates that do not go together, and what cannot be frozen any more"
     check_number(lr, "lr", 0)
     if head_lr is not None:
         check_number(head_lr, "head_lr", above=0)
@@ -236,7 +269,11 @@ def _check_run(model, images, labels, lr, head_lr, gradual) -> Tensor:
         )
     if gradual and not lr:
         raise ValueError("lr is 0, which freezes the body; gradual unfreezing needs a rate above 0")
-    return labels
+    if (gradual or not lr) and getattr(model, "find_unused_parameters", True) is False:
+        raise ValueError(
+            "the model waits for the gradient of every parameter, and some are frozen; expected"
+            " DistributedDataParallel(model, find_unused_parameters=True)"
+        )
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #24221aaa
 @contextmanager
@@ -252,12 +289,17 @@ def _frozen_as_before(model: nn.Module) -> Iterator[nn.Module]:
 
 def _classify(smoothing, model, batch):
     x, y = batch
-    return nn.functional.cross_entropy(model(x).float(), y, label_smoothing=smoothing), {}
+    loss = nn.functional.cross_entropy(logits_of(model, x).float(), y, label_smoothing=smoothing)
+    return loss, {}
 
 
 def _groups(model, lr, head_lr, decay) -> list[dict]:
     "Parameter groups of a run; what has none is frozen"
-    if not lr:
-        freeze(model)
-        return [dict(params=list(unfreeze(model.head).parameters()), lr=head_lr)]
-    return layer_groups(unfreeze(model), lr, decay, head_lr or 10 * lr)
+    unfreeze(model)
+    if lr:
+        return layer_groups(model, lr, decay, head_lr or 10 * lr)
+    head = head_groups(model, head_lr, head_lr)[-1]
+    freeze(model)
+    for p in head["params"]:
+        p.requires_grad_(True)
+    return [head]
