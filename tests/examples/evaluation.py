@@ -74,6 +74,10 @@ EXAMPLES = {
         ),
     ),
     "evaluation.scores.accuracy": lambda: (scores.accuracy, dict(logits=logits(), labels=labels())),
+    "evaluation.scores.top_k_accuracy": lambda: (
+        scores.top_k_accuracy,
+        dict(logits=logits(), labels=labels(), top=2),
+    ),
     "evaluation.scores.wilson_interval": lambda: (
         scores.wilson_interval,
         dict(correct=3, total=7, level=0.95),
