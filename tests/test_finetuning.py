@@ -30,7 +30,8 @@ from foundation.training.checkpoint import BadCheckpoint
 from foundation.training.schedules import warmup_cosine
 from foundation.data.images import ImageDataset
 from foundation.data.own import check_classes, check_disjoint, number_labels, read_image
-from foundation.finetuning.loop import evaluate, finetune, frozen_norms, thaw, thawed, train_epoch
+from foundation.finetuning.epochs import evaluate, train_epoch
+from foundation.finetuning.loop import finetune, frozen_norms, thaw, thawed
 from foundation.models.heads import replace_head
 from foundation.models.outside import load_vgg
 from foundation.recipes.resnet_fashion import ARMS, PHOTO_ARMS

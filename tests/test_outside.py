@@ -14,7 +14,8 @@ from foundation.data.augment import Augment
 from foundation.data.images import ImageDataset
 from foundation.evaluation.probes import encode_all, fit_head, knn_accuracy, linear_probe
 from foundation.evaluation.scores import accuracy, predict
-from foundation.finetuning.loop import evaluate, finetune, frozen_norms, thaw, train_epoch
+from foundation.finetuning.epochs import evaluate, train_epoch
+from foundation.finetuning.loop import finetune, frozen_norms, thaw
 from foundation.finetuning.rate_search import range_test
 from foundation.models.convnets import ResNet
 from foundation.models.heads import Classifier, TextClassifier, replace_head

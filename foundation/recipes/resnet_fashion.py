@@ -22,7 +22,8 @@ from ..evaluation.probes import fit_head
 from ..evaluation.scores import accuracy, predict
 from ..data.tasks import image_task
 from ..evaluation.study import Study
-from ..finetuning.loop import finetune, frozen_norms, train_epoch
+from ..finetuning.epochs import train_epoch
+from ..finetuning.loop import finetune, frozen_norms
 from ..models.convnets import ResNet
 from ..models.heads import replace_head
 from ..models.card import WEIGHTS

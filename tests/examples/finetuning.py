@@ -13,7 +13,7 @@ from foundation.data.augment import Augment
 from foundation.data import own
 from foundation.data.images import ImageDataset, ImageSet
 from foundation.data.tasks import Task
-from foundation.finetuning import adapters, loop, lora, rate_search, search, targets
+from foundation.finetuning import adapters, epochs, loop, lora, rate_search, search, targets
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
@@ -109,7 +109,7 @@ def restored():
 
 def epoch(batch_size):
     model = net()
-    return loop.train_epoch, dict(
+    return epochs.train_epoch, dict(
         model=model, dataset=dataset(), batch_size=batch_size, optimizer=sgd(model)
     )
 
@@ -186,9 +186,9 @@ EXAMPLES = {
         own.check_disjoint,
         dict(train=pixels()[:3], dev=pixels()[3:]),
     ),
-    "finetuning.loop.train_epoch": lambda: epoch(2),
-    "finetuning.loop.evaluate": lambda: (
-        loop.evaluate,
+    "finetuning.epochs.train_epoch": lambda: epoch(2),
+    "finetuning.epochs.evaluate": lambda: (
+        epochs.evaluate,
         dict(model=net(), dataset=dataset(), batch_size=4),
     ),
     "finetuning.loop.thaw": lambda: (loop.thaw, dict(model=net(), count=1)),
