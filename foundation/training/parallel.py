@@ -135,11 +135,13 @@ class _AllSum(torch.autograd.Function):
 
 def _moments(x, axes, shape):
     "Centred rows, mean, variance and number of entries, over all processes"
-    entries = x.new_tensor([x.numel() / x.shape[1]])
-    sums = _AllSum.apply(torch.cat([x.sum(axes), entries]))
-    mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+    sums = x.sum(axes, dtype=torch.float64)  # of many rows
+    entries = sums.new_tensor([x.numel() / x.shape[1]])
+    sums = _AllSum.apply(torch.cat([sums, entries]))
+    count, mean = sums[-1].detach(), (sums[:-1] / sums[-1]).to(x.dtype)
     centred = x - mean.view(shape)
-    return centred, mean, _AllSum.apply(centred.square().sum(axes)) / count, count
+    squares = centred.square().sum(axes, dtype=torch.float64)
+    return centred, mean, (_AllSum.apply(squares) / count).to(x.dtype), count
 
 # %% ../../nbs/05_training/00_parallel.ipynb #59a045b0
 def _norm_all(norm, x):
