@@ -28,15 +28,13 @@ from foundation.core.basics import seed_everything
 from foundation.data.batches import endless
 from foundation.training import checkpoint
 from foundation.training.checkpoint import (
-    BadCheckpoint,
     _encode,
     load_checkpoint,
     read_checkpoint,
-    restore,
     save_checkpoint,
-    snapshot,
     sole_writer,
 )
+from foundation.training.state import BadCheckpoint, restore, snapshot
 from foundation.training.loop import classify, train
 from foundation.training.parameter_groups import adamw
 from foundation.training.run import resumable

@@ -22,7 +22,7 @@ from foundation.compression.distillation import (
 from foundation.data.augment import Augment
 from foundation.models.convnets import ConvNet
 from foundation.objectives.divergence import distillation_loss
-from foundation.training.checkpoint import BadCheckpoint
+from foundation.training.state import BadCheckpoint
 from foundation.training.schedules import one_cycle
 
 

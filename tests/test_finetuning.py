@@ -26,7 +26,7 @@ from foundation.evaluation.scores import predict
 from foundation.finetuning import loop
 from foundation.recipes import resnet_fashion
 from foundation.training import parameter_groups
-from foundation.training.checkpoint import BadCheckpoint
+from foundation.training.state import BadCheckpoint
 from foundation.training.schedules import warmup_cosine
 from foundation.data.images import ImageDataset
 from foundation.data.own import check_classes, check_disjoint, number_labels, read_image

@@ -49,7 +49,7 @@ from foundation.models.pretrained import load_weights
 from foundation.models.vit import ViT
 from foundation.recipes import vgg_pruned, vgg_supervised
 from foundation.recipes.vgg_pruned import SLIM, compare_pruning, recover, slim_vgg
-from foundation.training.checkpoint import BadCheckpoint
+from foundation.training.state import BadCheckpoint
 
 
 def make_net():

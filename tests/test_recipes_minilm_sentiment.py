@@ -28,7 +28,7 @@ from foundation.recipes.minilm_sentiment import (
     train_texts,
     usual_texts,
 )
-from foundation.training.checkpoint import BadCheckpoint
+from foundation.training.state import BadCheckpoint
 from foundation.training.loop import classify
 
 

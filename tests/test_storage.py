@@ -44,7 +44,7 @@ from foundation.models.card import BadWeights, WEIGHTS, read_card
 from foundation.models.pretrained import load_weights
 from foundation.recipes import vgg_compressed
 from foundation.recipes.vgg_compressed import compress
-from foundation.training.checkpoint import BadCheckpoint
+from foundation.training.state import BadCheckpoint
 from foundation.training.parameter_groups import adamw
 from foundation.training.schedules import one_cycle
 

@@ -22,7 +22,7 @@ from ..data.own import check_classes
 from ..data.tasks import Task
 from ..evaluation.comparison import Comparison, compare
 from ..evaluation.scores import accuracy, predict
-from ..training.checkpoint import restore, snapshot
+from ..training.state import restore, snapshot
 from ..training.loop import TrainingDiverged, classify, train
 from ..training.schedules import warmup_cosine
 

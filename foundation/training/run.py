@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from ..core.precision import pick_precision
 from ..core.checks import check_whole, checked, got
 from ..core.fingerprint import fingerprint
-from .checkpoint import BadCheckpoint, as_json, check_fit, load_checkpoint
-from .checkpoint import random_states, restore_random, save_checkpoint
 from ..core.modules import unwrapped
-from .checkpoint import sole_writer
+from .checkpoint import as_json, load_checkpoint, save_checkpoint, sole_writer
 from .loop import Objective, Step, classify, modes_back, progress, train
 from .parallel import first_one_first, processes, share_luck
 from .parameter_groups import adamw
+from .state import BadCheckpoint, check_fit, random_states, restore_random
 
 # %% ../../nbs/05_training/07_run.ipynb #d58291b3
 class Run(NamedTuple):

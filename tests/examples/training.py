@@ -16,6 +16,7 @@ from foundation.training import (
     run,
     schedules,
     speed,
+    state,
     track,
 )
 
@@ -53,7 +54,7 @@ def saved():
 
 def taken():
     both = pair()
-    return dict(state=checkpoint.snapshot(**both), **both)
+    return dict(state=state.snapshot(**both), **both)
 
 
 def headed():
@@ -149,12 +150,13 @@ EXAMPLES = {
         dict(steps=9, warmup=2, end=0.1),
     ),
     "training.schedules.one_cycle": lambda: (schedules.one_cycle, dict(steps=9, warmup=0.3)),
-    "training.checkpoint.random_states": lambda: (checkpoint.random_states, {}),
-    "training.checkpoint.restore_random": lambda: (
-        lambda: checkpoint.restore_random(*checkpoint.random_states()),
+    "training.state.random_states": lambda: (state.random_states, {}),
+    "training.state.restore_random": lambda: (
+        lambda: state.restore_random(*state.random_states()),
         {},
     ),
-    "training.checkpoint.check_fit": lambda: (checkpoint.check_fit, taken() | dict(name="run")),
+    "training.state.check_savable": lambda: (state.check_savable, pair() | dict(step=3)),
+    "training.state.check_fit": lambda: (state.check_fit, taken() | dict(name="run")),
     "training.checkpoint.sole_writer": lambda: (
         block(checkpoint.sole_writer),
         dict(path=place(), patience=0.1, nested=False),
@@ -163,8 +165,8 @@ EXAMPLES = {
         checkpoint.as_json,
         dict(value={"a": [1, 2.5]}, what="the recipe"),
     ),
-    "training.checkpoint.snapshot": lambda: (checkpoint.snapshot, pair()),
-    "training.checkpoint.restore": lambda: (checkpoint.restore, taken()),
+    "training.state.snapshot": lambda: (state.snapshot, pair()),
+    "training.state.restore": lambda: (state.restore, taken()),
     "training.checkpoint.save_checkpoint": lambda: (
         checkpoint.save_checkpoint,
         dict(path=place(), **pair(), step=3, notes={"a": 1}),
@@ -256,8 +258,8 @@ SKIP = {
     "training.loop.Objective": "a type",
     "training.loop.TrainingDiverged": "an error",
     "training.loop.progress": "a bar on the screen; `fit` shows it",
-    "training.checkpoint.Snapshot": "a tuple that `snapshot` makes",
-    "training.checkpoint.BadCheckpoint": "an error",
+    "training.state.Snapshot": "a tuple that `snapshot` makes",
+    "training.state.BadCheckpoint": "an error",
     "training.parallel.Processes": "a tuple that `processes` makes",
     "training.parallel.ProcessLost": "an error",
     "training.parallel.SplitBatch": "made by `in_parallel` where there are several processes",
