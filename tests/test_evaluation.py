@@ -53,6 +53,18 @@ def test_wilson_lies_in_0_1_holds_the_estimate_and_is_symmetric(total, share, le
 
 
 @few
+@given(st.integers(1, 40), st.integers(3, 7), st.integers(1, 3), st.integers(0, 10**6))
+def test_the_label_among_the_first_is_what_sorting_finds(n, k, top, seed):
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(k, (n,), generator=rng)
+    for logits in (torch.randn(n, k, generator=rng), torch.randint(3, (n, k), generator=rng)):
+        logits = logits.double()  # the second ones with many ties
+        first = logits.sort(dim=1, descending=True, stable=True).indices[:, :top]
+        want = (first == labels[:, None]).any(1).double().mean().item()
+        assert scores.top_k_accuracy(logits, labels, top) == want
+
+
+@few
 @given(st.integers(1, 60), st.integers(2, 6), st.integers(1, 20), st.integers(0, 10**6))
 def test_scores_agree_with_each_other(n, k, bins, seed):
     rng = torch.Generator().manual_seed(seed)

@@ -184,6 +184,11 @@ def test_blocks_are_layers_in_order(kind):
     assert 0 < places[0] and places[-1] < len(found) - 1  # what reads is before, the head after
 
 
+def test_a_stage_is_opened_and_what_leads_to_it_stays_whole():
+    found = list(layers(timm_convnext()))
+    assert {"stages.1.downsample", "stages.1.blocks.0", "stages.1.blocks.1"} <= {*found}
+
+
 def test_twelve_blocks_of_bert_are_twelve_layers():
     config = transformers.BertConfig(vocab_size=30, **SIZES | dict(num_hidden_layers=12))
     found = layers(transformers.BertForSequenceClassification(config))
@@ -260,6 +265,12 @@ def test_bodies_without_a_head_say_their_width_or_are_tried():
     encoder = as_encoder(body, x)
     assert encoder.dim == 6 and not encoder.model[0].weight.grad
     torch.testing.assert_close(encoder.encode(x), body(x).mean((2, 3)))
+
+
+def test_tokens_without_a_summary_are_read_at_the_first():
+    config = transformers.ViTConfig(image_size=SIDE, patch_size=8, **SIZES)
+    model, x = transformers.ViTModel(config, add_pooling_layer=False).eval(), data(hf_vit)[0]
+    torch.testing.assert_close(as_encoder(model).encode(x), model(x).last_hidden_state[:, 0])
 
 
 def test_what_does_not_fit_is_told_how_to():
