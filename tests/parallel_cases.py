@@ -87,6 +87,14 @@ def fewer_rows_than_processes():
     return trained(ViT(28, 14, dim=8, depth=1, heads=2), batch=1)
 
 
+def norms_of_other_momentum():
+    "The average of all batches so far, and statistics that stay"
+    model = small()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0].momentum, norms[1].momentum = None, 0.0
+    return trained(model)
+
+
 def labels_that_do_not_count():
     "Means over unequal numbers of labels"
     return trained(small(), data=(FLOATS, LABELS.masked_fill(torch.arange(60) % 3 == 0, -100)))
@@ -160,7 +168,18 @@ def random_states():
 
 
 EQUAL = [convnet, resnet, resnet_accumulated_and_clipped, fewer_rows_than_processes]
-EQUAL += [labels_that_do_not_count, double, simclr, moco, mae, bert, distilled, taught, finetuned]
+EQUAL += [
+    norms_of_other_momentum,
+    labels_that_do_not_count,
+    double,
+    simclr,
+    moco,
+    mae,
+    bert,
+    distilled,
+    taught,
+    finetuned,
+]
 EQUAL += [fitted, random_states]
 
 

@@ -330,11 +330,11 @@ def test_doctor_tells_a_damaged_set(tmp_path):
 
 
 def test_weights_are_listed_with_their_recipes_and_made_once_each(tmp_path, monkeypatch, capsys):
-    from foundation.recipes import page as card
+    from foundation.recipes import page
 
     made = []
-    monkeypatch.setattr(card, "recipes", lambda: dict(vgg_pruned="r.p", vgg_slim="r.p", net="r.n"))
-    monkeypatch.setattr(card, "make", lambda name, folder: made.append((name, folder)))
+    monkeypatch.setattr(page, "recipes", lambda: dict(vgg_pruned="r.p", vgg_slim="r.p", net="r.n"))
+    monkeypatch.setattr(page, "make", lambda name, folder: made.append((name, folder)))
     assert main(["weights", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["net", "vgg_pruned", "vgg_slim"]

@@ -401,7 +401,10 @@ def test_a_data_set_is_learnt_from_as_its_tensors_are():
     assert "a data set" in complaint(finetune, a, images, None, **plan)
 
 
-@pytest.mark.parametrize("kind", [tv_resnet, timm_vit, *WRAPPED], ids=lambda kind: kind.__name__)
+KINDS = [tv_resnet, timm_vit, hf_vit, hf_resnet, *WRAPPED]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_range_test_leaves_no_trace(kind):
     model, (x, y) = kind(), data(kind)
     before = {k: v.clone() for k, v in unwrapped(model).state_dict().items()}

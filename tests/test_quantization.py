@@ -6,7 +6,9 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -1078,3 +1080,37 @@ def test_all_zero_and_one_value_layers_survive():
         quantize_weights(model, 2)[0],
     ):
         assert_close(small(x), model(x), rtol=0, atol=0.01)
+
+
+OUTSIDE = {
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=3),
+    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=3),
+    "timm resnet18": lambda: timm.create_model("resnet18", num_classes=3),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_all_norms_of_networks_from_outside_are_folded(name):
+    torch.manual_seed(0)
+    model, x = OUTSIDE[name]().eval(), torch.randn(2, 3, 64, 64)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folded = fold_batch_norm(model)
+    assert len(norms) >= 20 and not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    right = model(x)
+    assert (folded(x) - right).abs().max() < 1e-5 * right.abs().max()
+
+
+def test_norms_that_no_layer_feeds_are_named():
+    "DenseNet's norms come before the convolutions: some read what several layers gave"
+    sizes = dict(growth_rate=4, block_config=(2, 2), num_init_features=8, num_classes=3)
+    model, x = torchvision.models.DenseNet(**sizes).eval(), torch.randn(1, 3, 64, 64)
+    with pytest.warns(UserWarning) as said:
+        folded = fold_batch_norm(model, x)
+    left = [n for n, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert left and all(n in str(said[0].message) for n in left)
+    torch.testing.assert_close(folded(x), model(x))

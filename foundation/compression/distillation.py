@@ -17,9 +17,9 @@ from ..core.checks import check_choice, check_floats, check_images, check_labels
 from ..core.checks import check_number, check_sizes, check_temperature, checked, got
 from ..core.checks import precise
 from ..core.fingerprint import fingerprint
+from ..core.modules import logits_of
 from ..data.batches import augmented, endless
 from ..objectives.divergence import distillation_loss
-from ..training.loop import Objective
 from ..training.parameter_groups import adamw
 from ..training.run import Run, resumable
 from ..training.schedules import warmup_cosine
@@ -30,7 +30,7 @@ def match_teacher(
     teacher: nn.Module,
     temperature: float | Tensor = 2.0,
     hard: float = 0.0,  # share of the loss from labels; the batch is then (inputs, labels)
-) -> Objective:
+) -> Callable:
     """Objective: the student's softened answers against the teacher's, on the same inputs.
 
     The teacher is set to eval mode, and answers in it and without gradient, whatever sets it back.
@@ -41,8 +41,8 @@ def match_teacher(
     def objective(model, batch):
         inputs, labels = _parts(batch, 1, 2) if isinstance(batch, (tuple, list)) else (batch, None)
         with evaluating(teacher):
-            told = teacher(inputs)
-        return _soft_and_hard(model(inputs), told, labels, temperature, hard)
+            told = logits_of(teacher, inputs)
+        return _soft_and_hard(logits_of(model, inputs), told, labels, temperature, hard)
 
     return objective
 
@@ -51,7 +51,7 @@ def match_teacher(
 def match_logits(
     temperature: float | Tensor = 2.0,
     hard: float = 0.0,
-) -> Objective:
+) -> Callable:
     """Objective: the same with the teacher's logits computed beforehand.
 
     The batch is (inputs, logits) or (inputs, logits, labels). Raises `TypeError`, `ValueError`."""
@@ -59,15 +59,15 @@ def match_logits(
 
     def objective(model, batch):
         inputs, told, labels = _parts(batch, 2, 3)
-        return _soft_and_hard(model(inputs), told, labels, temperature, hard)
+        return _soft_and_hard(logits_of(model, inputs), told, labels, temperature, hard)
 
     return objective
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #c9ca2fcf
 def _soft_and_hard(logits, told, labels, temperature, hard):
     "The mixed loss, in float32 at least, and its soft part for the log"
-    logits = check_floats(getattr(logits, "logits", logits), "the student's logits")
-    told = check_floats(getattr(told, "logits", told), "the teacher's logits").to(precise(logits))
+    logits = check_floats(logits, "the student's logits")
+    told = check_floats(told, "the teacher's logits").to(precise(logits))
     if logits.shape != told.shape:
         raise ValueError(
             f"the student gives {tuple(logits.shape)} logits and the teacher "
@@ -226,7 +226,7 @@ class Hinted(nn.Module):
 def match_hints(
     teacher: nn.Module | None = None,  # None: the batch is (inputs, features), computed beforehand
     layer: str = "",  # the teacher's, to listen at
-) -> Objective:
+) -> Callable:
     """Objective of a `Hinted` student: its translated features against the teacher's, mean squares.
 
     Romero et al. 2015, eq. 3. The teacher is set to eval mode. Raises `TypeError`, `ValueError`."""

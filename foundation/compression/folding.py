@@ -211,17 +211,26 @@ def _runs(model, example):
             break
     return runs
 
+# %% ../../nbs/09_compression/00_folding.ipynb #5a3c4001
+def _alone(model, pairs):
+    "Norms that no layer stands before"
+    paired = {norm for *_, norm in pairs}
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _NORMS)]
+    return [
+        f"what feeds {name} (no layer stands before it)" for name, m in norms if m not in paired
+    ]
+
 # %% ../../nbs/09_compression/00_folding.ipynb #8ffa6d2a
 @checked
 def fold_batch_norm(
     model: nn.Module,
     example: Any = None,  # a batch as the model takes it; None: noise of a shape that it takes
 ) -> nn.Module:
-    """A plain copy in which each batch norm right after a convolution or linear layer of a
-    `Sequential` is part of it. What cannot be folded exactly (others read the layer too, the norm
-    is over another axis) stays, with a warning. Raises `ValueError` without running statistics."""
-    copy, left = plain_copy(model), []
-    pairs = _pairs(copy)
+    """A plain copy in which each batch norm right after a convolution or linear layer is part of
+    it. One that cannot be folded exactly (others read the layer too, the norm is over another axis,
+    no layer stands before it) stays, with a warning. Raises `ValueError` without statistics."""
+    pairs = _pairs(copy := plain_copy(model))
+    left = _alone(copy, pairs)
     runs = _runs(copy, example) if pairs else []
     for name, layer, norm in pairs:
         why = [run[name] for run in runs if run[name]]
@@ -239,14 +248,13 @@ def fold_batch_norm(
 
 # %% ../../nbs/09_compression/00_folding.ipynb #5b386ab5
 def _pairs(model):
-    "Name, layer and norm wherever one follows the other in a `Sequential`"
+    "Name, layer and norm wherever one is written after the other; a run tells what they do"
     found = []
     for parent_name, parent in model.named_modules():
-        if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-            children = list(parent._modules.items())
-            for (name, layer), (_, norm) in zip(children, children[1:]):
-                if isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(norm, _NORMS):
-                    found.append((f"{parent_name}.{name}".lstrip("."), layer, norm))
+        children = list(parent._modules.items())
+        for (name, layer), (_, norm) in zip(children, children[1:]):
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(norm, _NORMS):
+                found.append((f"{parent_name}.{name}".lstrip("."), layer, norm))
     return found
 
 # %% ../../nbs/09_compression/00_folding.ipynb #5ab00a62

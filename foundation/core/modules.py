@@ -49,7 +49,7 @@ def head_of(model: nn.Module) -> tuple[str, nn.Linear]:  # its full name, and th
 @checked
 def logits_of(
     model: nn.Module,  # gives a tensor, or has one under `logits`
-    inputs: Tensor,  # pictures, or tokens (b, n)
+    inputs: object,  # pictures, or tokens (b, n)
 ) -> Tensor:
     """What a network answers, as a plain tensor; padding is masked for networks of transformers.
 
@@ -57,8 +57,8 @@ def logits_of(
     text = getattr(unwrapped(model), "main_input_name", None) == "input_ids"
     padding = unwrapped(model).config.pad_token_id if text else None
     out = model(inputs) if padding is None else model(inputs, attention_mask=inputs != padding)
-    if isinstance(out, Mapping):
-        out = out.get("logits")
+    if not isinstance(out, Tensor):
+        out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
     if not isinstance(out, Tensor):
         raise TypeError(
             f"{type(unwrapped(model)).__name__} gave {got(out)}; expected logits: a tensor, or an "

@@ -36,7 +36,7 @@ def train_epoch(
         check_classes(dataset.labels, model)
     alone = count > 1 and batch_size > 1 and count % batch_size == 1
     loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=alone, collate_fn=_stack)
-    run = train(model, loader, _classify_answers, optimizer, steps=len(loader))
+    run = train(model, loader, classify, optimizer, steps=len(loader))
     losses = [step.loss for step in run]
     return torch.stack(losses).mean().item()
 
@@ -96,17 +96,3 @@ def _stack(items: list[dict]) -> tuple[Tensor, Tensor]:  # (b, c, h, w), (b,)
             " resize in the transform"
         )
     return torch.stack(images), check_labels([item["label"] for item in items])
-
-# %% ../../nbs/08_finetuning/00_epochs.ipynb #7906a625
-def _classify_answers(model, batch):
-    "`classify` for whatever a network packs its logits in"
-    return classify(_Answers(model), batch)
-
-
-class _Answers(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs):
-        return logits_of(self.model, inputs)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basics import in_order, memory_order
+from ..core.modules import logits_of
 from ..core.precision import pick_precision
 from ..core.checks import check_labels, check_like, check_number, check_whole
 from ..core.checks import checked, got, refuse_nan
@@ -325,7 +326,8 @@ def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, di
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"the batch is {got(batch)}; expected a pair: inputs, labels")
     inputs, labels = batch
-    logits = model(torch.as_tensor(inputs) if isinstance(inputs, np.ndarray) else inputs).float()
+    inputs = torch.as_tensor(inputs) if isinstance(inputs, np.ndarray) else inputs
+    logits = logits_of(model, inputs).float()
     labels = _as_labels(labels, logits)
     try:
         loss = nn.functional.cross_entropy(logits, labels)

@@ -153,13 +153,15 @@ def _norm_all(norm, x):
     centred, mean, variance, count = _moments(precise(x), axes, shape)
     if norm.training and norm.running_mean is not None:
         norm.num_batches_tracked += 1
-        share = norm.momentum or 1 / float(norm.num_batches_tracked)
+        every = norm.momentum is None  # then the average of all batches so far
+        share = 1 / float(norm.num_batches_tracked) if every else norm.momentum
         with torch.no_grad():
             norm.running_mean.lerp_(mean.to(norm.running_mean), share)
             spread = variance * count / (count - 1)
             norm.running_var.lerp_(spread.to(norm.running_var), share)
-    x = (centred * (variance + norm.eps).rsqrt().view(shape)).to(x.dtype)
-    return x if norm.weight is None else x * norm.weight.view(shape) + norm.bias.view(shape)
+    y = centred * (variance + norm.eps).rsqrt().view(shape)
+    y = y if norm.weight is None else y * norm.weight.view(shape) + norm.bias.view(shape)
+    return y.to(x.dtype)
 
 # %% ../../nbs/05_training/00_parallel.ipynb #5a3c2001
 @contextmanager
@@ -199,12 +201,14 @@ def _own_luck(device, rank):
     for g, state in zip(generators, before):
         g.manual_seed(zlib.crc32(state.numpy(), rank))
     begun = [g.get_state() for g in generators]
-    yield
-    for g, state, own in zip(generators, before, begun):
-        drew = not torch.equal(g.get_state(), own)
-        g.set_state(state)
-        if drew:
-            torch.rand((), device=g.device, generator=g)
+    try:
+        yield
+    finally:
+        for g, state, own in zip(generators, before, begun):
+            drew = not torch.equal(g.get_state(), own)
+            g.set_state(state)
+            if drew:
+                torch.rand((), device=g.device, generator=g)
 
 # %% ../../nbs/05_training/00_parallel.ipynb #31ddc769
 class _Borrowing(nn.Module):
@@ -219,27 +223,6 @@ class _Borrowing(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("_orig_mod"), name)
-
-# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2005
-class SplitBatch(_Borrowing):
-    """A network whose rows are computed by all processes: each takes its part of the batch, through
-    PyTorch's `DistributedDataParallel`, and all get the answers for the whole of it.
-
-    Its methods and attributes are the network's; only calling it is shared out."""
-
-    def forward(self, *args, **kwargs):
-        rank, count = processes()
-        rows = next((len(t) for t in tree_leaves((args, kwargs)) if _has_rows(t)), 0)
-        if rows < count:  # a row that cannot be cut: each process computes it, the average is it
-            return self._averaged(args, kwargs)(*args, **kwargs)
-
-        def part(x):
-            return x.tensor_split(count)[rank] if _has_rows(x) and len(x) == rows else x
-
-        args, kwargs = tree_map(part, (args, kwargs))
-        with _norms_together(self._orig_mod), _own_luck(_device(self._orig_mod), rank):
-            out = self._averaged(args, kwargs)(*args, **kwargs)
-        return tree_map(lambda x: gather_rows(x) if isinstance(x, Tensor) else x, out)
 
 # %% ../../nbs/05_training/00_parallel.ipynb #4077f766
 def _has_rows(x):
@@ -265,33 +248,55 @@ def _some_idle(net, args, kwargs):
     used = {id(node.variable) for node in seen if hasattr(node, "variable")}
     return any(p.requires_grad and id(p) not in used for p in net.parameters())
 
-# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2003
-def _averaged(self, args, kwargs):
-    "The network whose gradients are averaged, anew when other weights learn than before"
-    net = self._orig_mod
-    learning = [p.requires_grad for p in net.parameters()]
-    if learning != self._learning:
-        self.release()
-        self._learning = learning
-        if any(learning):
-            options = {_SYNC: False, "find_unused_parameters": _some_idle(net, args, kwargs)}
-            ddp = DistributedDataParallel(net, **options)
-            self.__dict__["_ddp"] = ddp  # no module of this one: its names stay the network's
-    return self.__dict__.get("_ddp", net)
-
-# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2004
-def _release(self):
-    "From now on the network's gradients are its own again"
-    if ddp := self.__dict__.pop("_ddp", None):
-        ddp.reducer._remove_autograd_hooks()
-    self._learning = None
-
-
+# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2009
 # buffers are alike already; the option has two names, before and after PyTorch 2.14
 _SYNC = "forward_sync_buffers"
 if _SYNC not in inspect.signature(DistributedDataParallel).parameters:
     _SYNC = "broadcast_buffers"
-SplitBatch._averaged, SplitBatch.release = _averaged, _release
+
+# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2003
+class _Averaging(_Borrowing):
+    "Its gradients are averaged over all processes"
+
+    def _averaged(self, args, kwargs):
+        "The network whose gradients are averaged, anew when other weights learn than before"
+        net = self._orig_mod
+        learning = [p.requires_grad for p in net.parameters()]
+        if learning != self._learning:
+            self.release()
+            self._learning = learning
+            if any(learning):
+                options = {_SYNC: False, "find_unused_parameters": _some_idle(net, args, kwargs)}
+                ddp = DistributedDataParallel(net, **options)
+                self.__dict__["_ddp"] = ddp  # no module of this one: its names stay the network's
+        return self.__dict__.get("_ddp", net)
+
+    def release(self):
+        "From now on the network's gradients are its own again"
+        if ddp := self.__dict__.pop("_ddp", None):
+            ddp.reducer._remove_autograd_hooks()
+        self._learning = None
+
+# %% ../../nbs/05_training/00_parallel.ipynb #5a3c2005
+class SplitBatch(_Averaging):
+    """A network whose rows are computed by all processes: each takes its part of the batch, through
+    PyTorch's `DistributedDataParallel`, and all get the answers for the whole of it.
+
+    Its methods and attributes are the network's; only calling it is shared out."""
+
+    def forward(self, *args, **kwargs):
+        rank, count = processes()
+        rows = next((len(t) for t in tree_leaves((args, kwargs)) if _has_rows(t)), 0)
+        if rows < count:  # a row that cannot be cut: each process computes it, the average is it
+            return self._averaged(args, kwargs)(*args, **kwargs)
+
+        def part(x):
+            return x.tensor_split(count)[rank] if _has_rows(x) and len(x) == rows else x
+
+        args, kwargs = tree_map(part, (args, kwargs))
+        with _norms_together(self._orig_mod), _own_luck(_device(self._orig_mod), rank):
+            out = self._averaged(args, kwargs)(*args, **kwargs)
+        return tree_map(lambda x: gather_rows(x) if isinstance(x, Tensor) else x, out)
 
 # %% ../../nbs/05_training/00_parallel.ipynb #88e6ad62
 @contextmanager
