@@ -6,7 +6,7 @@
 __all__ = ['unwrapped', 'head_of', 'logits_of']
 
 # %% ../../nbs/00_core/07_modules.ipynb #bdcd1de6
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -48,20 +48,21 @@ def head_of(model: nn.Module) -> tuple[str, nn.Linear]:  # its full name, and th
 # %% ../../nbs/00_core/07_modules.ipynb #ad9d8ba8
 @checked
 def logits_of(
-    model: nn.Module,  # gives a tensor, or has one under `logits`
+    model: Callable,  # a network or a function: gives a tensor, or has one under `logits`
     inputs: object,  # pictures, or tokens (b, n)
 ) -> Tensor:
     """What a network answers, as a plain tensor; padding is masked for networks of transformers.
 
     Raises `TypeError` for any other answer."""
-    text = getattr(unwrapped(model), "main_input_name", None) == "input_ids"
-    padding = unwrapped(model).config.pad_token_id if text else None
+    net = unwrapped(model) if isinstance(model, nn.Module) else model
+    text = getattr(net, "main_input_name", None) == "input_ids"
+    padding = net.config.pad_token_id if text else None
     out = model(inputs) if padding is None else model(inputs, attention_mask=inputs != padding)
     if not isinstance(out, Tensor):
         out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
     if not isinstance(out, Tensor):
         raise TypeError(
-            f"{type(unwrapped(model)).__name__} gave {got(out)}; expected logits: a tensor, or an "
+            f"{type(net).__name__} gave {got(out)}; expected logits: a tensor, or an "
             "output with a tensor `logits`"
         )
     return out
