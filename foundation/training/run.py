@@ -25,7 +25,7 @@ from ..core.fingerprint import fingerprint
 from ..core.modules import unwrapped
 from .checkpoint import as_json, load_checkpoint, save_checkpoint, sole_writer
 from .loop import Objective, Step, classify, modes_back, progress, train
-from .parallel import first_one_first, processes, share_luck
+from .parallel import first_one_first, processes, share_random_states
 from .parameter_groups import adamw
 from .state import BadCheckpoint, check_fit, random_states, restore_random
 
@@ -63,7 +63,7 @@ def resumable(
     check_whole(save_every, "save_every", 1)
     options = _with_scaler(model, options)
     scaler = options.get("scaler")
-    share_luck()
+    share_random_states()
     mine = checkpoint if not processes().rank else None  # one process saves
     with sole_writer(mine) if mine else nullcontext(), modes_back(model):
         if checkpoint:

@@ -241,7 +241,7 @@ EXAMPLES = {
     "training.track.read_log": lambda: (track.read_log, dict(path=logged())),
     "training.parallel.processes": lambda: (parallel.processes, {}),
     "training.parallel.first_one_first": lambda: (parallel.first_one_first, {}),
-    "training.parallel.share_luck": lambda: (parallel.share_luck, {}),
+    "training.parallel.share_random_states": lambda: (parallel.share_random_states, {}),
     "training.parallel.gather_rows": lambda: (parallel.gather_rows, dict(own=inputs())),
     "training.parallel.in_parallel": lambda: (parallel.in_parallel, dict(model=net())),
     "training.track.curve": lambda: (
