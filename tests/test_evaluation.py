@@ -17,14 +17,8 @@ from torch.nn.utils import prune
 from foundation.core.checks import complaint
 from foundation.data.images import load_images
 from foundation.evaluation import probes, scores
-from foundation.evaluation.comparison import (
-    Comparison,
-    bootstrap_interval,
-    compare,
-    label_curve,
-    plot_label_curve,
-    t_interval,
-)
+from foundation.evaluation.comparison import Comparison, compare, label_curve, plot_label_curve
+from foundation.evaluation.intervals import bootstrap_interval, t_interval
 from foundation.models.convnets import VGG, ConvNet
 
 few = settings(max_examples=40, deadline=None)

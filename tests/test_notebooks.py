@@ -62,7 +62,7 @@ def test_modules_are_named_after_their_notebooks_and_only_once():
         for name in exports
     }
     # the lesson belongs to evaluation, what it exports trains networks
-    elsewhere = {"06_evaluation/04_label_efficiency.ipynb": "recipes.few_labels"}
+    elsewhere = {"06_evaluation/05_label_efficiency.ipynb": "recipes.few_labels"}
     assert {n: module for n, module in exports.items() if module != plain[n]} == elsewhere
     # numbers may be shared: a companion stands beside the lesson that it serves
     twice = [

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from foundation.data.images import ImageSet
-from foundation.evaluation import comparison, probes, scores, study
+from foundation.evaluation import comparison, intervals, probes, scores, study
 from foundation.models.convnets import ConvNet
 
 
@@ -163,12 +163,16 @@ EXAMPLES = {
             model=net(), images=torch.rand(9, 1, 8, 8, generator=luck()), labels=labels(9), l2=1.0
         ),
     ),
-    "evaluation.comparison.t_interval": lambda: (
-        comparison.t_interval,
+    "evaluation.intervals.check_row": lambda: (
+        intervals.check_row,
+        dict(values=[0.5, 0.7], name="scores"),
+    ),
+    "evaluation.intervals.t_interval": lambda: (
+        intervals.t_interval,
         dict(values=[0.5, 0.7, 0.6], level=0.95),
     ),
-    "evaluation.comparison.bootstrap_interval": lambda: (
-        comparison.bootstrap_interval,
+    "evaluation.intervals.bootstrap_interval": lambda: (
+        intervals.bootstrap_interval,
         dict(values=[0.5, 0.7, 0.6], level=0.95, resamples=100, seed=0),
     ),
     "evaluation.comparison.Comparison": lambda: (
