@@ -173,6 +173,10 @@ EXAMPLES = {
         own.ImageFiles,
         dict(folder=class_folder(), size=8, channels=3, classes=["a", "b"]),
     ),
+    "data.own.fit_image": lambda: (
+        own.fit_image,
+        dict(image=torch.zeros(3, 5, 4, dtype=torch.uint8), size=(2, 3)),
+    ),
     "data.own.image_set": lambda: (
         own.image_set,
         dict(source=pixels(), labels=labels(), size=8, channels=1, test=0.3, seed=1),
