@@ -115,7 +115,10 @@ class VGG(_Halving):
 # %% ../../nbs/04_models/01_convnets.ipynb #5a3c0e02
 def _unit(c_in, c_out, kernel=1, stride=1, groups=1, relu=True):
     "Convolution → batch norm → ReLU6, as a list"
-    convolution = SameConv(c_in, c_out, kernel, stride, groups=groups, bias=False)
+    if stride == 1 and kernel % 2:  # the padding is even, which PyTorch's own layer does
+        convolution = nn.Conv2d(c_in, c_out, kernel, 1, kernel // 2, groups=groups, bias=False)
+    else:
+        convolution = SameConv(c_in, c_out, kernel, stride, groups=groups, bias=False)
     norm = nn.BatchNorm2d(c_out, 1e-3, 0.01)
     return [convolution, norm] + [nn.ReLU6(inplace=True)] * relu
 
