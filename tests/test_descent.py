@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from foundation.objectives.descent import Descent, adafactor, adam, adamw, descend, sgd
+from foundation.objectives.descent import (
+    Descent,
+    adafactor_step,
+    adam_step,
+    adamw_step,
+    descend,
+    sgd_step,
+)
 
 few = settings(max_examples=15, deadline=None)
 seeds, rates, decays = (
@@ -53,10 +60,13 @@ def test_sgd_is_pytorchs(seed, shape, scale, lr, l2, momentum):
     grads = gradients(seed, shape, scale, 100)
     theirs = torchs(torch.optim.SGD, grads, lr=lr, weight_decay=l2, momentum=momentum)
     assert_close(
-        follow(sgd, grads, lr=lr, l2=l2, momentum=momentum), theirs, rtol=1e-9, atol=1e-9 * scale
+        follow(sgd_step, grads, lr=lr, l2=l2, momentum=momentum),
+        theirs,
+        rtol=1e-9,
+        atol=1e-9 * scale,
     )
     if not momentum:
-        assert_close(follow(sgd, grads, lr=lr, decay=l2), theirs, rtol=1e-9, atol=1e-9 * scale)
+        assert_close(follow(sgd_step, grads, lr=lr, decay=l2), theirs, rtol=1e-9, atol=1e-9 * scale)
 
 
 @few
@@ -67,12 +77,12 @@ def test_adam_and_adamw_are_pytorchs(seed, shape, scale, lr, strength, betas):
     grads = gradients(seed, shape, scale, 100)
     close = dict(rtol=1e-9, atol=1e-9)
     assert_close(
-        follow(adam, grads, lr=lr, l2=strength, betas=betas),
+        follow(adam_step, grads, lr=lr, l2=strength, betas=betas),
         torchs(torch.optim.Adam, grads, lr=lr, weight_decay=strength, betas=betas),
         **close,
     )
     assert_close(
-        follow(adamw, grads, lr=lr, decay=strength, betas=betas),
+        follow(adamw_step, grads, lr=lr, decay=strength, betas=betas),
         torchs(torch.optim.AdamW, grads, lr=lr, weight_decay=strength, betas=betas),
         **close,
     )
@@ -83,7 +93,7 @@ def test_adam_and_adamw_are_pytorchs(seed, shape, scale, lr, strength, betas):
 def test_adafactor_is_pytorchs(seed, shape, scale, lr, decay):
     grads = gradients(seed, shape, scale, 100)
     assert_close(
-        follow(adafactor, grads, lr=lr, decay=decay),
+        follow(adafactor_step, grads, lr=lr, decay=decay),
         torchs(torch.optim.Adafactor, grads, lr=lr, weight_decay=decay),
         rtol=1e-9,
         atol=1e-9,
@@ -96,8 +106,8 @@ def test_adam_ignores_the_scale_of_the_loss(seed, factor, lr):
     grads = gradients(seed, (6,), 1.0, 30)
     for options in (dict(eps=1e-20), dict(eps=1e-20, decay=0.1)):
         assert_close(
-            follow(adam, factor * grads, lr=lr, **options),
-            follow(adam, grads, lr=lr, **options),
+            follow(adam_step, factor * grads, lr=lr, **options),
+            follow(adam_step, grads, lr=lr, **options),
             rtol=1e-4,
             atol=1e-5,
         )
@@ -106,7 +116,7 @@ def test_adam_ignores_the_scale_of_the_loss(seed, factor, lr):
 def test_the_border_of_gradient_descent():
     def walk(lr):
         return descend(
-            sgd, lambda w: 5 * w.square().sum(), torch.ones(3).double(), 600, lr=lr
+            sgd_step, lambda w: 5 * w.square().sum(), torch.ones(3).double(), 600, lr=lr
         )  # curvature 10
 
     assert walk(0.199)[-1].abs().max() < 0.02 and walk(0.201)[-1].abs().max() > 5
@@ -121,7 +131,13 @@ def test_the_memory_of_each_rule():
             if torch.is_tensor(x)
         )
 
-    assert [kept(sgd), kept(sgd, momentum=0.9), kept(adam), kept(adamw), kept(adafactor)] == [
+    assert [
+        kept(sgd_step),
+        kept(sgd_step, momentum=0.9),
+        kept(adam_step),
+        kept(adamw_step),
+        kept(adafactor_step),
+    ] == [
         0,
         128,
         256,
@@ -149,15 +165,15 @@ def steps_of(net, opt, seed=1, steps=100):
     "rule, options, kind, theirs",
     [
         (
-            sgd,
+            sgd_step,
             dict(lr=0.01, momentum=0.9, l2=0.01),
             torch.optim.SGD,
             dict(lr=0.01, momentum=0.9, weight_decay=0.01),
         ),
-        (adam, dict(lr=0.01, l2=0.1), torch.optim.Adam, dict(lr=0.01, weight_decay=0.1)),
-        (adamw, dict(lr=0.01, decay=0.1), torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)),
+        (adam_step, dict(lr=0.01, l2=0.1), torch.optim.Adam, dict(lr=0.01, weight_decay=0.1)),
+        (adamw_step, dict(lr=0.01, decay=0.1), torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)),
         (
-            adafactor,
+            adafactor_step,
             dict(lr=0.01, decay=0.1),
             torch.optim.Adafactor,
             dict(lr=0.01, weight_decay=0.1),
@@ -184,7 +200,7 @@ def test_descent_has_groups_and_leaves_what_has_no_gradient():
     a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
     a.grad, b.grad = torch.ones(2), torch.ones(2)
     opt = Descent(
-        [dict(params=[a, c]), dict(params=[b], lr=0.5, decay=0.0)], sgd, lr=0.1, decay=1.0
+        [dict(params=[a, c]), dict(params=[b], lr=0.5, decay=0.0)], sgd_step, lr=0.1, decay=1.0
     )
     opt.step()
     assert_close(torch.stack([a, b, c])[:, 0], torch.tensor([0.8, 0.5, 1.0]))
@@ -195,7 +211,7 @@ def test_descent_is_what_the_training_loop_wants():
 
     model = nn.Linear(4, 2)
     x, y = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 2
-    opt = Descent(model.parameters(), adamw, lr=0.1)
+    opt = Descent(model.parameters(), adamw_step, lr=0.1)
     losses = [
         float(step.loss)
         for step in train(model, iter([(x, y)] * 30), classify, opt, steps=30, schedule=[1.0] * 30)
@@ -204,9 +220,9 @@ def test_descent_is_what_the_training_loop_wants():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rule", [sgd, adam, adamw, adafactor])
+@pytest.mark.parametrize("rule", [sgd_step, adam_step, adamw_step, adafactor_step])
 def test_half_weights_take_the_steps_of_float32(rule, dtype):
-    options = dict(lr=0.01) | (dict(momentum=0.9) if rule is sgd else {})
+    options = dict(lr=0.01) | (dict(momentum=0.9) if rule is sgd_step else {})
     weight, ours, exact = torch.linspace(-1, 1, 12).reshape(3, 4).to(dtype), {}, {}
     for step in range(5):
         noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
@@ -219,7 +235,7 @@ def test_half_weights_take_the_steps_of_float32(rule, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rule", [sgd, adam, adafactor])
+@pytest.mark.parametrize("rule", [sgd_step, adam_step, adafactor_step])
 def test_no_gradient_is_no_step(rule, dtype):
     weight = torch.tensor([1.0, -2.0, 0.0], dtype=dtype)
     assert torch.equal(rule(weight, torch.zeros_like(weight), {})[0], weight)
@@ -228,10 +244,10 @@ def test_no_gradient_is_no_step(rule, dtype):
 @pytest.mark.parametrize(
     "rule, kind",
     [
-        (sgd, torch.optim.SGD),
-        (adam, torch.optim.Adam),
-        (adamw, torch.optim.AdamW),
-        (adafactor, torch.optim.Adafactor),
+        (sgd_step, torch.optim.SGD),
+        (adam_step, torch.optim.Adam),
+        (adamw_step, torch.optim.AdamW),
+        (adafactor_step, torch.optim.Adafactor),
     ],
 )
 def test_a_single_number_can_be_learnt(rule, kind):
@@ -251,7 +267,10 @@ def test_a_single_number_can_be_learnt(rule, kind):
 
 @pytest.mark.parametrize(
     "rule",
-    [lambda p, lr: Descent(p, sgd, lr=lr, momentum=0.9), lambda p, lr: Descent(p, adam, lr=lr)],
+    [
+        lambda p, lr: Descent(p, sgd_step, lr=lr, momentum=0.9),
+        lambda p, lr: Descent(p, adam_step, lr=lr),
+    ],
     ids=["sgd", "adam"],
 )
 def test_half_weights_resume_to_the_same_bits(rule):
@@ -274,7 +293,7 @@ def test_half_weights_resume_to_the_same_bits(rule):
 
 def test_a_step_that_fails_changes_nothing():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    opt = Descent([dict(params=[a]), dict(params=[b])], adam, lr=0.1)
+    opt = Descent([dict(params=[a]), dict(params=[b])], adam_step, lr=0.1)
     a.grad, b.grad = torch.ones(2), torch.ones(3)
     opt.step()
     weights, state = [a.clone(), b.clone()], {n: x for n, x in opt.state[a].items()}
@@ -290,25 +309,27 @@ def test_a_step_that_fails_changes_nothing():
 def test_numbers_of_numpy_are_numbers():
     w, g = torch.tensor([1.0]), torch.tensor([0.5])
     assert torch.equal(
-        adam(w, g, {}, np.float64(0.1), [np.float32(0.5), np.float64(0.25)])[0],
-        adam(w, g, {}, 0.1, (0.5, 0.25))[0],
+        adam_step(w, g, {}, np.float64(0.1), [np.float32(0.5), np.float64(0.25)])[0],
+        adam_step(w, g, {}, 0.1, (0.5, 0.25))[0],
     )
-    assert torch.equal(sgd(w.numpy(), g.numpy(), {}, np.float64(0.5))[0], sgd(w, g, {}, 0.5)[0])
-    assert descend(sgd, lambda w: w.sum(), np.ones(2, np.float32), np.int64(3)).shape == (4, 2)
+    assert torch.equal(
+        sgd_step(w.numpy(), g.numpy(), {}, np.float64(0.5))[0], sgd_step(w, g, {}, 0.5)[0]
+    )
+    assert descend(sgd_step, lambda w: w.sum(), np.ones(2, np.float32), np.int64(3)).shape == (4, 2)
 
 
 def test_descend_walks_with_gradients_switched_off_around_it():
     with torch.no_grad():
         assert_close(
-            descend(sgd, lambda w: w.square().sum(), torch.ones(1), 1, lr=0.25)[1],
+            descend(sgd_step, lambda w: w.square().sum(), torch.ones(1), 1, lr=0.25)[1],
             torch.tensor([0.5]),
         )
 
 
 def test_the_weight_and_the_notes_that_come_in_are_left_alone():
-    for rule in (sgd, adam, adamw, adafactor):
+    for rule in (sgd_step, adam_step, adamw_step, adafactor_step):
         weight, grad = torch.ones(2, 3), torch.full((2, 3), 0.5)
-        _, state = rule(weight, grad, {}, **(dict(momentum=0.9) if rule is sgd else {}))
+        _, state = rule(weight, grad, {}, **(dict(momentum=0.9) if rule is sgd_step else {}))
         kept = {name: x.clone() if torch.is_tensor(x) else x for name, x in state.items()}
         rule(weight, grad, state)
         assert (weight == 1).all() and (grad == 0.5).all()
@@ -317,99 +338,123 @@ def test_the_weight_and_the_notes_that_come_in_are_left_alone():
 
 W = torch.ones(3)
 BAD = {
-    "a list": (lambda: sgd([1.0], W, {}), TypeError, "list"),
-    "whole numbers": (lambda: adam(W.long(), W, {}), TypeError, "float"),
-    "shapes": (lambda: sgd(W, W[:2], {}), ValueError, "(3,)"),
-    "empty": (lambda: adam(W[:0], W[:0], {}), ValueError, "empty"),
-    "devices": (lambda: adam(W, W.to("meta"), {}), ValueError, "meta"),
-    "NaN gradient": (lambda: adam(W, W * math.nan, {}), ValueError, "grad holds 3 NaN"),
-    "NaN weight": (lambda: adafactor(W * math.nan, W, {}), ValueError, "weight holds"),
-    "negative rate": (lambda: sgd(W, W, {}, lr=-1.0), ValueError, "lr is -1.0"),
-    "infinite rate": (lambda: adam(W, W, {}, lr=math.inf), ValueError, "finite"),
-    "a rate of text": (lambda: adamw(W, W, {}, lr="0.1"), TypeError, "'0.1'"),
-    "momentum of 1": (lambda: sgd(W, W, {}, momentum=1.0), ValueError, "momentum is 1.0"),
-    "beta of 1": (lambda: adam(W, W, {}, betas=(0.9, 1.0)), ValueError, "betas[1] is 1.0"),
-    "negative decay": (lambda: adamw(W, W, {}, decay=-0.1), ValueError, "decay is -0.1"),
-    "clip of 0": (lambda: adafactor(W, W, {}, clip=0.0), ValueError, "clip is 0.0"),
-    "negative forgetting": (lambda: adafactor(W, W, {}, forget=-0.8), ValueError, "forget is -0.8"),
-    "a loss of many": (lambda: descend(sgd, lambda w: w * 2, W, 3), ValueError, "take its mean"),
+    "a list": (lambda: sgd_step([1.0], W, {}), TypeError, "list"),
+    "whole numbers": (lambda: adam_step(W.long(), W, {}), TypeError, "float"),
+    "shapes": (lambda: sgd_step(W, W[:2], {}), ValueError, "(3,)"),
+    "empty": (lambda: adam_step(W[:0], W[:0], {}), ValueError, "empty"),
+    "devices": (lambda: adam_step(W, W.to("meta"), {}), ValueError, "meta"),
+    "NaN gradient": (lambda: adam_step(W, W * math.nan, {}), ValueError, "grad holds 3 NaN"),
+    "NaN weight": (lambda: adafactor_step(W * math.nan, W, {}), ValueError, "weight holds"),
+    "negative rate": (lambda: sgd_step(W, W, {}, lr=-1.0), ValueError, "lr is -1.0"),
+    "infinite rate": (lambda: adam_step(W, W, {}, lr=math.inf), ValueError, "finite"),
+    "a rate of text": (lambda: adamw_step(W, W, {}, lr="0.1"), TypeError, "'0.1'"),
+    "momentum of 1": (lambda: sgd_step(W, W, {}, momentum=1.0), ValueError, "momentum is 1.0"),
+    "beta of 1": (lambda: adam_step(W, W, {}, betas=(0.9, 1.0)), ValueError, "betas[1] is 1.0"),
+    "negative decay": (lambda: adamw_step(W, W, {}, decay=-0.1), ValueError, "decay is -0.1"),
+    "clip of 0": (lambda: adafactor_step(W, W, {}, clip=0.0), ValueError, "clip is 0.0"),
+    "negative forgetting": (
+        lambda: adafactor_step(W, W, {}, forget=-0.8),
+        ValueError,
+        "forget is -0.8",
+    ),
+    "a loss of many": (
+        lambda: descend(sgd_step, lambda w: w * 2, W, 3),
+        ValueError,
+        "take its mean",
+    ),
     "a start that is none": (
-        lambda: descend(sgd, lambda w: w.sum(), 3.0, 3),
+        lambda: descend(sgd_step, lambda w: w.sum(), 3.0, 3),
         TypeError,
         "start is 3.0",
     ),
     "an option of another rule": (
-        lambda: Descent([W], sgd, betas=(0.9, 0.9)),
+        lambda: Descent([W], sgd_step, betas=(0.9, 0.9)),
         ValueError,
-        "sgd knows no betas",
+        "sgd_step knows no betas",
     ),
-    "one beta": (lambda: adam(W, W, {}, betas=(0.9,)), ValueError, "expected two shares"),
-    "betas of text": (lambda: adam(W, W, {}, betas="ab"), ValueError, "expected two shares"),
+    "one beta": (lambda: adam_step(W, W, {}, betas=(0.9,)), ValueError, "expected two shares"),
+    "betas of text": (lambda: adam_step(W, W, {}, betas="ab"), ValueError, "expected two shares"),
     "a beta that is none": (
-        lambda: adamw(W, W, {}, betas=(0.9, None)),
+        lambda: adamw_step(W, W, {}, betas=(0.9, None)),
         TypeError,
         "betas[1] is None",
     ),
     "notes of another shape": (
-        lambda: sgd(W, W, dict(velocity=torch.zeros(2, 3))),
+        lambda: sgd_step(W, W, dict(velocity=torch.zeros(2, 3))),
         ValueError,
         "state holds",
     ),
     "notes that would be stretched": (
-        lambda: sgd(W, W, dict(velocity=torch.zeros(1)), momentum=0.9),
+        lambda: sgd_step(W, W, dict(velocity=torch.zeros(1)), momentum=0.9),
         ValueError,
         "(1,)",
     ),
-    "notes of another rule": (lambda: sgd(W, W, adam(W, W, {})[1]), ValueError, "state holds"),
-    "half of the notes": (lambda: adam(W, W, dict(t=3, mean=W)), ValueError, "state holds"),
-    "rows of another matrix": (
-        lambda: adafactor(W[None], W[None], adafactor(W[:, None], W[:, None], {})[1]),
+    "notes of another rule": (
+        lambda: sgd_step(W, W, adam_step(W, W, {})[1]),
         ValueError,
         "state holds",
     ),
-    "no notes": (lambda: sgd(W, W, None), TypeError, "state is None"),
-    "a sparse gradient": (lambda: sgd(W, W.to_sparse(), {}), TypeError, "to_dense"),
-    "squares that overflow": (lambda: adam(W, W * 1e25, {}), ValueError, "far too large"),
+    "half of the notes": (lambda: adam_step(W, W, dict(t=3, mean=W)), ValueError, "state holds"),
+    "rows of another matrix": (
+        lambda: adafactor_step(W[None], W[None], adafactor_step(W[:, None], W[:, None], {})[1]),
+        ValueError,
+        "state holds",
+    ),
+    "no notes": (lambda: sgd_step(W, W, None), TypeError, "state is None"),
+    "a sparse gradient": (lambda: sgd_step(W, W.to_sparse(), {}), TypeError, "to_dense"),
+    "squares that overflow": (lambda: adam_step(W, W * 1e25, {}), ValueError, "far too large"),
     "squares that overflow in rows": (
-        lambda: adafactor(W[None], W[None] * 1e25, {}),
+        lambda: adafactor_step(W[None], W[None] * 1e25, {}),
         ValueError,
         "far too large",
     ),
     "a loss that is a float": (
-        lambda: descend(sgd, lambda w: 3.0, W, 3),
+        lambda: descend(sgd_step, lambda w: 3.0, W, 3),
         TypeError,
         "the loss is 3.0",
     ),
     "a detached loss": (
-        lambda: descend(sgd, lambda w: w.detach().sum(), W, 3),
+        lambda: descend(sgd_step, lambda w: w.detach().sum(), W, 3),
         ValueError,
         "does not depend",
     ),
     "a loss of something else": (
-        lambda: descend(sgd, lambda w: W.clone().requires_grad_().sum(), W, 3),
+        lambda: descend(sgd_step, lambda w: W.clone().requires_grad_().sum(), W, 3),
         ValueError,
         "does not depend",
     ),
-    "steps below 0": (lambda: descend(sgd, lambda w: w.sum(), W, -1), ValueError, "steps is -1"),
-    "half a step": (lambda: descend(sgd, lambda w: w.sum(), W, 0.5), TypeError, "steps is 0.5"),
-    "a walk with options of another rule": (
-        lambda: descend(sgd, lambda w: w.sum(), W, 1, betas=1),
+    "steps below 0": (
+        lambda: descend(sgd_step, lambda w: w.sum(), W, -1),
         ValueError,
-        "sgd knows no betas",
+        "steps is -1",
     ),
-    "a rate below 0, when made": (lambda: Descent([W], sgd, lr=-1.0), ValueError, "lr is -1.0"),
+    "half a step": (
+        lambda: descend(sgd_step, lambda w: w.sum(), W, 0.5),
+        TypeError,
+        "steps is 0.5",
+    ),
+    "a walk with options of another rule": (
+        lambda: descend(sgd_step, lambda w: w.sum(), W, 1, betas=1),
+        ValueError,
+        "sgd_step knows no betas",
+    ),
+    "a rate below 0, when made": (
+        lambda: Descent([W], sgd_step, lr=-1.0),
+        ValueError,
+        "lr is -1.0",
+    ),
     "a momentum of 2, when made": (
-        lambda: Descent([dict(params=[W], momentum=2.0)], sgd),
+        lambda: Descent([dict(params=[W], momentum=2.0)], sgd_step),
         ValueError,
         "momentum is 2.0",
     ),
-    "parameters of whole numbers": (lambda: Descent([W.long()], sgd), TypeError, "int64"),
+    "parameters of whole numbers": (lambda: Descent([W.long()], sgd_step), TypeError, "int64"),
     "an option without a value": (
         lambda: Descent([W], lambda w, g, s, lr: (w, s)),
         ValueError,
         "needs lr",
     ),
-    "no parameters": (lambda: Descent(3, sgd), TypeError, "params is 3"),
+    "no parameters": (lambda: Descent(3, sgd_step), TypeError, "params is 3"),
     "no rule": (lambda: Descent([W], "adam"), TypeError, "rule is 'adam'"),
 }
 

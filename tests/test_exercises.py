@@ -28,7 +28,7 @@ from foundation.core.exercises import (
     CALLOUT,
     Exercise,
     list_exercises,
-    progress,
+    exercise_progress,
     progress_file,
     require,
     require_close,
@@ -637,7 +637,7 @@ def test_copies_of_damaged_files_are_numbered_and_reading_moves_nothing(learner)
     for content in contents:
         learner.write_bytes(content)
         for _ in range(2):
-            assert "is damaged" in progress().note and learner.read_bytes() == content
+            assert "is damaged" in exercise_progress().note and learner.read_bytes() == content
         assert exercise().check(lambda x: 2 * x)
     copies = ["progress.json.corrupt", "progress.json.corrupt2", "progress.json.corrupt3"]
     assert [learner.with_name(name).read_bytes() for name in copies] == contents
@@ -658,7 +658,9 @@ def test_copies_of_damaged_files_are_numbered_and_reading_moves_nothing(learner)
 )
 def test_entries_that_this_module_does_not_write_are_damage(learner, entry):
     learner.write_text(json.dumps({"a/b#c": entry}))
-    assert "is damaged" in progress().note and "damaged" in repr(exercise().check(lambda x: 2 * x))
+    assert "is damaged" in exercise_progress().note and "damaged" in repr(
+        exercise().check(lambda x: 2 * x)
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="homes are found another way there")
@@ -686,7 +688,7 @@ def test_without_a_home_the_verdict_stands_and_a_sentence_is_added(monkeypatch, 
         and "not kept: there is no home folder" in repr(first)
         and "home" not in repr(second)
     )
-    assert "No progress is kept: there is no home folder" in progress().note
+    assert "No progress is kept: there is no home folder" in exercise_progress().note
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a folder that is used cannot be deleted there")
@@ -694,7 +696,7 @@ def test_progress_in_a_deleted_folder(learner, monkeypatch, tmp_path):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    table = progress("00_core/05_exercises")
+    table = exercise_progress("00_core/05_exercises")
     assert "Mean of what is kept" in repr(table) and table.rows[0]["link"].endswith(
         "00_core/05_exercises.ipynb"
     )
@@ -706,7 +708,7 @@ def test_another_kind_of_argument_is_a_sentence():
         (lambda: Exercise("a", "b", 3, ["", ""]), "check is 3; expected a function"),
         (lambda: Exercise("a", "b", check_double, ["", ""], seconds=0), "seconds is 0"),
         (lambda: Exercise("a", "b", check_double, ["", ""], returns="float"), "returns is 'float'"),
-        (lambda: progress(3), "lesson is 3"),
+        (lambda: exercise_progress(3), "lesson is 3"),
         (lambda: list_exercises(None), "folder is None"),
     ]:
         with pytest.raises((TypeError, ValueError), match=words):
@@ -754,7 +756,7 @@ def test_a_place_that_cannot_be_written_is_told_once(learner, monkeypatch):
     monkeypatch.setenv("FOUNDATION_PROGRESS", str(learner.parent / "file" / "progress.json"))
     first, second = (exercise().check(lambda x: 2 * x) for _ in range(2))
     assert first and second and "not kept" in repr(first) and "not kept" not in repr(second)
-    assert "cannot be read" in progress().note or not progress().note
+    assert "cannot be read" in exercise_progress().note or not exercise_progress().note
 
 
 def test_a_full_disk_keeps_the_old_entries(learner, monkeypatch):
@@ -800,27 +802,27 @@ def test_table(learner, monkeypatch):
     monkeypatch.chdir(NBS / "00_core")
     mine = Exercise("00_core/05_exercises", "Mean of what is kept", check_double, ["", ""])
     row = "| [Exercises](05_exercises.ipynb) | Mean of what is kept | easy | 10 | {} |"
-    assert row.format("not yet") in repr(progress())
+    assert row.format("not yet") in repr(exercise_progress())
     mine.check(lambda x: x)
-    assert row.format("tried 1 ×") in progress("00_core/05")._repr_markdown_()
+    assert row.format("tried 1 ×") in exercise_progress("00_core/05")._repr_markdown_()
     mine.check(lambda x: 2 * x)
-    assert row.format("✓ " + time.strftime("%Y-%m-%d")) in repr(progress())
+    assert row.format("✓ " + time.strftime("%Y-%m-%d")) in repr(exercise_progress())
     monkeypatch.chdir(NBS)
-    assert "](00_core/05_exercises.ipynb)" in repr(progress())
+    assert "](00_core/05_exercises.ipynb)" in repr(exercise_progress())
     monkeypatch.setenv("FOUNDATION_STATIC", "1")
     assert (
-        not any(r["solved"] or r["tries"] for r in progress().rows)
+        not any(r["solved"] or r["tries"] for r in exercise_progress().rows)
         and not mine.check(lambda x: 2 * x).notes
     )
 
 
 def test_table_where_only_the_library_is_installed(learner, monkeypatch):
     monkeypatch.setattr(exercises, "_lessons_folder", lambda: None)
-    assert repr(progress()).endswith("0 of 0 solved.")
+    assert repr(exercise_progress()).endswith("0 of 0 solved.")
     exercise().check(lambda x: 2 * x)
-    assert "| 00_core/demo | Double |  |  | ✓" in repr(progress()) and "1 of 1 solved." in repr(
-        progress()
-    )
+    assert "| 00_core/demo | Double |  |  | ✓" in repr(
+        exercise_progress()
+    ) and "1 of 1 solved." in repr(exercise_progress())
 
 
 def test_damaged_notebooks_do_not_stop_the_table(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALLOUT', 'Refused', 'require', 'require_close', 'progress_file', 'Verdict', 'Exercise', 'list_exercises', 'Progress',
-           'progress']
+           'exercise_progress']
 
 # %% ../../nbs/00_core/05_exercises.ipynb #697c999e
 import inspect
@@ -574,7 +574,7 @@ def _row(r):
 
 # %% ../../nbs/00_core/05_exercises.ipynb #c4fa7443
 @checked
-def progress(
+def exercise_progress(
     lesson: str = "",  # how the lessons' paths begin, such as "07_pretraining"; "" for all
 ) -> Progress:
     "Which exercises are solved, which were tried, and which still wait."

@@ -295,7 +295,10 @@ EXAMPLES = {
     ),
     "core.exercises.list_exercises": lambda: (exercises.list_exercises, dict(folder=scratch())),
     "core.exercises.Progress": lambda: (exercises.Progress, dict(rows=[], note="")),
-    "core.exercises.progress": lambda: (static(exercises.progress), dict(lesson="00_core/05")),
+    "core.exercises.exercise_progress": lambda: (
+        static(exercises.exercise_progress),
+        dict(lesson="00_core/05"),
+    ),
     "core.modules.head_of": lambda: (modules.head_of, dict(model=named_head())),
     "core.modules.unwrapped": lambda: (modules.unwrapped, dict(model=network())),
 }

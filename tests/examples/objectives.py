@@ -4,7 +4,14 @@ the laws and the fuzz start from them"""
 import torch
 
 from foundation.objectives.contrast import alignment, info_nce, nt_xent, uniformity
-from foundation.objectives.descent import Descent, adafactor, adam, adamw, descend, sgd
+from foundation.objectives.descent import (
+    Descent,
+    adafactor_step,
+    adam_step,
+    adamw_step,
+    descend,
+    sgd_step,
+)
 from foundation.objectives.divergence import (
     distillation_loss,
     entropy,
@@ -79,29 +86,29 @@ EXAMPLES = {
     ),
     "objectives.contrast.alignment": lambda: (alignment, dict(a=draw(4, 3), b=draw(4, 3, seed=1))),
     "objectives.contrast.uniformity": lambda: (uniformity, dict(z=draw(4, 3), t=2.0)),
-    "objectives.descent.sgd": lambda: (
-        sgd,
+    "objectives.descent.sgd_step": lambda: (
+        sgd_step,
         update() | dict(lr=0.1, momentum=0.9, l2=0.1, decay=0.1),
     ),
     "objectives.descent.descend": lambda: (
         descend,
-        dict(rule=sgd, loss=bowl, start=draw(3), steps=3, lr=0.1),
+        dict(rule=sgd_step, loss=bowl, start=draw(3), steps=3, lr=0.1),
     ),
-    "objectives.descent.adam": lambda: (
-        adam,
+    "objectives.descent.adam_step": lambda: (
+        adam_step,
         update() | dict(lr=0.1, betas=(0.9, 0.99), eps=1e-8, l2=0.1, decay=0.1),
     ),
-    "objectives.descent.adamw": lambda: (
-        adamw,
+    "objectives.descent.adamw_step": lambda: (
+        adamw_step,
         update() | dict(lr=0.1, betas=(0.9, 0.99), eps=1e-8, decay=0.1),
     ),
-    "objectives.descent.adafactor": lambda: (
-        adafactor,
+    "objectives.descent.adafactor_step": lambda: (
+        adafactor_step,
         update() | dict(lr=0.1, forget=0.8, eps=1e-3, clip=1.0, decay=0.1),
     ),
     "objectives.descent.Descent": lambda: (
         Descent,
-        dict(params=[draw(3, 2).requires_grad_()], rule=adam, lr=0.1),
+        dict(params=[draw(3, 2).requires_grad_()], rule=adam_step, lr=0.1),
     ),
 }
 SKIP = {}
