@@ -25,7 +25,7 @@ tour: setup ## the whole life of a foundation model in five minutes: runs/tour/t
 test: lint ## lines in form, the export is fresh, every notebook runs, pytest passes
 	$(BIN)/python tools/notebooks.py export --check
 	$(BIN)/python tools/lessons.py
-	$(SHORT) $(BIN)/python -m pytest
+	$(SHORT) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: setup ## some tests on the short plan: make check ARGS="tests/test_lora.py -k merge"
 	$(SHORT) $(BIN)/python -m pytest $(ARGS)
