@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ..core.basics import evaluating, freeze
 from ..core.checks import check_model, check_tokens, check_whole, checked, got, precise
-from .lora import kind_beside, swap_layers
+from .lora import kind_beside
+from .targets import kind_of, sides, swap_layers
 from ..layers.attention import Attention, KeyValueCache
 
 # %% ../../nbs/08_finetuning/05_adapters.ipynb #574a7a74
@@ -25,10 +26,14 @@ class Adapter(nn.Module):
     (Houlsby et al. 2019, figure 2)."""
 
     @checked
-    def __init__(self, base: nn.Linear, width: int = 16):
+    def __init__(self, base: nn.Module, width: int = 16):  # Linear, or Conv1D of transformers
         super().__init__()
         check_whole(width, "width", 1)
-        dim, new = base.out_features, kind_beside(base)
+        if "Linear" != kind_of(base).__name__ != "Conv1D":
+            raise TypeError(
+                f"base is {got(base)}; expected a Linear, or the Conv1D of transformers"
+            )
+        dim, new = sides(base)[0], kind_beside(base)
         self.base = freeze(base)
         self.down, self.up = nn.Linear(dim, width, **new), nn.Linear(width, dim, **new)
         nn.init.zeros_(self.up.weight)  # starts as the identity
@@ -44,10 +49,11 @@ def add_adapters(
     model: nn.Module,  # changed in place and frozen, but for the adapters
     width: int = 16,
     targets: Sequence[str] = ("attention.out", "mlp.3"),  # the ends of both halves of a block
+    train: Sequence[str] = (),  # ends of names of what learns as well, as ["head"]
 ) -> nn.Module:
     "An adapter behind each layer that `targets` mean. Raises what `add_lora` raises."
     readers = (nn.TransformerEncoderLayer,)  # on its fast path
-    return swap_layers(model, targets, nn.Linear, lambda layer: Adapter(layer, width), readers)
+    return swap_layers(model, targets, lambda name, layer: Adapter(layer, width), train, readers)
 
 # %% ../../nbs/08_finetuning/05_adapters.ipynb #c5bde8c7
 class _Keys(nn.Module):
@@ -96,22 +102,23 @@ def add_prefix(
     model: nn.Module,  # a `BERT` or `GPT`, changed in place and frozen, but for the prefixes
     length: int = 8,  # learnt keys and values in each block
     words: Tensor | None = None,  # `length` real tokens to begin with; None: small random numbers
+    train: Sequence[str] = (),  # ends of names of what learns as well, as ["head"]
 ) -> nn.Module:
-    """A prefix for each attention.
+    """A prefix for each attention of this course.
 
-    Raises `ValueError` for a negative length, or words that are not as many."""
-    check_whole(length, "length", 0)
+    Raises `ValueError` or `TypeError` for a bad length, for other words and models."""
+    _check_own(model, length)
     held = {}
     if words is not None and (length or words.numel()):
         words = check_tokens(words, "words", shape=f"({length},)")
         held = _held(check_model(model, "model", "encode"), words)
 
-    def make(layer):
+    def make(name, layer):
         place = next(layer.query.parameters()).device
         drawn = 0.02 * torch.randn(2, length, layer.dim, device=place)
         return Prefix(layer, *held.get(layer, drawn))
 
-    return swap_layers(model, ["attention"], Attention, make)
+    return swap_layers(model, ["attention"], make, train)
 
 # %% ../../nbs/08_finetuning/05_adapters.ipynb #c3a0000b
 def _held(model, words):
@@ -131,6 +138,15 @@ def _held(model, words):
         for hook in hooks:
             hook.remove()
     return held
+
+# %% ../../nbs/08_finetuning/05_adapters.ipynb #88e3ec2f
+def _check_own(model, length):
+    check_whole(length, "length", 0)
+    if not any(isinstance(layer, Attention) for layer in model.modules()):
+        raise TypeError(
+            f"{type(model).__name__} has no Attention of this course; models of transformers take a"
+            " prefix as past_key_values, and every linear layer takes add_adapters"
+        )
 
 # %% ../../nbs/08_finetuning/05_adapters.ipynb #61c8e5d7
 @checked

@@ -313,9 +313,19 @@ EXAMPLES = {
         dict(model=GPT(20, 8, 8, 1, 2)),
     ),
     "finetuning.lora.kind_beside": lambda: (lora.kind_beside, dict(base=nn.Linear(4, 3))),
-    "finetuning.lora.swap_layers": lambda: (
-        lora.swap_layers,
-        dict(model=bert(), targets=["mlp.0"], kind=nn.Linear, make=lora.LoRA, readers=()),
+    "finetuning.targets.swap_layers": lambda: (
+        targets.swap_layers,
+        dict(model=bert(), targets=["mlp.0"], make=lambda name, layer: lora.LoRA(layer)),
+    ),
+    "finetuning.targets.by_layer": lambda: (
+        targets.by_layer,
+        dict(names=["a.b", "a.c"], value={"b": 2, ".*": 4}, what="rank"),
+    ),
+    "finetuning.targets.kind_of": lambda: (targets.kind_of, dict(layer=nn.Linear(4, 3))),
+    "finetuning.targets.sides": lambda: (targets.sides, dict(layer=nn.Conv2d(4, 3, 2))),
+    "finetuning.targets.as_weight": lambda: (
+        targets.as_weight,
+        dict(layer=nn.Embedding(4, 3), matrix=torch.ones(3, 4)),
     ),
     "finetuning.lora.adapt": lambda: (
         lora.adapt,
