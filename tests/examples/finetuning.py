@@ -13,7 +13,8 @@ from foundation.data.augment import Augment
 from foundation.data import own
 from foundation.data.images import ImageDataset, ImageSet
 from foundation.data.tasks import Task
-from foundation.finetuning import adapters, epochs, loop, lora, rate_search, search, targets
+from foundation.finetuning import adapters, epochs, loop, lora, multi_lora, rate_search, search
+from foundation.finetuning import targets
 from foundation.layers.attention import Attention
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
@@ -326,6 +327,11 @@ EXAMPLES = {
     "finetuning.targets.as_weight": lambda: (
         targets.as_weight,
         dict(layer=nn.Embedding(4, 3), matrix=torch.ones(3, 4)),
+    ),
+    "finetuning.multi_lora.MultiLoRA": lambda: (multi_lora.MultiLoRA, dict(model=bert())),
+    "finetuning.multi_lora.MultiLoRA.add": lambda: (
+        multi_lora.MultiLoRA(bert()).add,
+        dict(name="one", rank=2, targets=["mlp.0"]),
     ),
     "finetuning.lora.adapt": lambda: (
         lora.adapt,
