@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from foundation.core.checks import complaint
-from foundation.data.images import few_labels, load_images, split
+from foundation.data.images import load_images, split
+from foundation.data.tasks import few_labels
 from foundation.evaluation import probes
 from foundation.models.convnets import ConvNet
 from foundation.recipes.few_labels import (

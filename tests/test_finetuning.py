@@ -21,7 +21,8 @@ from foundation.core.basics import freeze, unfreeze
 from foundation.core.precision import pick_precision
 from foundation.data.augment import Augment
 from foundation.data.batches import augmented
-from foundation.data.images import few_labels, load_images
+from foundation.data.images import load_images
+from foundation.data.tasks import few_labels
 from foundation.evaluation.scores import predict
 from foundation.finetuning import loop
 from foundation.recipes import resnet_fashion

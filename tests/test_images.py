@@ -20,13 +20,13 @@ from foundation.data.images import (
     ImageSet,
     check_set,
     duplicates,
-    few_labels,
     load_images,
     read_idx,
     split,
     standard_of,
     to_float,
 )
+from foundation.data.tasks import few_labels
 from foundation.data.own import image_set
 from foundation.data.sources import DataUnavailable
 from foundation.data.tasks import image_task

@@ -13,7 +13,8 @@ import foundation.recipes.few_labels as few_labels_recipe
 import foundation.recipes.resnet_simclr as resnet_simclr
 import foundation.training.run as training_run
 from foundation.data.augment import Augment, PerImage
-from foundation.data.images import few_labels, load_images
+from foundation.data.images import load_images
+from foundation.data.tasks import few_labels
 from foundation.evaluation.probes import encode_all, fit_head, fit_linear
 from foundation.evaluation.scores import predict
 from foundation.finetuning.loop import finetune

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FASHION', 'ImageSet', 'check_set', 'by_channel', 'as_column', 'to_float', 'read_idx', 'load_images', 'standard_of',
-           'few_labels', 'split', 'duplicates', 'ImageDataset']
+           'split', 'duplicates', 'ImageDataset']
 
 # %% ../../nbs/02_data/01_images.ipynb #c6d82391
 import gzip
@@ -329,29 +329,6 @@ def _category(emoji):
 
 
 _loaders["emoji"] = _emoji
-
-# %% ../../nbs/02_data/01_images.ipynb #11c597a4
-@checked
-def few_labels(
-    labels: Tensor | Sequence,  # (n,) labels of the whole training set, whole numbers from 0 on
-    count: int,  # how many examples to draw in all
-    seed: int = 0,
-) -> Tensor:  # (count,) indices, as many of each class, or one more where it does not divide
-    """Indices of a balanced, seeded draw.
-
-    A larger draw with the same seed holds the smaller one, class by class.
-    Raises `TypeError`, `ValueError`."""
-    labels = check_labels(labels).cpu()
-    classes = torch.unique(labels)
-    if not len(classes) <= count <= len(labels):
-        raise ValueError(
-            f"asked for {count} labels; expected {len(classes)} (one a class) to "
-            f"{len(labels)} (all)"
-        )
-    shuffled = torch.randperm(len(labels), generator=_generator(seed))
-    piles = [shuffled[labels[shuffled] == k] for k in classes]
-    turns = [pile[i : i + 1] for i in range(min(count, max(map(len, piles)))) for pile in piles]
-    return torch.cat(turns)[:count]
 
 # %% ../../nbs/02_data/01_images.ipynb #c9c80e81
 def _generator(seed):

@@ -18,7 +18,8 @@ from ..core.checks import check_choice, check_model, check_number, check_whole
 from ..core.checks import checked, got
 from ..data.augment import Augment
 from ..data.batches import augmented
-from ..data.images import ImageSet, few_labels
+from ..data.images import ImageSet
+from ..data.tasks import few_labels
 from ..data.tasks import Task, image_task
 from ..evaluation.comparison import Comparison
 from ..evaluation.probes import encode_all, encode_stages, fit_head

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..core.checks import check_choice, check_labels, check_number, check_sizes, checked
 from ..data.augment import Augment
-from ..data.images import ImageDataset, ImageSet, few_labels, load_images, split
+from ..data.images import ImageDataset, ImageSet, load_images, split
+from ..data.tasks import few_labels
 from ..evaluation.probes import fit_head
 from ..evaluation.scores import accuracy, predict
 from ..data.tasks import image_task
