@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from foundation.finetuning.adapters import add_adapters, add_prefix
 from foundation.finetuning.lora import LoRA, add_lora, merge, unload, unmerge
 from foundation.finetuning.targets import as_weight, by_layer, find_layers, sides
+from foundation.models.bert import BERT
+from foundation.models.gpt import GPT
 from foundation.models.pretrained import load_weights, save_weights
 
 peft = pytest.importorskip("peft")
@@ -289,6 +291,32 @@ def test_a_table_of_words_that_is_tied_to_the_head_keeps_the_head_as_it_was():
     assert unmerge(model).transformer.wte.base.weight is table
 
 
+@pytest.mark.parametrize("make", [GPT, BERT])
+def test_a_table_that_this_course_reads_as_words_and_as_head_changes_in_both(make):
+    torch.manual_seed(0)
+    model = make(20, 16, 16, 1, 2).eval()
+    before = model(WORDS).detach()
+    add_lora(model, 2, targets=["embedding.token"])
+    assert torch.equal(model(WORDS), before)
+    apart = gradients(drawn(model), WORDS)
+    assert (apart - before).abs().max() > 1e-2
+    assert_close(merge(model)(WORDS), apart, rtol=1e-4, atol=1e-5)
+    assert torch.equal(unload(unmerge(model))(WORDS), before)
+
+
+def test_a_layer_answers_what_it_is_asked():
+    layer = LoRA(nn.Conv2d(3, 4, 5, stride=2, bias=False), 2)
+    assert (layer.in_channels, layer.kernel_size, layer.stride) == (3, (5, 5), (2, 2))
+    assert layer.bias is None and deepcopy(layer).kind is nn.Conv2d
+    with pytest.raises(AttributeError, match="num_embeddings"):
+        layer.num_embeddings
+
+
+def test_a_wrong_name_is_answered_by_the_names_that_are_like_it():
+    with pytest.raises(ValueError, match="no layer is called 'attention.query'.*self.query"):
+        add_lora(bert())
+
+
 def test_a_convolution_used_twice_is_one_layer():
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 3, 3, padding=1)
@@ -314,6 +342,9 @@ class OwnPadding(nn.Conv2d):
         return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
 
 
+OneD = type("Conv1D", (nn.Conv1d,), {})  # a convolution by the name of GPT-2's linear layer
+
+
 @pytest.mark.parametrize(
     "layer, words",
     [
@@ -322,6 +353,7 @@ class OwnPadding(nn.Conv2d):
         (OwnPadding(4, 4, 3), "an OwnPadding with a forward of its own"),
         (nn.ConvTranspose2d(4, 4, 3), "base is a ConvTranspose2d; expected a Linear"),
         (nn.EmbeddingBag(4, 4), "base is an EmbeddingBag; expected a Linear"),
+        (OneD(4, 4, 3, groups=2), "a Conv1D with more than one group"),
         (nn.BatchNorm2d(4), "base is a BatchNorm2d; expected a Linear"),
     ],
 )
@@ -356,10 +388,11 @@ def test_a_head_that_stays_frozen_is_told(change, make, head):
         add_lora(make(), 2, targets=[head])  # it learns by LoRA
 
 
-def test_what_is_a_target_cannot_learn_whole_as_well():
+@pytest.mark.parametrize("train", [["head"], ["blocks.1"]])
+def test_what_is_a_target_cannot_learn_whole_as_well(train):
     model = vit()
-    with pytest.raises(ValueError, match="head: it stands in targets and in train"):
-        add_lora(model, 2, targets=["qkv", "head"], train=["head"])
+    with pytest.raises(ValueError, match=rf"{train[0]}.*: it stands in targets and in train"):
+        add_lora(model, 2, targets=["qkv", "head"], train=train)
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -45,11 +45,11 @@ class _Thin(nn.Module):
         check_whole(rank, "rank", 1, min(out, into), "the smaller side of the layer")
         check_number(alpha, "alpha", above=0)
         self.dropout = check_number(dropout, "dropout", 0, below=1)
-        self.base = base.requires_grad_(False)
+        self.base, self.kind = base.requires_grad_(False), kind_of(base)
         self.rank, self.alpha, self.merged = rank, alpha, False
         self.A = nn.Parameter(torch.empty(rank, into, **new))
         self.B = nn.Parameter(torch.empty(out, rank, **new))
-        _start(self.A, self.B, words=kind_of(base) is nn.Embedding)
+        _start(self.A, self.B, words=self.kind is nn.Embedding)
 
 # %% ../../nbs/08_finetuning/04_lora.ipynb #5a3c1004
 class _Branch(_Thin):
@@ -63,14 +63,19 @@ class _Branch(_Thin):
         return (h + self.alpha / self.rank * self._product(x)).to(h.dtype)
 
     def _product(self, x):  # B A x: the layer's operation with A in the place of W, then B
-        kind = kind_of(self.base)
-        if kind is nn.Linear or kind.__name__ == "Conv1D":
+        if self.kind is nn.Linear or self.kind.__name__ == "Conv1D":
             return x @ self.A.T @ self.B.T
-        if kind is nn.Embedding:
+        if self.kind is nn.Embedding:
             return F.embedding(x, self.A.T, self.base.padding_idx) @ self.B.T
         channel = -1 - len(self.base.kernel_size)
         down = self.base._conv_forward(x, self.A.view(-1, *self.base.weight.shape[1:]), None)
         return (down.movedim(channel, -1) @ self.B.T).movedim(-1, channel)
+
+    def __getattr__(self, name):  # in_features, bias, …: what else is asked, the base answers
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
 
 # %% ../../nbs/08_finetuning/04_lora.ipynb #f2a00002
 class LoRA(_Branch):
@@ -93,10 +98,6 @@ class LoRA(_Branch):
     @property
     def weight(self) -> Tensor:  # for a module that reads it, as PyTorch's fast paths do
         return self.base.weight if self.merged else _plus(self.base.weight, self)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
 # %% ../../nbs/08_finetuning/04_lora.ipynb #1875cf35
 @checked

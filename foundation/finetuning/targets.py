@@ -10,6 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ def _ending(names, target):
     "The names that end so, or a sentence"
     if hits := [name for name in names if f".{name}".endswith(f".{target}")]:
         return hits
-    ends = sorted({".".join(name.split(".")[-2:]) for name in names})
-    some = ", ".join(ends[:8]) or "none"
+    ends = {".".join(name.split(".")[-2:]) for name in names}
+    some = ", ".join(sorted(get_close_matches(target, ends, 8, 0))) or "none"
     raise ValueError(f"no layer is called {target!r}; there are, among others: {some}")
 
 
@@ -63,8 +64,9 @@ def _matching(model, names, pattern):
     return hits
 
 # %% ../../nbs/08_finetuning/03_targets.ipynb #5a3c1003
-def _is_linear(layer):  # transformers' own one is found without an import
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+def _is_linear(layer):  # transformers' own is found without importing it
+    own = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    return own or isinstance(layer, nn.Linear)
 
 
 def _heads(model):
@@ -105,7 +107,7 @@ def kind_of(layer: nn.Module) -> type:  # Linear, Embedding, Conv1d, Conv2d, Con
     "What a layer is, or is derived from. Raises `TypeError` for a layer that is no one matrix."
     kinds = nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d
     for kind in type(layer).__mro__:
-        if kind in kinds or kind.__name__ == "Conv1D":
+        if kind in kinds or kind.__name__ == "Conv1D" and hasattr(layer, "nf"):
             return kind
     raise TypeError(
         f"base is {got(layer)}; expected a Linear, an Embedding, a convolution, or the Conv1D of"
@@ -153,14 +155,14 @@ def swap_layers(
     Raises `ValueError`, `TypeError`, and changes nothing then; warns of a frozen head of classes"""
     net = _alone(model)
     names, head = find_layers(net, targets), _head_of_classes(net)
-    learns = [net.get_submodule(n) for n in find_layers(net, train)] if train else []
+    parts = [net.get_submodule(n) for n in find_layers(net, train)] if train else []
     _check_called(net, names, readers)
-    new = _made(net, names, make, learns)
+    new = _made(net, names, make, {m for part in parts for m in part.modules()})
     for name, layer in list(net.requires_grad_(False).named_modules(remove_duplicate=False)):
         if layer in new:
             new[layer].train(layer.training)
             net.set_submodule(name, new[layer])
-    for part in learns:
+    for part in parts:
         part.requires_grad_(True)
     _say_frozen(net, head)
     return model
