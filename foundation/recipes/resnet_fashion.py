@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from ..core.checks import check_choice, check_labels, check_number, check_sizes, checked
 from ..data.augment import Augment
 from ..data.images import ImageDataset, ImageSet, load_images, split
-from ..data.tasks import few_labels
+from ..data.tasks import few_labels, image_task
 from ..evaluation.probes import fit_head
 from ..evaluation.scores import accuracy, predict
-from ..data.tasks import image_task
 from ..evaluation.study import Study
 from ..finetuning.epochs import train_epoch
 from ..finetuning.loop import finetune, frozen_norms
