@@ -202,9 +202,13 @@ def _optimum(x, labels, classes, l2, steps):
 
 # %% ../../nbs/06_evaluation/02_probes.ipynb #be8832ae
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:  # (n, d) -> (d,), (d,)
-    "Mean and deviation of each feature; one that never changes gets 1, so that it stays 0"
+    """Mean and deviation of each feature; one that never changes gets 1, so that it stays 0.
+
+    So does one whose changes are below the rounding of the largest in float32: divided by its own
+    deviation it would be noise, and its weight millions."""
     scale, mean = torch.std_mean(x, dim=0, correction=0)
-    return mean, scale.where(scale > (1e-12 * mean.abs()).clamp(min=1e-30), 1)
+    rounding = torch.finfo(torch.float32).eps * scale.max()
+    return mean, scale.where(scale > (1e-12 * mean.abs()).clamp(min=rounding.clamp(1e-30)), 1)
 
 
 def _check_probe(probe: LinearProbe) -> LinearProbe:
