@@ -39,6 +39,9 @@ class Net(nn.Module):
         return self.layer(x)
 
 
+OneD = type("Conv1D", (nn.Conv1d,), {})  # a convolution by the name of GPT-2's linear layer
+
+
 def conv(*sizes, **options):
     return nn.Conv2d(3, 5, *sizes, **options), PICTURES[..., :9, :7]
 
@@ -56,8 +59,11 @@ LAYERS = {
     "conv, dilation": lambda: conv(3, dilation=2, padding=2),
     "conv of lines": lambda: (nn.Conv1d(5, 4, 3, stride=2), FLOATS),
     "conv of volumes": lambda: (nn.Conv3d(3, 4, 2), PICTURES[:, :, :8].unflatten(2, (4, 2))),
+    "conv by GPT-2's name": lambda: (OneD(5, 4, 3), FLOATS),
+    "conv, one picture": lambda: (nn.Conv2d(3, 5, 3), PICTURES[0]),
 }
 NOT_PEFTS = {"conv, reflect", "conv, dilation"}  # it leaves both out of A, and fails or differs
+NOT_PEFTS |= {"conv by GPT-2's name"}
 
 
 def drawn(model, std=0.3):
@@ -262,6 +268,7 @@ def test_alpha_by_layer_scales_its_layer():
         ({"0": 9, ".*": 1}, "0: rank is 9; expected a whole number from 1 to 4"),
         ({"0": 1.5, ".*": 1}, "0: rank is 1.5"),
         ({}, "rank says nothing for 0"),
+        ({"": 2, ".*": 1}, "rank has ''"),
     ],
 )
 def test_ranks_that_say_too_little_or_too_much_are_refused(rank, words):
@@ -272,6 +279,8 @@ def test_ranks_that_say_too_little_or_too_much_are_refused(rank, words):
 
 
 def test_one_number_is_for_all_layers():
+    with pytest.raises(ValueError, match="value has 'uery', which is no end of a name"):
+        by_layer(["a.query"], {"uery": 2, ".*": 1})
     assert by_layer(["a", "b.c"], 3) == {"a": 3, "b.c": 3}
     assert by_layer(["a", "b.c"], {"c": 2, "a|b.c": 1}) == {"a": 1, "b.c": 2}  # the first that fits
 
@@ -342,7 +351,17 @@ class OwnPadding(nn.Conv2d):
         return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
 
 
-OneD = type("Conv1D", (nn.Conv1d,), {})  # a convolution by the name of GPT-2's linear layer
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_adapted_but_not_merged():
+    model = drawn(add_lora(Net(Halved(6, 5)), 2, targets=["layer"]))
+    apart = model(FLOATS)
+    with pytest.raises(ValueError, match="a forward of its own"):
+        merge(model)
+    assert torch.equal(model(FLOATS), apart)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +372,6 @@ OneD = type("Conv1D", (nn.Conv1d,), {})  # a convolution by the name of GPT-2's 
         (OwnPadding(4, 4, 3), "an OwnPadding with a forward of its own"),
         (nn.ConvTranspose2d(4, 4, 3), "base is a ConvTranspose2d; expected a Linear"),
         (nn.EmbeddingBag(4, 4), "base is an EmbeddingBag; expected a Linear"),
-        (OneD(4, 4, 3, groups=2), "a Conv1D with more than one group"),
         (nn.BatchNorm2d(4), "base is a BatchNorm2d; expected a Linear"),
     ],
 )
@@ -386,6 +404,13 @@ def test_a_head_that_stays_frozen_is_told(change, make, head):
         assert all(p.requires_grad for p in model.get_submodule(head).parameters())
         changes()[change](gpt2()), changes()[change](llama())  # a table of words is no new head
         add_lora(make(), 2, targets=[head])  # it learns by LoRA
+
+
+def test_a_head_of_words_is_no_new_head(recwarn):
+    net = nn.Sequential()
+    net.words, net.body, net.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+    add_lora(net, 2, targets=["body"])
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("train", [["head"], ["blocks.1"]])

@@ -13,6 +13,7 @@ from foundation.models.bert import BERT
 from foundation.models.heads import TextClassifier, without_head
 from foundation.models.pretrained import load_weights, save_weights
 
+pytestmark = pytest.mark.filterwarnings("ignore:the head 'head' is frozen")
 IDS = torch.tensor([[2, 5, 9, 11, 3], [2, 7, 3, 0, 0]])
 PLANS = {
     "one": dict(rank=4, targets="all-linear", train=["head"]),
@@ -153,6 +154,21 @@ def test_layers_at_two_names_parts_in_parts_modes_and_copies():
     assert torch.equal(again.use("deep")(x), several.use("deep")(x))
     again.use("deep")[0].B.data.fill_(1.0)
     assert torch.equal(several.model[0].B, torch.zeros(4, 1))
+
+
+def test_a_part_that_one_trains_whole_is_the_home_of_a_layer_of_another():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))), torch.randn(3, 4)
+    plain, inner = net(x).detach(), net[1]
+    several = MultiLoRA(net)
+    several.add("whole", rank=1, targets="0", train=["1"])
+    assert not any(p.requires_grad for p in several.use(None).parameters())
+    several.add("inside", rank=1, targets=["1.0"])
+    for _ in range(2):
+        assert several.use("inside")[1] is inner and isinstance(net[1][0], LoRA)
+        assert several.use("whole")[1] is not inner and type(net[1][0]) is nn.Linear
+        assert all(p.requires_grad for p in net[1].parameters())
+    assert torch.equal(several.use(None)(x), plain)
 
 
 def test_a_compiled_model_sees_the_one_in_use():
