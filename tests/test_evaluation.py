@@ -557,16 +557,18 @@ def test_a_feature_below_the_rounding_of_the_others_gets_no_giant_weight():
     "MiniLM has three such: divided by their deviation they are noise, and tuning starts from it"
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(200, 5, generator=rng) * torch.tensor([1, 1, 1, 1e-8, 1e-32])
-    probe = fit_linear(x, (x[:, 0] + x[:, 1] > 0).long(), l2=1e-3)
+    probe = probes.fit_linear(x, (x[:, 0] + x[:, 1] > 0).long(), l2=1e-3)
     assert (probe.weight / probe.scale).abs().max() < 100
-    large = fit_linear(x * 1e-6, (x[:, 0] + x[:, 1] > 0).long(), l2=1e-3)  # all of them small
-    assert_close(large.weight, probe.weight, rtol=1e-3, atol=1e-3)
+    large = probes.fit_linear(
+        x * 1e-6, (x[:, 0] + x[:, 1] > 0).long(), l2=1e-3
+    )  # all of them small
+    torch.testing.assert_close(large.weight, probe.weight, rtol=1e-3, atol=1e-3)
 
 
 def test_a_probe_is_fitted_inside_no_grad_and_keeps_none(table):
     x, y = table[0].clone().requires_grad_(), table[1]
     with torch.no_grad():
-        inside = probes.fit_linear(x, y)
+        inside = probes.probes.fit_linear(x, y)
     assert (
         torch.equal(inside.weight, probes.fit_linear(x, y).weight) and inside.weight.abs().max() > 0
     )
