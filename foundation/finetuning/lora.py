@@ -57,25 +57,22 @@ class _Branch(_Thin):
         h = self.base(x)
         if self.merged:
             return h
-        if x.is_floating_point():
-            x = x.to(self.A.dtype)
-            x = F.dropout(x, self.dropout) if self.dropout and self.training else x
-        return (h + self.alpha / self.rank * self._product(x)).to(h.dtype)
+        if x.is_floating_point():  # words are whole numbers
+            x = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
+        thin = x @ self.A.T @ self.B.T if self.kind is nn.Linear else _other_thin(self, x)
+        return (h + self.alpha / self.rank * thin).to(h.dtype)
 
-    def _product(self, x):  # B A x: the layer's operation with A in the place of W, then B
-        if self.kind is nn.Linear or self.kind.__name__ == "Conv1D":
-            return x @ self.A.T @ self.B.T
-        if self.kind is nn.Embedding:
-            return F.embedding(x, self.A.T, self.base.padding_idx) @ self.B.T
-        channel = -1 - len(self.base.kernel_size)
-        down = self.base._conv_forward(x, self.A.view(-1, *self.base.weight.shape[1:]), None)
-        return (down.movedim(channel, -1) @ self.B.T).movedim(-1, channel)
 
-    def __getattr__(self, name):  # in_features, bias, …: what else is asked, the base answers
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
+def _other_thin(layer, x):
+    "B A x: the operation of the layer with A in the place of its weight, then B"
+    base, A, B = layer.base, layer.A, layer.B
+    if layer.kind.__name__ == "Conv1D":
+        return x @ A.T @ B.T
+    if layer.kind is nn.Embedding:
+        return F.embedding(x, A.T, base.padding_idx) @ B.T
+    shape = base.in_channels, *base.kernel_size
+    down = base._conv_forward(x, A.view(-1, *shape), None)
+    return (down.movedim(-len(shape), -1) @ B.T).movedim(-1, -len(shape))
 
 # %% ../../nbs/08_finetuning/04_lora.ipynb #f2a00002
 class LoRA(_Branch):
@@ -176,6 +173,14 @@ def _before(layer):
         return kept[0]
     return nn.Parameter(_plus(whole, layer, -1), requires_grad=False)
 
+
+def _ask(self, name):
+    "in_features, bias, stride …: what a LoRA has not itself, its base answers"
+    try:
+        return nn.Module.__getattr__(self, name)
+    except AttributeError:
+        return getattr(nn.Module.__getattr__(self, "base"), name)
+
 # %% ../../nbs/08_finetuning/04_lora.ipynb #f2a00005
 def _save(self, destination, prefix, keep_vars):
     "A state says if it is merged: the sum read as W would count the product twice"
@@ -194,7 +199,7 @@ def _load(self, state, prefix, *rest):
     nn.Module._load_from_state_dict(self, state, prefix, *rest)
 
 
-LoRA._save_to_state_dict, LoRA._load_from_state_dict = _save, _load
+LoRA._save_to_state_dict, LoRA._load_from_state_dict, LoRA.__getattr__ = _save, _load, _ask
 
 # %% ../../nbs/08_finetuning/04_lora.ipynb #de6a551e
 LINEAR = ("attention.query", "attention.key", "attention.value", "attention.out", "mlp.0", "mlp.3")
@@ -211,7 +216,8 @@ def add_lora(
 ) -> nn.Module:
     """LoRA on each layer that `targets` mean, at each of its names: linear, embedding, convolution.
 
-    Raises `ValueError`, `TypeError` for what does not fit, and changes nothing then."""
+    Raises `ValueError`, `TypeError` for what does not fit, and changes nothing then; warns of a
+    head of classes that is frozen."""
     names = find_layers(model, targets)
     ranks, alphas = by_layer(names, rank, "rank"), by_layer(names, alpha, "alpha")
 

@@ -90,7 +90,9 @@ def by_layer(
     value: int | float | Mapping,  # one number, or {"mlp.0": 16, ".*": 8}, the first that fits
     what: str = "value",  # what a message calls it
 ) -> dict:  # name -> number
-    "Raises `ValueError` for a layer without a number, and for a pattern that fits no layer."
+    """One number for all layers, or one by the end of the name.
+
+    Raises `ValueError` for a layer without a number, and for a pattern that fits no layer."""
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, value)
     fits = {p: {n for n in names if re.fullmatch(rf"(.*\.)?({p})", n)} for p in value}
@@ -152,7 +154,7 @@ def swap_layers(
 ) -> nn.Module:
     """Freeze a model, and put `make(name, layer)` in the place of each layer, at all its names.
 
-    Raises `ValueError`, `TypeError`, and changes nothing then; warns of a frozen head of classes"""
+    Raises `ValueError`, `TypeError`, and changes nothing then; warns of a frozen head."""
     net = _alone(model)
     names, head = find_layers(net, targets), _head_of_classes(net)
     parts = [net.get_submodule(n) for n in find_layers(net, train)] if train else []
