@@ -73,7 +73,7 @@ class Task(_Parts):
 
     Raises `TypeError`, `ValueError` for parts that overlap or name examples that are not there."""
 
-    inputs: Tensor  # (n, ...) images, tokens (0 = padding) or features
+    inputs: Tensor  # (n, ...) images, tokens or features
     labels: Tensor  # (n,) int64
     classes: tuple[str, ...]  # their names, in the order of the labels
     pool: Tensor  # (p,) indices of the examples that labels are drawn from
@@ -179,18 +179,24 @@ def _check_sides(train, held, pool, dev, test):
 # %% ../../nbs/02_data/06_tasks.ipynb #e2736ba0
 @checked
 def encoder_of(
-    tokenizer: object,  # ours, or one of the `tokenizers` library
+    tokenizer: object,  # ours, or one of the libraries tokenizers or transformers
+    marks: bool = True,  # with what theirs put around a text, as [CLS] and [SEP]
 ) -> Callable[[Sequence[str]], list[list[int]]]:
     "A function from texts to rows of tokens. Raises `TypeError` for other tokenizers."
+    tokenizer = getattr(tokenizer, "outside", tokenizer)  # out of `as_tokenizer`
     if callable(getattr(tokenizer, "to_str", None)) and hasattr(tokenizer, "no_padding"):
         copy = type(tokenizer).from_str(tokenizer.to_str())
         copy.no_padding()
         copy.no_truncation()
-        return lambda texts: [row.ids for row in copy.encode_batch(list(texts))]
+        more = dict(add_special_tokens=marks)
+        return lambda texts: [row.ids for row in copy.encode_batch(list(texts), **more)]
+    if hasattr(tokenizer, "all_special_ids"):
+        plan = dict(add_special_tokens=marks, padding=False, truncation=False, verbose=False)
+        return lambda texts: tokenizer(list(texts), **plan)["input_ids"]
     if not callable(getattr(tokenizer, "encode", None)):
         raise TypeError(
-            f"tokenizer is {got(tokenizer)}; expected a Tokenizer, one of the library tokenizers "
-            "as load_minilm() gives, or hand in your own function as `encode`"
+            f"tokenizer is {got(tokenizer)}; expected a Tokenizer, one of the libraries tokenizers "
+            "or transformers, or hand in your own function as `encode`"
         )
     return lambda texts: [list(tokenizer.encode(text)) for text in texts]
 
