@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from foundation.data import augment, batches, images, tasks, text, tokenizer, views
+from foundation.data import augment, batches, images, own_texts, tasks, text, tokenizer, views
 
 WORDNET = '00001740 03 n 02 entity 0 whole_thing 0 001 ~ 00001930 n 0000 | a thing; "it is"\n'
 TEXTS = ["the cat sat on the mat", "a mat for the cat", "the owl sat"]
@@ -15,6 +15,12 @@ def pixels(n=6):
     return torch.randint(
         256, (n, 1, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
+
+
+def table():
+    path = Path(tempfile.mkdtemp()) / "texts.csv"
+    path.write_text("text,label\ngood,a\nbad,b\n")
+    return path
 
 
 def shares():
@@ -175,6 +181,10 @@ EXAMPLES = {
     "data.images.by_channel": lambda: (images.by_channel, dict(value=(0.1, 0.2), name="mean")),
     "data.images.as_column": lambda: (images.as_column, dict(value=0.5, images=pixels())),
     "data.images.standard_of": lambda: (images.standard_of, dict(images=pixels())),
+    "data.own_texts.read_texts": lambda: (
+        own_texts.read_texts,
+        dict(source=table(), text="text", label="label", classes=["a", "b"]),
+    ),
     "data.tasks.few_labels": lambda: (
         tasks.few_labels,
         dict(labels=labels(30), count=7, seed=1),
