@@ -423,6 +423,7 @@ def lora(model, targets, **options):
     return randomise(add_lora(model, 2, targets=targets, **options), 0.3)
 
 
+@pytest.mark.filterwarnings("ignore:.* shares its weight")
 @pytest.mark.parametrize("whole", [merge, lambda model: model.out.merge()])
 def test_merging_a_tied_layer_leaves_the_embedding_alone_and_unmerging_ties_it_again(whole):
     torch.manual_seed(0)
@@ -441,6 +442,7 @@ def test_merging_a_tied_layer_leaves_the_embedding_alone_and_unmerging_ties_it_a
     )
 
 
+@pytest.mark.filterwarnings("ignore:.* shares its weight")
 def test_two_layers_with_one_weight_merge_each_for_itself():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))

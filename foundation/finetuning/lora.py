@@ -7,6 +7,8 @@ __all__ = ['LINEAR', 'LoRA', 'kind_beside', 'add_lora', 'merge', 'unmerge', 'unl
 
 # %% ../../nbs/08_finetuning/04_lora.ipynb #6d983b8f
 import math
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -128,16 +130,21 @@ def _start(A, B, words):
         nn.init.kaiming_uniform_(A, math.sqrt(5)), nn.init.zeros_(B)
 
 
-def _check_merged(layer, merged):
-    if layer.merged != merged:
-        state, do = ("merged already", "unmerge") if layer.merged else ("not merged", "merge")
-        raise ValueError(f"this layer is {state}; call {do} first")
-
-
 def _plus(W, layer, sign=1):
     "W and the product, summed in float32 and rounded once"
     product = sign * layer.alpha / layer.rank * layer.B @ layer.A
     return (precise(W) + as_weight(layer.base, product)).to(W.dtype)
+
+
+def _say_untied(model):
+    users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    loras = {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
+    if tied := [name for name, m in loras.items() if users[id(m.base.weight)] > 1]:
+        warnings.warn(
+            f"{tied[0]} shares its weight with another layer; merged, it has one of its own, and a"
+            " fresh model that ties the two cannot take this state",
+            stacklevel=4,
+        )
 
 # %% ../../nbs/08_finetuning/04_lora.ipynb #f2a00003
 @torch.no_grad()
@@ -180,6 +187,12 @@ def _ask(self, name):
         return nn.Module.__getattr__(self, name)
     except AttributeError:
         return getattr(nn.Module.__getattr__(self, "base"), name)
+
+
+def _check_merged(layer, merged):
+    if layer.merged != merged:
+        state, do = ("merged already", "unmerge") if layer.merged else ("not merged", "merge")
+        raise ValueError(f"this layer is {state}; call {do} first")
 
 # %% ../../nbs/08_finetuning/04_lora.ipynb #f2a00005
 def _save(self, destination, prefix, keep_vars):
@@ -230,7 +243,9 @@ def add_lora(
 @checked
 def merge(model: nn.Module) -> nn.Module:
     "Merge every LoRA of the model. Raises `ValueError`, and merges none, if one cannot be."
-    return _each_lora(model, _whole, LoRA.merge)
+    _each_lora(model, _whole, lambda layer: None)
+    _say_untied(model)
+    return _each_lora(model, lambda layer: None, LoRA.merge)
 
 
 @checked
