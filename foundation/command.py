@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Finding', 'check_software', 'check_hardware', 'check_data', 'check_shipped', 'check_extras', 'doctor',
-           'tour', 'list_data', 'fetch_data', 'list_weights', 'make_weights', 'main']
+           'tour', 'list_data', 'fetch_data', 'list_weights', 'make_weights', 'finetune_own', 'predict_own', 'main']
 
 # %% ../nbs/01_command.ipynb #4c900f1a
 import argparse
@@ -292,6 +292,38 @@ def make_weights(
         make(name, folder or WEIGHTS)
     return 0
 
+# %% ../nbs/01_command.ipynb #de741622
+def finetune_own(
+    source: str | Path,  # a folder with a subfolder for each class, or a table of texts
+    out: str | Path,  # the folder for weights, card and graph
+    **options,  # of `tune`: size, steps, seed, text, label
+) -> int:
+    "Make a classifier of your own data, and say what it reaches."
+    from foundation.own_data import tune
+
+    card = tune(source, out, **options).card
+    found = card["metrics"]
+    low, high = found["interval"]
+    print(
+        f"{card['pool']} examples of {len(card['classes'])} classes: {', '.join(card['classes'])}\n"
+        f"Test accuracy {found['test_accuracy']:.3f} ({low:.3f} to {high:.3f}, "
+        f"{found['test_examples']} examples)\n"
+        f"Written to {short_path(out)}: model.safetensors, model.json, model.onnx"
+    )
+    return 0
+
+# %% ../nbs/01_command.ipynb #2016eead
+def predict_own(
+    folder: str | Path,  # as `finetune_own` wrote it
+    things: Sequence[str],  # files of pictures, or texts
+) -> int:
+    "Print the likeliest class of each, and its probability."
+    from foundation.own_data import load_tuned
+
+    for thing, (name, share) in zip(things, load_tuned(folder)(things)):
+        print(f"{name}\t{share:.3f}\t{thing}")
+    return 0
+
 # %% ../nbs/01_command.ipynb #a0c7026b
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -313,6 +345,11 @@ def _parser():
     health.set_defaults(run=lambda args: doctor(args.json))
     _add_data(commands.add_parser("data", help="list or fetch data sets"))
     _add_weights(commands.add_parser("weights", help="list shipped weights, or make them again"))
+    _add_finetune(commands.add_parser("finetune", help="a network for your own data"))
+    asking = commands.add_parser("predict", help="what such a network says")
+    asking.add_argument("folder", metavar="FOLDER", help="as `foundation finetune` wrote it")
+    asking.add_argument("things", nargs="+", metavar="THING", help="picture files, or texts")
+    asking.set_defaults(run=lambda args: predict_own(args.folder, args.things))
     return parser
 
 # %% ../nbs/01_command.ipynb #69dcd947
@@ -354,6 +391,28 @@ def _add_weights(parser):
         run=lambda args: make_weights(args.names, args.folder),
         stopped="Stopped. What was trained is kept; the same command goes on from there.",
     )
+
+# %% ../nbs/01_command.ipynb #3a6dd096
+def _add_finetune(parser):
+    what = (
+        "a folder with a subfolder of pictures for each class, or a .csv, .tsv or .jsonl of texts"
+    )
+    parser.add_argument("source", metavar="DATA", help=what)
+    parser.add_argument("--out", default="runs/own", help="where to write (default: %(default)s)")
+    parser.add_argument("--size", type=int, help="side of the pictures (default: 96)")
+    parser.add_argument("--steps", type=int, help="batches of 32 to learn from (default: 200)")
+    parser.add_argument("--seed", type=int, help="of the split and the training (default: 0)")
+    parser.add_argument("--text", help="column of the texts (default: text)")
+    parser.add_argument("--label", help="column of the classes (default: label)")
+    names = ("size", "steps", "seed", "text", "label")
+
+    def run(args):
+        given = {name: getattr(args, name) for name in names}
+        return finetune_own(
+            args.source, args.out, **{k: v for k, v in given.items() if v is not None}
+        )
+
+    parser.set_defaults(run=run, stopped="Stopped. Nothing was written.")
 
 # %% ../nbs/01_command.ipynb #739916d7
 def main(

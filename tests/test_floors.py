@@ -17,7 +17,7 @@ FLOORS = [  # from the ground up; CONTRIBUTING.md says the same
     ["pretraining", "finetuning", "compression", "trust"],
     ["deployment", "scale"],
     ["recipes", "applications"],
-    ["tour"],
+    ["tour", "own_data"],
     ["command"],
 ]
 HEIGHT = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import torch
 
-from foundation import command, tour
+from foundation import command, own_data, tour
 from foundation.core import tables
 from foundation.data.images import ImageSet
 from foundation.data.tasks import image_task
+from foundation.models.bert import BERT
+from foundation.models.heads import TextClassifier
 from foundation.recipes import account
 
 
@@ -17,6 +19,15 @@ def images(n):
         256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)
     )
     return pixels, torch.arange(n) % 2
+
+
+def classifier():
+    torch.manual_seed(0)
+    return TextClassifier(BERT(vocab_size=9, context=4, dim=8, depth=1, heads=1), 2)
+
+
+def labels():
+    return torch.arange(12) % 2
 
 
 def data():
@@ -101,12 +112,17 @@ EXAMPLES = {
         tour.is_small,
         dict(gain=dict(times_smaller=30.0, times_faster=4.0, points_lost=1.0)),
     ),
+    "own_data.tune_on_texts": lambda: (
+        own_data.tune_on_texts,
+        dict(model=classifier(), tokens=torch.randint(1, 9, (12, 4)), labels=labels(), steps=2),
+    ),
     "core.tables.Table": lambda: (tables.Table, dict(heads=["a", "b"], rows=[["1", "2"]])),
     "recipes.account.account_table": lambda: (account.account_table, dict(stages=stages())),
     "recipes.account.gains": lambda: (account.gains, dict(stages=stages(), control="teacher")),
     "recipes.account.not_faster": lambda: (account.not_faster, dict(stages=stages())),
     "tour.check_claims": lambda: (tour.check_claims, dict(metrics=metrics())),
 }
+TRAINS = "trains a large network; tests/test_own_data.py tries it"
 SKIP = {
     "command.CHECKS": "a constant",
     "command.check_software": "takes nothing",
@@ -118,6 +134,14 @@ SKIP = {
     "command.list_data": "takes nothing, and hashes all data",
     "command.list_weights": "takes nothing",
     "command.make_weights": "trains for hours",
+    "command.finetune_own": TRAINS,
+    "command.predict_own": "wants what finetune_own wrote; tests/test_own_data.py tries it",
+    "own_data.LONGEST": "a constant",
+    "own_data.Tuned": TYPE,
+    "own_data.tune_pictures": TRAINS,
+    "own_data.tune_texts": TRAINS,
+    "own_data.tune": TRAINS,
+    "own_data.load_tuned": "wants what tune wrote; tests/test_own_data.py tries it",
     "command.main": "the command line, which tests/test_command.py tries as it is typed",
     "tour.SHORT": "a constant",
     "tour.load_data": "reads all of Fashion-MNIST",
