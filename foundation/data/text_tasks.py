@@ -139,11 +139,9 @@ def own_text_task(
     "Your texts, encoded, in three parts of like shares. Raises `TypeError`, `ValueError`."
     check_number(dev, "dev", above=0, below=1)
     check_number(test, "test", above=0, below=1 - dev)
-    longest = None if longest is None else check_whole(longest, "longest", 2)
+    most = check_whole(2**30 if longest is None else longest, "longest", 2)
     rows = encoder_of(tokenizer)(list(data.texts))
-    rows = [
-        row if longest is None else [*row[: longest - 1], *row[longest - 1 :][-1:]] for row in rows
-    ]
+    rows = [row if len(row) <= most else [*row[: most - 1], row[-1]] for row in rows]
     if not all(rows):
         lost = data.texts[[*map(len, rows)].index(0)]
         raise ValueError(f"the tokenizer makes no token of {lost!r:.60}; leave this text out")

@@ -18,8 +18,9 @@ from ..core.basics import evaluating
 from ..core.checks import check_labels, check_mask, check_model, check_number
 from ..core.checks import check_tokens, check_whole, checked, got, precise
 from ..data.batches import Documents, join, packed, same_document
-from ..data.tokenizer import Tokenizer
+from ..data.text_tasks import as_tokenizer, find_words
 from ..core.fingerprint import fingerprint
+from ..models.outside import guess_words, text_sizes
 from ..training.run import Run, resumable
 from ..training.parameter_groups import adamw
 from ..training.schedules import warmup_cosine
@@ -33,6 +34,7 @@ def mask_tokens(
     mask_id: int,
     vocab_size: int,
     first_word: int = 0,  # smallest random word: special tokens come before it
+    words: Tensor | None = None,  # (w,) all random words, where special tokens stand elsewhere
     ratio: float = 0.15,
     generator: torch.Generator | None = None,  # on the tokens' device
 ) -> tuple[Tensor, Tensor]:  # inputs (b, n), places (b, n) bool: True where a word is to be guessed
@@ -44,7 +46,8 @@ def mask_tokens(
     luck = dict(device=tokens.device, generator=generator)
     places = (torch.rand(tokens.shape, **luck) < ratio) & can_hide
     fate = torch.rand(tokens.shape, **luck)
-    words = torch.randint(first_word, vocab_size, tokens.shape, **luck)
+    words = torch.arange(first_word, vocab_size) if words is None else words
+    words = words.to(tokens.device)[torch.randint(len(words), tokens.shape, **luck)]
     inputs = tokens.masked_fill(places & (fate < 0.8), mask_id)
     return torch.where(places & (fate >= 0.9), words, inputs), places
 
@@ -76,13 +79,14 @@ def _mark(tokenizer, name: str) -> int:
 @checked
 def encode_documents(
     texts: Sequence[str],
-    tokenizer: Tokenizer,
+    tokenizer: object,  # ours, or one that `as_tokenizer` takes
     longest: int = 62,  # words; the two marks come on top
 ) -> Documents:
     "Each text as [CLS] words [SEP], cut after `longest` words; a name such as [PAD] stays text."
     check_whole(longest, "longest", 1)
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"texts is {got(texts)}; expected one string or more in a list, so [text]")
+    tokenizer = as_tokenizer(tokenizer)
     first, last = _mark(tokenizer, "[CLS]"), _mark(tokenizer, "[SEP]")
     rows = tokenizer.fast().encode_batch(list(texts))
     return join([[first, *row.ids[:longest], last] for row in rows])
@@ -91,7 +95,7 @@ def encode_documents(
 @checked
 def masked_stream(
     documents: Documents,
-    tokenizer: Tokenizer,
+    tokenizer: object,
     *,
     context: int = 64,
     batch_size: int = 128,
@@ -104,32 +108,35 @@ def masked_stream(
     Inputs (b, n), mask (b, 1, n, n), places (b, n), at least one of them True, and targets
     (places.sum(),), the words at the places. Raises `ValueError`, `TypeError`."""
     _check_ratio(ratio)
+    tokenizer = as_tokenizer(tokenizer)
     mask_id, value = _mark(tokenizer, "[MASK]"), _mark(tokenizer, "[PAD]")
     plan = dict(context=context, batch_size=batch_size, value=value, seed=seed)
     stream = partial(packed, documents, **plan)
-    first = len(tokenizer.special)  # special tokens come first, words after them
-    rule = dict(mask_id=mask_id, vocab_size=tokenizer.vocab_size, first_word=first, ratio=ratio)
-    return _masked(_with_words(stream, stream(start=start), first, start), rule, seed, start)
+    is_word, every = find_words(tokenizer), torch.arange(tokenizer.vocab_size)
+    rule = dict(mask_id=mask_id, vocab_size=len(every), words=every[is_word(every)], ratio=ratio)
+    rows = _with_words(stream, stream(start=start), is_word, start)
+    return _masked(rows, rule, is_word, seed, start)
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #852c0766
-def _masked(rows, rule, seed, start):
+def _masked(rows, rule, is_word, seed, start):
     "The generator behind `masked_stream`, apart so that bad arguments fail at the call"
-    generator, first = torch.Generator(), rule["first_word"]
+    generator = torch.Generator()
     for step, (tokens, owner) in enumerate(rows, start):
         generator.manual_seed((seed * 1_000_003 + step) % 2**63)
-        inputs, places = mask_tokens(tokens, tokens >= first, **rule, generator=generator)
+        can_hide = is_word(tokens)
+        inputs, places = mask_tokens(tokens, can_hide, **rule, generator=generator)
         while not places.any():  # few words: draw again, and hide one of them on average
-            one = 1 / int((tokens >= first).sum())
+            one = 1 / int(can_hide.sum())
             again = rule | dict(ratio=min(0.5, max(rule["ratio"], one)), generator=generator)
-            inputs, places = mask_tokens(tokens, tokens >= first, **again)
+            inputs, places = mask_tokens(tokens, can_hide, **again)
         yield inputs, same_document(owner), places, tokens[places]
 
 
-def _with_words(stream, rows, first, start):
+def _with_words(stream, rows, is_word, start):
     "The batches of `rows`; for one of marks alone, the next one of the stream that has a word"
     for step, batch in enumerate(rows, start):
-        if not (batch[0] >= first).any():
-            later = (b for b in islice(stream(start=step + 1), 1000) if (b[0] >= first).any())
+        if not is_word(batch[0]).any():
+            later = (b for b in islice(stream(start=step + 1), 1000) if is_word(b[0]).any())
             batch = next(later, None)
         if batch is None:
             raise ValueError("the documents hold special tokens only; expected words to be hidden")
@@ -137,12 +144,12 @@ def _with_words(stream, rows, first, start):
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #2b85d8d3
 def masked_tokens(
-    model: nn.Module,  # `BERT`, or any model that takes (tokens, mask, places=places)
+    model: nn.Module,  # takes (tokens, mask, places=places) as `BERT`, or one of transformers
     batch: tuple[Tensor, Tensor, Tensor, Tensor],  # as `masked_stream` yields it
 ) -> tuple[Tensor, dict]:  # loss in nats; "right": the share of hidden words that is guessed
     "Objective: cross-entropy at the hidden places; logits are computed nowhere else."
     inputs, mask, places, targets = _check_batch(batch)
-    logits = precise(check_model(model)(inputs, mask, places=places))  # (places.sum(), v)
+    logits = precise(guess_words(check_model(model), inputs, mask, places))  # (places.sum(), v)
     targets = check_labels(targets, "targets", logits.shape[1], (len(logits),))
     right = (logits.detach().argmax(1) == targets).float().mean()
     return nn.functional.cross_entropy(logits, targets), {"right": right}
@@ -160,9 +167,9 @@ def _check_batch(batch):
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #c2556262
 @checked
 def pretrain(
-    model: nn.Module,  # a `BERT`, trained in place
+    model: nn.Module,  # a `BERT`, or …ForMaskedLM of transformers, trained in place
     documents: Documents,
-    tokenizer: Tokenizer,
+    tokenizer: object,
     *,
     steps: int,
     batch_size: int = 128,
@@ -175,10 +182,10 @@ def pretrain(
     "Masked language modelling on packed rows (Devlin et al. 2018). Raises `ValueError`."
     plan = dict(batch_size=batch_size, ratio=ratio, seed=seed)
     stream = _stream(model, documents, tokenizer, steps, **plan)
-    opt = adamw(model, lr, weight_decay)
-    schedule = warmup_cosine(steps, steps // 10)
+    opt, schedule = adamw(model, lr, weight_decay), warmup_cosine(steps, steps // 10)
     if options.get("checkpoint"):
-        plan["data"] = fingerprint(documents.tokens, documents.ends, tokenizer.special)
+        marks = as_tokenizer(tokenizer).special
+        plan["data"] = fingerprint(documents.tokens, documents.ends, marks)
     options = dict(title="pretraining", precision="auto", clip=1.0, recipe=plan) | options
     torch.manual_seed(seed)
     return resumable(model, stream, masked_tokens, opt, steps=steps, schedule=schedule, **options)
@@ -187,7 +194,7 @@ def pretrain(
 def _stream(model, documents, tokenizer, steps, **plan):
     "From a step to batches; what cannot be is refused now, before anything is touched"
     check_whole(steps, "steps", 1)
-    context = _check_fit(model, tokenizer).config["context"]
+    context = _check_fit(model, tokenizer)
 
     def stream(start):
         return masked_stream(documents, tokenizer, context=context, **plan, start=start)
@@ -196,39 +203,38 @@ def _stream(model, documents, tokenizer, steps, **plan):
     return stream
 
 
-def _check_fit(model, tokenizer) -> nn.Module:
-    "A model with a vocabulary, and the tokenizer that was made for it"
-    size, made = getattr(model, "config", {}).get("vocab_size"), tokenizer.vocab_size
-    if size is None:
-        raise TypeError(f"model is {got(model)} without `vocab_size` in a config; expected a BERT")
-    if size != made:
+def _check_fit(model, tokenizer) -> int:  # tokens in a row
+    "The context of a model with a vocabulary, if it is that of the tokenizer"
+    (size, context), asked = text_sizes(model), as_tokenizer(tokenizer)
+    made, theirs = asked.vocab_size, asked is not tokenizer
+    if size != made and not (theirs and size > made):  # transformers likes round numbers
         why = "expected the one it was trained with"
         raise ValueError(f"the model knows {size:,} tokens and the tokenizer makes {made:,}; {why}")
-    return model
+    return context
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #a9bb441c
 @checked
 def masked_accuracy(
     model: nn.Module,  # a `BERT`
     documents: Documents,
-    tokenizer: Tokenizer,
+    tokenizer: object,
     *,
     ratio: float = 0.15,
     steps: int | None = None,  # batches of up to 64 rows; None: every row about once
     seed: int = 0,  # of the hidden places: the same seed asks the same questions
 ) -> float:  # from 0 to 1
     "Share of the words behind [MASK] that the model guesses; a small set is asked until one is."
-    context = _check_fit(model, tokenizer).config["context"]
+    context, tokenizer = _check_fit(model, tokenizer), as_tokenizer(tokenizer)
     device, mark = next(model.parameters()).device, _mark(tokenizer, "[MASK]")
     rows, right = -(-len(documents.tokens) // context), []
-    size = min(64, rows)
-    steps = rows // size if steps is None else check_whole(steps, "steps", 1)
-    plan = dict(context=context, batch_size=size, ratio=ratio, seed=seed)
+    steps = rows // min(64, rows) if steps is None else check_whole(steps, "steps", 1)
+    plan = dict(context=context, batch_size=min(64, rows), ratio=ratio, seed=seed)
     with evaluating(model):
         for n, batch in enumerate(masked_stream(documents, tokenizer, **plan), 1):
             inputs, mask, places, targets = (x.to(device) for x in batch)
             behind = inputs[places] == mark  # the words that were kept would be too easy
-            right.append((model(inputs, mask, places=places).argmax(1) == targets)[behind].float())
+            guessed = guess_words(model, inputs, mask, places).argmax(1)
+            right.append((guessed == targets)[behind].float())
             if n >= steps and any(map(len, right)):
                 return torch.cat(right).mean().item()
 
@@ -237,10 +243,11 @@ def masked_accuracy(
 def unigram_accuracy(
     documents: Documents,  # to count in
     unseen: Documents,  # to guess in
-    tokenizer: Tokenizer,
+    tokenizer: object,
 ) -> float:  # from 0 to 1
     "Share of words in `unseen` that are the commonest one of `documents`: a guess without reading."
-    known, asked = (d.tokens[d.tokens >= len(tokenizer.special)] for d in (documents, unseen))
+    is_word = find_words(tokenizer)
+    known, asked = (d.tokens[is_word(d.tokens)] for d in (documents, unseen))
     if not len(known) or not len(asked):
         raise ValueError(
             f"got {len(known)} words to count and {len(asked)} to guess; expected some of both"
@@ -251,12 +258,13 @@ def unigram_accuracy(
 @checked
 def fill_mask(
     model: nn.Module,  # a `BERT`
-    tokenizer: Tokenizer,
+    tokenizer: object,
     text: str,  # with [MASK] in place of each hidden word; other names in brackets are text
     count: int = 5,  # guesses for each
 ) -> list[dict[str, float]]:  # for each [MASK]: token -> probability, the likeliest first
     "The likeliest tokens for each hidden word. `ValueError` for a text without [MASK]."
     _check_fit(model, tokenizer)
+    tokenizer = as_tokenizer(tokenizer)
     check_whole(count, "count", 1, tokenizer.vocab_size)
     first, last, mark = (_mark(tokenizer, name) for name in ("[CLS]", "[SEP]", "[MASK]"))
     pieces = text.replace(" [MASK]", "[MASK]").split("[MASK]")
@@ -266,7 +274,7 @@ def fill_mask(
     ids = [first, *head, *(i for tail in tails for i in (mark, *tail)), last]
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     with evaluating(model):
-        top = precise(model(tokens, places=tokens == mark)).softmax(1).topk(count)
+        top = precise(guess_words(model, tokens, None, tokens == mark)).softmax(1).topk(count)
     return [_named(tokenizer, *row) for row in zip(top.indices.tolist(), top.values.tolist())]
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #d6675827
