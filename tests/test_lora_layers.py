@@ -13,6 +13,7 @@ from foundation.finetuning.lora import LoRA, add_lora, merge, unload, unmerge
 from foundation.finetuning.targets import as_weight, by_layer, find_layers, sides
 from foundation.models.bert import BERT
 from foundation.models.gpt import GPT
+from foundation.models.heads import TextClassifier, without_head
 from foundation.models.pretrained import load_weights, save_weights
 
 peft = pytest.importorskip("peft")
@@ -158,6 +159,25 @@ def test_halves_are_those_of_peft(kind, half):
     other = theirs.merge_and_unload().layer.weight
     assert_close(ours.layer.weight, other, rtol=2 * unit, atol=2 * unit)
     assert torch.equal(unmerge(ours).layer.base.weight, before)
+
+
+@pytest.mark.parametrize("kind", ["Conv1D", "conv, stride"])
+def test_dropout_with_the_same_luck_is_that_of_peft(kind):
+    x = LAYERS[kind]()[1]
+    ours, theirs = both(lambda: Net(LAYERS[kind]()[0]), 2, 3.0, ["layer"])
+    still = ours(x).detach()
+    theirs.get_submodule(INNER + "layer").lora_dropout["default"] = nn.Dropout(0.4)
+    ours.layer.dropout, outs = 0.4, []
+    for model in (ours.train(), theirs.train()):
+        torch.manual_seed(3)
+        outs.append(model(x))
+    assert_close(*outs, rtol=1e-5, atol=1e-5)
+    assert (outs[0] - still).abs().max() > 1e-2 and torch.equal(ours.eval()(x), still)
+
+
+def test_words_are_not_dropped():
+    model = drawn(add_lora(Net(nn.Embedding(12, 8)), 2, targets=["layer"], dropout=0.9))
+    assert torch.equal(model.train()(WORDS), model.eval()(WORDS))
 
 
 # Whole networks -----------------------------------------------------------------------------------
@@ -469,6 +489,17 @@ def test_adapters_fit_behind_the_layers_of_other_libraries(make, targets):
     learn = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(learn) == 16 and all(".down." in n or ".up." in n for n in learn)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_new_head_learns_beside_a_prefix():
+    def model():
+        return TextClassifier(without_head(BERT(20, 16, 16, 1, 2)), 3)
+
+    named = add_prefix(model(), 2, train=["head"]).named_parameters()
+    learn = {name.rpartition(".")[2] for name, p in named if p.requires_grad}
+    assert learn == {"keys", "values", "weight", "bias"}
+    with pytest.warns(UserWarning, match="the head 'head' is frozen"):
+        add_prefix(model(), 2)
 
 
 def test_a_prefix_is_for_the_attention_of_this_course():
