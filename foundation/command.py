@@ -302,13 +302,13 @@ def finetune_own(
     from foundation.own_data import tune
 
     card = tune(source, out, **options).card
-    found = card["metrics"]
+    found, written = card["metrics"], sorted(path.name for path in Path(out).glob("model.*"))
     low, high = found["interval"]
     print(
         f"{card['pool']} examples of {len(card['classes'])} classes: {', '.join(card['classes'])}\n"
         f"Test accuracy {found['test_accuracy']:.3f} ({low:.3f} to {high:.3f}, "
         f"{found['test_examples']} examples)\n"
-        f"Written to {short_path(out)}: model.safetensors, model.json, model.onnx"
+        f"Written to {short_path(out)}: {', '.join(written)}"
     )
     return 0
 

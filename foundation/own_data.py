@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['LONGEST', 'tune_on_texts', 'Tuned', 'tune_pictures', 'tune_texts', 'load_tuned', 'tune']
 
-# %% ../nbs/02_own_data.ipynb #0789180d
+# %% ../nbs/02_own_data.ipynb #833af54f
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -124,8 +126,9 @@ def tune_texts(
     card = dict(kind="texts", config={}, data=Path(source).name, steps=steps, seed=seed)
     return _kept(dict(fitted=fitted, tuned=tuned), task, None, card, out)
 
-# %% ../nbs/02_own_data.ipynb #f482d1bf
+# %% ../nbs/02_own_data.ipynb #33fd24fa
 LONGEST = 128  # tokens of a text that are read
+_HOW = "onnx or onnxruntime is missing; pip install 'foundation[deploy]'"
 
 
 def _kept(models, task, look, card, out) -> Tuned:
@@ -145,7 +148,10 @@ def _kept(models, task, look, card, out) -> Tuned:
     path = save_weights(model, "model", card, out, dtype=torch.float32, only=only)
     example = task.inputs[task.test[:2]]
     graph = (model, look(example)) if look else (_Padded(model), _filled(example))
-    export_onnx(*graph, path.with_suffix(".onnx"))
+    if all(find_spec(name) for name in ("onnx", "onnxruntime")):
+        export_onnx(*graph, path.with_suffix(".onnx"))
+    else:
+        warnings.warn(f"no model.onnx was written: {_HOW}", stacklevel=4)
     return load_tuned(out)
 
 # %% ../nbs/02_own_data.ipynb #0cfa234a
