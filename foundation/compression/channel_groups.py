@@ -9,15 +9,16 @@ __all__ = ['ChannelGroup', 'channel_groups', 'follow_channels', 'memory_owners',
 import operator
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
+from .tracing import traced_steps
 from .weights import check_weights
 from ..core.checks import checked
+from ..core.modules import unwrapped
 from ..layers.convolution import SameConv
-from ..models.convnets import Backbone
 
 # %% ../../nbs/09_compression/07_channel_groups.ipynb #a29f048d
 @dataclass(eq=False)
@@ -26,27 +27,30 @@ class ChannelGroup:
 
     size: int
     writers: list[str]
-    norms: list[str]
+    norms: list[str]  # what lets them pass one by one: batch norms, depthwise convolutions
     readers: list[str]
     fixed: bool = False  # they meet something we cannot cut: they stay
+    places: dict[str, list] = field(default_factory=dict)
+    # norm or reader -> where they begin in it, and how many numbers each of them is there
 
     def join(self, other: "ChannelGroup") -> None:
         "Take over the members of another group: a sum of the two needs the same channels."
         self.writers += other.writers
-        self.norms += other.norms
-        self.readers += other.readers
+        self.norms += [name for name in other.norms if name not in self.norms]
+        self.readers += [name for name in other.readers if name not in self.readers]
         self.fixed |= other.fixed
+        for name, spots in other.places.items():
+            self.places[name] = self.places.get(name, []) + spots
 
 # %% ../../nbs/09_compression/07_channel_groups.ipynb #264a86f0
 @checked
 def channel_groups(
-    model: nn.Module,  # with convolutions in `body` and a linear `head` behind, as `VGG`, `ResNet`
+    model: nn.Module,  # any network that PyTorch's tracer can follow; compiled, distributed
 ) -> dict[str, ChannelGroup]:  # the first writer's name -> group, those that can be cut
     """Follow the channels through the network.
 
-    What we do not know how to cut is named in a warning and keeps its channels. Raises `TypeError`
-    without `body` and `head`, or for a network that PyTorch's tracer cannot follow, and
-    `ValueError` for NaN."""
+    What we do not know how to cut is named in one warning and keeps its channels. Raises
+    `TypeError` for a network that PyTorch's tracer cannot follow, and `ValueError` for NaN."""
     groups, told = follow_channels(model)
     for sentence in told:
         warnings.warn(sentence, stacklevel=3)
@@ -55,127 +59,220 @@ def channel_groups(
 # %% ../../nbs/09_compression/07_channel_groups.ipynb #d9b07d2c
 @checked
 def follow_channels(model: nn.Module) -> tuple[dict[str, ChannelGroup], list[str]]:
-    "The same, with the sentences of the warnings beside it."
-    if not (hasattr(model, "body") and isinstance(getattr(model, "head", None), nn.Linear)):
-        raise TypeError(
-            f"{type(model).__name__} lacks a `body` and a linear `head`; "
-            "expected a network such as VGG or ResNet"
-        )
+    "The same, with the sentence of the warning beside it, if there is one."
+    model = unwrapped(model)
     check_weights(dict(model.named_parameters()))
     walk = _Walk(model)
-    met = dict.fromkeys(walk.home.values())
-    return {g.writers[0]: g for g in met if g.writers and not g.fixed}, walk.told
+    free = {g.writers[0]: g for g in walk.groups() if g.writers and not g.fixed}
+    return free, _sentence(walk.told)
+
+
+def _sentence(told):
+    "Why -> names, as one sentence in a list"
+    said = []
+    for why, names in told.items():
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        said.append(f"{'each of ' * (len(names) > 1)}{', '.join(names[:6])}{more} {why}")
+    return ["; ".join(said) + "; it keeps them all"] if said else []
 
 # %% ../../nbs/09_compression/07_channel_groups.ipynb #b19089d1
 class _Walk:
-    "One way through the steps of a network: `home` says for each which group its channels are of"
+    "One way through a network: `home` says for each step whose channels stand side by side there"
 
     def __init__(self, model):
         self.layers = dict(model.named_modules(remove_duplicate=False))
-        self.home, self.form, self.told, self.owners = {}, {}, [], memory_owners(model)
-        steps = _steps(model)
+        self.home, self.form, self.told, self.seen = {}, {}, {}, set()
+        steps, self.owners = traced_steps(model), memory_owners(model)
         self.read = {n.target.rpartition(".")[0] for n in steps if n.op == "get_attr"}
         for step in steps:
             self.home[step], self.form[step] = _follow(self, step)
+            self.seen.add(step.target)
+
+    def groups(self):
+        return list(dict.fromkeys(group for parts in self.home.values() for group in parts))
 
 
 def _join(walk, groups):
     "Groups that meet in a sum become one; the earliest gives its name"
-    first, *others = sorted(groups, key=list(walk.home.values()).index)
+    first, *others = sorted(dict.fromkeys(groups), key=walk.groups().index)
     for other in others:
         first.join(other)
-        walk.home.update({step: first for step, group in walk.home.items() if group is other})
-    return first
+        for parts in walk.home.values():
+            parts[:] = [first if group is other else group for group in parts]
 
 # %% ../../nbs/09_compression/07_channel_groups.ipynb #225571d0
 def _follow(walk, step):
-    "What comes out of a step: a group, and its form: a map (b, c, h, w), a row (b, c · h · w)"
-    groups = list(dict.fromkeys(walk.home[n] for n in step.all_input_nodes))
-    forms = {walk.form[n] for n in step.all_input_nodes}
+    "What comes out of a step: groups side by side, and the form they have there"
     layer = walk.layers[step.target] if step.op == "call_module" else None
     if step.op in ("placeholder", "get_attr"):
-        return _ground(), "map"
-    if why := _odd(walk, step, layer):
-        return _keep(walk, step, layer, groups, why)
-    if type(layer) in (nn.Conv2d, SameConv) and layer.groups == 1:
-        groups[0].readers.append(step.target)
-        return ChannelGroup(layer.out_channels, [step.target], [], []), "map"
-    if type(layer) is nn.BatchNorm2d and layer.affine:
-        groups[0].norms.append(step.target)
-        return groups[0], "map"
-    if type(layer) is nn.Linear and _fits(layer, groups[0], forms):
-        groups[0].readers.append(step.target)
-        return _ground(), "row"
-    if _is_sum(step) and _alike(groups, forms):
-        return _join(walk, groups), forms.pop()
-    if form := _passes(step, layer, forms):
-        return groups[0], form
-    return _keep(walk, step, layer, groups, "is not a layer whose channels can be cut")
+        return [_ground()], "map"
+    if _is_count(step):
+        return [_ground()], "count"
+    came, inputs = None, _inputs(step)
+    if not (why := _odd(walk, step, layer)):
+        forms = {walk.form[n] for n in inputs} - {"count"}
+        form = next(iter(forms)) if len(forms) == 1 else None
+        came = layer and _read(step.target, layer, walk.home[inputs[0]], form)
+        came = came or _meet(walk, step, inputs, forms)
+        if not came and (form := _passes(step, layer, form)):
+            came = walk.home[inputs[0]], form
+    return came or _keep(walk, step, layer, why or "is not a layer whose channels can be cut")
+
+# %% ../../nbs/09_compression/07_channel_groups.ipynb #487bc070
+def _read(name, layer, parts, form):
+    "A convolution or linear layer reads and writes; a norm or depthwise convolution lets pass"
+    size, free = sum(g.size for g in parts), any(not g.fixed for g in parts)
+    conv, linear = type(layer) in (nn.Conv2d, SameConv), type(layer) is nn.Linear
+    form = form if free or form == "row" else "last" if linear else "map"
+    if conv and form == "map" and layer.groups == 1:
+        _note(parts, "readers", name)
+        return [ChannelGroup(layer.out_channels, [name], [], [])], "map"
+    wide = layer.in_features if linear else 0
+    if linear and (
+        not free or form == "row" and wide % size == 0 or (form, wide) == ("last", size)
+    ):
+        _note(parts, "readers", name, wide // size if free else 1)
+        return [
+            ChannelGroup(layer.out_features, [name], [], [])
+        ], "row" if form == "row" else "last"
+    alone = conv and layer.groups == layer.in_channels == layer.out_channels
+    rows = type(layer) is nn.BatchNorm1d and form == "row" and layer.num_features == size
+    if form == "map" and (alone or _is_norm(layer)) or rows and layer.affine:
+        _note(parts, "norms", name)
+        return parts, form
+
+# %% ../../nbs/09_compression/07_channel_groups.ipynb #64dd8f2e
+def _note(parts, kind, name, numbers=1):
+    "Write down in each group where in this layer its channels stand"
+    start = 0
+    for group in parts:
+        members = getattr(group, kind)
+        members.extend([name] * (name not in members))
+        group.places.setdefault(name, []).append((start, numbers))
+        start += group.size * numbers
 
 # %% ../../nbs/09_compression/07_channel_groups.ipynb #1759cffb
-def _keep(walk, step, layer, groups, why):
+def _keep(walk, step, layer, why):
     "What meets unknown ground keeps all its channels"
-    again = [g for g in walk.home.values() if step.target in g.writers + g.norms + g.readers]
-    if layer is not None or any(g.writers and not g.fixed for g in groups):
+    again = [g for g in walk.groups() if step.target in g.writers + g.norms + g.readers]
+    met = [n for n in step.all_input_nodes if step.op != "output" or walk.form[n] == "map"]
+    free = [g for n in met for g in walk.home[n] if g.writers and not g.fixed]
+    if layer is not None:
+        walk.told.setdefault(why, []).append(f"{step.target} ({type(layer).__name__})")
+    elif free:
         name = getattr(step.target, "__name__", step.target)
-        kind = type(layer).__name__ if layer else step.op
-        walk.told.append(f"{name} ({kind}) {why}; it keeps them all")
-    for group in groups + again:
+        walk.told.setdefault(why, []).append(f"{name} behind {free[0].writers[0]}")
+    for group in again + [g for n in step.all_input_nodes for g in walk.home[n]]:
         group.fixed = True
-    return _ground(), "unknown"
+    return [_ground()], "unknown"
 
 
 def _ground():
     "Channels that are not ours to cut"
     return ChannelGroup(0, [], [], [], fixed=True)
 
-
-def _fits(linear, group, forms):
-    "One or several numbers of each channel in a row"
-    return not group.size or forms == {"row"} and linear.in_features % group.size == 0
-
 # %% ../../nbs/09_compression/07_channel_groups.ipynb #4d625def
-def _calls(step, functions, method):
-    "Does this step call one of these functions, or the method?"
-    if step.op == "call_function":
-        return step.target in functions
-    return step.op == "call_method" and step.target == method
-
-
-def _is_sum(step):
-    "A sum of two results; a constant or a parameter is unknown ground"
-    parts = step.args[:2]
-    return (
-        _calls(step, (operator.add, operator.iadd, torch.add), "add")
-        and len(parts) == 2
-        and all(isinstance(p, fx.Node) and p.op != "get_attr" for p in parts)
+def _calls(step, *names):
+    "Does this step call one of PyTorch's functions or methods of these names?"
+    if step.op == "call_method":
+        return step.target in names
+    homes = (torch, nn.functional, operator)
+    return step.op == "call_function" and any(
+        step.target is getattr(home, name, None) for home in homes for name in names
     )
 
 
-def _alike(groups, forms):
-    "The same channels at the same axis, so that nothing is stretched over them"
-    free = [g for g in groups if not g.fixed]
-    return len(free) < len(groups) or len({g.size for g in groups}) == len(forms) == 1
+def _inputs(step):
+    "The results that a step takes; those of a concatenation in their order"
+    return list(step.args[0]) if _calls(step, "cat", "concat") else step.all_input_nodes
+
+
+def _is_pair(step, *names):
+    "A sum or product of two results; a constant or a parameter is unknown ground"
+    pair = step.args[:2]
+    return (
+        _calls(step, *names)
+        and len(pair) == 2
+        and all(isinstance(p, fx.Node) and p.op != "get_attr" for p in pair)
+    )
+
+# %% ../../nbs/09_compression/07_channel_groups.ipynb #0387e474
+def _meet(walk, step, inputs, forms):
+    "A concatenation sets groups side by side; a sum or product joins them; None for anything else"
+    stacks = [walk.home[n] for n in inputs]
+    groups = [group for parts in stacks for group in parts]
+    if _calls(step, "cat", "concat"):
+        fits = forms == {"map"} and _given(step, 1, "dim") == 1 and all(g.size for g in groups)
+        return (groups, "map") if fits else None
+    product = _is_pair(step, "mul", "imul", "mul_") and forms <= {"map", "gate"} and "map" in forms
+    if not product and not _is_pair(step, "add", "iadd", "add_"):
+        return None
+    forms = {"map"} if product else forms
+    if any(group.fixed for group in groups):
+        for group in groups:
+            group.fixed = True
+        return [_ground()], forms.pop() if len(forms) == 1 else "unknown"
+    if len({tuple(g.size for g in parts) for parts in stacks}) != 1 or len(forms) != 1:
+        return None
+    for place in range(len(stacks[0])):  # the lists of home change as groups are joined
+        _join(walk, [parts[place] for parts in stacks])
+    return list(stacks[0]), forms.pop()
 
 # %% ../../nbs/09_compression/07_channel_groups.ipynb #1701c835
-_POINTWISE = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Identity, nn.Dropout, nn.Dropout2d)
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_POINTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh)
+_POINTWISE += (nn.Identity, nn.Dropout, nn.Dropout2d)
+_POINTS = ("relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "tanh", "dropout")
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_POOLED = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 
 
-def _passes(step, layer, forms):
+def _passes(step, layer, form):
     "The form of what comes out of a step that takes zeros to zeros, channel by channel; else None"
-    form = next(iter(forms)) if len(forms) == 1 else None
-    relu = _calls(step, (torch.relu, nn.functional.relu), "relu")
-    if type(layer) in _POINTWISE + _POOLS or relu:
+    drops = getattr(step.target, "__module__", None) == "torchvision.ops.stochastic_depth"
+    if type(layer) in _POINTWISE or drops or _calls(step, *_POINTS) or _is_scaled(step):
         return form
-    if _calls(step, (torch.mean,), "mean") and form == "map":
+    if type(layer) in (nn.Sigmoid, nn.Hardsigmoid) or _calls(step, "sigmoid", "hardsigmoid"):
+        return "gate" if form == "map" else None  # no zeros: a product with zeros makes them
+    if type(layer) in _POOLS or _calls(step, *_POOLED):
+        return form if form == "map" else None
+    if _calls(step, "mean") and form == "map":
         dims, keepdim = _given(step, 1, "dim"), _given(step, 2, "keepdim")
         over = isinstance(dims, (tuple, list)) and {d % 4 for d in dims} == {2, 3}
         return ("map" if keepdim else "row") if over else None
+    return "row" if form in ("map", "row") and _flattens(step, layer) else None
+
+# %% ../../nbs/09_compression/07_channel_groups.ipynb #2cf714a7
+def _flattens(step, layer):
+    "flatten(1); view and reshape to (batch, -1)"
     start, end = _given(step, 1, "start_dim"), _given(step, 2, "end_dim")
-    flat = _calls(step, (torch.flatten,), "flatten") and start == 1 and end in (None, -1)
-    flat = flat or type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
-    return "row" if flat and form in ("map", "row") else None
+    if type(layer) is nn.Flatten:
+        start, end = layer.start_dim, layer.end_dim
+    elif _calls(step, "view", "reshape"):
+        return len(step.args) == 3 and isinstance(start, fx.Node) and _is_count(start) and end == -1
+    return (layer is not None or _calls(step, "flatten")) and (start, end) in ((1, None), (1, -1))
+
+
+def _is_count(step):
+    "x.size(0) or x.shape[0]: the number of examples, whatever the channels are"
+    if step.op == "call_function" and step.target is getattr and step.args[1] == "shape":
+        return all(n.target is operator.getitem and n.args[1] == 0 for n in step.users)
+    shape = step.args and isinstance(step.args[0], fx.Node) and step.args[0].target is getattr
+    return (
+        shape and step.target is operator.getitem or _calls(step, "size") and step.args[1:] == (0,)
+    )
+
+# %% ../../nbs/09_compression/07_channel_groups.ipynb #40f6cf77
+def _is_scaled(step):
+    "A number times a result"
+    return _calls(step, "mul") and sum(isinstance(a, (int, float)) for a in step.args) == 1
+
+
+def _is_norm(layer):
+    "A batch norm, and timm's with an activation in it"
+    ours = type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+    timm = type(layer).__name__ == "BatchNormAct2d"
+    timm = timm and all(type(m) in _POINTWISE for m in layer.children())
+    return (ours or timm) and layer.affine
 
 
 def _given(step, place, name):
@@ -186,12 +283,14 @@ def _odd(walk, step, layer):
     "Why this layer cannot be cut although its kind can; None where it can"
     if layer is None:
         return None
-    if any(step.target in g.writers + g.norms + g.readers for g in walk.home.values()):
+    if step.target in walk.seen and (layer._parameters or layer._modules):
         return "is called more than once"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "has hooks, as weight_norm and the masks of torch.nn.utils.prune set them"
     if is_shared(layer, walk.owners):
         return "shares its weights with another layer"
+    if 1 < getattr(layer, "groups", 1) < layer.in_channels:
+        return "has groups of channels, which would have to stay equal"
     return "has weights that are read directly" if step.target in walk.read else None
 
 # %% ../../nbs/09_compression/07_channel_groups.ipynb #04031fa8
@@ -213,60 +312,3 @@ def is_shared(
 def _own(layer):
     tensors = [*layer._parameters.values(), *layer._buffers.values()]
     return [t for t in tensors if t is not None and t.numel()]
-
-# %% ../../nbs/09_compression/07_channel_groups.ipynb #e946446f
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module, name):
-        return super().is_leaf_module(module, name) or isinstance(module, nn.Conv2d)
-
-
-class _Bare(nn.Module):
-    "What a `Backbone` does, without its checks"
-
-    def __init__(self, model):
-        super().__init__()
-        self.body, self.head = model.body, model.head
-
-    def forward(self, x):
-        return self.head(self.body(x).mean((2, 3)))
-
-# %% ../../nbs/09_compression/07_channel_groups.ipynb #413bddec
-def _steps(model):
-    "The steps of a network as PyTorch's tracer writes them down, if training has the same ones"
-    kind, home = type(model), Backbone.__module__
-    ours = kind.forward is Backbone.forward and kind.encode.__module__ == home
-    root = _Bare(model) if ours else model
-    for name, m in root.named_modules():
-        hooks = m._forward_hooks or m._forward_pre_hooks
-        if hooks and name and not _Tracer().is_leaf_module(m, name):
-            raise TypeError(
-                f"{name} ({type(m).__name__}) has hooks; expected none around other layers"
-            )
-    drawn = _traced(root, type(model).__name__)
-    said = [[(n.op, str(n.target), list(map(str, n.all_input_nodes))) for n in d] for d in drawn]
-    if said[0] != said[1]:
-        raise TypeError(
-            f"{type(model).__name__} takes other steps in training than in eval mode; "
-            "expected the same"
-        )
-    return drawn[1]
-
-# %% ../../nbs/09_compression/07_channel_groups.ipynb #655dba29
-def _traced(root, kind):
-    "The steps in training mode, and in eval mode; the modes are as they were afterwards"
-    modes, drawn = [(m, m.training) for m in root.modules()], []
-    try:
-        for mode in (True, False):
-            for m, _ in modes:
-                m.training = mode
-            drawn.append(list(_Tracer().trace(root).nodes))
-    except Exception as error:
-        why = str(error).partition("\n")[0]
-        raise TypeError(
-            f"{kind} cannot be followed ({why}); expected a network "
-            "that does the same whatever it sees"
-        ) from None
-    finally:
-        for m, mode in modes:
-            m.training = mode
-    return drawn

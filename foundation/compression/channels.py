@@ -16,6 +16,7 @@ from .channel_groups import follow_channels
 from .pruning import keep_largest
 from ..core.basics import copy_model
 from ..core.checks import check_mask, check_number, check_sizes, checked, precise
+from ..core.modules import unwrapped
 
 # %% ../../nbs/09_compression/08_channels.ipynb #f67c7daa
 @checked
@@ -28,10 +29,8 @@ def channel_masks(
 
     Liu et al. 2017. Raises `TypeError`, `ValueError`, as `channel_groups` does."""
     check_sizes(multiple=multiple)
-    (groups, told), modules = (
-        follow_channels(model),
-        dict(model.named_modules(remove_duplicate=False)),
-    )
+    groups, told = follow_channels(model)
+    modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
     shares = sparsity if isinstance(sparsity, dict) else dict.fromkeys(groups, sparsity)
     if unknown := [name for name in shares if name not in groups]:
         raise ValueError(f"there are no channel groups {unknown}; there are: {', '.join(groups)}")
@@ -47,15 +46,21 @@ def channel_masks(
 def _channel_scores(group, modules) -> Tensor:  # (c,)
     "How much each channel can pass on"
 
-    def weight(name):
-        return precise(modules[name].weight.detach())
+    def rows(name, start=0):
+        weight = precise(modules[name].weight.detach())[start : start + group.size]
+        return weight.abs() if weight.ndim == 1 else weight.flatten(1).norm(dim=1)
 
-    norms = [weight(name).abs() for name in group.norms]
-    scale = norms or [weight(name).flatten(1).norm(dim=1) for name in group.writers]
-    reads = [weight(name).transpose(0, 1).reshape(group.size, -1) for name in group.readers]
-    return sum(scale) * sum(columns.norm(dim=1) for columns in reads)
+    scale = [rows(name, start) for name in group.norms for start, _ in group.places[name]]
+    scale = scale or [rows(name) for name in group.writers]
+    reads = []
+    for name in group.readers:
+        columns = precise(modules[name].weight.detach()).transpose(0, 1)
+        for start, numbers in group.places[name]:
+            part = columns[start : start + group.size * numbers]
+            reads.append(part.reshape(group.size, -1).norm(dim=1))
+    return sum(scale) * sum(reads) if reads else sum(scale)
 
-
+# %% ../../nbs/09_compression/08_channels.ipynb #86b5a83a
 @checked
 def rounded_share(share: float, size: int, multiple: int = 1) -> float:
     "The share of `size` to drop, such that what stays is a multiple, and never nothing."
@@ -73,12 +78,12 @@ def mask_channels(
     """Silence channels in place: filters, biases, scale *and* shift of their norms become zero.
 
     Raises `TypeError`, `ValueError` for a mask that does not fit, and changes nothing then."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for group, kept in _matched(model, masks):
-        for name in group.writers + group.norms:
-            for part in (modules[name].weight, modules[name].bias):
-                if part is not None:
-                    part[~kept.to(part.device)] = 0
+    modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
+    rows, _ = _kept(_matched(model, masks), modules)
+    for name, kept in rows.items():
+        for part in (modules[name].weight, modules[name].bias):
+            if part is not None:
+                part[~kept.to(part.device)] = 0
     return model
 
 # %% ../../nbs/09_compression/08_channels.ipynb #42b5a9e2
@@ -99,30 +104,50 @@ def _matched(model, masks):
         matched.append((groups[name], kept))
     return matched
 
+# %% ../../nbs/09_compression/08_channels.ipynb #a02efad4
+def _kept(matched, modules):
+    "Name -> which of its rows stay, and the same for columns: groups may stand side by side"
+    rows, columns = {}, {}
+
+    def keep(masks, name, dim, start, kept):
+        whole = torch.ones(modules[name].weight.shape[dim], dtype=torch.bool)
+        masks.setdefault(name, whole)[start : start + len(kept)] = kept
+
+    for group, kept in matched:
+        for name in group.writers:
+            keep(rows, name, 0, 0, kept)
+        for name in group.norms:
+            for start, _ in group.places[name]:
+                keep(rows, name, 0, start, kept)
+        for name in group.readers:
+            for start, numbers in group.places[name]:
+                keep(columns, name, 1, start, kept.repeat_interleave(numbers))
+    return rows, columns
+
 # %% ../../nbs/09_compression/08_channels.ipynb #e2beba95
 @checked
 def remove_channels(
     model: nn.Module,
     masks: Mapping[str, Tensor],  # as `channel_masks` gives them
-) -> nn.Module:  # a smaller copy
+) -> nn.Module:  # a smaller copy, out of what compiles or distributes it
     """Cut channels out of all that write, normalise or read them.
 
     Its outputs are those of `mask_channels`. Raises `TypeError`, `ValueError` for a mask that does
     not fit."""
-    matched, small = _matched(model, masks), copy_model(model)
+    matched, small = _matched(model, masks), copy_model(unwrapped(model))
     modules = dict(small.named_modules(remove_duplicate=False))
-    for group, kept in matched:
-        for name in group.writers + group.norms:
-            cut_layer(modules[name], kept, 0)
-        for name in group.readers:
-            cut_layer(modules[name], kept, 1)
-    if hasattr(small, "dim"):
-        small.dim = small.head.in_features
+    for dim, layers in enumerate(_kept(matched, modules)):
+        for name, kept in layers.items():
+            wide = getattr(modules[name], "in_features", None)
+            cut_layer(modules[name], kept, dim)
+            for width in ("dim", "num_features"):  # what the head reads: ours and timm's name
+                if dim and wide and vars(small).get(width) == wide:
+                    setattr(small, width, modules[name].in_features)
     return small
 
 # %% ../../nbs/09_compression/08_channels.ipynb #e82803af
 _SIZES = {  # kind of layer -> the names of its sizes, for rows and columns
-    nn.BatchNorm2d: ("num_features",),
+    nn.modules.batchnorm._BatchNorm: ("num_features",),
     nn.Linear: ("out_features", "in_features"),
     nn.Conv2d: ("out_channels", "in_channels"),
 }
@@ -145,5 +170,8 @@ def cut_layer(
             learnt = isinstance(tensor, nn.Parameter)
             setattr(layer, name, nn.Parameter(part, tensor.requires_grad) if learnt else part)
     kind = next(kind for kind in _SIZES if isinstance(layer, kind))
-    setattr(layer, _SIZES[kind][dim], int(kept.sum()))
+    sizes = _SIZES[kind] if getattr(layer, "groups", 1) == 1 else ("out_channels",)
+    setattr(layer, sizes[dim], int(kept.sum()))
+    if len(sizes) == 1 and kind is nn.Conv2d:  # depthwise: it reads what it writes
+        layer.in_channels = layer.groups = layer.out_channels
     return layer

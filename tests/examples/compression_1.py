@@ -7,6 +7,7 @@ from foundation.compression import channel_groups as g
 from foundation.compression import channels as c
 from foundation.compression import distillation as d
 from foundation.compression import pruning as p
+from foundation.compression import tracing
 from foundation.compression import transformers as t
 from foundation.compression import weights as w
 from foundation.data.augment import Augment
@@ -150,6 +151,10 @@ EXAMPLES = {
     "compression.channel_groups.ChannelGroup": lambda: (
         g.ChannelGroup,
         dict(size=4, writers=["a"], norms=[], readers=["b"], fixed=False),
+    ),
+    "compression.tracing.traced_steps": lambda: (
+        lambda model: [step.name for step in tracing.traced_steps(model)],
+        dict(model=vgg()),
     ),
     "compression.channel_groups.channel_groups": lambda: (g.channel_groups, dict(model=vgg())),
     "compression.channels.channel_masks": lambda: (
