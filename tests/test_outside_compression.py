@@ -20,6 +20,7 @@ from foundation.compression.storage import load_model, save_model
 from foundation.compression.weights import layer_weights
 from foundation.core.checks import complaint
 from foundation.core.modules import head_of, logits_of, unwrapped
+from foundation.models.convnets import ResNet
 from foundation.models.outside import as_encoder, without_last
 from foundation.training.run import fit
 
@@ -28,7 +29,8 @@ SILENT = dict(steps=2, title="", precision="fp32")
 
 
 def tv_mobilenet():
-    return torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=3)
+    stages = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]]  # expansion, channels, blocks, stride
+    return torchvision.models.MobileNetV2(3, 0.25, inverted_residual_setting=stages)
 
 
 def timm_resnet():
@@ -127,8 +129,10 @@ def test_a_student_learns_from_logits_or_from_a_teacher_and_labels(kind, wrap):
 def test_features_are_taught_through_an_encoder(kind, wrap):
     teacher, student, (x, _) = network(kind, wrap), other_family(kind), data(kind)
     width, dim = (head_of(m)[1].in_features for m in (student, teacher))
-    features = as_encoder if kind in TEXTS else without_last
-    teacher, student = features(teacher), features(student)
+    teacher, student = (  # ours has an encoder, but is called for logits
+        without_last(m) if type(unwrapped(m)) is ResNet else as_encoder(m)
+        for m in (teacher, student)
+    )
     hinted = Hinted(student, "", nn.Linear(width, dim))
     objective = match_hints(teacher, "")
     assert fit(hinted, [x], objective, **SILENT | dict(steps=1)).isfinite().all()
@@ -157,7 +161,8 @@ def test_folded_networks_say_the_same(kind, wrap):
     assert type(folded) is type(unwrapped(model)) and norms(unwrapped(model)) == norms(kind())
     left = ["bn1"] if kind is timm_resnet else []  # what stands before it is a whole Sequential
     assert norms(folded) == left
-    assert_close(said(folded, x), said(model, x), rtol=1e-4, atol=1e-5)
+    want = said(model, x)
+    assert_close(said(folded, x), want, rtol=0, atol=1e-5 * max(1, want.abs().max().item()))
 
 
 def layers(model):
@@ -175,7 +180,7 @@ def test_int8_logits_are_near_those_of_floats(kind, wrap, way):
         small = quiet(quantize_static, model, DataLoader(TensorDataset(x, y), 6))
     done = [m for m in small.modules() if isinstance(m, IntegerLayer)]
     assert len(done) == len(layers(unwrapped(model)))
-    assert gap(said(small, x), said(model, x)) < (0.5 if kind is tv_mobilenet else 0.2)
+    assert gap(said(small, x), said(model, x)) < 0.25
     assert not torch.equal(said(small, x), said(model, x))
 
 
@@ -196,7 +201,7 @@ def test_weights_of_few_bits(kind, wrap):
         rounded, integers = quiet(quantize_weights, as_linear(model), bits, group=8)
         assert len(integers) >= len(layers(unwrapped(model)))
         far.append(gap(said(rounded, x), said(model, x)))
-    assert far[1] < (0.3 if kind is tv_mobilenet else 0.1) and far[1] < far[0]
+    assert far[1] < 0.15 and far[1] < far[0]
 
 
 @runs

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..core.basics import evaluating
 from ..core.checks import check_choice, check_floats, check_images, check_labels
 from ..core.checks import check_number, check_sizes, check_temperature, checked, got
-from ..core.checks import precise
+from ..core.checks import check_tokens, precise
 from ..core.fingerprint import fingerprint
-from ..core.modules import logits_of
+from ..core.modules import logits_of, unwrapped
 from ..data.batches import augmented, endless
 from ..objectives.divergence import distillation_loss
 from ..training.parameter_groups import adamw
@@ -115,7 +115,7 @@ def _mean_squares(guess, hints):
 @checked
 def distil(
     student: nn.Module,  # trained in place, in float32
-    images: Tensor,  # (n, c, h, w): bytes for an `augment`, else floats as the student reads them
+    images: Tensor,  # (n, c, h, w): bytes for an `augment`, else floats; or tokens (n, length)
     logits: Tensor,  # (n, k) the teacher's for them
     augment: Callable | None = None,  # (images, generator) -> images, as `Augment`
     *,
@@ -139,7 +139,10 @@ def distil(
 # %% ../../nbs/09_compression/01_distillation.ipynb #1e9fe915
 def _lesson(student, images, logits, augment, labels, hard):
     "Pictures, logits and labels on the student's device, or a sentence"
-    count = len(check_images(images, kind="floats" if augment is None else "bytes"))
+    if augment is None and images.ndim == 2 and not images.is_floating_point():
+        count = len(check_tokens(images))
+    else:
+        count = len(check_images(images, kind="floats" if augment is None else "bytes"))
     k = check_floats(logits, "logits", f"({count}, k)", finite=True).shape[1]
     if labels is not None:
         labels = check_labels(labels, "labels", k, (count,))
@@ -178,7 +181,7 @@ def tap(
 
     Raises `ValueError` for one that is not there or runs not just once, and for inputs that the
     model refuses."""
-    heard = []
+    heard, model = [], unwrapped(model)
     with _listening(model, layer, heard):
         try:
             said = model(inputs)
@@ -215,11 +218,16 @@ class Hinted(nn.Module):
     @checked
     def __init__(self, student: nn.Module, layer: str, regressor: nn.Module):
         super().__init__()
+        student = unwrapped(student)  # compile or distribute the whole
         check_choice(layer, "layer", [n for n, _ in student.named_modules(remove_duplicate=False)])
         self.student, self.layer, self.regressor = student, layer, regressor
 
     def forward(self, x: Tensor) -> Tensor:  # what the regressor makes of the guided layer
-        return self.regressor(tap(self.student, self.layer, x)[1])
+        heard = tap(self.student, self.layer, x)[1]
+        try:
+            return self.regressor(heard)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"the regressor fails on the hint, {got(heard)}: {error}") from error
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #f17e21d3
 @checked

@@ -15,8 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from .folding import fold_batch_norm, plain_copy, replace_modules, run_batch
+from foundation.compression.folding import (
+    as_linear,
+    fold_batch_norm,
+    plain_copy,
+    replace_modules,
+    run_batch,
+)
 from .weights import layer_weights
 from foundation.compression.quantization import (
     QParams,
@@ -202,7 +209,7 @@ def quantize_dynamic(
 ) -> nn.Module:
     "A copy in integers that finds scales and zero points of its inputs for each batch: no data."
     integer_range(bits)
-    copy = fold_batch_norm(model, example)
+    copy = as_linear(fold_batch_norm(model, example))
     new = {layer: IntegerLayer(layer, None, bits) for layer in _integer_parts(copy, skip)}
     return replace_modules(copy, new).eval()
 
@@ -218,7 +225,7 @@ def _integer_parts(model, skip):
         if plain and not hooks and m not in read:
             parts |= {m: name} if id(m.weight) in chosen else {}
         elif any(p.ndim > 1 for p in m.parameters(recurse=False)):
-            left.append(f"{name} ({type(m).__name__})")
+            left.append(f"{name or 'the network itself'} ({type(m).__name__})")
     if left:
         warnings.warn(
             "left in float, since only Conv2d and Linear are supported, padded with zeros, "
@@ -234,7 +241,7 @@ _READERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # of their 
 @checked
 def quantize_static(
     model: nn.Module,
-    batches: Iterable,  # inputs as the model takes them; a few hundred images in all
+    batches: Iterable | Dataset,  # a few hundred inputs: batches, a loader or a data set
     bits: int = 8,
     skip: str | Sequence[str] = (),  # modules to leave in float
     **options,  # of `calibrate`: percentile, method
@@ -242,19 +249,27 @@ def quantize_static(
     """A copy in integers with calibrated scales and zero points (Jacob et al. 2018). Raises
     `ValueError` for no data or NaN."""
     calibrate([torch.zeros(1)], bits, **options)  # refuses bits and options now, not after the run
-    batches = iter([batches] if isinstance(batches, Tensor) else batches)
-    first = next(batches, None)
-    if first is None:
-        raise ValueError("the calibration set is empty; expected at least one batch of inputs")
-    copy, new = fold_batch_norm(model, first), {}
+    first, batches = _first(batches)
+    copy, new = as_linear(fold_batch_norm(model, first)), {}
     parts = _integer_parts(copy, skip)
-    seen = _inputs_of(parts.values(), copy, chain([first], batches))
+    seen = _inputs_of(parts.values(), copy, batches)
     for layer, name in parts.items():
         if seen[name]:
             new[layer] = IntegerLayer(layer, _calibrated(seen[name], name, bits, options), bits)
         else:
             warnings.warn(f"{name} is left in float, since no batch passes it", stacklevel=3)
     return replace_modules(copy, new).eval()
+
+# %% ../../nbs/09_compression/06_integer_layers.ipynb #6c7f6121
+def _first(batches):
+    "The first batch, and all of them; of inputs and labels the inputs alone"
+    batches = DataLoader(batches, 64) if isinstance(batches, Dataset) else batches
+    batches = iter([batches] if isinstance(batches, Tensor) else batches)
+    inputs = (b[0] if isinstance(b, (tuple, list)) and len(b) else b for b in batches)
+    first = next(inputs, None)
+    if first is None:
+        raise ValueError("the calibration set is empty; expected at least one batch of inputs")
+    return first, chain([first], inputs)
 
 # %% ../../nbs/09_compression/06_integer_layers.ipynb #696df5a8
 def _inputs_of(names, model, batches):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .folding import plain_copy
+from .folding import Logits, plain_copy
 from .weights import layer_weights
 from foundation.core.checks import (
     check_floats,
@@ -297,8 +297,11 @@ def classify_rounded(
 
     def objective(model, batch):
         weights = layer_weights(model, skip)
-        rounded = {n: fake_quantize(w, bits, axis=0, group=group) for n, w in weights.items()}
-        logits = functional_call(model, rounded, (batch[0],))
+        rounded = {
+            f"model.{name}": fake_quantize(weight, bits, axis=0, group=group)
+            for name, weight in weights.items()
+        }
+        logits = functional_call(Logits(model), rounded, (batch[0],))
         labels = check_labels(batch[1], classes=logits.shape[-1])
         return nn.functional.cross_entropy(logits.float(), labels), {}
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from .formats import DTYPES, GROUP, bits_of, decode, encode, fits, narrow
 from ..core.checks import check_choice, check_whole, checked, got
-from ..core.files import atomic_write
+from ..core.modules import unwrapped
 from ..models.card import BadWeights
+from ..models.pretrained import read_tensors, write_tensors
 
 # %% ../../nbs/09_compression/04_storage.ipynb #90d6b781
 @checked
@@ -36,7 +37,7 @@ def save_model(
     sparse, numbers = format == "sparse", values if format == "sparse" else format
     group = _group(numbers, values, group)
     check_choice(compress, "compress", (False, True, "zlib", "huffman"))
-    state = _check_state(model.state_dict() if isinstance(model, nn.Module) else model)
+    state = _check_state(unwrapped(model).state_dict() if isinstance(model, nn.Module) else model)
     tensors, layout = _apart(state, format, (numbers, sparse, group, compress))
     return _write(tensors, json.dumps(layout, separators=(",", ":")), path)
 
@@ -139,44 +140,37 @@ def _aliases(state):
     return same
 
 # %% ../../nbs/09_compression/04_storage.ipynb #61574532
-def _checksum(tensors, layout, kinds=True):
-    "CRC-32 over the layout and all names, types, shapes and bytes, in the order of the names"
+def _earlier_mark(tensors, layout, kinds):
+    "The CRC-32 of files of earlier versions, with types and shapes or, still earlier, without"
     crc = zlib.crc32(layout.encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous()
-        kind = f"{x.dtype}{tuple(x.shape)}" if kinds else ""  # files of earlier versions have none
-        crc = zlib.crc32(
-            x.reshape(-1).view(torch.uint8).numpy().tobytes(),
-            zlib.crc32((name + kind).encode(), crc),
-        )
+        kind = f"{x.dtype}{tuple(x.shape)}" if kinds else ""
+        data = x.reshape(-1).view(torch.uint8).numpy().tobytes()
+        crc = zlib.crc32(data, zlib.crc32((name + kind).encode(), crc))
     return f"{crc:08x}"
 
 # %% ../../nbs/09_compression/04_storage.ipynb #61574535
 def _write(tensors, layout, path):
-    "Tensors, layout and checksum into one safetensors file"
-    from safetensors.torch import save
-
-    tensors = {name: x.contiguous() for name, x in tensors.items()}
-    data = save(tensors, {"layout": layout, "crc32": _checksum(tensors, layout)})
+    "Tensors and layout into one safetensors file, which `write_tensors` marks"
     try:
-        with atomic_write(path) as file:
-            file.write(data)
+        return write_tensors(path, tensors, {"layout": layout})
     except (OSError, ValueError) as error:
         raise type(error)(
             f"{str(path)[:200]} cannot be written: {getattr(error, 'strerror', None) or error}"
         ) from error
-    return Path(path)
 
 # %% ../../nbs/09_compression/04_storage.ipynb #61574533
-_DAMAGED = (ValueError, ArithmeticError, LookupError, AttributeError, TypeError, RuntimeError)
-
-
 def _read(path):
     "Tensors and layout of a safetensors file, checked"
     tensors, notes = _opened(path)
-    layout = notes.get("layout", "")
-    known = [_checksum(tensors, layout, kinds) for kinds in (True, False)]
-    if notes.keys() & {"layout", "crc32"} and notes.get("crc32") not in known:
+    layout = notes.pop("layout", "")
+    if "crc32" in notes:
+        known = [_earlier_mark(tensors, layout, kinds) for kinds in (True, False)]
+        whole = notes.pop("crc32") in known
+    else:
+        whole = not layout or not notes  # beside the layout stands nothing but the mark
+    if not whole:
         raise BadWeights(
             f"{path} was changed after it was written (its checksum differs); "
             "fetch or save it again"
@@ -191,9 +185,7 @@ def _read(path):
 
 # %% ../../nbs/09_compression/04_storage.ipynb #61574534
 def _opened(path):
-    "What stands in a safetensors file, and the notes in its header"
-    from safetensors import SafetensorError, safe_open
-
+    "What `read_tensors` finds, if there is a file"
     try:
         there = path.is_file()
     except OSError:  # a name that no file can have
@@ -203,10 +195,10 @@ def _opened(path):
             f"there is no file {str(path)[:200]}; expected one that save_model wrote"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, *_DAMAGED) as error:
+        return read_tensors(path)
+    except (BadWeights, OSError) as error:
+        if "was changed" in str(error):
+            raise
         raise BadWeights(
             f"{path} is not a whole safetensors file ({error}); fetch or save it again"
         ) from None

@@ -92,10 +92,11 @@ def _unknown(layers):
     told, known = [], (*_KINDS, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm)
     for m, name in layers.items():
         theirs = type(m).__module__.startswith("torch.nn.") and not isinstance(m, known)
-        if theirs and any(p.ndim > 1 for p in m.parameters(recurse=False)):
+        other = type(m).__name__ == "Conv1D"  # of transformers: (in, out)
+        if (theirs or other) and any(p.ndim > 1 for p in m.parameters(recurse=False)):
             told.append(
                 f"{name} ({type(m).__name__}) is neither a convolution nor a linear layer; "
-                "it stays as it is"
+                "it stays as it is" + other * ": hand in as_linear(model) of compression/folding"
             )
     return told
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
+from inspect import signature
 from io import BytesIO, StringIO
 from pathlib import Path
 
@@ -26,9 +27,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 # %% ../../nbs/10_deployment/02_export.ipynb #68a06a2e
+from ..compression.folding import Logits
 from ..core.basics import evaluating, measure
 from ..core.precision import cpu_flags
 from ..core.files import atomic_write
+from ..core.modules import unwrapped
 from foundation.core.checks import (
     check_callable,
     check_choice,
@@ -217,7 +220,7 @@ def _as_input(x, want):
 # %% ../../nbs/10_deployment/02_export.ipynb #66b94f50
 @checked
 def export_onnx(
-    model: nn.Module,
+    model: nn.Module,  # compiled, distributed or of transformers too: its logits are written
     example: Tensor | tuple,  # a batch, (b, c, h, w) or tokens (b, n); several inputs: a tuple
     path: Path | str,
     dynamic_batch: bool = True,  # let the graph take batches of any size
@@ -234,9 +237,19 @@ def export_onnx(
     inputs = _check_inputs(example)
     check_number(tolerance, "tolerance", 0)
     check_whole(opset, "opset", 9, 20, "what this exporter writes")
+    model = _plain_network(model, len(inputs))
     graph = _graph_of(model, inputs, dynamic_batch, opset)
     _compare(model, graph, inputs, dynamic_batch, tolerance)
     return _write(path, graph)
+
+# %% ../../nbs/10_deployment/02_export.ipynb #9f8ae31b
+def _plain_network(model, count):
+    "The network itself; in `Logits` where its answer is packed, or where the exporter errs"
+    net = unwrapped(model)
+    packs = hasattr(net, "main_input_name")  # of transformers
+    more = list(signature(net.forward).parameters.values())[count:]
+    options = any(isinstance(p.default, (bool, int, float)) for p in more)  # taken for tensors
+    return Logits(net) if packs or options else net
 
 # %% ../../nbs/10_deployment/02_export.ipynb #9f8ae31a
 def _graph_of(model, inputs, dynamic_batch, opset):

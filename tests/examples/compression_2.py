@@ -85,6 +85,8 @@ EXAMPLES = {
         quantization.classify_rounded,
         dict(bits=4, group=8, skip=("4",)),
     ),
+    F + "Logits": lambda: (folding.Logits, dict(model=network())),
+    F + "as_linear": lambda: (folding.as_linear, dict(model=network())),
     F + "plain_copy": lambda: (folding.plain_copy, dict(model=network(), skip=("4",))),
     F + "run_batch": lambda: (
         folding.run_batch,
