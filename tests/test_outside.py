@@ -374,7 +374,7 @@ def test_what_waits_for_every_gradient_is_not_frozen():
 def test_texts_are_no_pictures(kind):
     x, y = data(kind)
     said = complaint(finetune, kind(), x, y, Augment(mean=0.5, std=0.25), steps=1, lr=1e-3)
-    assert "expected bytes (torch.uint8)" in said
+    assert "expected augment=None for texts" in said
 
 
 @pictures

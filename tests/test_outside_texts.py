@@ -1,13 +1,15 @@
 "Texts with models and tokenizers of transformers: masked pretraining, fine-tuning, distillation"
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from foundation.core.checks import complaint
-from foundation.core.modules import logits_of
+from foundation.core.modules import head_of, logits_of
+from foundation.data.augment import Augment
 from foundation.data.batches import pad
 from foundation.data.tasks import encoder_of
 from foundation.data.text_tasks import (
@@ -17,8 +19,11 @@ from foundation.data.text_tasks import (
     padding_id,
     text_set,
 )
-from foundation.data.tokenizer import Tokenizer, train_bpe
+from foundation.data.tokenizer import train_bpe
 from foundation.evaluation.scores import accuracy, predict
+from foundation.finetuning.epochs import evaluate, train_epoch
+from foundation.finetuning.loop import finetune
+from foundation.finetuning.rate_search import range_test
 from foundation.models.bert import BERT
 from foundation.models.heads import Classifier, TextClassifier
 from foundation.models.outside import as_encoder, guess_words, text_sizes
@@ -31,6 +36,8 @@ from foundation.pretraining.masked_text import (
     masked_tokens,
     pretrain,
 )
+from foundation.training.loop import classify
+from foundation.training.parameter_groups import layer_groups
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -96,9 +103,10 @@ def config(kind, tokenizer, initializer_range=0.2, **more):
     size, pad_id = as_tokenizer(tokenizer).vocab_size, padding_id(tokenizer)
     plain = dict(vocab_size=size, pad_token_id=pad_id, max_position_embeddings=64, **more)
     if kind == "DistilBert":
-        plain |= dict(dim=32, n_layers=2, n_heads=2, hidden_dim=64)
+        plain |= dict(dim=32, n_layers=2, n_heads=2, hidden_dim=64, dropout=0.0)
+        plain |= dict(attention_dropout=0.0, seq_classif_dropout=0.0)
     else:
-        plain |= SIZES
+        plain |= SIZES | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return getattr(transformers, f"{kind}Config")(**plain)
 
 
@@ -108,7 +116,7 @@ def guesser(kind, tokenizer, **more):
 
 def classifier(kind, tokenizer):
     net = getattr(transformers, f"{kind}ForSequenceClassification")
-    return net(config(kind, tokenizer, num_labels=2))
+    return net(config(kind, tokenizer, 0.1, num_labels=2))
 
 
 KINDS = ["Bert", "DistilBert", "Roberta"]
@@ -258,3 +266,182 @@ def test_what_guesses_no_words_is_told():
     small.config.vocab_size = 5
     assert "the model knows 5 tokens" in complaint(pretrain, small, documents, tokenizer, **plan)
     assert "`vocab_size`" in complaint(text_sizes, nn.Linear(2, 2))
+
+
+# Classifiers --------------------------------------------------------------------------------------
+
+
+def task_of(tokenizer):
+    return own_text_task(text_set(TEXTS, LABELS), tokenizer, test=0.25, seed=1)
+
+
+def mean_of_theirs(tokenizer):
+    return TextClassifier(as_encoder(transformers.BertModel(config("Bert", tokenizer))), 2)
+
+
+def mean_of_ours(tokenizer):
+    padding = padding_id(tokenizer)
+    size = as_tokenizer(tokenizer).vocab_size
+    return TextClassifier(BERT(size, context=32, dim=32, depth=1, heads=2), 2, padding)
+
+
+def gpt2(tokenizer):
+    sizes = dict(n_embd=32, n_layer=2, n_head=2, n_positions=32)
+    special = dict(pad_token_id=tokenizer.pad_token_id, num_labels=2)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), **sizes, **special)
+    return transformers.GPT2ForSequenceClassification(config)
+
+
+MODELS = {kind: lambda tokenizer, kind=kind: classifier(kind, tokenizer) for kind in KINDS}
+MODELS |= dict(GPT2=gpt2, mean_of_theirs=mean_of_theirs, mean_of_ours=mean_of_ours)
+models = pytest.mark.parametrize("name", MODELS)
+
+
+@models
+def test_finetuning_learns_texts(name):
+    tokenizer = words_with_marks_last()
+    task, model = task_of(tokenizer), MODELS[name](tokenizer)
+    plan = dict(steps=60, batch_size=12, lr=2e-3, head_lr=2e-3)
+    losses = finetune(model, *task.read(task.pool), None, **plan)
+    assert losses[-5:].mean() < 0.3
+    tokens, labels = task.read(task.test)
+    assert accuracy(predict(model, tokens), labels) > 0.8
+    assert (
+        finetune(model, *task.read(task.pool), None, steps=4, lr=1e-3, gradual=True)
+        .isfinite()
+        .all()
+    )
+
+
+@models
+def test_a_frozen_body_of_a_text_model_stays(name):
+    tokenizer = words_with_marks_last()
+    task, model = task_of(tokenizer), MODELS[name](tokenizer)
+    head, before = head_of(model)[0], {k: v.clone() for k, v in model.state_dict().items()}
+    finetune(model, *task.read(task.pool), None, steps=3, batch_size=8, lr=0.0, head_lr=1e-2)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and all(key.startswith(f"{head}.") for key in moved)
+
+
+def test_a_step_of_finetuning_is_that_of_transformers():
+    "One step at rates above 0 of the loss that the model computes itself"
+    tokenizer = words_with_marks_last()
+    task, model = task_of(tokenizer), classifier("DistilBert", tokenizer).eval()
+    tokens, labels = task.read(task.pool)
+    want = model(tokens, attention_mask=(tokens != tokenizer.pad_token_id).long(), labels=labels)
+    torch.testing.assert_close(classify(model, (tokens, labels))[0], want.loss)
+    losses = finetune(model, tokens, labels, None, steps=1, batch_size=len(tokens), lr=1e-3)
+    torch.testing.assert_close(losses[0], want.loss.detach(), rtol=5e-3, atol=0)  # 16 bits
+
+
+@models
+def test_an_epoch_of_texts_of_several_lengths(name):
+    tokenizer = words_with_marks_last()
+    model, rows = MODELS[name](tokenizer), tokenizer([*TEXTS[:14], "film", "a"])["input_ids"]
+    examples = [{"input_ids": row, "label": i % 2} for i, row in enumerate(rows)]
+    opt = torch.optim.AdamW(layer_groups(model, 1e-3))
+    assert math.isfinite(train_epoch(model, examples, 5, opt))
+    alone = [evaluate(model, [example], 1) for example in examples]
+    assert evaluate(model, examples, 16) == sum(alone) / 16
+    found = range_test(
+        model, [next(iter(batches(examples, model)))] * 20, classify, opt, steps=20, hi=0.1
+    )
+    assert len(found.losses) > 2
+
+
+def batches(examples, model):
+    rows, real = pad([example["input_ids"] for example in examples], padding_of(model))
+    yield rows, torch.tensor([example["label"] for example in examples])
+
+
+def padding_of(model):
+    config = getattr(model, "config", None)
+    return model.padding if config is None else config.pad_token_id
+
+
+@models
+def test_padding_changes_nothing(name):
+    "A padded batch gives what each text gives alone; one token, int32, more padding"
+    tokenizer = words_with_marks_last()
+    model = MODELS[name](tokenizer).eval()
+    rows = tokenizer([*TEXTS[:5], "film", TEXTS[3]])["input_ids"] + [[3]]
+    tokens, _ = pad(rows, tokenizer.pad_token_id)
+    with torch.no_grad():
+        together = logits_of(model, tokens)
+        alone = torch.cat([logits_of(model, torch.tensor([row])) for row in rows])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits_of(model, tokens.int()), together)
+        more = nn.functional.pad(tokens, (0, 3), value=tokenizer.pad_token_id)
+        torch.testing.assert_close(logits_of(model, more), together, rtol=1e-4, atol=1e-5)
+        assert torch.equal(together[3].argmax(), together[6].argmax())
+        empty = torch.full((2, 4), tokenizer.pad_token_id)
+        assert logits_of(model, empty).isfinite().all()
+        half = copy.deepcopy(model).bfloat16()
+        torch.testing.assert_close(logits_of(half, tokens).float(), together, rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_on_the_left_is_read_as_transformers_reads_it(kind):
+    tokenizer = words_with_marks_last()
+    tokenizer.padding_side = "left"
+    model = classifier(kind, tokenizer).eval()
+    both = tokenizer([TEXTS[0], "film"], padding=True, return_tensors="pt")
+    want = model(both["input_ids"], attention_mask=both["attention_mask"]).logits
+    torch.testing.assert_close(logits_of(model, both["input_ids"]), want)
+
+
+def test_what_does_not_fit_texts_is_told():
+    tokenizer = words_with_marks_last()
+    task, bert = task_of(tokenizer), transformers.BertModel(config("Bert", tokenizer))
+    data, plan = task.read(task.pool), dict(steps=1, lr=1e-3)
+    assert "TextClassifier" in complaint(
+        finetune, Classifier(as_encoder(bert), 2), *data, None, **plan
+    )
+    said = complaint(finetune, classifier("Bert", tokenizer), *data, Augment(), **plan)
+    assert "augment=None" in said
+    pictures = torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
+    assert "augment" in complaint(
+        finetune, mean_of_ours(tokenizer), pictures, data[1][:8], None, **plan
+    )
+    bare = gpt2(tokenizer)
+    bare.config.pad_token_id = None
+    rows = [{"input_ids": [1, 2], "label": 0}, {"input_ids": [3], "label": 1}]
+    assert "pad_token_id" in complaint(evaluate, bare, rows, 2)
+
+
+def test_a_set_of_texts_is_learnt_from_as_its_tensors_are():
+    tokenizer = words_with_marks_last()
+    task, a = task_of(tokenizer), mean_of_ours(tokenizer)
+    b, data, plan = copy.deepcopy(a), task.read(task.pool), dict(steps=4, lr=1e-3, batch_size=8)
+    pairs = torch.utils.data.TensorDataset(*data)
+    want = finetune(a, *data, None, **plan)
+    torch.testing.assert_close(finetune(b, pairs, None, None, **plan), want)
+
+
+# Tasks --------------------------------------------------------------------------------------------
+
+
+@every
+def test_parts_have_like_shares_and_share_no_text(make):
+    data = text_set(TEXTS * 2 + ["A Lovely  FILM"], LABELS * 2 + ["good"])
+    task = own_text_task(data, make(), dev=0.2, test=0.25, seed=3)
+    sides = [{data.groups[i] for i in task.part(name)} for name in ("pool", "dev", "test")]
+    assert len(set.union(*sides)) == sum(map(len, sides)) == len(TEXTS)
+    for name, share in dict(pool=0.55, dev=0.2, test=0.25).items():
+        shares = task.labels[task.part(name)].bincount() / data.labels.bincount()
+        assert ((shares - share).abs() < 0.08).all()
+    again = own_text_task(data, make(), dev=0.2, test=0.25, seed=3)
+    other = own_text_task(data, make(), dev=0.2, test=0.25, seed=4)
+    assert torch.equal(task.test, again.test) and not torch.equal(task.test, other.test)
+    assert task.labels[task.draw(6, seed=0)].bincount().tolist() == [3, 3]
+
+
+def test_tasks_that_cannot_be_are_told():
+    said = complaint(own_text_task, text_set(["a", "b"], [0, 1]), ours())
+    assert "0 has 1 different texts" in said
+    assert "dev" in complaint(own_text_task, text_set(TEXTS, LABELS), ours(), dev=1.5)
+    tokens = own_text_task(text_set(TEXTS, LABELS), pieces_with_marks_first(), longest=4).inputs
+    assert tokens.shape[1] == 4 and (tokens[:, -1] == 2).sum() > 0  # [SEP] stays
+    assert "text 1 is ''" in complaint(text_set, ["a", ""], [0, 1])
+    assert "label 0 is None" in complaint(text_set, ["a"], [None])
+    assert "2 texts and 1 labels" in complaint(text_set, ["a", "b"], [0])

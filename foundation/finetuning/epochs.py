@@ -7,6 +7,7 @@ __all__ = ['train_epoch', 'evaluate']
 
 # %% ../../nbs/08_finetuning/00_epochs.ipynb #f2b91150
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core.basics import evaluating
 from ..core.checks import check_labels, check_whole, checked, got
-from ..core.modules import logits_of
+from ..core.modules import logits_of, unwrapped
+from ..data.batches import pad
 from ..data.own import check_classes
 from ..evaluation.scores import accuracy
 from ..training.loop import classify, train
@@ -23,7 +25,8 @@ from ..training.loop import classify, train
 @checked
 def train_epoch(
     model: nn.Module,
-    dataset: Dataset | Sequence,  # yields {"image": (c, h, w) float, "label": whole number}
+    dataset: Dataset
+    | Sequence,  # yields {"image": (c, h, w) float, "label": whole number}, or "input_ids"
     batch_size: int,
     optimizer: torch.optim.Optimizer,
 ) -> float:  # mean loss over the batches
@@ -35,7 +38,8 @@ def train_epoch(
     if hasattr(dataset, "labels"):
         check_classes(dataset.labels, model)
     alone = count > 1 and batch_size > 1 and count % batch_size == 1
-    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=alone, collate_fn=_stack)
+    plan = dict(drop_last=alone, collate_fn=partial(_stack, model))
+    loader = DataLoader(dataset, batch_size, shuffle=True, **plan)
     run = train(model, loader, classify, optimizer, steps=len(loader))
     losses = [step.loss for step in run]
     return torch.stack(losses).mean().item()
@@ -55,7 +59,7 @@ def evaluate(
     count, right = _check_dataset(dataset), 0
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     with evaluating(model):
-        for images, labels in DataLoader(dataset, batch_size, collate_fn=_stack):
+        for images, labels in DataLoader(dataset, batch_size, collate_fn=partial(_stack, model)):
             right += round(
                 accuracy(logits_of(model, images.to(device)).cpu(), labels) * len(labels)
             )
@@ -77,8 +81,10 @@ def _check_dataset(dataset) -> int:
     return len(dataset)
 
 # %% ../../nbs/08_finetuning/00_epochs.ipynb #9af52370
-def _stack(items: list[dict]) -> tuple[Tensor, Tensor]:  # (b, c, h, w), (b,)
+def _stack(model, items: list[dict]) -> tuple[Tensor, Tensor]:  # (b, c, h, w), (b,)
     "A batch, or a sentence why its pictures do not go together"
+    if all(isinstance(item, Mapping) and {"input_ids", "label"} <= item.keys() for item in items):
+        return _filled([item["input_ids"] for item in items], model), _labels(items)
     for item in items:
         if not isinstance(item, Mapping) or not {"image", "label"} <= item.keys():
             raise TypeError(
@@ -95,4 +101,19 @@ def _stack(items: list[dict]) -> tuple[Tensor, Tensor]:  # (b, c, h, w), (b,)
             f"images have the shapes {sorted(shapes)}; expected one size and number of channels:"
             " resize in the transform"
         )
-    return torch.stack(images), check_labels([item["label"] for item in items])
+    return torch.stack(images), _labels(items)
+
+# %% ../../nbs/08_finetuning/00_epochs.ipynb #237bb8e9
+def _filled(rows, model) -> Tensor:  # (b, n)
+    "Rows of tokens filled up to one length with what the model takes for padding"
+    net = unwrapped(model)
+    padding = getattr(getattr(net, "config", None), "pad_token_id", getattr(net, "padding", 0))
+    if len({*map(len, rows)}) > 1 and padding in (None, -1):
+        raise ValueError(
+            "texts have several lengths and the model no padding; set model.config.pad_token_id"
+        )
+    return pad(rows, padding if padding not in (None, -1) else 0)[0]
+
+
+def _labels(items) -> Tensor:  # (b,)
+    return check_labels([item["label"] for item in items])

@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 
 from ..core.basics import freeze, unfreeze
 from ..core.checks import check_images, check_number, check_rows
-from ..core.checks import check_shares, check_sizes, check_whole, checked
+from ..core.checks import check_shares, check_sizes, check_tokens, check_whole, checked
 from ..core.fingerprint import fingerprint
 from ..core.modules import head_of, logits_of
-from ..data.batches import augmented
+from ..data.batches import augmented, endless
 from ..data.own import check_classes
 from ..training.loop import Step
 from ..training.parameter_groups import head_groups, layer_groups, layers
@@ -94,9 +94,9 @@ def frozen_norms(
 @checked
 def finetune(
     model: nn.Module,  # trained in place; ours, or one whose last layer `head_of` finds
-    images: Tensor | Dataset,  # (n, c, h, w) uint8; or a data set of (picture, label)
+    images: Tensor | Dataset,  # (n, c, h, w) uint8, tokens (n, length), or a set of (input, label)
     labels: Tensor | Sequence | None,  # (n,) whole numbers; None for a data set
-    augment: Callable,  # (images, generator) -> floats, as `Augment`
+    augment: Callable | None,  # (images, generator) -> floats, as `Augment`; None for texts
     *,
     steps: int,
     lr: float,  # of the body, all of it; 0 freezes it, batch-norm statistics too
@@ -114,7 +114,7 @@ def finetune(
 
     What is frozen afterwards is what was before, after an error or Ctrl-C too. Raises `ValueError`,
     `TypeError`; `BadCheckpoint` for one of other data or settings."""
-    data = _check_data(model, images, labels)
+    data = _check_data(model, images, labels, augment)
     _check_rates(model, lr, head_lr, gradual)
     check_sizes(steps=steps, batch_size=batch_size)
     check_shares(smoothing=smoothing)
@@ -130,7 +130,7 @@ def finetune(
     def stream(start):
         if gradual:
             thaw(model, thawed(start, steps, count))
-        return augmented(*data, start=start, **plan)
+        return _views(*data, start=start, **plan)
 
     def after(step):
         if gradual:
@@ -147,8 +147,8 @@ def finetune(
         return run.losses
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #88a2edca
-def _check_data(model, images, labels) -> tuple:
-    "Pictures and int64 labels, or one data set, if model, pictures and labels go together"
+def _check_data(model, images, labels, augment) -> tuple:
+    "Inputs and int64 labels, or one data set, if model, inputs and labels go together"
     head_of(model)
     if isinstance(images, Dataset):
         if labels is not None:
@@ -159,7 +159,12 @@ def _check_data(model, images, labels) -> tuple:
         return (images,)
     if labels is None:
         raise TypeError("labels are None; expected a label for each picture, or a data set")
-    check_images(images, "images", kind="bytes")
+    if images.ndim == 2 and augment is not None:
+        raise ValueError("tokens (n, length) have no views; expected augment=None for texts")
+    if augment is None:
+        images = check_tokens(images, "images without an augment", shape="(n, length)")
+    else:
+        check_images(images, "images", kind="bytes")
     labels = check_classes(labels, model)
     check_rows(images=images, labels=labels)
     return images, labels
@@ -194,6 +199,11 @@ def _frozen_as_before(model: nn.Module) -> Iterator[nn.Module]:
             p.requires_grad_(learnt)
 
 # %% ../../nbs/08_finetuning/01_loop.ipynb #5a3c3002
+def _views(*data, augment, **plan):
+    "Endless batches, pictures in new views, texts as they are"
+    return endless(*data, **plan) if augment is None else augmented(*data, augment=augment, **plan)
+
+
 def _classify(smoothing, model, batch):
     x, y = batch
     loss = nn.functional.cross_entropy(logits_of(model, x).float(), y, label_smoothing=smoothing)

@@ -52,6 +52,15 @@ def _width(encoder) -> int:
     return dim
 
 
+def _vectors(features) -> Tensor:
+    if features.ndim != 2:
+        raise TypeError(
+            f"the encoder gives {got(features)}; expected features (b, d): of texts, which have "
+            "them for each token, TextClassifier(encoder, classes) takes the mean"
+        )
+    return features
+
+
 def _linear(dim, classes, zero):
     "A linear layer, of zeros where that is wanted"
     head = nn.Linear(dim, classes)
@@ -78,7 +87,7 @@ class Classifier(nn.Module):
         self.head = _linear(self.dim, check_whole(classes, "classes", 1), zero)
 
     def encode(self, x: Tensor) -> Tensor:  # (b, ...) -> (b, d)
-        return self.encoder.encode(x)
+        return _vectors(self.encoder.encode(x))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encode(x))
@@ -94,12 +103,12 @@ class TextClassifier(nn.Module):
         self,
         encoder: nn.Module,  # with `dim` and `encode`: tokens, mask (b, n) -> features (b, n, d)
         classes: int,  # k
-        padding: int = 0,  # the token that fills rows up at their end
+        padding: int | None = None,  # what fills rows up; None: the encoder's own, or 0
         zero: bool = False,  # begin with a head of zeros: all classes are equally likely
     ):
         super().__init__()
-        check_model(encoder, "encoder", "encode")
-        self.encoder, self.padding, self.dim = encoder, padding, _width(encoder)
+        self.encoder, self.dim = check_model(encoder, "encoder", "encode"), _width(encoder)
+        self.padding = getattr(encoder, "padding", 0) if padding is None else padding
         self.head = _linear(self.dim, check_whole(classes, "classes", 1), zero)
 
     def encode(self, tokens: Tensor) -> Tensor:  # (b, n) -> (b, d); 0 for padding only

@@ -101,7 +101,8 @@ class _TextEncoder(nn.Module):
         body = getattr(model, "base_model", model)  # below the head
         reads = getattr(body, "pooler", None) is not None  # only the first token; not learnt then
         self.model = _without(body, "pooler") if reads else body
-        self.dim = model.config.hidden_size
+        self.dim, padding = model.config.hidden_size, model.config.pad_token_id
+        self.padding = -1 if padding is None else padding  # -1: no token is
 
     def encode(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         mask = None if real is None else real.long()
