@@ -1,8 +1,8 @@
-"One sound call for each public name of foundation.data.tasks, for the laws and the fuzz"
+"One sound call for each public name of data.tasks and data.text_tasks, for the laws and the fuzz"
 
 import torch
 
-from foundation.data import tasks
+from foundation.data import tasks, text_tasks
 from foundation.data.images import ImageSet
 from foundation.data.text import TextSet
 from foundation.data.tokenizer import Tokenizer
@@ -50,7 +50,21 @@ EXAMPLES = {
         tasks.text_task,
         dict(train=texts(), held=texts(5), encode=encode, pool=6, dev=3, test=4, longest=9),
     ),
-    "data.tasks.encoder_of": lambda: (tasks.encoder_of, dict(tokenizer=Tokenizer([]))),
+    "data.tasks.encoder_of": lambda: (tasks.encoder_of, dict(tokenizer=Tokenizer([]), marks=True)),
+    "data.text_tasks.text_set": lambda: (
+        text_tasks.text_set,
+        dict(texts=["good", "bad", "fair"], labels=["+", "-", "+"], classes=["-", "+"]),
+    ),
+    "data.text_tasks.as_tokenizer": lambda: (
+        text_tasks.as_tokenizer,
+        dict(tokenizer=Tokenizer([]).fast()),
+    ),
+    "data.text_tasks.find_words": lambda: (text_tasks.find_words, dict(tokenizer=Tokenizer([]))),
+    "data.text_tasks.padding_id": lambda: (text_tasks.padding_id, dict(tokenizer=Tokenizer([]))),
+    "data.text_tasks.own_text_task": lambda: (
+        text_tasks.own_text_task,
+        dict(data=texts(), tokenizer=Tokenizer([]), dev=0.2, test=0.3, longest=9, seed=1),
+    ),
 }
 SKIP = {
     "data.tasks.gloss_task": "encodes thousands of texts that are fetched",

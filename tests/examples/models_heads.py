@@ -1,8 +1,8 @@
-"One sound call for each public name of foundation.models.heads, for the laws and the fuzz"
+"One sound call for each public name of foundation.models.heads, and text models of outside"
 
 import torch
 
-from foundation.models import heads
+from foundation.models import heads, outside
 from foundation.models.bert import BERT
 from foundation.models.convnets import ConvNet
 
@@ -26,5 +26,15 @@ EXAMPLES = {
         dict(tokens=torch.tensor([[1, 2, 3], [4, 5, 0]])),
     ),
     "models.heads.without_head": lambda: (heads.without_head, dict(model=bert())),
+    "models.outside.guess_words": lambda: (
+        outside.guess_words,
+        dict(
+            model=bert(),
+            tokens=torch.tensor([[1, 2, 3], [4, 5, 6]]),
+            mask=torch.ones(2, 1, 3, 3, dtype=torch.bool),
+            places=torch.tensor([[True, False, True], [False, False, True]]),
+        ),
+    ),
+    "models.outside.text_sizes": lambda: (outside.text_sizes, dict(model=bert())),
 }
 SKIP = {}

@@ -93,6 +93,7 @@ EXAMPLES = {
             mask_id=3,
             vocab_size=tokenizer().vocab_size,
             first_word=5,
+            words=torch.arange(5, tokenizer().vocab_size),
             ratio=0.4,
             generator=luck(),
         ),
