@@ -3,16 +3,19 @@ codes are as short as promised, and damage is noticed"""
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import random
 import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import save
 from torch import nn
 
 from foundation.compression.codebooks import (
@@ -41,7 +44,7 @@ from foundation.data.batches import endless
 from foundation.data.images import ImageSet
 from foundation.models.convnets import VGG, ConvNet
 from foundation.models.card import BadWeights, WEIGHTS, read_card
-from foundation.models.pretrained import load_weights
+from foundation.models.pretrained import load_weights, read_tensors
 from foundation.recipes import vgg_compressed
 from foundation.recipes.vgg_compressed import compress
 from foundation.training.state import BadCheckpoint
@@ -913,3 +916,38 @@ def test_a_run_is_kept_and_its_data_belong_to_it(tmp_path):
         run(dataclasses.replace(data, train_images=late))
     with pytest.raises(BadCheckpoint, match="of another"):
         run(lr=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [True, False], ids=["with types", "names and bytes"])
+def test_files_with_the_earlier_mark_are_read_and_keep_their_sentence(tmp_path, kinds):
+    state = {"w": torch.randn(4, 6), "b": torch.arange(3.0)}
+    right = load_model(save_model(state, tmp_path / "new", "int8"))
+    tensors, notes = read_tensors(tmp_path / "new")
+    crc = zlib.crc32(notes["layout"].encode())
+    for name, x in sorted(tensors.items()):
+        kind = f"{x.dtype}{tuple(x.shape)}" if kinds else ""
+        crc = zlib.crc32(x.numpy().tobytes(), zlib.crc32((name + kind).encode(), crc))
+    old = save(tensors, {"layout": notes["layout"], "crc32": f"{crc:08x}"})
+    (tmp_path / "old").write_bytes(old)
+    found = load_model(tmp_path / "old")
+    assert found.keys() == right.keys() and all(torch.equal(found[k], right[k]) for k in right)
+    for mark in (f"{crc ^ 1:08x}", "", "sha256"):
+        (tmp_path / "old").write_bytes(save(tensors, {"layout": notes["layout"], "crc32": mark}))
+        with pytest.raises(BadWeights, match=r"old was changed .* \(its checksum differs\); fetch"):
+            load_model(tmp_path / "old")
+    (tmp_path / "old").write_bytes(save(tensors, {"layout": notes["layout"], "other": "mark"}))
+    with pytest.raises(BadWeights, match="changed"):
+        load_model(tmp_path / "old")
+
+
+def test_a_new_file_has_the_mark_of_the_whole_library(tmp_path):
+    path = save_model({"w": torch.randn(4, 6)}, tmp_path / "a", "int4")
+    tensors, notes = read_tensors(path)
+    assert [*notes] == ["layout"] and tensors.keys() == {"w", "w:scale"}
+
+
+def test_the_shipped_file_is_read_bit_for_bit():
+    state, told = load_model(WEIGHTS / "vgg_compressed.bin"), hashlib.sha256()
+    for name in sorted(state):
+        told.update(f"{name}{state[name].dtype}".encode() + state[name].numpy().tobytes())
+    assert told.hexdigest().startswith("9e5ea0794636f401")
