@@ -174,6 +174,14 @@ EXAMPLES = {
         t.remove_heads,
         dict(model=vit(), masks={"blocks.0.attention": torch.tensor([True, False])}),
     ),
+    "compression.transformers.unit_masks": lambda: (
+        t.unit_masks,
+        dict(model=vit(), sparsity=0.5, multiple=2),
+    ),
+    "compression.transformers.remove_units": lambda: (
+        t.remove_units,
+        dict(model=vit(), masks={"blocks.0.mlp.0": torch.arange(32) % 2 == 0}),
+    ),
     "compression.transformers.keep_layers": lambda: (
         t.keep_layers,
         dict(model=encoder(), layers=[0]),
