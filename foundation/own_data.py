@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST', 'tune_on_texts', 'Tuned', 'tune_pictures', 'tune_texts', 'load_tuned', 'tune']
 
-# %% ../nbs/02_own_data.ipynb #833af54f
+# %% ../nbs/02_own_data.ipynb #1a112b59
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,12 @@ class Tuned:
         shares = predict(self.model, self.read(things)).float().softmax(1)
         return [(self.classes[row.argmax()], row.max().item()) for row in shares]
 
-# %% ../nbs/02_own_data.ipynb #a633b5be
+# %% ../nbs/02_own_data.ipynb #56262023
+def _say(what):
+    "What is going on, for those who wait"
+    print(f"{what} …", file=sys.stderr, flush=True)
+
+# %% ../nbs/02_own_data.ipynb #129519ab
 @checked
 def tune_pictures(
     folder: Path | str,  # with a subfolder for each class
@@ -93,6 +99,7 @@ def tune_pictures(
     images, labels = task.inputs[task.pool], task.labels[task.pool]
     torch.manual_seed(seed)
     fitted = replace_head(load_efficientnet_lite0(), len(own.classes))
+    _say(f"a head for {len(own.classes)} classes is fitted to {len(labels):,} pictures")
     fit_head(fitted, look(images), labels)
     tuned, augment = copy_model(fitted), Augment(area=(0.6, 1.0), mean=127 / 255, std=128 / 255)
     how = dict(lr=3e-4, head_lr=3e-4, decay=0.9, batch_size=32, steps=steps, seed=seed)
@@ -101,7 +108,7 @@ def tune_pictures(
     card = dict(kind="pictures", data=Path(folder).name, size=size, steps=steps, seed=seed)
     return _kept(dict(fitted=fitted, tuned=tuned), task, look, card, out)
 
-# %% ../nbs/02_own_data.ipynb #e593d1d5
+# %% ../nbs/02_own_data.ipynb #0dd24d31
 @checked
 def tune_texts(
     source: Path | str,  # a table or a folder, as `read_texts` takes them
@@ -121,18 +128,20 @@ def tune_texts(
     fitted = TextClassifier(without_head(encoder), len(data.classes))
     freeze(fitted.encoder.embedding)
     tokens, labels = task.read(task.pool)
+    _say(f"a head for {len(data.classes)} classes is fitted to {len(labels):,} texts")
     fit_head(fitted, tokens, labels)
     tuned = tune_on_texts(copy_model(fitted), tokens, labels, steps=steps, seed=seed)
     card = dict(kind="texts", config={}, data=Path(source).name, steps=steps, seed=seed)
     return _kept(dict(fitted=fitted, tuned=tuned), task, None, card, out)
 
-# %% ../nbs/02_own_data.ipynb #33fd24fa
+# %% ../nbs/02_own_data.ipynb #0ed8e77e
 LONGEST = 128  # tokens of a text that are read
 _HOW = "onnx or onnxruntime is missing; pip install 'foundation[deploy]'"
 
 
 def _kept(models, task, look, card, out) -> Tuned:
     "The better model on dev, judged on test, and written"
+    _say("fitted and tuned are compared, and the better one is written")
     dev = {name: _accuracy(model, task, "dev", look) for name, model in models.items()}
     best = max(dev, key=dev.get)
     model, count = models[best].eval(), len(task.test)
