@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from foundation.compression.distillation import distil, match_teacher
 from foundation.core.checks import complaint
 from foundation.core.modules import head_of, logits_of
 from foundation.data.augment import Augment
@@ -27,6 +28,7 @@ from foundation.finetuning.rate_search import range_test
 from foundation.models.bert import BERT
 from foundation.models.heads import Classifier, TextClassifier
 from foundation.models.outside import as_encoder, guess_words, text_sizes
+from foundation.objectives.divergence import distillation_loss
 from foundation.pretraining.masked_text import (
     encode_documents,
     fill_mask,
@@ -36,7 +38,7 @@ from foundation.pretraining.masked_text import (
     masked_tokens,
     pretrain,
 )
-from foundation.training.loop import classify
+from foundation.training.loop import classify, train
 from foundation.training.parameter_groups import layer_groups
 
 transformers = pytest.importorskip("transformers")
@@ -445,3 +447,37 @@ def test_tasks_that_cannot_be_are_told():
     assert "text 1 is ''" in complaint(text_set, ["a", ""], [0, 1])
     assert "label 0 is None" in complaint(text_set, ["a"], [None])
     assert "2 texts and 1 labels" in complaint(text_set, ["a", "b"], [0])
+
+
+# Distillation -------------------------------------------------------------------------------------
+
+
+PAIRS = [("Bert", "DistilBert"), ("Roberta", "mean_of_ours"), ("mean_of_theirs", "GPT2")]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_a_text_model_teaches_another(pair):
+    tokenizer = words_with_marks_last()
+    task = task_of(tokenizer)
+    teacher, student = (MODELS[name](tokenizer) for name in pair)
+    tokens, labels = task.read(task.pool)
+    finetune(teacher, tokens, labels, None, steps=40, batch_size=12, lr=2e-3, head_lr=2e-3)
+    told = predict(teacher, tokens)
+    loss, _ = match_teacher(teacher)(student.eval(), tokens)  # a batch without labels
+    torch.testing.assert_close(
+        loss, distillation_loss(logits_of(student, tokens), told, 2.0), rtol=1e-4, atol=1e-5
+    )
+    run = distil(student, tokens, told, steps=60, batch_size=12, title="")
+    assert run.losses[-5:].mean() < 0.2 * run.losses[0]
+    agreed = accuracy(predict(student, tokens), predict(teacher, tokens).argmax(1))
+    assert agreed > 0.9
+
+
+def test_a_loop_takes_batches_without_labels():
+    tokenizer = words_with_marks_last()
+    teacher, student = classifier("Bert", tokenizer), classifier("DistilBert", tokenizer)
+    tokens, _ = task_of(tokenizer).read(torch.arange(8))
+    opt = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    run = train(student, [tokens] * 10, match_teacher(teacher), opt, steps=10)
+    losses = [step.loss.item() for step in run]
+    assert losses[-1] < losses[0]
