@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'tune_on_texts', 'Tuned', 'tune_pictures', 'tune_texts', 'load_tuned', 'tune']
 
-# %% ../nbs/02_own_data.ipynb #1a112b59
+# %% ../nbs/02_own_data.ipynb #8c262a2d
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ from .data.batches import endless, pad
 from .data.downloads import short_path
 from .data.own import fit_image, image_set, read_image
 from .data.own_texts import read_texts
-from .data.tasks import encoder_of, image_task, text_task
-from .data.text import split_texts
+from .data.tasks import encoder_of, image_task
+from .data.text_tasks import own_text_task
 
 # %% ../nbs/02_own_data.ipynb #df4b1553
 from .deployment.export import export_onnx
@@ -108,7 +108,7 @@ def tune_pictures(
     card = dict(kind="pictures", data=Path(folder).name, size=size, steps=steps, seed=seed)
     return _kept(dict(fitted=fitted, tuned=tuned), task, look, card, out)
 
-# %% ../nbs/02_own_data.ipynb #0dd24d31
+# %% ../nbs/02_own_data.ipynb #db34084a
 @checked
 def tune_texts(
     source: Path | str,  # a table or a folder, as `read_texts` takes them
@@ -121,10 +121,7 @@ def tune_texts(
     "MiniLM with a head for your classes, fine-tuned if that helps. Raises what `read_texts` does."
     check_sizes(steps=steps)
     (encoder, tokenizer), data = load_minilm(), read_texts(source, text, label)
-    learn, judge = split_texts(data, 0.2, seed)
-    dev = max(1, len(learn) // 10)
-    sizes = dict(pool=len(learn) - dev, dev=dev, test=len(judge), longest=LONGEST)
-    task = text_task(learn, judge, encoder_of(tokenizer), **sizes)
+    task = own_text_task(data, tokenizer, longest=LONGEST, seed=seed)
     fitted = TextClassifier(without_head(encoder), len(data.classes))
     freeze(fitted.encoder.embedding)
     tokens, labels = task.read(task.pool)
@@ -217,9 +214,9 @@ def _load_texts(card, folder):
     model = load_weights("model", model, folder, only="learnt")
     return model, partial(_read_tokens, encoder_of(tokenizer))
 
-# %% ../nbs/02_own_data.ipynb #c0ab96f1
+# %% ../nbs/02_own_data.ipynb #5158ec11
 def _read_tokens(encode, texts):
-    "Texts as the network reads them, cut as `text_task` cuts them"
+    "Texts as the network reads them, cut as `own_text_task` cuts them"
     rows = encode(list(texts))
     return pad([r if len(r) <= LONGEST else r[: LONGEST - 1] + r[-1:] for r in rows])[0]
 

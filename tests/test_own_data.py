@@ -12,9 +12,10 @@ from foundation.command import main
 from foundation.core.checks import complaint
 from foundation.data.own import fit_image, image_set, read_image
 from foundation.data.own_texts import read_texts
-from foundation.data.text import split_texts
+from foundation.data.text_tasks import own_text_task
 from foundation.deployment.export import OnnxModel
 from foundation.models.card import BadWeights
+from foundation.models.pretrained import load_minilm
 from foundation.own_data import LONGEST, load_tuned, tune, tune_pictures
 
 
@@ -114,9 +115,9 @@ def test_a_table_becomes_a_network_that_answers_as_its_file_and_its_graph_do(
     shares = torch.tensor([share for _, share in answers])
     torch.testing.assert_close(graph.amax(1), shares, rtol=1e-3, atol=1e-3)
     assert [critic([text])[0][0] for text in texts] == [name for name, _ in answers]
-    data = read_texts(table, "review", "stars")
-    _, held = split_texts(data, 0.2, 0)
-    right = [held.classes[k] == n for k, (n, _) in zip(held.labels, critic(held.texts))]
+    task = own_text_task(read_texts(table, "review", "stars"), load_minilm()[1], longest=LONGEST)
+    held = [(task.texts[i], task.classes[task.labels[i]]) for i in task.test]
+    right = [critic([text])[0][0] == name for text, name in held]
     found = critic.card["metrics"]
     assert sum(right) / len(right) == pytest.approx(found["test_accuracy"])
     assert main(["predict", str(tmp_path / "run"), "what a joy"]) == 0
