@@ -5,21 +5,43 @@ import warnings
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import distributed as dist, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from foundation.compression.channel_groups import channel_groups
-from foundation.compression.channels import channel_masks, mask_channels, remove_channels
+from foundation.compression.channels import (
+    channel_masks,
+    cut_like,
+    mask_channels,
+    remove_channels,
+)
+from foundation.compression.pruning import (
+    Pruner,
+    apply_masks,
+    lamp_masks,
+    magnitude_masks,
+    sparsity,
+)
+from foundation.compression.storage import load_model, save_model
 from foundation.compression.tracing import traced_steps
 from foundation.core.basics import copy_model, count_macs
+from foundation.data.images import ImageSet
 from foundation.models.convnets import VGG
+from foundation.recipes.vgg_pruned import recover
 
 NETS = torchvision.models
 
 
 def timm_net(name):
     return pytest.importorskip("timm").create_model(name, pretrained=False, num_classes=3)
+
+
+def bert():
+    hub = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    return hub.BertModel(hub.BertConfig(vocab_size=20, **sizes))
 
 
 def shaken(net):
@@ -229,15 +251,22 @@ def test_the_list_of_steps_is_what_the_network_does():
 # Around the cut -----------------------------------------------------------------------------------
 
 
-def test_compiled_and_distributed_networks_are_cut_as_what_is_in_them():
-    net, x = shaken(resnet18()), torch.randn(1, 3, 32, 32)
+@pytest.fixture
+def alone():
+    "A group of one process"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_and_distributed_networks_are_cut_as_what_is_in_them(alone):
+    net, x = shaken(small_vgg()), torch.randn(1, 3, 32, 32)
     masks = channel_masks(net, 0.5)
     want = remove_channels(net, masks)(x)
-    for wrap in (lambda m: torch.compile(m, backend="eager"), nn.DataParallel):
+    for wrap in (lambda m: torch.compile(m, backend="eager"), DistributedDataParallel):
         wrapped = wrap(copy_model(net))
-        assert {n: m.tolist() for n, m in channel_masks(wrapped, 0.5).items()} == {
-            n: m.tolist() for n, m in masks.items()
-        }
+        again = channel_masks(wrapped, 0.5)
+        assert all(torch.equal(again.pop(name), masks[name]) for name in masks) and not again
         assert torch.equal(remove_channels(wrapped, masks)(x), want)
         assert_close(mask_channels(wrapped, masks)(x), want, rtol=1e-4, atol=1e-5)
 
@@ -247,3 +276,49 @@ def test_a_width_that_is_written_down_follows_the_cut():
     small = remove_channels(net, channel_masks(net, 0.5))
     assert small.num_features == small.fc.in_features == net.fc.in_features // 2
     assert VGG().dim == 2 * remove_channels(VGG(), channel_masks(VGG(), 0.5)).dim
+
+
+def test_a_cut_net_comes_back_from_its_weights_or_the_error_says_how(tmp_path):
+    net, x = shaken(densenet()), torch.randn(2, 3, 32, 32)
+    shares = {"features.conv0": 0.5, "features.denseblock1.denselayer1.conv2": 0.7}
+    small = remove_channels(net, channel_masks(net, shares))
+    state = load_model(save_model(small, tmp_path / "small"))
+    assert torch.equal(cut_like(densenet(), state).eval()(x), small(x))
+    assert torch.equal(cut_like(densenet(), net.state_dict()).eval()(x), net(x))
+    with pytest.raises(ValueError, match="not the weights of a cut DenseNet .*expected those"):
+        cut_like(NETS.DenseNet(8, (2, 2), 16, num_classes=3), state)
+
+
+def test_a_cut_net_recovers_by_training():
+    net = shaken(densenet())
+    small = remove_channels(net, channel_masks(net, 0.5))
+    x, y = torch.randint(256, (24, 3, 32, 32)).to(torch.uint8), torch.arange(24) % 3
+    images = ImageSet(x, y, x, y, tuple("abc"), "noise", "here", 0.5, 0.3)
+    before = [p.clone() for p in small.parameters()]
+    score, _ = recover(small, images, torch.randn(24, 3), steps=2)
+    assert 0 <= score <= 1
+    assert any(not torch.equal(b, p) for b, p in zip(before, small.parameters()))
+
+
+ZEROS = {
+    "torchvision": densenet,
+    "timm ViT": lambda: timm_net("test_vit"),
+    "timm convolutions": lambda: timm_net("test_efficientnet"),
+    "BERT": bert,
+    "compiled": lambda: torch.compile(densenet(), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_zeros_in_any_network(name):
+    net = ZEROS[name]()
+    for masks in (magnitude_masks(net, 0.5), lamp_masks(net, 0.8)):
+        zeros = 1 - sum(int(m.sum()) for m in masks.values()) / sum(
+            map(torch.numel, masks.values())
+        )
+        assert sparsity(apply_masks(copy_model(net), masks)) == pytest.approx(zeros, abs=1e-6)
+        assert all(name.endswith("weight") for name in masks) and zeros > 0.49
+    pruner = Pruner(net, 0.9, begin=0, end=2)
+    for step in range(3):
+        pruner.update(step)
+    assert sparsity(net) == pytest.approx(0.9, abs=1e-3)

@@ -172,7 +172,7 @@ def test_half_of_a_bert_leaves_what_torch_pruning_leaves():
         output_transform=lambda out: out.last_hidden_state.sum(),
     ).step()
     assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
-    assert count_parameters(ours) == count_parameters(theirs) < 0.7 * count_parameters(model)
+    assert count_parameters(ours) == count_parameters(theirs) < 0.9 * count_parameters(model)
 
 
 def with_hook():

@@ -291,7 +291,7 @@ def _holders(model):
 def _at(m, name):
     return getattr(m, name, None)
 
-
+# %% ../../nbs/09_compression/09_transformers.ipynb #cfd98476
 def _blocks(model):
     "The one list of blocks; the sentence without it"
     stacks = {_at(m, name) for m, name in _holders(model).items()}

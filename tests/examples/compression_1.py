@@ -169,6 +169,10 @@ EXAMPLES = {
         c.remove_channels,
         dict(model=vgg(), masks={"body.0.0": torch.tensor([True, False] * 2)}),
     ),
+    "compression.channels.cut_like": lambda: (
+        c.cut_like,
+        dict(model=vgg(), state=vgg().state_dict()),
+    ),
     "compression.transformers.head_masks": lambda: (t.head_masks, dict(model=vit(), sparsity=0.5)),
     "compression.transformers.remove_heads": lambda: (
         t.remove_heads,
