@@ -192,7 +192,7 @@ def cut_like(
     small = remove_channels(model, masks)
     try:
         small.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         raise ValueError(
             f"these are not the weights of a cut {type(unwrapped(model)).__name__} "
             f"({str(error).splitlines()[-1].strip()}); expected those of the same network"
