@@ -17,13 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from foundation.compression.folding import (
-    as_linear,
-    fold_batch_norm,
-    plain_copy,
-    replace_modules,
-    run_batch,
-)
+from .folding import as_linear, fold_batch_norm, plain_copy
+from .folding import replace_modules, run_batch
 from .weights import layer_weights
 from foundation.compression.quantization import (
     QParams,

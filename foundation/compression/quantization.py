@@ -297,10 +297,8 @@ def classify_rounded(
 
     def objective(model, batch):
         weights = layer_weights(model, skip)
-        rounded = {
-            f"model.{name}": fake_quantize(weight, bits, axis=0, group=group)
-            for name, weight in weights.items()
-        }
+        small = {n: fake_quantize(w, bits, axis=0, group=group) for n, w in weights.items()}
+        rounded = {f"model.{name}": weight for name, weight in small.items()}
         logits = functional_call(Logits(model), rounded, (batch[0],))
         labels = check_labels(batch[1], classes=logits.shape[-1])
         return nn.functional.cross_entropy(logits.float(), labels), {}
