@@ -88,7 +88,7 @@ def test_equal_texts_stay_on_one_side(tmp_path):
         ("a.csv", 'text,label\nok,+\n"never closed,+\nbad,-\n', "line 3"),
         ("a.csv", "text,label\n  ,+\n", "line 2: the text is"),
         ("a.csv", "text,label\ngood,nan\nbad,\n", "line 3: the label is ''"),
-        ("a.csv", "text;label\ngood;+\n", "no column is called 'text'"),
+        ("a.csv", "text|label\ngood|+\n", "no column is called 'text'"),
         ("a.csv", "text,text,label\na,b,c\n", "'text' twice"),
         ("a.csv", "text,label\n", "holds no texts"),
         ("a.csv", "", "holds no texts"),
@@ -109,3 +109,10 @@ def test_other_bytes_and_no_file(tmp_path):
     (tmp_path / "a.csv").write_bytes("text,label\nschön,+\n".encode("latin-1"))
     assert "UTF-8" in complaint(read_texts, tmp_path / "a.csv")
     assert "no file or folder" in complaint(read_texts, tmp_path / "none.csv")
+
+
+def test_a_table_separated_by_semicolons(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('\ufefftext;label\r\n"Gut; sehr";+\r\nSchön, nicht;-\r\n', encoding="utf-8")
+    data = read_texts(path)
+    assert data.texts == ("Gut; sehr", "Schön, nicht") and data.classes == ("+", "-")

@@ -22,7 +22,9 @@ def _rows(path) -> Iterator[tuple[str, dict]]:  # where, and the row
         if path.suffix.lower() == ".jsonl":
             yield from _objects(file, path.name)
             return
-        separator = "\t" if path.suffix.lower() == ".tsv" else ","
+        head = file.readline()  # many a spreadsheet separates by semicolons
+        separator = "\t" if path.suffix.lower() == ".tsv" else max(",;", key=head.count)
+        file.seek(0)
         table = csv.DictReader(file, delimiter=separator, strict=True, restkey="")
         wanted = "expected fields as the first line names them, odd texts in double quotes"
         if twice := {n for n in table.fieldnames or () if table.fieldnames.count(n) > 1}:
