@@ -81,7 +81,7 @@ def _say(what):
     "What is going on, for those who wait"
     print(f"{what} …", file=sys.stderr, flush=True)
 
-# %% ../nbs/02_own_data.ipynb #129519ab
+# %% ../nbs/02_own_data.ipynb #4e095d39
 @checked
 def tune_pictures(
     folder: Path | str,  # with a subfolder for each class
@@ -90,9 +90,7 @@ def tune_pictures(
     steps: int = 200,  # of 32 pictures
     seed: int = 0,
 ) -> Tuned:
-    """EfficientNet-lite0 with a head for the classes of a folder, and fine-tuned if that helps.
-
-    Raises `FileNotFoundError`, `ValueError` for what `image_set` cannot read."""
+    "EfficientNet-lite0 with a head for your classes, tuned if that helps. Raises `ValueError`."
     check_sizes(size=size, steps=steps)
     own = image_set(folder, size=size, seed=seed)
     task, look = image_task(own), partial(imagenet_inputs, size=size)
@@ -100,7 +98,7 @@ def tune_pictures(
     torch.manual_seed(seed)
     fitted = replace_head(load_efficientnet_lite0(), len(own.classes))
     _say(f"a head for {len(own.classes)} classes is fitted to {len(labels):,} pictures")
-    fit_head(fitted, look(images), labels)
+    fit_head(fitted, images, labels, transform=look)
     tuned, augment = copy_model(fitted), Augment(area=(0.6, 1.0), mean=127 / 255, std=128 / 255)
     how = dict(lr=3e-4, head_lr=3e-4, decay=0.9, batch_size=32, steps=steps, seed=seed)
     with frozen_norms(tuned, every=True):
@@ -131,7 +129,7 @@ def tune_texts(
     card = dict(kind="texts", config={}, data=Path(source).name, steps=steps, seed=seed)
     return _kept(dict(fitted=fitted, tuned=tuned), task, None, card, out)
 
-# %% ../nbs/02_own_data.ipynb #0ed8e77e
+# %% ../nbs/02_own_data.ipynb #5e14e8e7
 LONGEST = 128  # tokens of a text that are read
 _HOW = "onnx or onnxruntime is missing; pip install 'foundation[deploy]'"
 
@@ -143,12 +141,8 @@ def _kept(models, task, look, card, out) -> Tuned:
     best = max(dev, key=dev.get)
     model, count = models[best].eval(), len(task.test)
     found = _accuracy(model, task, "test", look)
-    metrics = dict(
-        dev_accuracy=dev,
-        test_accuracy=found,
-        interval=wilson_interval(round(found * count), count),
-        test_examples=count,
-    )
+    interval = wilson_interval(round(found * count), count)
+    metrics = dict(dev_accuracy=dev, test_accuracy=found, interval=interval, test_examples=count)
     card |= dict(method=best, classes=list(task.classes), pool=len(task.pool), metrics=metrics)
     only = "all" if look else "learnt"  # MiniLM itself is known
     path = save_weights(model, "model", card, out, dtype=torch.float32, only=only)

@@ -251,22 +251,22 @@ def pca(
 @checked
 def fit_head(
     model: nn.Module,  # ends in a linear layer with a bias, which is set in place
-    images: Tensor,  # (n, c, h, w) float, as the model takes them
+    images: Tensor,  # (n, c, h, w), or any (n, ...) that the model takes
     labels: Tensor | Sequence[int],  # (n,), every class among them
     l2: float = 1.0,  # strength of the penalty, see `fit_linear`
+    transform: Callable[[Tensor], Tensor] | None = None,  # done to a batch first, as `to_float`
 ) -> nn.Module:
     "Set the head to the logistic regression on the model's features; returns the model."
     head = _check_head(unwrapped(model))
     k = head.out_features
     labels = check_labels(labels, "labels", k, (len(images),))
-    seen = len(torch.unique(labels))
-    if seen != k:
+    if (seen := len(torch.unique(labels))) != k:
         raise ValueError(
             f"labels hold {seen} classes; the head has {k} outputs, so expected all {k} among them"
         )
     own = callable(getattr(unwrapped(model), "encode", None))
-    features = encode_all(model, images) if own else predict(without_last(model), images)
-    probe = fit_linear(features, labels, l2)
+    told, net = (encode_all, model) if own else (predict, without_last(model))
+    probe = fit_linear(told(net, images, transform=transform), labels, l2)
     weight = probe.weight / probe.scale  # the probe's standardisation moves into the head
     with torch.no_grad():
         head.weight.copy_(weight)
