@@ -23,7 +23,7 @@ RANDOM = {  # name -> why another kind gives another result
     "recipes.vgg_pruned.recover": "it tells its seconds",
 }
 NO_GRADIENT = {  # name -> why its gradient is not asked for
-    f"objectives.descent.{rule}": "a step of an optimizer, whose root has no slope at zero"
+    f"objectives.descent.{rule}_step": "a step of an optimizer, whose root has no slope at zero"
     for rule in ("adam", "adamw", "adafactor")
 }
 KEEPS_NAN = (
