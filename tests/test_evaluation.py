@@ -568,7 +568,7 @@ def test_a_feature_below_the_rounding_of_the_others_gets_no_giant_weight():
 def test_a_probe_is_fitted_inside_no_grad_and_keeps_none(table):
     x, y = table[0].clone().requires_grad_(), table[1]
     with torch.no_grad():
-        inside = probes.probes.fit_linear(x, y)
+        inside = probes.fit_linear(x, y)
     assert (
         torch.equal(inside.weight, probes.fit_linear(x, y).weight) and inside.weight.abs().max() > 0
     )
