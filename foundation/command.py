@@ -305,7 +305,9 @@ def finetune_own(
     found, written = card["metrics"], sorted(path.name for path in Path(out).glob("model.*"))
     low, high = found["interval"]
     print(
-        f"{card['pool']} examples of {len(card['classes'])} classes: {', '.join(card['classes'])}\n"
+        f"{len(card['classes'])} classes: {', '.join(card['classes'])}\n"
+        f"{card['pool']} examples to learn from, {card['dev']} to choose by: kept the network"
+        f" that is {card['method']}\n"
         f"Test accuracy {found['test_accuracy']:.3f} ({low:.3f} to {high:.3f}, "
         f"{found['test_examples']} examples)\n"
         f"Written to {short_path(out)}: {', '.join(written)}"

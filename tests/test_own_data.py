@@ -124,8 +124,11 @@ def test_a_table_becomes_a_network_that_answers_as_its_file_and_its_graph_do(
     assert capsys.readouterr().out.split("\t")[0] in ("five", "one")
 
 
-def test_what_cannot_be_read_is_one_sentence(pictures, tuned, tmp_path, capsys):
-    _, out = tuned
+def test_what_cannot_be_read_is_one_sentence(pictures, table, tuned, tmp_path, capsys):
+    mine, out = tuned
+    one_class = tmp_path / "one.csv"
+    one_class.write_text("text,label\ngood,a\nfine,a\nnice,a\nwell,a\n")
+    assert "list" in complaint(mine, "a.png") and "list" in complaint(mine, [])
     (tmp_path / "flat").mkdir()
     Image.fromarray(drawn("lying", 0)).save(tmp_path / "flat" / "a.png")
     (tmp_path / "notes.txt").write_text("no table")
@@ -135,6 +138,16 @@ def test_what_cannot_be_read_is_one_sentence(pictures, tuned, tmp_path, capsys):
         (["finetune", str(tmp_path / "flat")], "subfolder"),
         (["finetune", str(tmp_path / "notes.txt")], ".csv"),
         (["finetune", str(pictures), "--steps", "0"], "steps"),
+        (["finetune", str(pictures), "--size", "16"], "size is 16"),
+        (["finetune", str(pictures), "--text", "review"], "pictures, which have no text"),
+        (["finetune", str(table), "--size", "64"], "texts, which have no size"),
+        (["finetune", str(table), "--text", "stars", "--label", "review"], "column"),
+        (["finetune", str(pictures), "--out", ""], "a folder of its own"),
+        (["finetune", str(pictures), "--out", str(pictures)], "a folder of its own"),
+        (["finetune", str(pictures), "--out", str(tmp_path / "notes.txt")], "no folder"),
+        (["finetune", str(one_class)], "number of classes"),
+        (["predict", str(out), ""], "no file"),
+        (["predict", str(out), str(pictures / "lying")], "no file"),
         (["predict", str(tmp_path), "a.png"], "model.json"),
         (["predict", str(out), str(tmp_path / "bad.png")], "bad.png"),
         (["predict", str(out), str(tmp_path / "none.png")], "none.png"),
@@ -144,6 +157,24 @@ def test_what_cannot_be_read_is_one_sentence(pictures, tuned, tmp_path, capsys):
         said = capsys.readouterr().err
         assert word in said and "Traceback" not in said, (arguments, said)
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_class_is_among_those_to_choose_by(tmp_path):
+    few = tmp_path / "few"
+    for kind, count in (("lying", 30), ("standing", 3)):
+        (few / kind).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(drawn(kind, 2 * i + len(kind))).save(few / kind / f"{i}.png")
+    card = tune_pictures(few, tmp_path / "out", size=33, steps=1).card
+    assert (card["pool"], card["dev"], card["metrics"]["test_examples"]) == (23, 3, 7)
+    (tmp_path / "out" / "model.onnx").write_bytes(b"of a run before")
+    tune_pictures(few, tmp_path / "out", size=50, steps=1)
+    assert OnnxModel(tmp_path / "out" / "model.onnx").inputs[0].shape[2:] == [50, 50]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "model.json",
+        "model.onnx",
+        "model.safetensors",
+    ]
 
 
 def test_a_changed_file_is_refused(tuned, tmp_path):

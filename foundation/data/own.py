@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_image', 'number_labels', 'check_classes', 'check_disjoint', 'list_images', 'fit_image', 'ImageFiles',
-           'image_set', 'damaged_images']
+           'image_set', 'damaged_images', 'split_by_class']
 
 # %% ../../nbs/02_data/07_own.ipynb #3dc9a336
 import hashlib
@@ -22,6 +22,7 @@ from foundation.core.checks import (
     check_images,
     check_labels,
     check_number,
+    check_rows,
     check_whole,
     checked,
     got,
@@ -341,7 +342,7 @@ def image_set(
     images, names = _all_of_one_size(pictures, names, size, channels)
     labels, classes = _numbered(names, known if classes is None else classes)
     groups = _equal(images, labels)
-    train, held = _stratified(labels, groups, test, seed, classes)
+    train, held = split_by_class(labels, groups, test, seed, classes)
     parts = images[train], labels[train], images[held], labels[held]
     standard = standard_of(images[train])
     titles = tuple(map(str, classes))
@@ -481,8 +482,18 @@ def _equal(images, labels):
     return torch.tensor(groups)
 
 # %% ../../nbs/02_data/07_own.ipynb #35794c64
-def _stratified(labels, groups, share, seed, classes):
-    "Indices to learn from and to judge by: of each class a share of its different pictures"
+@checked
+def split_by_class(
+    labels: Tensor,  # (n,) int64
+    groups: Tensor,  # (n,) int64; equal pictures are of one group, which stays together
+    share: float,  # of the second part
+    seed: int,
+    classes: Sequence,  # names of the labels, for the message
+) -> tuple[Tensor, Tensor]:  # indices to learn from, and indices to judge by
+    "Of each class a share of its different pictures. Raises `ValueError` for fewer than two."
+    labels, groups = check_labels(labels, classes=len(classes)), check_labels(groups, "groups")
+    check_rows(labels=labels, groups=groups)
+    check_number(share, "share", above=0, below=1)
     generator, held = torch.Generator().manual_seed(check_whole(seed, "seed")), []
     for k, name in enumerate(classes):
         mine = groups[labels == k].unique()

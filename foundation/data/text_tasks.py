@@ -161,7 +161,7 @@ def _stratified(data, dev, test, seed):
         if len(mine) < 3:
             raise ValueError(
                 f"{name} has {len(mine)} different texts; expected three or more, one for each of "
-                "pool, dev and test"
+                "pool, dev and test; is this the column of the labels?"
             )
         held, others = (max(1, round(share * len(mine))) for share in (test, dev))
         held = min(held, len(mine) - 1 - (others := min(others, len(mine) - 2)))

@@ -52,5 +52,5 @@ class SameConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = zip(x.shape[2:], self.stride, self.kernel_size, self.dilation)
-        h, w = (max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, s, k, d in sizes)
+        h, w = (max(((n + s - 1) // s - 1) * s + (k - 1) * d + 1 - n, 0) for n, s, k, d in sizes)
         return super().forward(F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2)))

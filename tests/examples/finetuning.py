@@ -174,6 +174,16 @@ EXAMPLES = {
         own.ImageFiles,
         dict(folder=class_folder(), size=8, channels=3, classes=["a", "b"]),
     ),
+    "data.own.split_by_class": lambda: (
+        own.split_by_class,
+        dict(
+            labels=torch.arange(12) % 2,
+            groups=torch.arange(12),
+            share=0.3,
+            seed=1,
+            classes=["a", "b"],
+        ),
+    ),
     "data.own.fit_image": lambda: (
         own.fit_image,
         dict(image=torch.zeros(3, 5, 4, dtype=torch.uint8), size=(2, 3)),
