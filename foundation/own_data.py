@@ -101,12 +101,17 @@ def _home(out, source) -> Path:
         raise ValueError(f"{short_path(near)} is no folder that you may write to; name another one")
     return out
 
-# %% ../nbs/02_own_data.ipynb #56262023
+# %% ../nbs/02_own_data.ipynb #97a8119d
 def _say(what):
     "What is going on, for those who wait"
     print(f"{what} …", file=sys.stderr, flush=True)
 
-# %% ../nbs/02_own_data.ipynb #1eb47760
+
+def _fit(model, inputs, labels, look=None):
+    _say(f"a head for {model.head.out_features} classes is fitted to {len(labels):,} examples")
+    fit_head(model, inputs, labels, transform=look)
+
+# %% ../nbs/02_own_data.ipynb #61bcfda4
 @checked
 def tune_pictures(
     folder: Path | str,  # with a subfolder for each class
@@ -124,8 +129,7 @@ def tune_pictures(
     images, labels = task.inputs[task.pool], task.labels[task.pool]
     torch.manual_seed(seed)
     fitted = replace_head(load_efficientnet_lite0(), len(own.classes))
-    _say(f"a head for {len(own.classes)} classes is fitted to {len(labels):,} pictures")
-    fit_head(fitted, images, labels, transform=look)
+    _fit(fitted, images, labels, look)
     tuned, augment = copy_model(fitted), Augment(area=(0.6, 1.0), mean=127 / 255, std=128 / 255)
     how = dict(lr=3e-4, head_lr=3e-4, decay=0.9, batch_size=32, steps=steps, seed=seed)
     with frozen_norms(tuned, every=True):
@@ -133,7 +137,7 @@ def tune_pictures(
     card = dict(kind="pictures", data=Path(folder).name, size=size, steps=steps, seed=seed)
     return _kept(dict(fitted=fitted, tuned=tuned), task, look, card, out)
 
-# %% ../nbs/02_own_data.ipynb #7125b858
+# %% ../nbs/02_own_data.ipynb #83a5da71
 @checked
 def tune_texts(
     source: Path | str,  # a table or a folder, as `read_texts` takes them
@@ -152,8 +156,7 @@ def tune_texts(
     fitted = TextClassifier(without_head(encoder), len(data.classes))
     freeze(fitted.encoder.embedding)
     tokens, labels = task.read(task.pool)
-    _say(f"a head for {len(data.classes)} classes is fitted to {len(labels):,} texts")
-    fit_head(fitted, tokens, labels)
+    _fit(fitted, tokens, labels)
     tuned = tune_on_texts(copy_model(fitted), tokens, labels, steps=steps, seed=seed)
     card = dict(kind="texts", config={}, data=Path(source).name, steps=steps, seed=seed)
     return _kept(dict(fitted=fitted, tuned=tuned), task, None, card, out)
