@@ -234,7 +234,7 @@ def _plot(comparison, alt: str, title: str | None) -> Picture:
         for ax, label in zip(axes, ["score", f"minus {arms[0]}"]):
             rows = dict(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.5, -0.5))
             ax.set(xlabel=label, **rows)
-            ax.locator_params(axis="x", nbins=5)  # longer labels would touch
+            ax.locator_params(axis="x", nbins=4)  # longer labels would touch
         axes[1].set_yticklabels([])
 
     alt, size = alt or f"Scores of {arms[0]}.", (6.6, 1.1 + 0.42 * len(arms))
