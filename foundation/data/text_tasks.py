@@ -33,7 +33,7 @@ def text_set(
     for i, (text, label) in enumerate(zip(texts, labels)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text {i} is {text!r:.60}; expected words: mend it or take it out")
-        if label is None or label != label or label == "":
+        if label is None or label != label or not str(label).strip():
             raise ValueError(f"label {i} is {label!r}; expected the name of a class")
     numbers, known = number_labels(labels, classes)
     groups = [" ".join(text.lower().split()) for text in texts]
@@ -58,7 +58,9 @@ def _named_marks(outside) -> dict[str, int]:
     "Special tokens by their own names, and by ours"
     if hasattr(outside, "get_added_tokens_decoder"):
         added = outside.get_added_tokens_decoder().items()
-        return {token.content: n for n, token in added if token.special}
+        marks = {token.content: n for n, token in added if token.special}
+        known = {name: outside.token_to_id(name) for name in _ROLES}  # not registered, but there
+        return {name: n for name, n in known.items() if n is not None} | marks
     marks = {outside.convert_ids_to_tokens(n): n for n in outside.all_special_ids}
     for name, roles in _ROLES.items():
         numbers = [getattr(outside, f"{role}_token_id", None) for role in roles]

@@ -27,7 +27,8 @@ class _Places:
     def use(self, name: str | None) -> nn.Module:
         "Put one into the layers, or none. Raises `ValueError` for an unknown one, or while merged."
         if name is not None and name not in self.parts:
-            raise ValueError(f"there is no LoRA {name!r}; there are: {', '.join(self.parts)}")
+            known = ", ".join(self.parts) or "none yet"
+            raise ValueError(f"there is no LoRA {name!r}; there are: {known}")
         if any(isinstance(m, LoRA) and m.merged for m in self.model.modules()):
             raise ValueError(f"{self.active!r} is merged into the base; unmerge it first")
         device = next(self.model.parameters()).device
