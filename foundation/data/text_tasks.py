@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.checks import check_number, check_whole, checked, got
 from .batches import pad
 from .own import number_labels
-from .tasks import Task, encoder_of
+from .tasks import Task, cut_row, encoder_of
 from .text import TextSet
 
 # %% ../../nbs/02_data/09_text_tasks.ipynb #95bd2b21
@@ -143,7 +143,7 @@ def own_text_task(
     check_number(test, "test", above=0, below=1 - dev)
     most = check_whole(2**30 if longest is None else longest, "longest", 2)
     rows = encoder_of(tokenizer)(list(data.texts))
-    rows = [row if len(row) <= most else [*row[: most - 1], row[-1]] for row in rows]
+    rows = [cut_row(row, most) for row in rows]
     if not all(rows):
         lost = data.texts[[*map(len, rows)].index(0)]
         raise ValueError(f"the tokenizer makes no token of {lost!r:.60}; leave this text out")

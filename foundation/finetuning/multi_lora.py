@@ -45,7 +45,7 @@ class MultiLoRA(_Places):
 
     @checked
     def add(self, name: str, **options) -> nn.Module:  # of `add_lora`
-        """One more, in use from now on; after a refusal none is.
+        """One more, in use from now on; none is after `add_lora` has refused.
 
         Raises `ValueError` for a name that is taken, and what `add_lora` raises."""
         if name in self.parts:

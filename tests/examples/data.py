@@ -185,6 +185,7 @@ EXAMPLES = {
         own_texts.read_texts,
         dict(source=table(), text="text", label="label", classes=["a", "b"]),
     ),
+    "data.tasks.cut_row": lambda: (tasks.cut_row, dict(row=[2, 7, 8, 3], longest=3)),
     "data.tasks.few_labels": lambda: (
         tasks.few_labels,
         dict(labels=labels(30), count=7, seed=1),

@@ -5,12 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from foundation import command, own_data, tour
+from foundation import command, tour
 from foundation.core import tables
 from foundation.data.images import ImageSet
 from foundation.data.tasks import image_task
-from foundation.models.bert import BERT
-from foundation.models.heads import TextClassifier
 from foundation.recipes import account
 
 
@@ -19,15 +17,6 @@ def images(n):
         256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)
     )
     return pixels, torch.arange(n) % 2
-
-
-def classifier():
-    torch.manual_seed(0)
-    return TextClassifier(BERT(vocab_size=9, context=4, dim=8, depth=1, heads=1), 2)
-
-
-def labels():
-    return torch.arange(12) % 2
 
 
 def data():
@@ -111,10 +100,6 @@ EXAMPLES = {
     "tour.is_small": lambda: (
         tour.is_small,
         dict(gain=dict(times_smaller=30.0, times_faster=4.0, points_lost=1.0)),
-    ),
-    "own_data.tune_on_texts": lambda: (
-        own_data.tune_on_texts,
-        dict(model=classifier(), tokens=torch.randint(1, 9, (12, 4)), labels=labels(), steps=2),
     ),
     "core.tables.Table": lambda: (tables.Table, dict(heads=["a", "b"], rows=[["1", "2"]])),
     "recipes.account.account_table": lambda: (account.account_table, dict(stages=stages())),
