@@ -863,3 +863,17 @@ def test_require_close(got, expected, ok):
         return require_close(got, expected, "agree")
     with pytest.raises(exercises.Refused, match="agree"):
         require_close(got, expected, "agree")
+
+
+def test_a_lesson_that_is_just_being_written_is_read_again(tmp_path):
+    "JupyterLab saves a lesson while one of its cells asks for the exercises"
+    call = "> **Exercise:** Double · easy · 5 minutes\n>\n> Do it."
+    cells = [dict(cell_type="markdown", source=text) for text in ("# Demo", call)]
+    whole, path = json.dumps(dict(cells=cells)), tmp_path / "demo.ipynb"
+    path.write_text(whole[: len(whole) // 2])
+    saving = threading.Timer(0.05, path.write_text, [whole])
+    saving.start()
+    assert [row["title"] for row in list_exercises(tmp_path)] == ["Double"]
+    saving.join()
+    path.write_text("{")
+    assert list_exercises(tmp_path) == []

@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -535,11 +536,15 @@ def _lessons_folder():
 # %% ../../nbs/00_core/05_exercises.ipynb #ece72fcd
 def _markdown(path):
     "The Markdown cells of a notebook; none of one that cannot be read"
-    try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
+    for pause in (0.1, 0.3, 0):
+        try:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            return ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+        except ValueError:  # an editor may be just writing it: look again
+            time.sleep(pause)
+        except (OSError, KeyError, TypeError, RecursionError):
+            break
+    return []
 
 
 def _link(path):
