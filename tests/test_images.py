@@ -893,3 +893,18 @@ def test_folders_without_pictures_and_damaged_files_are_named(folder, tmp_path):
     assert [path.name for path in own.damaged_images(folder)] == ["cut.png"]
     with pytest.raises(TypeError, match="hand in its .dataset"):
         image_set(iter([1]))
+
+
+def test_a_sample_of_the_test_set_is_random_and_the_same_again():
+    "Different images in random order, each with its label; all of them when all are asked for"
+    images, names = torch.arange(100).view(100, 1, 1, 1).byte(), tuple(map(str, range(100)))
+    data = ImageSet(images, torch.arange(100), images, torch.arange(100), names, "x", "y", 0.5, 0.3)
+    x, y = data.test_sample(40, seed=3)
+    assert torch.equal(x, images[y]) and len(set(y.tolist())) == 40
+    assert not torch.equal(y, torch.arange(40)) and not torch.equal(y, data.test_sample(40)[1])
+    torch.manual_seed(9)  # whatever else draws random numbers
+    assert torch.equal(data.test_sample(40, seed=3)[1], y)
+    assert sorted(data.test_sample(100)[1].tolist()) == list(range(100))
+    for wrong in (0, 101):
+        with pytest.raises(ValueError, match="expected a whole number from 1 to 100"):
+            data.test_sample(wrong)

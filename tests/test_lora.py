@@ -749,10 +749,13 @@ def test_a_prefix_takes_no_place_of_the_context():
 
 def test_a_prefix_is_seen_by_the_places_that_are_asked_for():
     "BERT asks with some tokens only in its last block; the prefix must stand before them as well"
-    model, places = randomise(add_prefix(bert(), 3), 0.5), torch.zeros_like(IDS).bool()
-    places[0, 2] = places[1, 1] = True
+    model, positions = randomise(add_prefix(bert(), 3), 0.5), torch.zeros_like(IDS).bool()
+    positions[0, 2] = positions[1, 1] = True
     assert_close(
-        model(IDS, IDS != 0, places=places), model(IDS, IDS != 0)[places], rtol=1e-4, atol=1e-5
+        model(IDS, IDS != 0, positions=positions),
+        model(IDS, IDS != 0)[positions],
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 

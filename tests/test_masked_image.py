@@ -63,7 +63,7 @@ def test_places_are_different_and_as_many_as_promised(b, n, ratio, seed):
 
 def test_the_order_of_the_noise_and_back():
     """As the paper has it: shuffle, cut, fill up, unshuffle;
-    the decoder writes to the places at once."""
+    the decoder writes to the positions at once."""
     noise, x = torch.rand(4, 9), torch.randn(4, 9, 5)
     order = noise.argsort(1)
     restore = order.argsort(1)
@@ -288,7 +288,7 @@ def test_modes_come_back_after_an_error(error):
         (lambda d: take(batch()[0, 0], torch.zeros(3, 1).long()), "expected (b, n, d)"),
         (
             lambda d: take(torch.zeros(2, 4, 3), torch.tensor([[0], [4]])),
-            "places runs from 0 to 4; expected 0 to 3",
+            "positions runs from 0 to 4; expected 0 to 3",
         ),
         (lambda d: visible(torch.tensor(3), 4), "keep has shape ()"),
         (lambda d: visible(torch.zeros(2, 1).long(), 0), "n is 0"),
@@ -404,7 +404,7 @@ def test_ratios_that_hide_nothing_or_all_are_refused(digits, ratio):
 @pytest.mark.parametrize(
     "keep, error, words",
     [
-        (torch.zeros(3, 2, dtype=torch.int64), ValueError, "different places"),
+        (torch.zeros(3, 2, dtype=torch.int64), ValueError, "different positions"),
         (torch.tensor([[0, 16]] * 3), ValueError, "0 to 15"),
         (torch.tensor([[-1, 0]] * 3), ValueError, "0 to 15"),
         (torch.tensor([[0, 1]]), ValueError, "a row for each image"),

@@ -65,10 +65,10 @@ def faults(rule, ratio=0.15):
     "What a masking rule gets wrong on 800,000 words and 200,000 marks; nothing for a sound one"
     tokens = torch.randint(5, 300, (1000, 1000), generator=torch.Generator().manual_seed(0))
     tokens[:, ::5] = torch.arange(200) % 5
-    inputs, places = rule(
+    inputs, positions = rule(
         tokens, tokens >= 5, **RULE, ratio=ratio, generator=torch.Generator().manual_seed(1)
     )
-    n, asked, shown = 800_000, int(places.sum()), inputs[places]
+    n, asked, shown = 800_000, int(positions.sum()), inputs[positions]
 
     def far(share, expected, n):
         return abs(share - expected) > 5 * (expected * (1 - expected) / n) ** 0.5
@@ -79,28 +79,28 @@ def faults(rule, ratio=0.15):
     found = dict(
         asked=far(asked / n, ratio, n),
         masked=far(share(shown == 3), 0.8, asked),
-        kept=far(share(shown == tokens[places]), 0.1 + 0.1 / 295, asked),
-        marks=bool(places[:, ::5].any() or ((shown < 5) & (shown != 3)).any()),
-        elsewhere=not torch.equal(inputs[~places], tokens[~places]),
+        kept=far(share(shown == tokens[positions]), 0.1 + 0.1 / 295, asked),
+        marks=bool(positions[:, ::5].any() or ((shown < 5) & (shown != 3)).any()),
+        elsewhere=not torch.equal(inputs[~positions], tokens[~positions]),
     )
     return [name for name, bad in found.items() if bad]
 
 
 def always_mask(tokens, can_hide, *, mask_id, ratio, generator, **_):
-    places = (torch.rand(tokens.shape, generator=generator) < ratio) & can_hide
-    return tokens.masked_fill(places, mask_id), places
+    positions = (torch.rand(tokens.shape, generator=generator) < ratio) & can_hide
+    return tokens.masked_fill(positions, mask_id), positions
 
 
 def same_luck(tokens, can_hide, *, mask_id, vocab_size, first_word, ratio, generator):
     "A classic: the number that chose the place also decides its fate"
     luck = torch.rand(tokens.shape, generator=generator)
-    places = (luck < ratio) & can_hide
+    positions = (luck < ratio) & can_hide
     words = torch.randint(first_word, vocab_size, tokens.shape, generator=generator)
     return (
         torch.where(
-            places & (luck >= 0.9), words, tokens.masked_fill(places & (luck < 0.8), mask_id)
+            positions & (luck >= 0.9), words, tokens.masked_fill(positions & (luck < 0.8), mask_id)
         ),
-        places,
+        positions,
     )
 
 
@@ -134,7 +134,7 @@ def test_the_rule_equals_a_loop(b, n, ratio, seed):
         return torch.Generator().manual_seed(seed)
 
     tokens = torch.randint(0, 300, (b, n), generator=luck())
-    inputs, places = mask_tokens(tokens, tokens >= 5, **RULE, ratio=ratio, generator=luck())
+    inputs, positions = mask_tokens(tokens, tokens >= 5, **RULE, ratio=ratio, generator=luck())
     rng = luck()
     chosen, fate = torch.rand(b, n, generator=rng), torch.rand(b, n, generator=rng)
     words = torch.randint(5, 300, (b, n), generator=rng)
@@ -142,7 +142,7 @@ def test_the_rule_equals_a_loop(b, n, ratio, seed):
         for j in range(n):
             asked = bool(tokens[i, j] >= 5 and chosen[i, j] < ratio)
             want = 3 if fate[i, j] < 0.8 else words[i, j] if fate[i, j] >= 0.9 else tokens[i, j]
-            assert places[i, j] == asked and inputs[i, j] == (want if asked else tokens[i, j])
+            assert positions[i, j] == asked and inputs[i, j] == (want if asked else tokens[i, j])
 
 
 def test_masking_leaves_the_tokens_and_the_global_luck_alone():
@@ -156,38 +156,38 @@ def test_masking_leaves_the_tokens_and_the_global_luck_alone():
 
 
 def test_places_only_equals_all_logits_with_ignore_index(tokenizer, documents):
-    model, (inputs, mask, places, targets) = small(tokenizer), first(documents, tokenizer)
-    labels = torch.full(inputs.shape, -100).masked_scatter(places, targets)
+    model, (inputs, mask, positions, targets) = small(tokenizer), first(documents, tokenizer)
+    labels = torch.full(inputs.shape, -100).masked_scatter(positions, targets)
     everything = F.cross_entropy(model(inputs, mask).transpose(1, 2), labels)
-    loss, extra = masked_tokens(model, (inputs, mask, places, targets))
+    loss, extra = masked_tokens(model, (inputs, mask, positions, targets))
     torch.testing.assert_close(loss, everything, **CLOSE)
-    assert extra["right"] == (model(inputs, mask).argmax(-1) == labels)[places].float().mean()
+    assert extra["right"] == (model(inputs, mask).argmax(-1) == labels)[positions].float().mean()
     mine, theirs = (torch.autograd.grad(x, [*model.parameters()]) for x in (loss, everything))
     for a, b in zip(mine, theirs):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
 def test_labels_of_unmasked_places_do_not_count(tokenizer, documents):
-    model, (inputs, mask, places, targets) = small(tokenizer), first(documents, tokenizer)
+    model, (inputs, mask, positions, targets) = small(tokenizer), first(documents, tokenizer)
     logits = model(inputs, mask).transpose(1, 2)
     losses = []
     for seed in range(3):
         labels = torch.randint(
             5, tokenizer.vocab_size, inputs.shape, generator=torch.Generator().manual_seed(seed)
         )
-        labels[places] = targets
+        labels[positions] = targets
         losses.append(
             (
-                F.cross_entropy(logits, labels.masked_fill(~places, -100)),
+                F.cross_entropy(logits, labels.masked_fill(~positions, -100)),
                 F.cross_entropy(logits, labels),
             )
         )
     ours, broken = zip(*losses)
     for loss in ours:
         torch.testing.assert_close(
-            loss, masked_tokens(model, (inputs, mask, places, targets))[0], **CLOSE
+            loss, masked_tokens(model, (inputs, mask, positions, targets))[0], **CLOSE
         )
-    assert max(broken) - min(broken) > 1e-3  # a loss over all places does depend on them
+    assert max(broken) - min(broken) > 1e-3  # a loss over all positions does depend on them
 
 
 def test_the_loss_equals_that_of_transformers():
@@ -223,17 +223,19 @@ def test_the_loss_equals_that_of_transformers():
     ours.load_state_dict(rename_bert(state))
     tokens, lengths = torch.randint(5, 300, (6, 30)), torch.tensor([30, 12, 25, 30, 7, 19])
     real = torch.arange(30) < lengths[:, None]
-    inputs, places = mask_tokens(
+    inputs, positions = mask_tokens(
         tokens.masked_fill(~real, 0),
         real,
         **RULE,
         ratio=0.3,
         generator=torch.Generator().manual_seed(0),
     )
-    assert places.any() and not places[~real].any()
-    want = theirs(inputs, attention_mask=real.long(), labels=tokens.masked_fill(~places, -100)).loss
+    assert positions.any() and not positions[~real].any()
+    want = theirs(
+        inputs, attention_mask=real.long(), labels=tokens.masked_fill(~positions, -100)
+    ).loss
     torch.testing.assert_close(
-        masked_tokens(ours.eval(), (inputs, real, places, tokens[places]))[0], want, **CLOSE
+        masked_tokens(ours.eval(), (inputs, real, positions, tokens[positions]))[0], want, **CLOSE
     )
 
 
@@ -241,12 +243,12 @@ def test_the_loss_equals_that_of_transformers():
 
 
 def test_a_stream_holds_what_it_hid(tokenizer, documents):
-    inputs, mask, places, targets = first(documents, tokenizer, ratio=0.5)
+    inputs, mask, positions, targets = first(documents, tokenizer, ratio=0.5)
     tokens, owner = next(packed(documents, context=16, batch_size=8))
-    assert torch.equal(inputs.masked_scatter(places, targets), tokens) and torch.equal(
+    assert torch.equal(inputs.masked_scatter(positions, targets), tokens) and torch.equal(
         mask, same_document(owner)
     )
-    assert (targets >= 5).all() and not places[tokens < 5].any()
+    assert (targets >= 5).all() and not positions[tokens < 5].any()
 
 
 def same(a, b):
@@ -356,12 +358,12 @@ def test_it_learns_and_is_judged_the_same_way_twice(tokenizer, documents):
 def test_masked_accuracy_equals_a_loop(tokenizer, documents):
     model, right, total = small(tokenizer), 0, 0
     size = min(64, rows := -(-len(documents.tokens) // 16))
-    for inputs, mask, places, targets in islice(
+    for inputs, mask, positions, targets in islice(
         masked_stream(documents, tokenizer, context=16, batch_size=size), rows // size
     ):
         guess, behind = (
-            model(inputs, mask).argmax(-1)[places],
-            inputs[places] == tokenizer.special["[MASK]"],
+            model(inputs, mask).argmax(-1)[positions],
+            inputs[positions] == tokenizer.special["[MASK]"],
         )
         right, total = right + int((guess == targets)[behind].sum()), total + int(behind.sum())
     assert masked_accuracy(model, documents, tokenizer) == pytest.approx(right / total)
@@ -375,8 +377,8 @@ def test_words_that_are_shown_earn_nothing(tokenizer, documents):
             super().__init__()
             self.config, self.scale = small(tokenizer).config, torch.nn.Parameter(torch.ones(()))
 
-        def forward(self, tokens, mask, places):
-            return self.scale * F.one_hot(tokens[places], tokenizer.vocab_size).float()
+        def forward(self, tokens, mask, positions):
+            return self.scale * F.one_hot(tokens[positions], tokenizer.vocab_size).float()
 
     assert masked_accuracy(Copier(), documents, tokenizer) == 0
     _, extra = masked_tokens(Copier(), first(documents, tokenizer, ratio=0.5))
@@ -417,11 +419,11 @@ def test_the_commonest_word_is_what_a_loop_finds(tokenizer):
 def test_at_least_one_word_of_a_batch_is_hidden(ratio):
     t = Tokenizer([])
     few = encode_documents(["a cat", "a dog", "the owl"] * 4, t)
-    for _, places, targets in (
+    for _, positions, targets in (
         (b[0], b[2], b[3])
         for b in islice(masked_stream(few, t, context=8, batch_size=1, ratio=ratio), 300)
     ):
-        assert places.any() and len(targets) == int(places.sum()) and (targets >= 5).all()
+        assert positions.any() and len(targets) == int(positions.sum()) and (targets >= 5).all()
     model = BERT(t.vocab_size, 8, 16, 1, 2, segments=0)
     losses = pretrain(model, few, t, steps=50, batch_size=1, ratio=ratio, title="").losses
     assert losses.isfinite().all() and len(losses) == 50
@@ -445,7 +447,7 @@ def test_drawing_again_depends_on_seed_and_step_alone():
 
 def test_a_usual_batch_is_masked_by_the_rule_alone(tokenizer, documents):
     "Drawing again must not change the numbers where nothing has to be drawn again."
-    for step, (inputs, _, places, _) in zip(
+    for step, (inputs, _, positions, _) in zip(
         range(5), masked_stream(documents, tokenizer, context=16, batch_size=8, seed=3)
     ):
         tokens, _ = next(packed(documents, context=16, batch_size=8, seed=3, start=step))
@@ -453,7 +455,7 @@ def test_a_usual_batch_is_masked_by_the_rule_alone(tokenizer, documents):
         rule = dict(
             mask_id=tokenizer.special["[MASK]"], vocab_size=tokenizer.vocab_size, first_word=5
         )
-        assert same((inputs, places), mask_tokens(tokens, tokens >= 5, **rule, generator=luck))
+        assert same((inputs, positions), mask_tokens(tokens, tokens >= 5, **rule, generator=luck))
 
 
 def test_documents_without_a_word_are_refused():
@@ -572,10 +574,10 @@ def test_tokens_of_every_whole_number_type(tokenizer, documents, kind):
         assert torch.equal(a, b) and a.dtype == b.dtype
     model = TextClassifier(small(tokenizer), 3)
     torch.testing.assert_close(model(tokens.to(kind)), model(tokens))
-    inputs, mask, places, targets = first(documents, tokenizer)
+    inputs, mask, positions, targets = first(documents, tokenizer)
     if kind != torch.uint8:
         wide, narrow = (
-            masked_tokens(model.encoder, (inputs, mask, places, targets.to(k)))[0]
+            masked_tokens(model.encoder, (inputs, mask, positions, targets.to(k)))[0]
             for k in (torch.int64, kind)
         )
         assert torch.equal(wide, narrow)
@@ -613,16 +615,18 @@ def test_the_loss_is_blind_to_words_that_are_not_hidden(tokenizer, documents):
                 torch.randn(8, 16, tokenizer.vocab_size, generator=torch.Generator().manual_seed(0))
             )
 
-        def forward(self, tokens, mask, places):
-            assert places.any() and not places.all()
-            return self.table[places]
+        def forward(self, tokens, mask, positions):
+            assert positions.any() and not positions.all()
+            return self.table[positions]
 
-    model, (inputs, mask, places, targets) = Logits(), first(documents, tokenizer)
-    loss, extra = masked_tokens(model, (inputs, mask, places, targets))
-    by_hand = -model.table.detach().log_softmax(-1)[places].gather(1, targets[:, None]).mean()
+    model, (inputs, mask, positions, targets) = Logits(), first(documents, tokenizer)
+    loss, extra = masked_tokens(model, (inputs, mask, positions, targets))
+    by_hand = -model.table.detach().log_softmax(-1)[positions].gather(1, targets[:, None]).mean()
     torch.testing.assert_close(loss.detach(), by_hand)
     loss.backward()
-    assert (model.table.grad[~places] == 0).all() and (model.table.grad[places] != 0).any(1).all()
+    assert (model.table.grad[~positions] == 0).all() and (model.table.grad[positions] != 0).any(
+        1
+    ).all()
 
 
 @pytest.mark.parametrize(

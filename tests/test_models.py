@@ -192,7 +192,7 @@ def test_bert_equals_transformers():
         want = theirs(tokens, mask.long(), segments).logits
         got = ours(tokens, mask, segments)
         torch.testing.assert_close(got[mask], want[mask], **CLOSE)
-        torch.testing.assert_close(ours(tokens, mask, segments, places=mask), want[mask], **CLOSE)
+        torch.testing.assert_close(ours(tokens, mask, segments, positions=mask), want[mask], **CLOSE)
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, **CLOSE)
 
 
@@ -382,8 +382,8 @@ IDS = torch.zeros(2, 6, dtype=torch.long)
             r"mask has shape \(2, 5\); expected \(2, 6\)",
         ),
         (lambda: BERT(9)(IDS, mask=[True]), "mask is a list"),
-        (lambda: BERT(9)(IDS, places=IDS > 0), "places is False everywhere"),
-        (lambda: BERT(9)(IDS, places=torch.tensor([0, 1])), "places is a tensor of int64"),
+        (lambda: BERT(9)(IDS, positions=IDS > 0), "positions is False everywhere"),
+        (lambda: BERT(9)(IDS, positions=torch.tensor([0, 1])), "positions is a tensor of int64"),
         (lambda: BERT(9, segments=0)(IDS, segments=IDS), "segments=0"),
         (lambda: GPT(9, depth=0), "depth is 0"),
         (lambda: GPT(9, context=5)(IDS), "do not fit a context of 5"),
@@ -531,14 +531,14 @@ def test_another_seed_writes_another_text_and_the_global_state_does_not_matter()
     assert not torch.equal(first, model.generate([[1]], 12, seed=4))
 
 
-@pytest.mark.parametrize("places", [False, True])
-def test_a_text_of_padding_only_is_finite_and_so_are_its_gradients(places):
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_text_of_padding_only_is_finite_and_so_are_its_gradients(positions):
     model, tokens, mask = (
         BERT(20, 8, 16, 2, 2),
         torch.randint(20, (2, 5)),
         torch.tensor([[True] * 5, [False] * 5]),
     )
-    logits = model(tokens, mask, places=tokens >= 0) if places else model(tokens, mask)
+    logits = model(tokens, mask, positions=tokens >= 0) if positions else model(tokens, mask)
     logits.square().sum().backward()
     assert logits.isfinite().all() and all(
         p.grad is None or p.grad.isfinite().all() for p in model.parameters()
@@ -547,10 +547,10 @@ def test_a_text_of_padding_only_is_finite_and_so_are_its_gradients(places):
 
 def test_masks_of_four_axes_fit_or_are_refused():
     model, tokens = BERT(20, 8, 16, 1, 2), torch.randint(20, (2, 5))
-    assert model(tokens, torch.ones(2, 1, 1, 5).bool(), places=tokens >= 0).shape == (10, 20)
+    assert model(tokens, torch.ones(2, 1, 1, 5).bool(), positions=tokens >= 0).shape == (10, 20)
     for shape in ((2, 1, 4, 4), (3, 1, 1, 5), (2, 1, 5, 4)):
         with pytest.raises(ValueError, match="mask has shape"):
-            model(tokens, torch.ones(shape).bool(), places=tokens >= 0)
+            model(tokens, torch.ones(shape).bool(), positions=tokens >= 0)
 
 
 def test_sizes_may_be_numbers_of_numpy_and_the_config_holds_plain_ones():
@@ -696,14 +696,14 @@ def test_a_card_with_an_unknown_architecture_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["no mask", "padding", "documents", "one view for all"])
 def test_asking_a_few_places_gives_what_asking_all_gives(kind):
-    "In the last block only the places look around; logits and gradients must not notice."
+    "In the last block only the positions look around; logits and gradients must not notice."
     torch.manual_seed(0)
-    model, tokens, places = (
+    model, tokens, positions = (
         BERT(100, context=16, dim=32, depth=2, segments=0),
         torch.randint(100, (3, 12)),
         torch.rand(3, 12) < 0.3,
     )
-    places[1] = False  # a row that asks nothing
+    positions[1] = False  # a row that asks nothing
     owner = torch.arange(12) // 4
     documents = (owner[:, None] == owner[None])[None, None]
     mask = {
@@ -717,8 +717,8 @@ def test_asking_a_few_places_gives_what_asking_all_gives(kind):
         return logits, torch.autograd.grad(logits.square().sum(), list(model.parameters()))
 
     torch.testing.assert_close(
-        outcome(model(tokens, mask, places=places)),
-        outcome(model(tokens, mask)[places]),
+        outcome(model(tokens, mask, positions=positions)),
+        outcome(model(tokens, mask)[positions]),
         rtol=1e-4,
         atol=1e-4,
     )

@@ -187,9 +187,9 @@ def test_only_words_are_hidden_and_drawn(make):
     mark = as_tokenizer(tokenizer).special["[MASK]"]
     stream = masked_stream(documents, tokenizer, context=16, batch_size=8, ratio=0.4)
     for _ in range(20):
-        inputs, _, places, targets = next(stream)
+        inputs, _, positions, targets = next(stream)
         assert is_word(targets).all()
-        shown = inputs[places]
+        shown = inputs[positions]
         assert (is_word(shown) | (shown == mark)).all()
 
 
@@ -212,14 +212,14 @@ def test_the_loss_is_that_of_transformers_for_the_same_batch(kind, attention):
     model.set_attn_implementation(attention)
     tokens, real = pad(tokenizer(TEXTS[:6] + ["film"])["input_ids"], tokenizer.pad_token_id)
     rule = dict(mask_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), ratio=0.5)
-    inputs, places = mask_tokens(tokens, find_words(tokenizer)(tokens), **rule)
-    places[-1, 1] = True  # in the padded row
+    inputs, positions = mask_tokens(tokens, find_words(tokenizer)(tokens), **rule)
+    positions[-1, 1] = True  # in the padded row
     look = real[:, None, None] & real[:, None, :, None] | torch.eye(tokens.shape[1]).bool()
-    labels = tokens.masked_fill(~places, -100)
+    labels = tokens.masked_fill(~positions, -100)
     want = model(input_ids=inputs, attention_mask=real.long(), labels=labels).loss
-    loss, _ = masked_tokens(model, (inputs, look, places, tokens[places]))
+    loss, _ = masked_tokens(model, (inputs, look, positions, tokens[positions]))
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-    all_seen, _ = masked_tokens(model, (inputs, look | True, places, tokens[places]))
+    all_seen, _ = masked_tokens(model, (inputs, look | True, positions, tokens[positions]))
     assert abs(all_seen - want) > 1e-5  # the mask is heard
 
 
@@ -231,10 +231,10 @@ def test_documents_of_a_row_do_not_see_each_other(kind, attention):
     model.set_attn_implementation(attention)
     tokens = torch.tensor(tokenizer(TEXTS[:2])["input_ids"]).flatten()[None]
     owner = torch.tensor([0] * 5 + [1] * 5)[None]
-    mask, places = owner[:, None, :, None] == owner[:, None, None], owner == 0
+    mask, positions = owner[:, None, :, None] == owner[:, None, None], owner == 0
     other = tokens.clone()
     other[0, 7] = (other[0, 7] + 1) % 13
-    same = guess_words(model, tokens, mask, places), guess_words(model, other, mask, places)
+    same = guess_words(model, tokens, mask, positions), guess_words(model, other, mask, positions)
     torch.testing.assert_close(*same)
 
 

@@ -63,16 +63,16 @@ class _Guesser(_Encoder):
         tokens: Tensor,  # ids, (b, n)
         mask: Tensor | None = None,  # (b, n)
         segments: Tensor | None = None,  # (b, n)
-        places: Tensor | None = None,  # logits only where True, (b, n)
-    ) -> Tensor:  # (b, n, v), or (places.sum(), v) in reading order
-        if places is None:
+        positions: Tensor | None = None,  # logits only where True, (b, n)
+    ) -> Tensor:  # (b, n, v), or (positions.sum(), v) in reading order
+        if positions is None:
             x = self.encode(tokens, mask, segments)
         else:  # the last block and the head, the widest product, spare the others
             x, visible = self._read(self.blocks[:-1], tokens, mask, segments)
-            places = check_mask(places, "places", x.shape[:2])
-            if not places.any():
-                raise ValueError("places is False everywhere; expected a hidden token, True")
-            x = _answer(self.blocks[-1], x, visible, places)
+            positions = check_mask(positions, "positions", x.shape[:2])
+            if not positions.any():
+                raise ValueError("positions is False everywhere; expected a hidden token, True")
+            x = _answer(self.blocks[-1], x, visible, positions)
         return nn.functional.linear(self.head(x), self.embedding.token.weight, self.bias)
 
 # %% ../../nbs/04_models/03_bert.ipynb #a21a16df
@@ -80,7 +80,7 @@ class BERT(_Guesser):
     """An encoder that sees both sides of each token: ids (b, n) → logits of all words (b, n, v).
 
     Raises TypeError or ValueError for sizes that do not fit each other, and for ids, masks,
-    segments or places of another kind or shape. Devlin et al. 2018."""
+    segments or positions of another kind or shape. Devlin et al. 2018."""
 
     @checked
     def __init__(
@@ -109,11 +109,11 @@ def mean_tokens(
     return (total / mask.sum(1).clamp(min=1)).to(x.dtype)
 
 # %% ../../nbs/04_models/03_bert.ipynb #ab18cd95
-def _answer(block, x, visible, places):  # (b, n, d) -> (count, d)
-    "The last block for some places, in reading order: all are looked at, but only these look"
-    count = places.sum(1, keepdim=True)
+def _answer(block, x, visible, positions):  # (b, n, d) -> (count, d)
+    "The last block for some positions, in reading order: all are looked at, but only these look"
+    count = positions.sum(1, keepdim=True)
     most = int(count.max())
-    order = (~places).byte().argsort(dim=1, stable=True)  # a row's places, then others as filling
+    order = (~positions).byte().argsort(dim=1, stable=True)  # a row's positions, then others as filling
     index = order[:, :most]  # (b, most)
     if visible is not None and visible.shape[2] > 1:  # each token has a view of its own
         visible = visible.expand(len(x), -1, -1, -1)

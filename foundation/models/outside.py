@@ -169,17 +169,17 @@ def guess_words(
     model: nn.Module,  # `BERT`, or …ForMaskedLM of transformers
     tokens: Tensor,  # (b, n)
     mask: Tensor | None,  # (b, 1, n, n) bool, True = may look, as `same_document` gives it
-    places: Tensor,  # (b, n) bool
-) -> Tensor:  # (places.sum(), v)
-    "Logits of all words at the places. Raises `TypeError` for a model that guesses no words."
+    positions: Tensor,  # (b, n) bool
+) -> Tensor:  # (positions.sum(), v)
+    "Logits of all words at the positions. Raises `TypeError` for a model that guesses no words."
     if getattr(unwrapped(model), "main_input_name", None) != "input_ids":
-        return model(tokens, *([] if mask is None else [mask]), places=places)
+        return model(tokens, *([] if mask is None else [mask]), positions=positions)
     mask = None if mask is None else torch.where(mask, 0.0, -torch.inf)  # added to the scores
     logits = getattr(model(tokens, attention_mask=mask), "logits", None)
-    if logits is None or logits.shape[:2] != places.shape:
+    if logits is None or logits.shape[:2] != positions.shape:
         name = type(unwrapped(model)).__name__
         raise TypeError(f"{name} guesses no words; expected one called …ForMaskedLM")
-    return logits[places]
+    return logits[positions]
 
 # %% ../../nbs/04_models/07_outside.ipynb #d1dc833f
 @checked

@@ -28,20 +28,20 @@ from ..training.schedules import warmup_cosine
 @checked
 def take(
     x: Tensor,  # (b, n, d)
-    places: Tensor,  # (b, m), from 0 to n - 1
+    positions: Tensor,  # (b, m), from 0 to n - 1
 ) -> Tensor:  # (b, m, d)
-    "The rows of `x` at these places, for each image its own."
+    "The rows of `x` at these positions, for each image its own."
     _check_patches(x)
-    places = _check_places(places, "places", *x.shape[:2])
-    return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+    positions = _check_positions(positions, "positions", *x.shape[:2])
+    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 @checked
 def visible(
-    keep: Tensor,  # (b, m), different places in each row
+    keep: Tensor,  # (b, m), different positions in each row
     n: int,  # patches of an image
 ) -> Tensor:  # (b, n) bool, True = visible
-    "The places that stay, as a mask."
+    "The positions that stay, as a mask."
     check_sizes(n=n)
     keep = _check_keep(keep, len(keep) if keep.ndim else 0, n)
     return torch.zeros(len(keep), n, dtype=torch.bool, device=keep.device).scatter(1, keep, True)
@@ -53,29 +53,33 @@ def _check_patches(x):
         raise ValueError(f"x is {got(x)}; expected (b, n, d) with at least one entry")
 
 
-def _check_places(places, name: str, b: int, n: int) -> Tensor:
+def _check_positions(positions, name: str, b: int, n: int) -> Tensor:
     "Places (b, m) from 0 to n - 1 as int64; values are read on the CPU only, where a look is free"
-    if not isinstance(places, Tensor) or places.is_floating_point() or places.dtype == torch.bool:
+    if (
+        not isinstance(positions, Tensor)
+        or positions.is_floating_point()
+        or positions.dtype == torch.bool
+    ):
         raise TypeError(
-            f"{name} is {got(places)}; expected whole numbers (b, m), as random_masking gives them"
+            f"{name} is {got(positions)}; expected whole numbers (b, m), as from random_masking"
         )
-    if places.ndim != 2 or len(places) != b or not places.shape[1]:
+    if positions.ndim != 2 or len(positions) != b or not positions.shape[1]:
         raise ValueError(
-            f"{name} has shape {tuple(places.shape)}; expected ({b}, m): a row for each image"
+            f"{name} has shape {tuple(positions.shape)}; expected ({b}, m): a row for each image"
         )
-    places = places.long()
-    if may_look(places) and (places.min() < 0 or places.max() >= n):
-        low, high = int(places.min()), int(places.max())
+    positions = positions.long()
+    if may_look(positions) and (positions.min() < 0 or positions.max() >= n):
+        low, high = int(positions.min()), int(positions.max())
         raise ValueError(f"{name} runs from {low} to {high}; expected 0 to {n - 1}")
-    return places
+    return positions
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #0e44fd0e
 def _check_keep(keep, b: int, n: int) -> Tensor:
-    "Different places in each row"
-    keep = _check_places(keep, "keep", b, n)
+    "Different positions in each row"
+    keep = _check_positions(keep, "keep", b, n)
     if keep.shape[1] > n or may_look(keep) and not keep.sort(1).values.diff(dim=1).all():
-        why = f"expected different places from 0 to {n - 1} in each row"
-        raise ValueError(f"keep holds places twice, or more than {n}; {why}")
+        why = f"expected different positions from 0 to {n - 1} in each row"
+        raise ValueError(f"keep holds positions twice, or more than {n}; {why}")
     return keep
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #57be2ad4
@@ -83,7 +87,7 @@ def _check_keep(keep, b: int, n: int) -> Tensor:
 def hidden_error(
     guess: Tensor,  # (b, n, q)
     target: Tensor,  # (b, n, q)
-    keep: Tensor,  # places of the visible patches, (b, m)
+    keep: Tensor,  # positions of the visible patches, (b, m)
 ) -> Tensor:  # ()
     "The mean squared error on the hidden patches. Raises `ValueError` when nothing is hidden."
     check_floats(guess, "guess", "(b, n, q)")
@@ -103,7 +107,9 @@ def random_masking(
     ratio: float = 0.75,  # share that is hidden
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
-) -> Tensor:  # (b, m) places of the patches that stay, m = round(n · (1 - ratio)), in random order
+) -> (
+    Tensor
+):  # (b, m) positions of the patches that stay, m = round(n · (1 - ratio)), in random order
     "Each image keeps patches of its own (He et al. 2021, section 3). `ValueError` for none or all."
     check_sizes(b=b, n=n)
     kept, device = _kept(n, ratio), _check_device(device)
@@ -150,7 +156,7 @@ class _DecoderParts(nn.Module):
 
 # %% ../../nbs/07_pretraining/05_masked_image.ipynb #9721caa4
 class PatchDecoder(_DecoderParts):
-    "Paints all patches from the visible ones' features: (b, m, d), places (b, m) -> (b, n, c·p·p)."
+    "Pixels of all patches from the visible ones, (b, m, d) at positions (b, m) -> (b, n, c·p·p)"
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         check_floats(x, "features", f"(b, m, {self.config['width']})")

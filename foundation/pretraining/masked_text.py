@@ -37,19 +37,19 @@ def mask_tokens(
     words: Tensor | None = None,  # (w,) all random words, where special tokens stand elsewhere
     ratio: float = 0.15,
     generator: torch.Generator | None = None,  # on the tokens' device
-) -> tuple[Tensor, Tensor]:  # inputs (b, n), places (b, n) bool: True where a word is to be guessed
+) -> tuple[Tensor, Tensor]:  # inputs (b, n), positions (b, n) bool: True where a word is to be guessed
     """BERT's rule: of the chosen, 80 % become the mask, 10 % a random word, 10 % stay.
 
     Raises ValueError or TypeError for a ratio of 0, 1 or beyond, and for tensors that do not fit.
     Devlin et al. 2018, section 3.1."""
     tokens, can_hide = _check_masking(tokens, can_hide, mask_id, vocab_size, first_word, ratio)
     luck = dict(device=tokens.device, generator=generator)
-    places = (torch.rand(tokens.shape, **luck) < ratio) & can_hide
+    positions = (torch.rand(tokens.shape, **luck) < ratio) & can_hide
     fate = torch.rand(tokens.shape, **luck)
     words = torch.arange(first_word, vocab_size) if words is None else words
     words = words.to(tokens.device)[torch.randint(len(words), tokens.shape, **luck)]
-    inputs = tokens.masked_fill(places & (fate < 0.8), mask_id)
-    return torch.where(places & (fate >= 0.9), words, inputs), places
+    inputs = tokens.masked_fill(positions & (fate < 0.8), mask_id)
+    return torch.where(positions & (fate >= 0.9), words, inputs), positions
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #3bfe42ce
 def _check_ratio(ratio: float) -> None:
@@ -59,7 +59,7 @@ def _check_ratio(ratio: float) -> None:
 
 
 def _check_masking(tokens, can_hide, mask_id, vocab_size, first_word, ratio):
-    "Tokens and places that can be masked"
+    "Tokens and positions that can be masked"
     _check_ratio(ratio)
     check_whole(vocab_size, "vocab_size", 1)
     for name, value in dict(mask_id=mask_id, first_word=first_word).items():
@@ -102,11 +102,11 @@ def masked_stream(
     ratio: float = 0.15,
     seed: int = 0,
     start: int = 0,  # first step
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # inputs, mask, places, targets
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # inputs, mask, positions, targets
     """Endless rows of packed documents, words hidden anew each time, by (seed, step) alone.
 
-    Inputs (b, n), mask (b, 1, n, n), places (b, n), at least one of them True, and targets
-    (places.sum(),), the words at the places. Raises `ValueError`, `TypeError`."""
+    Inputs (b, n), mask (b, 1, n, n), positions (b, n), at least one of them True, and targets
+    (positions.sum(),), the words at the positions. Raises `ValueError`, `TypeError`."""
     _check_ratio(ratio)
     tokenizer = as_tokenizer(tokenizer)
     mask_id, value = _mark(tokenizer, "[MASK]"), _mark(tokenizer, "[PAD]")
@@ -124,12 +124,12 @@ def _masked(rows, rule, is_word, seed, start):
     for step, (tokens, owner) in enumerate(rows, start):
         generator.manual_seed((seed * 1_000_003 + step) % 2**63)
         can_hide = is_word(tokens)
-        inputs, places = mask_tokens(tokens, can_hide, **rule, generator=generator)
-        while not places.any():  # few words: draw again, and hide one of them on average
+        inputs, positions = mask_tokens(tokens, can_hide, **rule, generator=generator)
+        while not positions.any():  # few words: draw again, and hide one of them on average
             one = 1 / int(can_hide.sum())
             again = rule | dict(ratio=min(0.5, max(rule["ratio"], one)), generator=generator)
-            inputs, places = mask_tokens(tokens, can_hide, **again)
-        yield inputs, same_document(owner), places, tokens[places]
+            inputs, positions = mask_tokens(tokens, can_hide, **again)
+        yield inputs, same_document(owner), positions, tokens[positions]
 
 
 def _with_words(stream, rows, is_word, start):
@@ -144,12 +144,12 @@ def _with_words(stream, rows, is_word, start):
 
 # %% ../../nbs/07_pretraining/01_masked_text.ipynb #2b85d8d3
 def masked_tokens(
-    model: nn.Module,  # takes (tokens, mask, places=places) as `BERT`, or one of transformers
+    model: nn.Module,  # takes (tokens, mask, positions=positions) as `BERT`, or one of transformers
     batch: tuple[Tensor, Tensor, Tensor, Tensor],  # as `masked_stream` yields it
 ) -> tuple[Tensor, dict]:  # loss in nats; "right": the share of hidden words that is guessed
-    "Objective: cross-entropy at the hidden places; logits are computed nowhere else."
-    inputs, mask, places, targets = _check_batch(batch)
-    logits = precise(guess_words(check_model(model), inputs, mask, places))  # (places.sum(), v)
+    "Objective: cross-entropy at the hidden positions; logits are computed nowhere else."
+    inputs, mask, positions, targets = _check_batch(batch)
+    logits = precise(guess_words(check_model(model), inputs, mask, positions))  # (positions.sum(), v)
     targets = check_labels(targets, "targets", logits.shape[1], (len(logits),))
     right = (logits.detach().argmax(1) == targets).float().mean()
     return nn.functional.cross_entropy(logits, targets), {"right": right}
@@ -159,7 +159,7 @@ def _check_batch(batch):
     "The four parts of a batch"
     if not isinstance(batch, (tuple, list)) or len(batch) != 4:
         raise TypeError(
-            f"the batch is {got(batch)}; expected (inputs, mask, places, targets), "
+            f"the batch is {got(batch)}; expected (inputs, mask, positions, targets), "
             "as masked_stream gives them"
         )
     return batch
@@ -221,7 +221,7 @@ def masked_accuracy(
     *,
     ratio: float = 0.15,
     steps: int | None = None,  # batches of up to 64 rows; None: every row about once
-    seed: int = 0,  # of the hidden places: the same seed asks the same questions
+    seed: int = 0,  # of the hidden positions: the same seed asks the same questions
 ) -> float:  # from 0 to 1
     "Share of the words behind [MASK] that the model guesses; a small set is asked until one is."
     context, tokenizer = _check_fit(model, tokenizer), as_tokenizer(tokenizer)
@@ -231,9 +231,9 @@ def masked_accuracy(
     plan = dict(context=context, batch_size=min(64, rows), ratio=ratio, seed=seed)
     with evaluating(model):
         for n, batch in enumerate(masked_stream(documents, tokenizer, **plan), 1):
-            inputs, mask, places, targets = (x.to(device) for x in batch)
-            behind = inputs[places] == mark  # the words that were kept would be too easy
-            guessed = guess_words(model, inputs, mask, places).argmax(1)
+            inputs, mask, positions, targets = (x.to(device) for x in batch)
+            behind = inputs[positions] == mark  # the words that were kept would be too easy
+            guessed = guess_words(model, inputs, mask, positions).argmax(1)
             right.append((guessed == targets)[behind].float())
             if n >= steps and any(map(len, right)):
                 return torch.cat(right).mean().item()

@@ -93,7 +93,7 @@ def _metrics(encoder, data, device) -> dict:
 @checked
 def naive_fill(
     patches: Tensor,  # (b, n, q), n a square number
-    keep: Tensor,  # places of those that may be seen, (b, m)
+    keep: Tensor,  # positions of those that may be seen, (b, m)
     nearest: bool = True,  # copy the nearest visible patch; False: put their mean everywhere
 ) -> Tensor:  # (b, n, q)
     "What one would paint without having learnt anything. `ValueError` for patches of no square."

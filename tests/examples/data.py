@@ -168,6 +168,10 @@ EXAMPLES = {
         images.ImageSet(**image_set()).floats,
         dict(images=pixels()),
     ),
+    "data.images.ImageSet.test_sample": lambda: (
+        images.ImageSet(**image_set()).test_sample,
+        dict(count=2, seed=1),
+    ),
     "data.images.check_set": lambda: (
         images.check_set,
         dict(images=pixels(), labels=labels(), classes=3),

@@ -74,7 +74,7 @@ EXAMPLES = {
     ),
     "models.bert.BERT.forward": lambda: (
         made(BERT, **TEXT, **TINY).forward,
-        dict(tokens=ids(), mask=ids() < 4, segments=ids().clamp(max=1), places=ids() > 1),
+        dict(tokens=ids(), mask=ids() < 4, segments=ids().clamp(max=1), positions=ids() > 1),
     ),
     "models.gpt.GPT": lambda: (GPT, TEXT | TINY | dict(mlp_ratio=2.0, dropout=0.1, eps=1e-5)),
     "models.gpt.GPT.forward": lambda: (made(GPT, **TEXT, **TINY).forward, dict(tokens=ids())),

@@ -32,7 +32,7 @@ EXAMPLES = {
             model=bert(),
             tokens=torch.tensor([[1, 2, 3], [4, 5, 6]]),
             mask=torch.ones(2, 1, 3, 3, dtype=torch.bool),
-            places=torch.tensor([[True, False, True], [False, False, True]]),
+            positions=torch.tensor([[True, False, True], [False, False, True]]),
         ),
     ),
     "models.outside.text_sizes": lambda: (outside.text_sizes, dict(model=bert())),

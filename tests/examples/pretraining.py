@@ -201,7 +201,7 @@ EXAMPLES = {
     "pretraining.patches.open_vit": lambda: (patches.open_vit, dict(model=foreign())),
     "pretraining.masked_image.take": lambda: (
         masked_image.take,
-        dict(x=randn(2, 4, 3), places=keep()),
+        dict(x=randn(2, 4, 3), positions=keep()),
     ),
     "pretraining.masked_image.visible": lambda: (masked_image.visible, dict(keep=keep(), n=4)),
     "pretraining.masked_image.hidden_error": lambda: (
