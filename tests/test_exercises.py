@@ -254,6 +254,9 @@ def test_every_exercise_is_listed():
 # What a learner may hand in -----------------------------------------------------------------------
 
 
+X = torch.arange(1.0, 5.0)
+
+
 def check_double(double):
     x = torch.arange(4.0)
     require_close(double(x), torch.tensor([0.0, 2.0, 4.0, 6.0]), "0, 1, 2, 3 become 0, 2, 4, 6")
@@ -320,8 +323,11 @@ def loud(x):
         (lambda x: x, "refused", "got       [0., 1., 2., 3.]"),
         (lambda x: 2 * x[None], "refused", "Got the shape `(1, 4)`, expected `(4,)`"),
         (lambda x: x / 0, "refused", "nan"),
-        (lambda x: [2 * v for v in x], "refused", "gives back a Tensor\n\nIt gave back a list"),
-        (lambda x: 2 * x.numpy(), "refused", "an ndarray"),
+        (lambda x: [2 * v for v in x], "solved", ""),
+        (lambda x: (2 * x).tolist(), "solved", ""),
+        (lambda x: 2 * x.numpy(), "solved", ""),
+        (lambda x: str(2 * x), "refused", "gives back a Tensor\n\nIt gave back a str"),
+        (lambda x: [[1.0], [1.0, 2.0]], "refused", "gives back a Tensor\n\nIt gave back a list"),
         (in_place, "refused", "leaves its inputs as they are"),
         (None, "unfinished", "still to be filled in"),
         (..., "unfinished", "still to be filled in"),
@@ -478,6 +484,72 @@ def swallows_deep(x):
                 x = careful(x)
         except BaseException:
             pass
+
+
+@pytest.mark.parametrize(
+    "answer, returns, expected",
+    [
+        (lambda x: (1, 2), list, [1, 2]),
+        (lambda x: np.array([1, 2]), (tuple, list), [1, 2]),
+        (lambda x: torch.tensor([1, 2]), tuple, (1, 2)),
+        (lambda x: np.int64(3), int, 3),
+        (lambda x: torch.tensor(3), (int, float), 3),
+        (lambda x: 3, float, 3.0),
+        (lambda x: np.bool_(True), bool, True),
+        (lambda x: np.float32(0.5), (float, Tensor), torch.tensor(0.5)),
+    ],
+)
+def test_an_answer_in_another_wrapping_is_taken_as_what_was_asked(answer, returns, expected):
+    given = []
+    Exercise("a", "b", lambda answer: given.append(answer(X)), ["1", "2"], returns).check(answer)
+    (got,) = given
+    assert type(got) is type(expected) and got == expected
+
+
+def test_gradients_pass_through_a_list_of_tensors(learner):
+    def check(answer):
+        x = X.clone().requires_grad_()
+        answer(x).sum().backward()
+        require_close(x.grad, torch.full_like(x, 2), "the gradient is 2")
+
+    verdict = Exercise("a", "b", check, ["1", "2"], Tensor).check(lambda x: [2 * v for v in x])
+    assert verdict, verdict
+
+
+def busy(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarm clock there")
+def test_the_clock_counts_the_answers_own_time():
+    "A slow check costs the learner nothing; many short calls add up; who waits is stopped later"
+
+    def slow(answer):
+        busy(0.4)
+        check_double(answer)
+
+    def many(answer):
+        for _ in range(20):
+            check_double(answer)
+
+    def told(check, answer):
+        return repr(Exercise("a", "b", check, ["1", "2"], Tensor, 0.2).check(answer))
+
+    assert "**Solved" in told(slow, lambda x: 2 * x)
+    assert "Still running after 0.2 seconds" in told(many, lambda x: [2 * x, busy(0.03)][0])
+    begun = time.monotonic()
+    assert "Still running" in told(check_double, lambda x: threading.Event().wait())
+    assert 1.5 < time.monotonic() - begun < 20
+
+
+def test_a_check_that_stumbles_tells_what_the_answer_gave(learner):
+    def check(answer):
+        require_close(float(answer(X)), 1.0, "it is one")
+
+    verdict = repr(Exercise("a", "b", check, ["1", "2"], Tensor).check(lambda x: 2 * x))
+    assert "which gave back a tensor of float32" in verdict and "(4,) at last" in verdict
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarm clock there")
@@ -850,8 +922,11 @@ def test_require():
         (torch.ones(2, requires_grad=True), [1, 1], True),
         (torch.tensor(float("inf")), float("inf"), True),
         (torch.ones(3, 1), torch.ones(3), False),
-        ([1.0], torch.ones(1), False),
-        (np.ones(1), torch.ones(1), False),
+        ([1.0], torch.ones(1), True),
+        (np.ones(1), torch.ones(1), True),
+        ((torch.ones(2), torch.zeros(2)), [[1, 1], [0, 0]], True),
+        ([2.0], torch.ones(1), False),
+        ([[1.0], [1.0, 2.0]], torch.ones(2), False),
         ("1", 1, False),
         (None, 0, False),
         (float("nan"), 0, False),

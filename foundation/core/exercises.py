@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from .basics import seed_everything
-from .checks import check_number, checked
+from .checks import check_number, checked, got
 from .files import atomic_write, locked
 
 # %% ../../nbs/00_core/05_exercises.ipynb #3ccd580c
@@ -102,6 +102,7 @@ def require_close(
     "Claim that two values agree in kind, shape and value. Raises `Refused` otherwise."
     check_number(rtol, "rtol", 0)
     check_number(atol, "atol", 0)
+    got = _converted(got, (Tensor, Number))
     if not isinstance(got, (Tensor, Number)):
         raise Refused(claim, f"Got {_kind(got)}, expected {_kind(expected)}.")
     have, want = (torch.as_tensor(value).detach().cpu() for value in (got, expected))
@@ -138,22 +139,43 @@ class _TooSlow(BaseException):  # a learner's own `except Exception` shall not c
     "The answer took longer than its check allows"
 
 
-def _watched(answer, returns):
+def _watched(answer, returns, watch):
     "A function that must give back `returns` and leave tensors, arrays and lists as they were"
-    if not isinstance(answer, FunctionType) or returns is None:
+    if not isinstance(answer, FunctionType):
+        watch.start()  # a class or a value: all of the check is its own time
         return answer
 
     @wraps(answer)
     def watched(*args, **kwargs):
         inputs = [*args, *kwargs.values()]
         before = [_copy(value) for value in inputs]
-        result = answer(*args, **kwargs)
-        _judge_call(answer.__name__, result, returns, all(map(_same, before, inputs)))
+        with watch:
+            result = watch.last = _converted(answer(*args, **kwargs), returns)
+        if returns is not None:
+            _judge_call(answer.__name__, result, returns, all(map(_same, before, inputs)))
         return result
 
     return watched
 
 # %% ../../nbs/00_core/05_exercises.ipynb #f4bc9491
+def _converted(value, kinds):
+    "A list, array or number of another library as one of `kinds`, if one of them says the same"
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    known = (list, tuple, int, float, np.ndarray, np.generic, Tensor)
+    if None in kinds or isinstance(value, kinds + (bool,)) or not isinstance(value, known):
+        return value
+    with suppress(TypeError, ValueError, RuntimeError):
+        if Tensor in kinds:
+            parts = isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value)
+            return torch.stack(tuple(value)) if parts else torch.as_tensor(value)
+        if list in kinds or tuple in kinds:
+            value = value.tolist() if hasattr(value, "tolist") else value
+            return list(value) if list in kinds else tuple(value)
+        value = value.item() if hasattr(value, "item") else value
+        return float(value) if kinds == (float,) and isinstance(value, int) else value
+    return value
+
+
 def _judge_call(name, result, returns, untouched):
     name = name.replace("<lambda>", "your function")
     if result is None:
@@ -184,14 +206,35 @@ def _same(before, after):
     return True
 
 # %% ../../nbs/00_core/05_exercises.ipynb #cfbd5597
-def _timed(seconds, call):
+class _Watch:
+    "The answer's own CPU time in this thread, and what it gave back last"
+
+    def __init__(self, seconds):
+        self.left, self.since, self.last = seconds, None, None
+        self.end = time.monotonic() + 10 * seconds
+
+    def start(self):
+        self.since = time.thread_time()
+
+    def __enter__(self):
+        self.start()
+
+    def __exit__(self, *error):
+        self.left, self.since = self.left - (time.thread_time() - self.since), None
+
+    def over(self):
+        running = 0 if self.since is None else time.thread_time() - self.since
+        return running > self.left or time.monotonic() > self.end
+
+# %% ../../nbs/00_core/05_exercises.ipynb #ef9cada7
+def _timed(watch, call):
     "Call, and stop what takes too long, where the system has an alarm clock"
     main = threading.current_thread() is threading.main_thread()
     if not hasattr(signal, "setitimer") or not main:
         return call()
-    before, left = signal.signal(signal.SIGALRM, _Bell()), (0, 0)
+    before, left = signal.signal(signal.SIGALRM, _Bell(watch)), (0, 0)
     try:
-        left = signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
+        left = signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
         return call()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -202,12 +245,13 @@ def _timed(seconds, call):
 class _Bell:
     "Rings; if the answer swallows what we raise, a storm of bells meets it outside its `try` too"
 
-    rings = 0
+    def __init__(self, watch):
+        self.watch, self.rings = watch, 0
 
     def __call__(self, _, frame):
+        if not self.watch.over() or frame is not None and frame.f_code is _timed.__code__:
+            return  # there is time left; or the answer has ended, we are about to stop the clock
         self.rings += 1
-        if frame is not None and frame.f_code is _timed.__code__:
-            return  # the answer has ended, we are about to stop the clock
         if self.rings == 5:
             signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
         raise _TooSlow
@@ -252,13 +296,14 @@ def _home(answer):
     return None if library else code.co_filename
 
 # %% ../../nbs/00_core/05_exercises.ipynb #88b49c4b
-def _fault(error, answer, check):
+def _fault(error, answer, check, last):
     "State and reason for an error"
     home, trace = _home(answer), traceback.extract_tb(error.__traceback__)
     mine = [f for f in trace if f.filename == home and f.name != check.__name__]
     what = f"{type(error).__name__}: {error}"
     if not mine:
-        told = f"The check could not work with your answer, {_kind(answer)}:"
+        gave = "" if last is None else f", which gave back {got(last)} at last"
+        told = f"The check could not work with your answer, {_kind(answer)}{gave}:"
         return "broken", f"{told}\n\n{_code(what)}"
     place = mine[-1]
     if isinstance(error, NotImplementedError) and "NotImplementedError" in (place.line or what):
@@ -418,9 +463,10 @@ def _outcome(exercise, answer):
     if answer is None or answer is ...:
         empty = "The cell above is still to be filled in"
         return "unfinished", f"{empty}: write your answer, run it, then run this cell."
+    watch = _Watch(exercise.seconds)
     try:
         with _same_luck():
-            _timed(exercise.seconds, lambda: exercise.claims(_watched(answer, exercise.returns)))
+            _timed(watch, lambda: exercise.claims(_watched(answer, exercise.returns, watch)))
         return "solved", ""
     except Refused as no:
         return "refused", f"✗ {no.claim}\n\n{no.found}".strip()
@@ -430,7 +476,7 @@ def _outcome(exercise, answer):
         still = f"Still running after {exercise.seconds:g} seconds"
         return "broken", f"{still}: is there a loop that never ends?"
     except (Exception, SystemExit) as error:
-        return _fault(error, answer, exercise.claims)
+        return _fault(error, answer, exercise.claims, watch.last)
 
 # %% ../../nbs/00_core/05_exercises.ipynb #8d43c155
 class Exercise:
@@ -444,7 +490,7 @@ class Exercise:
         check: Callable[[Any], None],  # makes claims, with `require` and `require_close`
         hints: Sequence,  # two or more, in Markdown, from a nudge to nearly there
         returns: type | tuple | None = object,  # what an answer gives back; None: changes in place
-        seconds: float = 20,  # an answer that takes longer is stopped
+        seconds: float = 20,  # an answer that computes longer is stopped
     ):
         _check_parts(title, hints, seconds)
         self.lesson, self.title, self.claims, self.hints = lesson, title, check, tuple(hints)
