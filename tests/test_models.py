@@ -192,7 +192,9 @@ def test_bert_equals_transformers():
         want = theirs(tokens, mask.long(), segments).logits
         got = ours(tokens, mask, segments)
         torch.testing.assert_close(got[mask], want[mask], **CLOSE)
-        torch.testing.assert_close(ours(tokens, mask, segments, positions=mask), want[mask], **CLOSE)
+        torch.testing.assert_close(
+            ours(tokens, mask, segments, positions=mask), want[mask], **CLOSE
+        )
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, **CLOSE)
 
 

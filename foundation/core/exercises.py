@@ -138,7 +138,7 @@ class _Unfinished(Exception):
 class _TooSlow(BaseException):  # a learner's own `except Exception` shall not catch it
     "The answer took longer than its check allows"
 
-
+# %% ../../nbs/00_core/05_exercises.ipynb #3803263c
 def _watched(answer, returns, watch):
     "A function that must give back `returns` and leave tensors, arrays and lists as they were"
     if not isinstance(answer, FunctionType):
@@ -175,7 +175,7 @@ def _converted(value, kinds):
         return float(value) if kinds == (float,) and isinstance(value, int) else value
     return value
 
-
+# %% ../../nbs/00_core/05_exercises.ipynb #dde24784
 def _judge_call(name, result, returns, untouched):
     name = name.replace("<lambda>", "your function")
     if result is None:

@@ -56,9 +56,7 @@ class _Bytes:
         return to_float(images, self.mean, self.std)
 
     def test_sample(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """A random part of the test set: images (count, c, h, w) uint8, labels (count,).
-
-        The same part for the same seed. Raises `TypeError`, `ValueError` for too many."""
+        "A random part of the test set: images, labels. Raises `ValueError` for too many."
         count = check_whole(count, "count", 1, len(self.test_labels))
         some = torch.randperm(len(self.test_labels), generator=_generator(seed))[:count]
         return self.test_images[some], self.test_labels[some]
