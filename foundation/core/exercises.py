@@ -77,6 +77,24 @@ def _kind(value):
     "`a list`, `a Tensor`, `nothing`"
     return "nothing (None)" if value is None else _kinds(type(value))
 
+# %% ../../nbs/00_core/05_exercises.ipynb #f4bc9491
+def _converted(value, kinds):
+    "A list, array or number of another library as one of `kinds`, if one of them says the same"
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    known = (list, tuple, int, float, np.ndarray, np.generic, Tensor)
+    if None in kinds or isinstance(value, kinds + (bool,)) or not isinstance(value, known):
+        return value
+    with suppress(TypeError, ValueError, RuntimeError):
+        if Tensor in kinds:
+            parts = isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value)
+            return torch.stack(tuple(value)) if parts else torch.as_tensor(value)
+        if list in kinds or tuple in kinds:
+            value = value.tolist() if hasattr(value, "tolist") else value
+            return list(value) if list in kinds else tuple(value)
+        value = value.item() if hasattr(value, "item") else value
+        return float(value) if kinds == (float,) and isinstance(value, int) else value
+    return value
+
 # %% ../../nbs/00_core/05_exercises.ipynb #b5cbbe57
 @checked
 def require(
@@ -156,24 +174,6 @@ def _watched(answer, returns, watch):
         return result
 
     return watched
-
-# %% ../../nbs/00_core/05_exercises.ipynb #f4bc9491
-def _converted(value, kinds):
-    "A list, array or number of another library as one of `kinds`, if one of them says the same"
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    known = (list, tuple, int, float, np.ndarray, np.generic, Tensor)
-    if None in kinds or isinstance(value, kinds + (bool,)) or not isinstance(value, known):
-        return value
-    with suppress(TypeError, ValueError, RuntimeError):
-        if Tensor in kinds:
-            parts = isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value)
-            return torch.stack(tuple(value)) if parts else torch.as_tensor(value)
-        if list in kinds or tuple in kinds:
-            value = value.tolist() if hasattr(value, "tolist") else value
-            return list(value) if list in kinds else tuple(value)
-        value = value.item() if hasattr(value, "item") else value
-        return float(value) if kinds == (float,) and isinstance(value, int) else value
-    return value
 
 # %% ../../nbs/00_core/05_exercises.ipynb #dde24784
 def _judge_call(name, result, returns, untouched):
