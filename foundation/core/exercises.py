@@ -87,7 +87,11 @@ def _converted(value, kinds):
     with suppress(TypeError, ValueError, RuntimeError):
         if Tensor in kinds:
             parts = isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value)
-            return torch.stack(tuple(value)) if parts else torch.as_tensor(value)
+            return (
+                torch.stack([torch.as_tensor(v) for v in value])
+                if parts
+                else torch.as_tensor(value)
+            )
         if list in kinds or tuple in kinds:
             value = value.tolist() if hasattr(value, "tolist") else value
             return list(value) if list in kinds else tuple(value)
