@@ -42,14 +42,20 @@ def test_picture(name):
     bundle = picture._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"}
     assert 'alt="A &quot;quoted&quot; &lt;picture&gt;."' in bundle["text/html"]
-    assert "http" not in bundle["text/html"] and len(picture.png) < 30_000
+    assert "http" not in bundle["text/html"] and len(picture.png) < 40_000
     image = Image.open(io.BytesIO(picture.png))
     assert (
         image.size == picture.pixels.shape[1::-1]
         and "transparency" not in image.info
         and image.width < 1100
     )
-    assert np.abs(np.asarray(image.convert("RGB")).astype(int) - picture.pixels).mean() < 2
+    off = np.abs(np.asarray(image.convert("RGB")).astype(int) - picture.pixels).max(2)
+    assert off.mean() < 2
+    _, which, counts = np.unique(
+        picture.pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True
+    )
+    shift = np.bincount(which.ravel(), off.ravel()) / counts
+    assert shift[counts > 30].max() < 24  # two classes never become one colour
     assert EACH[name](np.random.default_rng(1), "Again.").png == picture.png
 
 

@@ -45,7 +45,7 @@ def _check_alt(alt):
 def encode_png(
     pixels: np.ndarray,  # (h, w, 3) uint8
     keep: np.ndarray | None = None,  # (h, w) bool, the other pixels become transparent
-    colours: int = 32,  # at most so many different colours
+    colours: int = 128,  # at most so many different colours
 ) -> bytes:  # a PNG file
     "A PNG with a palette of few colours: four to ten times smaller than one in full colour."
     from PIL import Image
@@ -96,7 +96,7 @@ class Picture(_Shown):
     pixels: np.ndarray  # (h, w, 3) uint8
     alt: str  # what a reader who cannot see it should know
     scale: float = _SCALE  # picture pixels for one pixel of the page
-    colours: int = 32  # of the palette that its PNG gets
+    colours: int = 128  # of the palette that its PNG gets
 
     def __post_init__(self):
         object.__setattr__(self, "alt", _check_alt(self.alt))
@@ -158,7 +158,7 @@ def draw(
     title: str | None = None,  # above the picture
     size: tuple = (6.6, 3.2),  # (width, height) in inches; the page shows 96 pixels for each
     panels: int = 1,  # axes side by side
-    colours: int = 32,  # more for pictures with many shades
+    colours: int = 128,  # more for pictures with many shades
     **labels,  # any property of the axes: xlabel, ylabel, ylim, xscale...
 ) -> Picture:
     "A picture of whatever `paint` draws. Raises `ValueError` for a property that axes lack."
@@ -472,7 +472,7 @@ def plot_matrix(
     def paint(ax):
         _paint_cells(ax, matrix, texts, shades, sides)
 
-    return draw(paint, alt=alt, title=title, colours=96, xlabel=xlabel, ylabel=ylabel, **look)
+    return draw(paint, alt=alt, title=title, colours=128, xlabel=xlabel, ylabel=ylabel, **look)
 
 # %% ../../nbs/00_core/02_plots.ipynb #09451c59
 def _written(matrix, form):
@@ -638,7 +638,7 @@ def show_images(
     page = _page(top - (-n // columns) * down, 2 * edge - gap + columns * across, texts, title)
     for (y, x), tile in zip(corners, tiles.repeat(zoom, 1).repeat(zoom, 2)):
         page[y + head : y + head + h * zoom, x : x + w * zoom] = tile
-    return Picture(page, alt, colours=96)
+    return Picture(page, alt, colours=128)
 
 # %% ../../nbs/00_core/02_plots.ipynb #f9c85f01
 def _tiles(images):
