@@ -20,6 +20,8 @@ from foundation.core.plots import (
     show_images,
 )
 
+from foundation.evaluation.intervals import t_interval
+
 EACH = {
     "images": lambda rng, alt: show_images(
         rng.random((8, 1, 28, 28)), alt=alt, titles=range(8), title="t"
@@ -87,7 +89,7 @@ def test_no_picture_without_words(name, alt):
         ),
         (
             lambda a: plot_curves({"x": np.ones((2, 3))}, interval="iqr", alt=a),
-            "interval is 'iqr'; expected one of 'sd', 'bootstrap'",
+            "interval is 'iqr'; expected one of 't', 'sd', 'bootstrap'",
         ),
         (lambda a: plot_curves({i: [1, 2] for i in range(8)}, alt=a), "at most 7"),
         (lambda a: plot_bars([1, 2], alt=a), "map a name"),
@@ -305,8 +307,11 @@ def test_a_cloud_shows_the_same_points_whatever_its_labels_are_made_of():
 
 def test_the_band_is_the_interval_it_says_it_is():
     values = np.array([[1.0, 5], [2, 5], [6, 5]])
-    low, high = plots.band(values)
+    low, high = plots.band(values, "sd")
     np.testing.assert_allclose([low, high], [[3 - 7**0.5, 5], [3 + 7**0.5, 5]])
+    low, high = plots.band(values)
+    for column, edges in zip(values.T, zip(low, high)):
+        np.testing.assert_allclose(edges, t_interval(column.tolist()), rtol=1e-6)
     draws = np.random.default_rng(1).normal(size=(400, 1))
     low, high = plots.band(draws, "bootstrap")
     assert low[0] < draws.mean() < high[0] and abs((high - low)[0] - 2 * 1.96 / 20) < 0.03

@@ -299,19 +299,26 @@ def _formatted(form, value):
         raise ValueError(f"form is {form!r}; {wanted}") from None
 
 # %% ../../nbs/00_core/02_plots.ipynb #76a65bde
+_INTERVALS = "t", "sd", "bootstrap"
+
+
 @checked
 def band(
     values,  # (seeds, n), two or more seeds
-    interval: str = "sd",  # "sd": mean ± standard deviation; "bootstrap": 95 % interval of the mean
+    interval: str = "t",  # "t", "bootstrap": 95 % interval of the mean; "sd": ± standard deviation
 ) -> tuple[np.ndarray, np.ndarray]:  # low (n,), high (n,)
     "The interval that goes with the mean over seeds."
-    check_choice(interval, "interval", ("sd", "bootstrap"))
+    check_choice(interval, "interval", _INTERVALS)
     values = _numbers(values, "values", 2)
     if len(values) < 2:
         raise ValueError(f"values has shape {values.shape}: an interval needs two seeds or more")
-    if interval == "sd":
-        mean, sd = values.mean(0), values.std(0, ddof=1)
-        return mean - sd, mean + sd
+    if interval != "bootstrap":
+        from scipy.special import stdtrit  # the quantile of Student's t
+
+        n, mean, reach = len(values), values.mean(0), values.std(0, ddof=1)
+        if interval == "t":
+            reach = reach * stdtrit(n - 1, 0.975) / n**0.5
+        return mean - reach, mean + reach
     draws = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
     return tuple(np.quantile(values[draws].mean(1), [0.025, 0.975], axis=0))
 
@@ -322,14 +329,14 @@ def plot_curves(
     *,
     alt: str,  # what the picture shows, in words
     x=None,  # (n,), or name -> (n,) when curves differ; 0, 1, 2... by default
-    interval: str = "sd",  # band over seeds: "sd" or "bootstrap"
+    interval: str = "t",  # band over seeds: "t", "sd" or "bootstrap", as in `band`
     title: str | None = None,
     xlabel: str | None = None,
     ylabel: str | None = None,
     **look,  # size, and properties of the axes: xscale="log", ylim=(0, 1)...
 ) -> Picture:
     "Lines, with a band over seeds. Raises `ValueError` for empty, infinite or ill-shaped values."
-    check_choice(interval, "interval", ("sd", "bootstrap"))
+    check_choice(interval, "interval", _INTERVALS)
     named = _named(curves, len(PALETTE))
     series = [(name, *_curve(name, y, x, interval)) for name, y in named.items()]
 
@@ -376,7 +383,7 @@ def plot_bars(
     *,
     alt: str,  # what the picture shows, in words
     intervals=None,  # name -> (low, high), or a sequence of such pairs
-    interval: str = "sd",  # over seeds, where no intervals are given: "sd" or "bootstrap"
+    interval: str = "t",  # over seeds, where no intervals are given: "t", "sd" or "bootstrap"
     title: str | None = None,
     xlabel: str | None = None,
     form: str = "{:.3g}",  # how a value is written at the end of its row
@@ -385,7 +392,7 @@ def plot_bars(
     "Lying bars from zero, with intervals. Raises `ValueError` for values that do not fit."
     seeds = _bars(values)
     ends = {name: _formatted(form, runs.mean()) for name, runs in seeds.items()}
-    edges = _edges(seeds, intervals, check_choice(interval, "interval", ("sd", "bootstrap")))
+    edges = _edges(seeds, intervals, check_choice(interval, "interval", _INTERVALS))
 
     def paint(ax):
         for row, (name, runs) in enumerate(seeds.items()):
