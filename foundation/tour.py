@@ -170,8 +170,9 @@ def neighbours(encoder: nn.Module, data: ImageSet, bank: int = 5000, tests: int 
     def features(images):
         return encode_all(encoder, images, precision=_fast(), transform=data.floats)
 
-    train, test = features(data.train_images[:bank]), features(data.test_images[:tests])
-    return knn_accuracy(train, data.train_labels[:bank], test, data.test_labels[:tests])
+    images, labels = data.test_sample(min(tests, len(data.test_images)))
+    train, test = features(data.train_images[:bank]), features(images)
+    return knn_accuracy(train, data.train_labels[:bank], test, labels)
 
 
 def _fast():

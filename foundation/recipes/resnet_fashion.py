@@ -223,8 +223,8 @@ def tune_photos(
         fit_head(model, photos.images, photos.labels)
     if lr:
         _tune_body(model, photos, epochs, lr, decay, care)
-    unseen = imagenet_inputs(data.test_images[:tests], size)
-    return accuracy(predict(model, unseen, 100), data.test_labels[:tests])
+    images, truth = data.test_sample(tests)
+    return accuracy(predict(model, imagenet_inputs(images, size), 100), truth)
 
 # %% ../../nbs/14_recipes/05_resnet_fashion.ipynb #ce86d149
 def _tune_body(model, photos, epochs, lr, decay, care):
