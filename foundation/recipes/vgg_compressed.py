@@ -93,8 +93,8 @@ def _arms(dense, data, logits, plan, home, path, sizes, seed):
     file = save_model(small, path, "sparse", "code4", compress="huffman")
     sizes[seed] = file.stat().st_size
     small.load_state_dict(load_model(file))
-    luck = torch.Generator().manual_seed(seed)
-    chosen = data.train_images[torch.randperm(len(data.train_images), generator=luck)[:512]]
+    rng = torch.Generator().manual_seed(seed)
+    chosen = data.train_images[torch.randperm(len(data.train_images), generator=rng)[:512]]
     return {
         "fp32, trained on": control,
         "compressed": small,

@@ -96,7 +96,7 @@ def naive_fill(
     keep: Tensor,  # positions of those that may be seen, (b, m)
     nearest: bool = True,  # copy the nearest visible patch; False: put their mean everywhere
 ) -> Tensor:  # (b, n, q)
-    "What one would paint without having learnt anything. `ValueError` for patches of no square."
+    "Reconstructions without having learnt anything. `ValueError` for patches of no square."
     n = check_floats(patches, "patches", "(b, n, q)").shape[1]
     seen = take(patches, keep)
     if not nearest:
@@ -116,11 +116,11 @@ def reconstruction(
     images: Tensor,  # (b, c, h, h) floats
     ratio: float = 0.75,
     seed: int = 0,  # of the masks
-) -> dict[str, float]:  # painter -> error on hidden patches
-    "Standardised patches painted by the model, by nobody (all 0: their mean), and by naive fills."
+) -> dict[str, float]:  # method -> error on hidden patches
+    "Standardised patches from the model, from nothing (all 0: their mean), and by naive fills."
     target = patch_targets(images, _check_painter(model)).detach()
-    luck = torch.Generator().manual_seed(seed)
-    keep = random_masking(*target.shape[:2], ratio, generator=luck).to(target.device)
+    rng = torch.Generator().manual_seed(seed)
+    keep = random_masking(*target.shape[:2], ratio, generator=rng).to(target.device)
     guesses = {
         "model": _guess(model, images, keep),
         "nobody": torch.zeros_like(target),
@@ -131,7 +131,7 @@ def reconstruction(
 
 # %% ../../nbs/14_recipes/02_vit_mae.ipynb #ac777b61
 def _check_painter(model) -> int:
-    "The size of the patches that it paints"
+    "The size of the patches that it reconstructs"
     config = getattr(getattr(model, "encoder", None), "config", {})
     if "patch_size" not in config:
         raise TypeError(f"model is {got(model)}; expected a MaskedAutoencoder")
@@ -139,7 +139,7 @@ def _check_painter(model) -> int:
 
 
 def _guess(model, images, keep) -> Tensor:  # (b, n, c·p·p)
-    "What the model paints in eval mode, in float32 at least"
+    "What the model reconstructs in eval mode, in float32 at least"
     with evaluating(model):
         return precise(model(images.to(next(model.parameters()).dtype), keep))
 
@@ -149,9 +149,9 @@ def paint(
     model: nn.Module,  # a `MaskedAutoencoder`
     images: Tensor,  # (b, c, h, h) floats
     keep: Tensor,  # (b, m)
-    normalise: bool = True,  # it paints standardised patches; undone with the true ones' moments
+    normalise: bool = True,  # its patches are standardised; undone by the true moments
 ) -> Tensor:  # (b, c, h, h)
-    "Pictures whose hidden patches the model has painted; visible ones stay as they are."
+    "Images whose hidden patches the model has reconstructed; visible ones stay as they are."
     p = _check_painter(model)
     patches = patchify(images, p)
     guess = _guess(model, images, keep)

@@ -183,14 +183,14 @@ def share_random_states() -> None:
     if processes().count == 1:
         return
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    luck = [torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()]
+    states = [torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()]
     with _told():
-        dist.broadcast_object_list(luck)
-    torch.set_rng_state(luck[0])
-    if luck[1] is not None:
-        torch.cuda.set_rng_state(luck[1])
-    random.setstate(luck[2])
-    np.random.set_state(luck[3])
+        dist.broadcast_object_list(states)
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1])
+    random.setstate(states[2])
+    np.random.set_state(states[3])
 
 # %% ../../nbs/05_training/00_parallel.ipynb #5a3c2002
 @contextmanager

@@ -154,14 +154,14 @@ def _go_on(checkpoint, model, stream, opt, plan, longer):
     def accept(name, state):
         _check_plan(name, state, plan, longer, lambda: check_fit(state, model, opt, name))
 
-    luck, batches = random_states(), _begun(stream, 0)
+    states, batches = random_states(), _begun(stream, 0)
     first = list(itertools.islice(batches, min(1, plan["steps"])))
     plan["first batch"] = _mark(first)
     try:
         with first_one_first():
             start, notes = load_checkpoint(checkpoint, model, opt, accept)
     except BadCheckpoint:
-        restore_random(*luck)
+        restore_random(*states)
         raise
     if not start:
         return itertools.chain(first, batches), 0, {}
