@@ -18,9 +18,9 @@ from .likelihood import cross_entropy, log_sum_exp
 # %% ../../nbs/01_objectives/03_contrast.ipynb #afeb725b
 @checked
 def info_nce(
-    scores: Tensor,  # (b, m), m >= b: question i against candidate j; the right one of row i is i
-) -> Tensor:  # mean of -log(chance of picking the right one) in nats, ()
-    """Pick the right one of m: the label is the diagonal; columns beyond b are extra negatives.
+    scores: Tensor,  # (b, m), m >= b: anchor i against candidate j; the positive of row i is i
+) -> Tensor:  # mean of -log(chance of picking the positive) in nats, ()
+    """Pick the positive out of m: the diagonal; columns beyond b are extra negatives.
 
     Raises TypeError or ValueError for what is no float table with m >= b and m >= 2, or NaN.
     van den Oord et al. 2018, equation 4."""
@@ -59,7 +59,7 @@ def nt_xent(
     b: Tensor,  # second views, (b, d); row i belongs to row i of `a`
     temperature: float | Tensor = 0.5,  # small: only the hardest negatives count; may be learnt
 ) -> Tensor:  # mean loss over the 2b views in nats, ()
-    """Each of the 2b views picks its partner among the 2b - 1 others, never itself.
+    """Each of the 2b views picks its positive among the 2b - 1 others, never itself.
 
     Raises TypeError or ValueError when shapes differ, b < 2, T is not above 0, or a view holds NaN.
     Chen et al. 2020, equation 1."""
@@ -67,16 +67,16 @@ def nt_xent(
     temperature = check_temperature(temperature)
     cosines = _cosines(torch.cat([precise(a), precise(b)]))  # (2b, 2b)
     refuse_nan(cosines.diagonal().sum(), a=a, b=b)
-    partner = torch.arange(len(cosines), device=a.device).roll(len(a))  # row i of a, row i of b
-    return cross_entropy((cosines / temperature).fill_diagonal_(-math.inf), partner)
+    positive = torch.arange(len(cosines), device=a.device).roll(len(a))  # row i of a, row i of b
+    return cross_entropy((cosines / temperature).fill_diagonal_(-math.inf), positive)
 
 # %% ../../nbs/01_objectives/03_contrast.ipynb #395af8c2
 @checked
 def alignment(
     a: Tensor,  # first views, (b, d), normalised here
     b: Tensor,  # second views, (b, d)
-) -> Tensor:  # from 0 (partners agree) to 4 (opposite), ()
-    """Mean squared distance of partners on the unit sphere; lower is better.
+) -> Tensor:  # from 0 (positive pairs agree) to 4 (opposite), ()
+    """Mean squared distance of positive pairs on the unit sphere; lower is better.
 
     Raises TypeError or ValueError when shapes differ or a view holds NaN.
     Wang & Isola 2020, equation 4."""
