@@ -107,5 +107,5 @@ def masked_likelihood(
     check_like(targets, "targets", (b, n), logits, "logits")
     check_like(check_mask(visible, "visible"), "visible", (b, n), logits, "logits")
     if may_look(visible) and visible.all():
-        raise ValueError("visible is True everywhere; expected a masked place to predict")
+        raise ValueError("visible is True everywhere; expected a masked position to predict")
     return cross_entropy(logits, targets.masked_fill(visible, -100), ignore_index=-100)
