@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'Plan', 'choose_plan', 'load_data', 'Live', 'pretrain_live', 'fresh_encoder', 'shipped_encoder',
-           'fresh_student', 'neighbours', 'Few', 'learn_from_few', 'few_label_model', 'pixel_arm', 'gentle',
-           'part_accuracy', 'learn_from_teacher', 'train_for_use', 'is_small', 'run', 'collect', 'check_claims',
-           'report', 'first_pictures', 'few_label_picture', 'pretraining_pictures']
+           'fresh_student', 'neighbours', 'pixel_neighbours', 'Few', 'learn_from_few', 'few_label_model', 'linear_arm',
+           'gentle', 'part_accuracy', 'learn_from_teacher', 'train_for_use', 'student_alone', 'is_small', 'run',
+           'collect', 'check_claims', 'report', 'first_pictures', 'few_label_picture', 'pretraining_pictures']
 
 # %% ../nbs/00_tour.ipynb #39975f25
 import copy
@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,43 +162,55 @@ def fresh_student(data: ImageSet) -> nn.Module:
 def _placed(model):
     return model.to(pick_device(), memory_format=memory_order(model))
 
+
+def _fast():
+    return pick_precision(pick_device())
+
 # %% ../nbs/00_tour.ipynb #82a359db
 @checked
 def neighbours(encoder: nn.Module, data: ImageSet, bank: int = 5000, tests: int = 2000) -> float:
-    "Accuracy of the 20 nearest neighbours among `bank` training pictures, on `tests` test ones."
+    "Accuracy of the 20 nearest neighbours among `bank` training images, on `tests` test ones."
 
     def features(images):
         return encode_all(encoder, images, precision=_fast(), transform=data.floats)
 
+    return _neighbours(features, data, bank, tests)
+
+
+@checked
+def pixel_neighbours(data: ImageSet, bank: int = 5000, tests: int = 2000) -> float:
+    "The same of raw pixels."
+    return _neighbours(lambda images: data.floats(images).flatten(1), data, bank, tests)
+
+
+def _neighbours(features, data, bank, tests):
     images, labels = data.test_sample(min(tests, len(data.test_images)))
-    train, test = features(data.train_images[:bank]), features(images)
-    return knn_accuracy(train, data.train_labels[:bank], test, labels)
-
-
-def _fast():
-    return pick_precision(pick_device())
+    train = features(data.train_images[:bank])
+    return knn_accuracy(train, data.train_labels[:bank], features(images), labels)
 
 # %% ../nbs/00_tour.ipynb #1ad838bf
 class Few(NamedTuple):
     "What comes of learning from few labels."
 
-    comparison: Comparison  # arms: pixels, from scratch, pretrained
+    comparison: Comparison  # arms: pixels, from scratch, linear probe, fine-tuned
     picked: dict[str, float]  # the setting of each arm
-    teachers: dict[tuple, nn.Module]  # (seed, rate) -> model of the pretrained arm
+    teachers: dict[tuple, nn.Module]  # (seed, rate) -> fine-tuned model
     task: Task
 
 
 @checked
 def learn_from_few(data: ImageSet, plan: Plan) -> Few:
-    "Pretrained against scratch against pixels: same labels, same steps, each tuned."
+    "Pretrained against scratch against pixels: same labels, each with its own grid of settings."
     task, teachers, penalties = image_task(data, dev=1000), {}, (1e-2, 1e-1, 1.0)
+    frozen = partial(encode_all, shipped_encoder(), precision=_fast(), transform=data.floats)
     arms = {
-        "pixels": pixel_arm(data, task, plan),
+        "pixels": linear_arm(lambda images: data.floats(images).flatten(1), task, plan),
         "from scratch": _network_arm(data, task, plan),
-        "pretrained": _network_arm(data, task, plan, teachers),
+        "linear probe": linear_arm(frozen, task, plan),
+        "fine-tuned": _network_arm(data, task, plan, teachers),
     }
-    rates = {"pixels": penalties, "from scratch": plan.rates, "pretrained": plan.gentle_rates}
-    study = Study(arms, plan.seeds, rates, draws=plan.trials)
+    grids = (penalties, plan.rates, penalties, plan.gentle_rates)
+    study = Study(arms, plan.seeds, dict(zip(arms, grids)), draws=plan.trials)
     return Few(study.run("a hundred labels"), study.picked, teachers, task)
 
 # %% ../nbs/00_tour.ipynb #fd6ccce9
@@ -211,28 +223,27 @@ def few_label_model(
     index = task.draw(plan.labels, seed)
     images, labels = task.inputs[index], task.labels[index]
     model = shipped_encoder() if pretrained else fresh_encoder(data)
-    if pretrained:  # features that mean something deserve a fitted head; random ones do better
-        fit_head(model, *task.read(index))  # with a random one
+    if pretrained:
+        fit_head(model, *task.read(index))
     rates = dict(lr=rate, head_lr=rate)
     finetune(model, images, labels, gentle(data), steps=plan.finetune, seed=seed, **rates)
     return model
 
 # %% ../nbs/00_tour.ipynb #e0449916
 @checked
-def pixel_arm(data: ImageSet, task: Task, plan: Plan) -> Callable:
-    "Logistic regression on pixels: an arm of a `Study`."
-    pixels = data.floats(task.inputs).flatten(1)
+def linear_arm(features: Callable, task: Task, plan: Plan) -> Callable:
+    "Logistic regression on `features` of images, (b, d): an arm of a `Study`."
 
     def arm(seed, l2, part):
         index, asked = task.draw(plan.labels, seed), task.part(part)
-        seen, labels = pixels[index], task.labels
-        return linear_probe(seen, labels[index], pixels[asked], labels[asked], l2)
+        seen, unseen = features(task.inputs[index]), features(task.inputs[asked])
+        return linear_probe(seen, task.labels[index], unseen, task.labels[asked], l2)
 
     return arm
 
 
 def _network_arm(data, task, plan, teachers=None):
-    "A network fine-tuned on the same labels; a pretrained one where `teachers` keep it"
+    "A network trained on the same labels; a pretrained one where `teachers` keep it"
 
     def arm(seed, rate, part):
         model = few_label_model(data, task, plan, teachers is not None, rate, seed)
@@ -267,7 +278,7 @@ def learn_from_teacher(data: ImageSet, few: Few, plan: Plan) -> Study:
 
     @lru_cache(1)
     def teacher_logits(seed):
-        teacher = few.teachers[seed, few.picked["pretrained"]]
+        teacher = few.teachers[seed, few.picked["fine-tuned"]]
         return predict(teacher, data.train_images, precision=_fast(), transform=data.floats)
 
     def taught(seed, rate, part):
@@ -302,7 +313,7 @@ def _seeded_student(data, seed):
 # %% ../nbs/00_tour.ipynb #4695f342
 @checked
 def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
-    "A teacher fine-tuned on all labels, its student, and both of them pruned with recovery."
+    "A teacher fine-tuned on all labels, its student, and both pruned, with recovery."
     seed_everything(0)
     x, y = data.train_images, data.train_labels
     mirror = Augment(area=(1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std)
@@ -326,6 +337,16 @@ def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     return large | {"student": student, "student, 50 % pruned": small}
 
 # %% ../nbs/00_tour.ipynb #5ea8a356
+@checked
+def student_alone(data: ImageSet, plan: Plan) -> nn.Module:
+    "The control: the student from all labels, without a teacher."
+    seed_everything(0)
+    student, how = fresh_student(data), dict(lr=1e-2, head_lr=1e-2, batch_size=256)
+    title, x, y = "student, labels alone", data.train_images, data.train_labels
+    finetune(student, x, y, gentle(data), steps=plan.student, title=title, **how)
+    return student
+
+
 def _pruner(model, sparsity, plan):
     "A copy, and what prunes it more with each step, until two thirds of the recovery are over"
     model = copy.deepcopy(model)
@@ -414,12 +435,13 @@ def collect(data, plan, live, shipped, few, distilled, student_rates, stages) ->
         "pretrain": pretraining | knn,
         "finetune": {
             **dict(labels=plan.labels, seeds=list(plan.seeds), rates=few.picked),
-            "pretrained": arms["pretrained"].tolist(),
+            "pretrained": arms["fine-tuned"].tolist(),
+            "probe": arms["linear probe"].tolist(),
             "scratch": arms["from scratch"].tolist(),
             "pixels": arms["pixels"].tolist(),
         },
         "distill": {
-            "teacher": arms.mean("pretrained"),
+            "teacher": arms.mean("fine-tuned"),
             "student": distilled["distilled"].tolist(),
             "control": distilled["no teacher"].tolist(),
             "rates": student_rates,

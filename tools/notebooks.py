@@ -108,16 +108,17 @@ def badge(path, cfg, root=ROOT):
 
 
 def colab_cell(cfg):
-    """Installs the library on Colab and nowhere else.
+    """Installs the library on Colab and nowhere else; shows numbers with four digits.
     Colab's torch fits its driver, so it stays as it is"""
     rest = [r for r in cfg["requirements"].split() if not re.match(r"torch(vision)?\b", r)]
     url = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
     words, whole = " ".join(map(quoted, rest)), dict(break_on_hyphens=False, break_long_words=False)
     lines = [
         "#| hide",
-        "# @title On Colab: install the library; elsewhere this cell does nothing",
+        "# @title On Colab: install the library. Everywhere: show numbers with four digits",
         "import sys",
         "",
+        "%precision %.4g",
         'if "google.colab" in sys.modules:',
         *(f"    %pip install -q {part}" for part in textwrap.wrap(words, 75, **whole)),
         f"    %pip install -q --no-deps {quoted(url)}",
@@ -147,13 +148,16 @@ def is_colab(cell):
 
 
 def stamped(nb, path, cfg, root=ROOT):
-    "A copy of `nb` with its badge in the first cell and the Colab cell in second place"
+    "A copy of `nb` with its badge, the Colab cell in second place, and what is glue folded"
     nb = json.loads(json.dumps(nb))
     cells = [c for c in nb["cells"] if not is_colab(c)]
     first = source(cells[0]) if cells and cells[0]["cell_type"] == "markdown" else ""
     if not first.startswith("# "):
         raise ValueError(f"{path}: the first cell must be Markdown that begins with '# Title'")
     set_source(cells[0], BADGE.sub("", first).strip() + "\n\n" + badge(path, cfg, root))
+    for cell in cells:
+        if source(cell).startswith("#| export\n"):  # glue: off the page, folded in JupyterLab
+            cell["metadata"] |= {"jupyter": {"source_hidden": True}}
     nb["cells"] = [cells[0], colab_cell(cfg), *cells[1:]]
     return nb
 

@@ -92,6 +92,10 @@ EXAMPLES = {
         tour.neighbours,
         dict(encoder=tour.fresh_student(data()), data=data(), bank=30, tests=10),
     ),
+    "tour.pixel_neighbours": lambda: (
+        tour.pixel_neighbours,
+        dict(data=data(), bank=30, tests=10),
+    ),
     "tour.gentle": lambda: (tour.gentle, dict(data=data())),
     "tour.part_accuracy": lambda: (
         tour.part_accuracy,
@@ -135,7 +139,8 @@ SKIP = {
     "tour.pretrain_live": MINUTES,
     "tour.few_label_model": MINUTES,
     "tour.learn_from_few": MINUTES,
-    "tour.pixel_arm": MINUTES,
+    "tour.linear_arm": MINUTES,
+    "tour.student_alone": MINUTES,
     "tour.first_pictures": "draws a picture of real data",
     "tour.pretraining_pictures": "needs the records of a run",
     "tour.few_label_picture": "needs the records of a run",
