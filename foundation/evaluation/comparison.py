@@ -325,7 +325,7 @@ def plot_label_curve(
     title: str | None = None,
     ylabel: str = "test accuracy",
 ) -> Picture:
-    "A line for each arm, with a band of one standard deviation over the seeds."
+    "A line for each arm, with the 95 % interval of its mean over the seeds."
     from matplotlib.scale import LogScale
 
     counts, scores = _check_curve(curve), [c.scores for c in curve.values()]
