@@ -171,9 +171,9 @@ def swap_layers(
 
 # %% ../../nbs/08_finetuning/03_targets.ipynb #a56288f5
 def _made(model, names, make, learns):
-    "Layer -> new layer; after an error all is as it was, the luck too, and it says where"
+    "Layer -> new layer; after an error all is as it was, random generator too, and it says where"
     new, before = {}, [(p, p.requires_grad) for p in model.parameters()]
-    luck = torch.get_rng_state()
+    generator = torch.get_rng_state()
     for name in names:
         layer = model.get_submodule(name)
         try:
@@ -184,7 +184,7 @@ def _made(model, names, make, learns):
         except Exception as error:
             for p, learnt in before:
                 p.requires_grad_(learnt)
-            torch.set_rng_state(luck)
+            torch.set_rng_state(generator)
             error.args = (f"{name}: {error}",)
             raise
     return new
