@@ -13,7 +13,7 @@ from .attention import Attention, KeyValueCache
 
 # %% ../../nbs/03_layers/03_block.ipynb #e05274c2
 class MLP(nn.Sequential):
-    """Widen, bend, narrow, for each token alone: (..., d) → (..., d).
+    """Linear map, activation, linear map, for each token alone: (..., d) → (..., d).
 
     Raises TypeError or ValueError for sizes below 1, or a dropout that is no share."""
 
@@ -64,14 +64,14 @@ class Block(_Parts):
         causal: bool = False,  # hide the future
         cache: KeyValueCache | None = None,  # this block's own
     ) -> Tensor:
-        def look(t):
+        def attend(t):
             return self.drop(self.attention(t, mask=mask, causal=causal, cache=cache))
 
-        def think(t):
+        def transform(t):
             return self.drop(self.mlp(t))
 
         if self.norm_first:
-            x = x + look(self.norm1(x))
-            return x + think(self.norm2(x))
-        x = self.norm1(x + look(x))
-        return self.norm2(x + think(x))
+            x = x + attend(self.norm1(x))
+            return x + transform(self.norm2(x))
+        x = self.norm1(x + attend(x))
+        return self.norm2(x + transform(x))

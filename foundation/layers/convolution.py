@@ -46,7 +46,7 @@ class ResidualBlock(nn.Module):
 
 # %% ../../nbs/03_layers/04_convolution.ipynb #34a78773
 class SameConv(nn.Conv2d):
-    """A convolution padded as TensorFlow does it: ⌈size / stride⌉ places come out.
+    """A convolution padded as TensorFlow does it: ⌈size / stride⌉ positions come out.
 
     An odd row of padding goes to the end."""
 

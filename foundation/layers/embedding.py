@@ -112,7 +112,9 @@ class TokenEmbedding(_Tables):
         n, context = ids.shape[1], self.position.num_embeddings
         start = check_whole(start, "start", 0)
         if start + n > context:
-            raise ValueError(f"{n} tokens from place {start} on do not fit a context of {context}")
+            raise ValueError(
+                f"{n} tokens from position {start} on do not fit a context of {context}"
+            )
         x = self.token(ids) + self.position(torch.arange(start, start + n, device=ids.device))
         return self._add_segments(x, ids, segments)
 
