@@ -64,6 +64,8 @@ def match_logits(
     return objective
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #c9ca2fcf
+#| code-fold: true
+#| code-summary: "The mixed loss, and what it refuses"
 def _soft_and_hard(logits, told, labels, temperature, hard):
     "The mixed loss, in float32 at least, and its soft part for the log"
     logits = check_floats(logits, "the student's logits")
@@ -84,12 +86,9 @@ def _soft_and_hard(logits, told, labels, temperature, hard):
     right = nn.functional.cross_entropy(precise(logits).flatten(0, -2), labels.flatten())
     return (1 - hard) * soft + hard * right, {"soft": soft.detach()}
 
-
-def _check_heat(temperature, hard):
-    check_temperature(temperature)
-    check_number(hard, "hard", 0, below=1, why="with 1 there is no teacher left")
-
 # %% ../../nbs/09_compression/01_distillation.ipynb #f17e21d4
+#| code-fold: true
+#| code-summary: "The parts of a batch"
 def _parts(batch, least, most):
     "The parts of a batch, None for those that may be left out"
     if not isinstance(batch, (tuple, list)) or not least <= len(batch) <= most:
@@ -137,6 +136,8 @@ def distil(
     return resumable(student, stream, match_logits(temperature, hard), opt, steps=steps, **options)
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #1e9fe915
+#| code-fold: true
+#| code-summary: "What cannot be distilled"
 def _lesson(student, images, logits, augment, labels, hard):
     "Pictures, logits and labels on the student's device, or a sentence"
     if augment is None and images.ndim == 2 and not images.is_floating_point():
@@ -153,7 +154,14 @@ def _lesson(student, images, logits, augment, labels, hard):
     device = next(student.parameters()).device
     return [t.to(device) for t in (images, logits, labels) if t is not None]
 
+
+def _check_heat(temperature, hard):
+    check_temperature(temperature)
+    check_number(hard, "hard", 0, below=1, why="with 1 there is no teacher left")
+
 # %% ../../nbs/09_compression/01_distillation.ipynb #1e9fe918
+#| code-fold: true
+#| code-summary: "Settings of the loop"
 def _settings(options, steps, student, seed, tensors):
     "The loop's settings; with a checkpoint the recipe that it has to fit"
     settings = dict(schedule=warmup_cosine(steps, steps // 10), precision="auto", clip=1.0)
@@ -192,6 +200,8 @@ def tap(
     return said, heard[0]
 
 # %% ../../nbs/09_compression/01_distillation.ipynb #f17e21d0
+#| code-fold: true
+#| code-summary: "A hook that listens"
 @contextmanager
 def _listening(model, layer, heard):
     "What comes out of a layer is added to `heard`"
