@@ -221,9 +221,9 @@ def fit_temperature(
 # %% ../../nbs/06_evaluation/01_scores.ipynb #2f13b693
 def perplexity(
     logits: Tensor | float,  # (..., v); or, without labels, a mean loss in nats
-    labels: Tensor | Sequence | None = None,  # (...); places with -100 are left out
+    labels: Tensor | Sequence | None = None,  # (...); positions with -100 are left out
 ) -> float:  # 1 for a model that is always right and sure, v for one that knows nothing
-    "exp of the mean cross-entropy of the labelled places. Raises `ValueError`, `TypeError`."
+    "exp of the mean cross-entropy of the labelled positions. Raises `ValueError`, `TypeError`."
     if labels is None:
         return _exp(logits.detach() if isinstance(logits, Tensor) else logits)
     logits = check_floats(logits, "logits", "(..., v)").detach()

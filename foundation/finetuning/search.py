@@ -25,7 +25,7 @@ class Trial(NamedTuple):
     "One point of a search."
 
     params: dict[str, float]  # what was tried
-    scores: tuple[float, ...]  # dev scores on the way
+    scores: tuple[float, ...]  # validation scores on the way
     pruned: bool  # stopped below the median, or diverged
 
 
@@ -134,7 +134,7 @@ def _optuna():
 
 
 def _sampler(startup, seed):
-    "Its luck, by the number of finished trials and not by the process"
+    "Its random numbers, by the number of finished trials and not by the process"
     make = _optuna().samplers.TPESampler
     return make(n_startup_trials=startup, seed=seed % 2**32, constant_liar=False)
 
