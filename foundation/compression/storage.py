@@ -42,15 +42,8 @@ def save_model(
     return _write(tensors, json.dumps(layout, separators=(",", ":")), path)
 
 # %% ../../nbs/09_compression/04_storage.ipynb #90d6b782
-def _group(numbers, values, group):
-    "How many neighbours share a scale"
-    if group is not None:
-        check_whole(group, "group", 1)
-    elif bits_of(values) and numbers.startswith("int"):
-        group = GROUP.get(bits_of(numbers))
-    return group
-
-
+#| code-fold: true
+#| code-summary: "Weights in parts, and what the header says of them"
 def _apart(state, format, plan):
     "The tensors of the file, and its layout: what they are the parts of"
     numbers, _, group, _ = plan
@@ -68,6 +61,8 @@ def _apart(state, format, plan):
     return tensors, layout
 
 # %% ../../nbs/09_compression/04_storage.ipynb #90d6b783
+#| code-fold: true
+#| code-summary: "One weight"
 def _parts(x, name, format, plan):
     "A weight in parts; what is small, or no floats, whole"
     numbers, *others = plan
@@ -78,6 +73,15 @@ def _parts(x, name, format, plan):
         return encode(narrow(x, torch.float32, name), numbers, *others)
     except ValueError as error:
         raise ValueError(f"{name} cannot be written as {format}: {error}") from None
+
+
+def _group(numbers, values, group):
+    "How many neighbours share a scale"
+    if group is not None:
+        check_whole(group, "group", 1)
+    elif bits_of(values) and numbers.startswith("int"):
+        group = GROUP.get(bits_of(numbers))
+    return group
 
 # %% ../../nbs/09_compression/04_storage.ipynb #216bda2b
 @checked
@@ -97,6 +101,8 @@ def load_model(
         ) from None
 
 # %% ../../nbs/09_compression/04_storage.ipynb #216bda2c
+#| code-fold: true
+#| code-summary: "And back"
 def _unfolded(tensors, numbers, group, shapes, same={}, escaped=False):
     "Name -> tensor, from the parts and what the layout says of them"
     parts = {}
@@ -140,6 +146,8 @@ def _aliases(state):
     return same
 
 # %% ../../nbs/09_compression/04_storage.ipynb #61574532
+#| code-fold: true
+#| code-summary: "Checksums of earlier versions"
 def _earlier_mark(tensors, layout, kinds):
     "The CRC-32 of files of earlier versions, with types and shapes or, still earlier, without"
     crc = zlib.crc32(layout.encode())
@@ -151,6 +159,8 @@ def _earlier_mark(tensors, layout, kinds):
     return f"{crc:08x}"
 
 # %% ../../nbs/09_compression/04_storage.ipynb #61574535
+#| code-fold: true
+#| code-summary: "Writing"
 def _write(tensors, layout, path):
     "Tensors and layout into one safetensors file, which `write_tensors` marks"
     try:
@@ -161,6 +171,8 @@ def _write(tensors, layout, path):
         ) from error
 
 # %% ../../nbs/09_compression/04_storage.ipynb #61574533
+#| code-fold: true
+#| code-summary: "Reading, checked"
 def _read(path):
     "Tensors and layout of a safetensors file, checked"
     tensors, notes = _opened(path)
@@ -184,6 +196,8 @@ def _read(path):
         ) from None
 
 # %% ../../nbs/09_compression/04_storage.ipynb #61574534
+#| code-fold: true
+#| code-summary: "Is there such a file?"
 def _opened(path):
     "What `read_tensors` finds, if there is a file"
     try:
