@@ -46,7 +46,7 @@ def keep_largest(
 def magnitude_masks(
     model: nn.Module,
     sparsity: float,  # share of all layer weights to drop, 0 <= sparsity < 1
-    scope: str = "global",  # "global": one bar for all layers; "layer": the same share in each
+    scope: str = "global",  # one threshold for all, or "layer": the same share in each
     skip: str | Sequence[str] = (),  # modules to leave alone
 ) -> dict[str, Tensor]:  # name of a weight -> mask, True = kept
     """Masks that keep the largest weights (Han et al. 2015, https://arxiv.org/abs/1506.02626).
@@ -59,8 +59,10 @@ def magnitude_masks(
     return masks
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #665158b6
+#| code-fold: true
+#| code-summary: "One threshold for all, or one for each layer"
 def _largest(scores, sparsity, scope):
-    "Masks from scores, with one bar for all or one for each"
+    "Masks from scores, with one threshold for all or one for each"
     if scope == "layer":
         return {name: keep_largest(score, sparsity) for name, score in scores.items()}
     kept = keep_largest(torch.cat([score.flatten() for score in scores.values()]), sparsity)
@@ -73,6 +75,8 @@ def _warn(told):
         warnings.warn(sentence, stacklevel=4)  # at the line that called the public function
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #665158b7
+#| code-fold: true
+#| code-summary: "Scores: magnitude, and LAMP, which comes below"
 def _scores(weights, scope):
     "How much each weight counts: its magnitude, or for LAMP its share in its layer"
     if scope != "lamp":
@@ -155,6 +159,8 @@ def cubic_sparsity(
     return final + (initial - final) * (1 - progress) ** 3
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #66d7029c
+#| code-fold: true
+#| code-summary: "The plan, checked before it runs"
 class _Gradual:
     "A plan of pruning, refused now and not later, and the masks so far"
 
@@ -226,6 +232,8 @@ def two_four_masks(
     return {name: masks[name] for name in weights if name in masks}
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #ad918f93
+#| code-fold: true
+#| code-summary: "Conversion for a GPU that knows the pattern"
 @checked
 def to_two_four(
     model: nn.Module,  # half precision, on a GPU; two zeros in any four, as by `two_four_masks`
@@ -247,6 +255,8 @@ def to_two_four(
     return model
 
 # %% ../../nbs/09_compression/02_pruning.ipynb #ad918f94
+#| code-fold: true
+#| code-summary: "And what it takes"
 def _check_two_four(linear):
     "Two zeros in any four, in half precision, on a GPU that knows them"
     for name, m in linear.items():
