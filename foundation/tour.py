@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['SHORT', 'Plan', 'choose_plan', 'load_data', 'Live', 'pretrain_live', 'fresh_encoder', 'shipped_encoder',
            'fresh_student', 'neighbours', 'pixel_neighbours', 'Few', 'learn_from_few', 'few_label_model', 'linear_arm',
-           'gentle', 'part_accuracy', 'learn_from_teacher', 'train_for_use', 'student_alone', 'is_small', 'run',
-           'collect', 'check_claims', 'report', 'first_pictures', 'few_label_picture', 'pretraining_pictures']
+           'gentle', 'part_accuracy', 'learn_from_teacher', 'train_for_use', 'mirrored', 'student_alone', 'is_small',
+           'run', 'collect', 'check_claims']
 
 # %% ../nbs/00_tour.ipynb #39975f25
 import copy
-import html
 import json
 import os
 import shutil
@@ -45,6 +44,7 @@ from .models.convnets import ConvNet, ResNet
 from .models.pretrained import load_weights
 from .pretraining.contrastive import pretrain
 from .recipes.account import account, account_table, gains, not_faster
+from .recipes.tour_page import report
 
 # %% ../nbs/00_tour.ipynb #6ece6062
 @dataclass(frozen=True)
@@ -316,13 +316,12 @@ def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
     "A teacher fine-tuned on all labels, its student, and both pruned, with recovery."
     seed_everything(0)
     x, y = data.train_images, data.train_labels
-    mirror = Augment(area=(1, 1), aspect=1, contrast=0, brightness=0, mean=data.mean, std=data.std)
 
     def tune(model, title, **how):
         finetune(model, x, y, gentle(data), lr=1e-3, batch_size=256, title=title, **how)
 
     def teach(model, title, **how):
-        distil(model, x, logits, mirror, labels=y, hard=0.5, title=title, **how)
+        distil(model, x, logits, mirrored(data), labels=y, hard=0.5, title=title, **how)
 
     teacher = shipped_encoder()
     tune(teacher, "teacher, all labels", steps=plan.teacher)
@@ -338,12 +337,19 @@ def train_for_use(data: ImageSet, plan: Plan) -> dict[str, nn.Module]:
 
 # %% ../nbs/00_tour.ipynb #5ea8a356
 @checked
+def mirrored(data: ImageSet) -> Augment:
+    "Only flips: a teacher's answers are for whole images."
+    how = dict(area=(1, 1), aspect=1, contrast=0, brightness=0)
+    return Augment(**how, mean=data.mean, std=data.std)
+
+
+@checked
 def student_alone(data: ImageSet, plan: Plan) -> nn.Module:
     "The control: the student from all labels, without a teacher."
     seed_everything(0)
     student, how = fresh_student(data), dict(lr=1e-2, head_lr=1e-2, batch_size=256)
     title, x, y = "student, labels alone", data.train_images, data.train_labels
-    finetune(student, x, y, gentle(data), steps=plan.student, title=title, **how)
+    finetune(student, x, y, mirrored(data), steps=plan.student, title=title, **how)
     return student
 
 
@@ -399,6 +405,10 @@ def _walk(data, plan, out, say):
     stages = account(nets, data, out)
     say(_indent(account_table(stages)))
     return live, shipped, few, distilled, study.picked, stages
+
+
+def _mean(values) -> float:
+    return sum(values) / len(values)
 
 # %% ../nbs/00_tour.ipynb #1895022c
 def _roomy(out) -> Path:
@@ -472,84 +482,3 @@ def check_claims(metrics: dict) -> None:
     ]:
         if not holds:
             raise AssertionError(otherwise)
-
-# %% ../nbs/00_tour.ipynb #a1875dfe
-_STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; display: block; overflow-x: auto }
-td, th { padding: .25rem .7rem; border-bottom: 1px solid #8886; white-space: nowrap }
-td, th { text-align: right }
-td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
-img { margin: .5rem 0 }
-small { opacity: .75 }
-"""
-_HEAD = (
-    '<!doctype html><html lang="en"><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width"><title>The tour</title>'
-)
-
-# %% ../nbs/00_tour.ipynb #6b1e52e1
-def report(data, plan, live, few, distilled, metrics) -> str:
-    "The tour as one page that needs nothing else."
-    slow = "".join(f"<li>{html.escape(line)}</li>" for line in not_faster(metrics["stages"]))
-    parts = [
-        f"{_HEAD}<style>{_STYLE}</style><h1>The whole life of a foundation model</h1>",
-        f"<p>{html.escape(repr(data))}; {metrics['seconds']:.0f} seconds.</p>",
-        *[picture.html() for picture in first_pictures(data)],
-        "<h2>1. Pretraining without labels</h2>",
-        *[picture.html() for picture in pretraining_pictures(plan, live, metrics)],
-        f"<h2>2. Fine-tuning with {plan.labels} labels</h2>",
-        few_label_picture(few).html(),
-        few.comparison._repr_html_(),
-        "<h2>3. Distillation on pictures without labels</h2>",
-        distilled._repr_html_(),
-        "<h2>4–5. Pruning, quantisation, and the account</h2>",
-        account_table(metrics["stages"])._repr_html_(),
-        f"<p>Not faster than before:</p><ul>{slow}</ul></html>",
-    ]
-    return "\n".join(parts)
-
-# %% ../nbs/00_tour.ipynb #0cf50673
-def first_pictures(data):
-    "One training picture of each of the first eight classes"
-    eight = torch.stack([data.train_images[data.train_labels == k][0] for k in range(8)])
-    alt = "Eight training pictures, one of each of the first eight classes"
-    return [show_images(eight, titles=data.classes[:8], alt=alt)]
-
-
-def few_label_picture(few):
-    "A bar for each arm"
-    scores = few.comparison.scores
-    return plot_bars(
-        {arm: [100 * value for value in values.tolist()] for arm, values in scores.items()},
-        xlabel="test accuracy, %",
-        alt="Test accuracy of pixels, scratch and pretrained",
-    )
-
-
-def _mean(values) -> float:
-    return sum(values) / len(values)
-
-# %% ../nbs/00_tour.ipynb #7279fe5f
-def pretraining_pictures(plan, live, metrics):
-    "Loss and neighbours"
-    knn = metrics["pretrain"]
-    bars = {
-        "random weights": 100 * knn["knn_before"],
-        f"after {plan.pretrain} steps": 100 * knn["knn_after"],
-        "shipped weights": 100 * knn["knn_shipped"],
-    }
-    return [
-        plot_curves(
-            {"loss": live.losses},
-            xlabel="step",
-            ylabel="loss",
-            alt="The contrastive loss over the live steps",
-        ),
-        plot_bars(
-            bars,
-            xlabel="nearest-neighbour accuracy, %",
-            alt="Nearest-neighbour accuracy at random, after the live steps and as shipped",
-        ),
-    ]

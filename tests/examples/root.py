@@ -97,6 +97,7 @@ EXAMPLES = {
         dict(data=data(), bank=30, tests=10),
     ),
     "tour.gentle": lambda: (tour.gentle, dict(data=data())),
+    "tour.mirrored": lambda: (tour.mirrored, dict(data=data())),
     "tour.part_accuracy": lambda: (
         tour.part_accuracy,
         dict(model=tour.fresh_student(data()), task=image_task(data(), dev=2), part="test"),
@@ -141,9 +142,10 @@ SKIP = {
     "tour.learn_from_few": MINUTES,
     "tour.linear_arm": MINUTES,
     "tour.student_alone": MINUTES,
-    "tour.first_pictures": "draws a picture of real data",
-    "tour.pretraining_pictures": "needs the records of a run",
-    "tour.few_label_picture": "needs the records of a run",
+    "recipes.tour_page.first_pictures": "draws a picture of real data",
+    "recipes.tour_page.few_label_picture": "needs the records of a run",
+    "recipes.tour_page.pretraining_pictures": "needs the records of a run",
+    "recipes.tour_page.report": "needs the records of a run",
     "recipes.account.COLUMNS": "a constant",
     "recipes.account.network_forms": MINUTES,
     "recipes.account.account": MINUTES,
@@ -151,5 +153,4 @@ SKIP = {
     "tour.train_for_use": MINUTES,
     "tour.run": MINUTES,
     "tour.collect": "gathers the records of a run",
-    "tour.report": "needs the records of a run",
 }
