@@ -201,7 +201,9 @@ def _table(comparison) -> list[list[str]]:
     "Head, then arm, mean, its interval, difference from the control, its interval, verdict."
     control, percent = next(iter(comparison.scores)), f"{comparison.level * 100:g} %"
     mean = f"mean of {len(comparison.seeds)}"
-    rows = [["arm", mean, percent, f"minus {control}", percent, "verdict"]]
+    tries = _tries(comparison, None)
+    shared = f"{percent}, {tries} tries" if tries > 1 else percent
+    rows = [["arm", mean, percent, f"minus {control}", shared, "verdict"]]
     for arm in comparison.scores:
         gap, name = comparison.difference(arm, control), comparison.winner(arm, control)
         word = "no winner" if name is None else "better" if name == arm else "worse"
