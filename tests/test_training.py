@@ -1282,3 +1282,13 @@ def test_a_missing_tensorboard_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard, or use Log"):
         TensorBoard(tmp_path)
+
+
+def test_an_optimizer_of_another_network_is_refused():
+    "It would step, and nothing would be learnt; one that holds a part of the network is fine"
+    mine, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    batches = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))] * 2
+    with pytest.raises(ValueError, match="holds no parameter of the model"):
+        next(train(mine, batches, classify, torch.optim.SGD(other.parameters(), 0.1), steps=1))
+    for _ in train(mine, batches, classify, torch.optim.SGD([mine.bias], 0.1), steps=2):
+        pass

@@ -108,7 +108,7 @@ def _check_plan(model, objective, opt, steps, schedule, accum, clip, start, chec
     check_whole(check_every, "check_every", 1)
     if clip is not None:
         check_number(clip, "clip", above=0, infinite=True, why="a norm, or None for no clipping")
-    _check_optimizer(opt)
+    _check_optimizer(opt, model)
     if schedule is not None:
         _check_schedule(schedule, steps, opt)
 
@@ -130,7 +130,12 @@ def _check_objective(objective, model):
         pass
 
 
-def _check_optimizer(opt):
+def _check_optimizer(opt, model):
+    held = {id(p) for group in opt.param_groups for p in group["params"]}
+    moving = [id(p) for p in model.parameters() if p.requires_grad]
+    if moving and not held.intersection(moving):
+        said = "the optimizer holds no parameter of the model that can learn"
+        raise ValueError(f"{said}; make it from this model")
     for p in inspect.signature(opt.step).parameters.values():
         if p.default is p.empty and p.kind < p.VAR_POSITIONAL:
             raise ValueError(
