@@ -1001,3 +1001,27 @@ def test_the_shipped_weights_score_what_their_card_says():
         abs(right.float().mean().item() - card["metrics"]["all_labels"]["scores"]["pretrained"][0])
         < 0.015
     )
+
+
+@pytest.mark.parametrize("change", ["LoRA", "adapter"])
+def test_what_stands_beside_a_frozen_base_learns_and_the_base_does_not(change):
+    from foundation.finetuning.adapters import add_adapters
+    from foundation.finetuning.lora import add_lora
+    from foundation.models.vit import ViT
+
+    torch.manual_seed(0)
+    net = ViT(image_size=8, patch_size=4, dim=16, depth=1, heads=2, channels=1, classes=3)
+    if change == "LoRA":
+        add_lora(net, 2, train=["head"])
+    else:
+        add_adapters(net, 2, train=["head"])
+    learns = {name for name, p in net.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    pictures = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8)
+    plan = dict(steps=4, lr=1e-2, batch_size=6)
+    finetune(net, pictures, torch.arange(12) % 3, Augment(mean=0.5, std=0.5), **plan)
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved <= learns and moved > {"head.weight", "head.bias"}
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == learns
+    with pytest.raises(ValueError, match="keeps its base frozen"):
+        finetune(net, pictures, torch.arange(12) % 3, Augment(), gradual=True, **plan)

@@ -112,8 +112,9 @@ def finetune(
 ) -> Tensor:  # (steps,) the losses
     """AdamW, warmup, cosine and clipping, on augmented batches.
 
-    What is frozen afterwards is what was before, after an error or Ctrl-C too. Raises `ValueError`,
-    `TypeError`; `BadCheckpoint` for one of other data or settings."""
+    All weights learn; with a LoRA, adapter or prefix what `requires_grad` says. What is frozen
+    afterwards is what was before, after an error or Ctrl-C too. Raises `ValueError`, `TypeError`;
+    `BadCheckpoint` for one of other data or settings."""
     data = _check_data(model, images, labels, augment)
     _check_rates(model, lr, head_lr, gradual)
     check_sizes(steps=steps, batch_size=batch_size)
@@ -181,6 +182,8 @@ def _check_rates(model, lr, head_lr, gradual) -> None:
         )
     if gradual and not lr:
         raise ValueError("lr is 0, which freezes the body; gradual unfreezing needs a rate above 0")
+    if gradual and _has_added(model):
+        raise ValueError("a LoRA keeps its base frozen; gradual unfreezing would let it learn")
     if (gradual or not lr) and getattr(model, "find_unused_parameters", True) is False:
         raise ValueError(
             "the model waits for the gradient of every parameter, and some are frozen; expected"
@@ -210,11 +213,19 @@ def _classify(smoothing, model, batch):
     return loss, {}
 
 
+def _has_added(model) -> bool:
+    "Are there layers beside frozen ones?"
+    return any(type(m).__name__ in ("LoRA", "Adapter", "Prefix") for m in model.modules())
+
+
 def _groups(model, lr, head_lr, decay) -> list[dict]:
-    "Parameter groups of a run; what has none is frozen"
-    unfreeze(model)
+    "Parameter groups of a run; what has none is frozen, and the base under a LoRA stays so"
+    if not _has_added(model):
+        unfreeze(model)
     if lr:
-        return layer_groups(model, lr, decay, head_lr or 10 * lr)
+        groups = layer_groups(model, lr, decay, head_lr or 10 * lr)
+        groups = [g | dict(params=[p for p in g["params"] if p.requires_grad]) for g in groups]
+        return [group for group in groups if group["params"]]
     head = head_groups(model, head_lr, head_lr)[-1]
     freeze(model)
     for p in head["params"]:
