@@ -201,6 +201,11 @@ def _frozen_as_before(model: nn.Module) -> Iterator[nn.Module]:
         for p, learnt in learns:
             p.requires_grad_(learnt)
 
+
+def _has_added(model) -> bool:
+    "Are there layers beside frozen ones?"
+    return any(type(m).__name__ in ("LoRA", "Adapter", "Prefix") for m in model.modules())
+
 # %% ../../nbs/08_finetuning/01_loop.ipynb #5a3c3002
 def _views(*data, augment, **plan):
     "Endless batches, pictures in new views, texts as they are"
@@ -211,11 +216,6 @@ def _classify(smoothing, model, batch):
     x, y = batch
     loss = nn.functional.cross_entropy(logits_of(model, x).float(), y, label_smoothing=smoothing)
     return loss, {}
-
-
-def _has_added(model) -> bool:
-    "Are there layers beside frozen ones?"
-    return any(type(m).__name__ in ("LoRA", "Adapter", "Prefix") for m in model.modules())
 
 
 def _groups(model, lr, head_lr, decay) -> list[dict]:
