@@ -133,7 +133,7 @@ class SentimentRuns:
         return text_logits(self.teacher(seed, rate), self.task.inputs[self.task.pool])
 
 # %% ../../nbs/14_recipes/07_minilm_sentiment.ipynb #9194454f
-def _fit(runs, title, model, seed, rate, logits=None):
+def _fit(runs, title, model, seed, rate, logits=None, steps=None):
     "Train on the labels of a draw, or on a teacher's logits for the whole pool"
     if logits is None:
         index, objective = runs.task.draw(runs.plan["labels"], seed), classify
@@ -145,7 +145,7 @@ def _fit(runs, title, model, seed, rate, logits=None):
         runs.task.inputs[index],
         targets,
         objective=objective,
-        steps=runs.plan["steps" if title == "6 layers" else "student_steps"],
+        steps=steps or runs.plan["steps" if title == "6 layers" else "student_steps"],
         lr=rate,
         seed=seed,
         checkpoint=runs.home / f"{title}, rate {rate:g}, seed {seed}.safetensors",
@@ -163,6 +163,14 @@ def _student(runs, arm, seed, setting, teacher_rate):
         return student
     logits = runs.teacher_logits(seed, teacher_rate) if arm == "distilled" else None
     return _fit(runs, f"{arm} {layers}", student, seed, rate, logits)
+
+
+def _untuned(runs, layers, seed, rate):
+    "A control that never met the fine-tuned model: cut first, then the labels for all the steps"
+    torch.manual_seed(seed)
+    student = keep_layers(sentiment_model(runs.encoder), layers)
+    steps = runs.plan["steps"] + runs.plan["student_steps"]
+    return _fit(runs, f"untuned cut {layers}", student, seed, rate, steps=steps)
 
 # %% ../../nbs/14_recipes/07_minilm_sentiment.ipynb #3b35b253
 def _study(runs, settings, seeds, draws, teacher_rate=None):
@@ -280,22 +288,25 @@ def make(
 def _write(runs, name, seeds, plan, found, folder):
     "Weights of the first student, and the card"
     rates, task, scores = found["rates"], runs.task, found.pop("scores")
-    setting = found["layers"], rates["distilled"]
+    setting, rate = (found["layers"], rates["distilled"]), rates["no teacher"]
     student = _student(runs, "distilled", seeds[0], setting, rates["6 layers"])
+    asked, truth = task.inputs[task.test], task.labels[task.test]
+    untuned = (_untuned(runs, found["layers"], seed, rate) for seed in seeds)
+    alone = [accuracy(text_logits(model, asked), truth) for model in untuned]
+    controls = {"labels, untuned cut": dict(accuracy=alone, rate=rate)}
     models = {"6 layers": runs.teacher(seeds[0], rates["6 layers"]), "3 layers": student}
-    costs = text_costs(models, usual_texts(task.inputs[task.test]))
+    costs = text_costs(models, usual_texts(asked))
     done = [read_checkpoint(file)[1]["notes"] for file in runs.home.glob("*.safetensors")]
     texts = f"{len(task.pool):,} training texts, {plan['labels']:,} of them with labels"
     card = dict(
         config={},
         data=f"film reviews, {texts}",
-        method="fine-tuned, cut, distilled",
-        base="minilm",
+        **dict(method="fine-tuned, cut, distilled", base="minilm"),
         seeds=list(seeds),
         batch_size=32,
         **plan,
         seconds=round(sum(notes["seconds"] for notes in done)),
-        metrics=dict(test_texts=len(task.test), accuracy=scores, costs=costs),
+        metrics=dict(test_texts=len(task.test), accuracy=scores, controls=controls, costs=costs),
     )
     return save_weights(student, name, card | found, folder, only="learnt", int8=True)
 
