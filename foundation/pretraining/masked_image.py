@@ -55,14 +55,10 @@ def _check_patches(x):
 
 def _check_positions(positions, name: str, b: int, n: int) -> Tensor:
     "Positions (b, m) from 0 to n - 1 as int64; values are read on the CPU only: a look is free"
-    if (
-        not isinstance(positions, Tensor)
-        or positions.is_floating_point()
-        or positions.dtype == torch.bool
-    ):
-        raise TypeError(
-            f"{name} is {got(positions)}; expected whole numbers (b, m), as from random_masking"
-        )
+    whole = isinstance(positions, Tensor) and not positions.is_floating_point()
+    if not whole or positions.dtype == torch.bool:
+        why = "expected whole numbers (b, m), as from random_masking"
+        raise TypeError(f"{name} is {got(positions)}; {why}")
     if positions.ndim != 2 or len(positions) != b or not positions.shape[1]:
         raise ValueError(
             f"{name} has shape {tuple(positions.shape)}; expected ({b}, m): a row for each image"
@@ -107,9 +103,7 @@ def random_masking(
     ratio: float = 0.75,  # share that is hidden
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
-) -> (
-    Tensor
-):  # (b, m) positions of the patches that stay, m = round(n · (1 - ratio)), in random order
+) -> Tensor:  # (b, m) positions that stay visible, m = round(n · (1 - ratio)), in random order
     "Each image keeps patches of its own (He et al. 2021, section 3). `ValueError` for none or all."
     check_sizes(b=b, n=n)
     kept, device = _kept(n, ratio), _check_device(device)
