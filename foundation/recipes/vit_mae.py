@@ -118,7 +118,7 @@ def reconstruction(
     seed: int = 0,  # of the masks
 ) -> dict[str, float]:  # method -> error on hidden patches
     "Standardised patches from the model, from nothing (all 0: their mean), and by naive fills."
-    target = patch_targets(images, _check_painter(model)).detach()
+    target = patch_targets(images, _check_autoencoder(model)).detach()
     rng = torch.Generator().manual_seed(seed)
     keep = random_masking(*target.shape[:2], ratio, generator=rng).to(target.device)
     guesses = {
@@ -130,7 +130,7 @@ def reconstruction(
     return {name: hidden_error(guess, target, keep).item() for name, guess in guesses.items()}
 
 # %% ../../nbs/14_recipes/02_vit_mae.ipynb #ac777b61
-def _check_painter(model) -> int:
+def _check_autoencoder(model) -> int:
     "The size of the patches that it reconstructs"
     config = getattr(getattr(model, "encoder", None), "config", {})
     if "patch_size" not in config:
@@ -152,7 +152,7 @@ def paint(
     normalise: bool = True,  # its patches are standardised; undone by the true moments
 ) -> Tensor:  # (b, c, h, h)
     "Images whose hidden patches the model has reconstructed; visible ones stay as they are."
-    p = _check_painter(model)
+    p = _check_autoencoder(model)
     patches = patchify(images, p)
     guess = _guess(model, images, keep)
     if normalise:
