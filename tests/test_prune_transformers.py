@@ -220,3 +220,20 @@ def test_units_are_ranked_by_what_they_write_and_what_reads_them():
     best = sorted(range(6), key=lambda i: -sizes[i])[:3]
     assert unit_masks(net, 0.5)["0"].nonzero().flatten().tolist() == sorted(best)
     assert count_macs(remove_units(net, unit_masks(net, 0.5)), torch.ones(1, 3)) == 15
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPTNeoX"])
+def test_a_decoder_without_some_layers_still_writes_with_its_cache(kind):
+    "Blocks of transformers know their number: after a cut they must count anew"
+    import transformers
+
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, vocab_size=30)
+    config = getattr(transformers, f"{kind}Config")(num_attention_heads=2, **sizes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    small, tokens = keep_layers(model, (0, 1, 3)), torch.arange(5)[None]
+    with torch.no_grad():
+        cached, plain = small(tokens, use_cache=True), small(tokens, use_cache=False)
+    torch.testing.assert_close(cached.logits, plain.logits)
+    assert len(cached.past_key_values) == 3
+    written = small.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert written.shape == (1, 8)

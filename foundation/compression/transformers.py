@@ -229,10 +229,8 @@ def _feed_forwards(model):
     names, owners = {m: name for name, m in net.named_modules()}, memory_owners(net)
     found = {names[pair[0]]: pair for m in net.modules() if (pair := _pair(m))}
     if not found:
-        raise ValueError(
-            f"{type(net).__name__} has no feed-forward parts that we know; expected two linear "
-            "layers with an activation between, as in ViT, BERT, or those of timm, transformers"
-        )
+        said = f"{type(net).__name__} has no feed-forward parts that we know; expected two linear"
+        raise ValueError(f"{said} layers with an activation between, as in ViT or BERT")
     for name, pair in found.items():
         for part in pair:
             _check_linear(name, part, owners)
@@ -279,6 +277,7 @@ def keep_layers(
     for m, name in holders.items():
         setattr(m, name, kept)
         _write_depth(m, len(layers))
+    _renumber(kept)
     return small
 
 # %% ../../nbs/09_compression/09_transformers.ipynb #5af884a4
@@ -292,34 +291,37 @@ def _write_depth(m, depth):
     elif hasattr(config, "num_hidden_layers"):
         config.num_hidden_layers = depth
 
+
+def _renumber(blocks):  # by its number a block of transformers finds its keys and values
+    for i, block in enumerate(blocks):
+        for m in filter(lambda m: hasattr(m, "layer_idx"), block.modules()):
+            m.layer_idx = i
+
 # %% ../../nbs/09_compression/09_transformers.ipynb #21784dab
 #| code-fold: true
 #| code-summary: "Where the blocks are"
 def _holders(model):
     "Parts of a model that hold a list of blocks -> its name there: ours; else that of a library"
-    ours = {m: "blocks" for m in model.modules() if isinstance(_at(m, "blocks"), nn.ModuleList)}
+    ours = {
+        m: "blocks"
+        for m in model.modules()
+        if isinstance(getattr(m, "blocks", None), nn.ModuleList)
+    }
     theirs = {
         m: name
         for name in ("blocks", "layer", "layers")
         for m in model.modules()
-        if isinstance(_at(m, name), (nn.ModuleList, nn.Sequential))
-        and len({type(block) for block in _at(m, name)}) == 1
+        if isinstance(getattr(m, name, None), (nn.ModuleList, nn.Sequential))
+        and len({type(block) for block in getattr(m, name, None)}) == 1
     }
     return ours or theirs
-
-
-def _at(m, name):
-    return getattr(m, name, None)
 
 # %% ../../nbs/09_compression/09_transformers.ipynb #cfd98476
 #| code-fold: true
 #| code-summary: "And which"
-def _blocks(model):
-    "The one list of blocks; the sentence without it"
-    stacks = {_at(m, name) for m, name in _holders(model).items()}
+def _blocks(model):  # the one list of blocks; the sentence without it
+    stacks = {getattr(m, name, None) for m, name in _holders(model).items()}
     if len(stacks) != 1:
-        raise TypeError(
-            f"found {len(stacks)} lists of blocks in this {type(model).__name__}; "
-            "expected one, as in BERT, GPT or ViT"
-        )
+        said = f"found {len(stacks)} lists of blocks in this {type(model).__name__}"
+        raise TypeError(f"{said}; expected one, as in BERT, GPT or ViT")
     return stacks.pop()
