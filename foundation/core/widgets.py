@@ -200,7 +200,7 @@ def overlay(
     changed = (base != other).any(-1)
     for axis in (0, 1):  # a rim of 2 pixels, or old edges shine through when a browser scales both
         changed = np.any([np.roll(changed, by, axis) for by in range(-2, 3)], axis=0)
-    return encode_png(np.where(changed[..., None], other, 255).astype(np.uint8), changed, 48)
+    return encode_png(np.where(changed[..., None], other, 255).astype(np.uint8), changed, 32)
 
 # %% ../../nbs/00_core/03_widgets.ipynb #77c54173
 @checked

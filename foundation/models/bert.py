@@ -113,7 +113,9 @@ def _answer(block, x, visible, positions):  # (b, n, d) -> (count, d)
     "The last block for some positions, in reading order: all are looked at, but only these look"
     count = positions.sum(1, keepdim=True)
     most = int(count.max())
-    order = (~positions).byte().argsort(dim=1, stable=True)  # a row's positions, then others as filling
+    order = (
+        (~positions).byte().argsort(dim=1, stable=True)
+    )  # a row's positions, then others as filling
     index = order[:, :most]  # (b, most)
     if visible is not None and visible.shape[2] > 1:  # each token has a view of its own
         visible = visible.expand(len(x), -1, -1, -1)
