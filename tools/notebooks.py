@@ -156,7 +156,8 @@ def stamped(nb, path, cfg, root=ROOT):
         raise ValueError(f"{path}: the first cell must be Markdown that begins with '# Title'")
     set_source(cells[0], BADGE.sub("", first).strip() + "\n\n" + badge(path, cfg, root))
     for cell in cells:
-        if source(cell).startswith("#| export\n"):  # glue: off the page, folded in JupyterLab
+        off_the_page = re.match(r"#\| (export|hide)\n", source(cell))
+        if off_the_page or "#| code-fold: true\n" in source(cell):  # folded in JupyterLab, too
             cell["metadata"] |= {"jupyter": {"source_hidden": True}}
     nb["cells"] = [cells[0], colab_cell(cfg), *cells[1:]]
     return nb
